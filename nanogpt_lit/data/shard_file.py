@@ -1,0 +1,255 @@
+"""One file of tokens on disk: our format with its writer, and the two foreign ones we read.
+
+Ours is a header of 1024 bytes, all little-endian, then the tokens, little-endian, nothing after them:
+
+| offset | size | field           | value                                                  |
+|-------:|-----:|-----------------|--------------------------------------------------------|
+|      0 |    8 | magic           | ``NGLSHARD``                                           |
+|      8 |    4 | version         | 1                                                      |
+|     12 |    4 | bytes per token | 2 when vocabulary size <= 65536, else 4                |
+|     16 |    8 | token count     | so that a truncated copy is noticed before it is used  |
+|     24 |    4 | vocabulary size | every id in the file is below it                       |
+|     28 |  996 | zeros           | 1024 keeps the tokens aligned, and is llm.c's size too |
+
+llm.c: 256 int32 (magic, version, token count), then uint16 (GPT-2) or uint32 (Llama 3); dev/data/data_common.py in
+github.com/karpathy/llm.c. nanoGPT: bare uint16 tokens, no header at all (data/*/prepare.py there).
+"""
+
+import codecs
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+MAGIC = b"NGLSHARD"
+VERSION = 1
+HEADER = struct.Struct("<8sIIQI")
+HEADER_BYTES = 1024
+
+LLMC_HEADER = struct.Struct("<3i")
+LLMC_TOKENS: dict[tuple[int, int], np.dtype] = {
+    (20240520, 1): np.dtype("<u2"),
+    (20240801, 7): np.dtype("<u4"),
+}  # by (magic, version)
+
+SCAN_TOKENS = 1 << 22  # tokens held at once while a whole file is scanned
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id of the vocabulary."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+class ShardWriter:
+    """Writes one shard so that it either is complete under its name or does not exist there.
+
+    Tokens go to a temporary file beside `path`; `close` completes the header, flushes to the disk and renames. An
+    exception inside the `with` block removes the temporary file.
+    """
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        if not 1 <= vocab_size < 1 << 32:
+            raise ValueError(f"a shard needs a vocabulary size from 1 to 2**32 - 1, got {vocab_size}.")
+        self.path = Path(path)
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self.n_tokens = 0
+        self._sha256 = hashlib.sha256()
+        self._unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._file = self._unfinished.open("wb")
+        self._file.write(bytes(HEADER_BYTES))  # no magic before close: an unfinished file is never taken for a shard
+
+    @property
+    def sha256(self) -> str:
+        """Of the token bytes written so far, without the header."""
+        return self._sha256.hexdigest()
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append tokens (any integer dtype). Raises ValueError for an id outside [0, vocab_size), writing nothing."""
+        tokens = np.asarray(tokens)
+        if tokens.size == 0:
+            return
+        if tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens must be integers, got {tokens.dtype}.")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {self.vocab_size} ({self.path.name}).")
+        chunk = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
+        self._file.write(chunk)
+        self._sha256.update(chunk)
+        self.n_tokens += tokens.size
+
+    def close(self) -> None:
+        """Finish the shard: it stands under `path`, on the disk, or an error says why not."""
+        if self._file.closed:
+            return
+        try:
+            if self.n_tokens == 0:
+                raise ValueError(f"{self.path}: no tokens were written; a shard holds at least one.")
+            self._file.seek(0)
+            self._file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.n_tokens, self.vocab_size))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._unfinished.replace(self.path)
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Leave nothing of this shard. A shard that `close` has finished stays."""
+        try:
+            self._file.close()  # flushes, so on a full disk it raises again; the file must go all the same
+        except OSError:
+            pass
+        finally:
+            self._unfinished.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort()
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """Where the tokens of one file are. Holds no open file, so it travels to worker processes by pickle."""
+
+    path: Path
+    dtype: np.dtype
+    offset: int  # bytes before the first token
+    n_tokens: int
+    vocab_size: int | None  # None: the format does not say
+
+    @classmethod
+    def open(cls, path: Path, headerless: bool = False) -> Self:
+        """Recognise the format by its first bytes and check the size against the header; reads 4 KB at most.
+
+        headerless: a file without a header we know is nanoGPT's bare uint16. Raises ValueError for anything else.
+        """
+        try:
+            with path.open("rb") as file:
+                head = file.read(4096)
+            size = path.stat().st_size
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
+        if size == 0:
+            raise ValueError(f"{path} is empty; write the shards again.")
+        if head.startswith(MAGIC):
+            return cls._ours(path, head)._checked(size)
+        if is_llmc(head):
+            return cls._llmc(path, head)._checked(size)
+        other = _looks_like(head)
+        if other:
+            raise ValueError(f"{path} looks like {other}, not like token shards; point data.source at the text itself.")
+        if not headerless:
+            raise ValueError(
+                f"{path} has neither our header nor llm.c's; nanoGPT's bare uint16 tokens are read from files named "
+                "train.bin and val.bin."
+            )
+        return cls._bare(path, head, size)._checked(size)
+
+    @classmethod
+    def _ours(cls, path: Path, head: bytes) -> Self:
+        if len(head) < HEADER_BYTES:
+            raise ValueError(f"{path} is truncated inside its header; write the shards again.")
+        _, version, itemsize, n_tokens, vocab_size = HEADER.unpack_from(head)
+        if version != VERSION:
+            raise ValueError(
+                f"{path} is shard version {version}, this program reads {VERSION}; prepare the data again."
+            )
+        if vocab_size == 0 or itemsize != token_dtype(vocab_size).itemsize:
+            raise ValueError(
+                f"{path} says {itemsize} bytes per token for a vocabulary of {vocab_size}: the header is damaged; "
+                "prepare the data again."
+            )
+        return cls(path, token_dtype(vocab_size), HEADER_BYTES, n_tokens, vocab_size)
+
+    @classmethod
+    def _llmc(cls, path: Path, head: bytes) -> Self:
+        if len(head) < HEADER_BYTES:
+            raise ValueError(f"{path} is truncated inside its header; copy the file again.")
+        magic, version, n_tokens = LLMC_HEADER.unpack_from(head)
+        dtype = LLMC_TOKENS.get((magic, version))
+        if dtype is None:
+            raise ValueError(f"{path} is an llm.c file of version {version}; known are {sorted(LLMC_TOKENS)}.")
+        return cls(path, dtype, HEADER_BYTES, n_tokens, None)
+
+    @classmethod
+    def _bare(cls, path: Path, head: bytes, size: int) -> Self:
+        if size % 2:
+            raise ValueError(f"{path} holds {size:,} bytes, an odd number: no file of uint16 tokens; copy it again.")
+        first = np.frombuffer(head[: len(head) // 2 * 2], dtype="<u2")
+        # uint32 or int64 ids read as uint16 are ids with zeros between: all in range, and a model of nothing.
+        if len(first) >= 32 and not first[1::2].any() and first[::2].any():
+            raise ValueError(
+                f"{path} looks like tokens wider than uint16 (every second one is 0); "
+                "nanoGPT's format is uint16, so write it again with dtype=np.uint16."
+            )
+        return cls(path, np.dtype("<u2"), 0, size // 2, None)
+
+    def _checked(self, size: int) -> Self:
+        expected = self.offset + self.n_tokens * self.dtype.itemsize
+        if size != expected:
+            raise ValueError(
+                f"{self.path} is {size:,} bytes, but {self.n_tokens:,} {self.dtype.name} tokens and the header make "
+                f"{expected:,}: {'truncated' if size < expected else 'something was appended'}; copy or write it again."
+            )
+        if self.n_tokens <= 0:
+            raise ValueError(f"{self.path} holds no tokens; write the shards again.")
+        return self
+
+    def map(self) -> np.ndarray:
+        """The tokens, memory-mapped read-only. The size is checked again: touching a missing page would be fatal."""
+        self._checked(self.path.stat().st_size)
+        # A plain ndarray: np.memmap's own slicing costs several times as much.
+        return np.asarray(np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=(self.n_tokens,)))
+
+    def largest_token(self) -> int:
+        """The largest id in the file, in one pass and bounded memory."""
+        largest = 0
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while (tokens := np.fromfile(file, dtype=self.dtype, count=SCAN_TOKENS)).size:
+                largest = max(largest, int(tokens.max()))
+        return largest
+
+
+def is_llmc(head: bytes) -> bool:
+    """Whether these first bytes are an llm.c token file's, of whatever version.
+
+    As GPT-2 tokens the magic would start with id 55432, beyond the vocabulary: no nanoGPT file is taken for one.
+    """
+    return len(head) >= LLMC_HEADER.size and LLMC_HEADER.unpack_from(head)[0] in {magic for magic, _ in LLMC_TOKENS}
+
+
+def _looks_like(head: bytes) -> str | None:
+    """A name for well-known formats that are not tokens; None when these may be tokens."""
+    signatures = {
+        b"PK\x03\x04": "a zip archive",
+        b"\x1f\x8b": "a gzip archive",
+        b"\x93NUMPY": "a NumPy .npy file",
+        b"PAR1": "a Parquet file",
+        b"\x28\xb5\x2f\xfd": "a zstd archive",
+    }
+    for signature, name in signatures.items():
+        if head.startswith(signature):
+            return name
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # incremental: the last character may be cut
+    except UnicodeDecodeError:
+        return None
+    # Ids below 256 have a zero byte each, so tokens are hardly ever printable throughout.
+    if len(head) >= 16 and all(c.isprintable() or c.isspace() for c in text):
+        return "a web page" if text.lstrip().startswith("<") else "text"
+    return None
