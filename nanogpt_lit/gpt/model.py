@@ -1,0 +1,212 @@
+"""GPT-2 as published and as nanoGPT trains it, under GPT-2's own parameter names.
+
+Shapes: B batch, T time, C channels (n_embd), V vocabulary, H heads, D = C / H channels per head.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogpt_lit.gpt.cache import KeyValueCache, LayerCache
+from nanogpt_lit.gpt.loss import cross_entropy
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of the network. The defaults are GPT-2 small, 124M parameters."""
+
+    block_size: int = 1024
+    """Longest sequence in tokens; each position has a learned embedding."""
+
+    vocab_size: int | None = None
+    """Rows of the token embedding. None takes the tokenizer's size; the CLI fills it in before the model is built."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+
+    n_head: int = 12
+    """Attention heads per block; must divide n_embd."""
+
+    n_embd: int = 768
+    """Channels of the residual stream."""
+
+    dropout: float = 0.0
+    """Probability of dropping an embedding, an attention weight or a block's output. 0 for pretraining; try 0.1 or
+    more when the text is seen many times."""
+
+    bias: bool = True
+    """Biases in linear layers and layer norms, as in GPT-2. False is a little faster and about as good."""
+
+    tied_head: bool = True
+    """One matrix for the token embedding and the output head, as in GPT-2."""
+
+    gelu: Literal["tanh", "erf"] = "tanh"
+    """GPT-2 was published with the tanh approximation; nanoGPT trains with the exact (erf) one."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                default = GPTConfig.__dataclass_fields__[name].default
+                raise ValueError(f"model.gpt.{name}={size} must be at least 1; GPT-2 uses {default or 50257}.")
+        if self.n_embd % self.n_head != 0:
+            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            n_head = min(divisors, key=lambda n: abs(n - self.n_head))
+            raise ValueError(
+                f"model.gpt.n_embd={self.n_embd} does not divide into n_head={self.n_head} equal heads; "
+                f"n_head={n_head} gives {self.n_embd // n_head} channels per head."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"model.gpt.dropout={self.dropout} is not in [0, 1); 0.0 turns dropout off.")
+        if self.gelu not in ("tanh", "erf"):
+            raise ValueError(f"model.gpt.gelu={self.gelu!r} is not known; use 'tanh' (GPT-2) or 'erf' (nanoGPT).")
+
+
+class GPT(nn.Module):
+    """tokens (B, T) -> logits (B, T, V). Raises ValueError when config.vocab_size is None."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.gpt.vocab_size=None leaves the embedding without a size; GPT-2's is 50257.")
+        self.config = config
+        self.transformer = Transformer(config, config.vocab_size)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), biases zero, each projection into the residual stream scaled down.
+
+        The stream is the sum of 2 * n_layer such projections; 1/sqrt(2 * n_layer) keeps its variance from growing
+        with depth (GPT-2 paper, section 2.3).
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif ".ln_" in name:
+                nn.init.ones_(parameter)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) of the token after each position. Training calls `loss`, which need not keep them."""
+        return self.lm_head(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """The last hidden states (B, T, C), normed and ready for the head.
+
+        tokens: (B, T) int64. With a cache, the tokens continue those it holds, and are added to it.
+        Raises ValueError when the sequence is longer than block_size.
+        """
+        return self.transformer(tokens, cache)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of targets (B, T) given tokens (B, T); IGNORE_INDEX targets are skipped."""
+        return cross_entropy(self.hidden(tokens), self.lm_head.weight, targets)
+
+    def parameter_count(self, non_embedding: bool) -> int:
+        """Number of parameters, a tied matrix counted once.
+
+        non_embedding leaves out what is only looked up and never multiplied, as nanoGPT's get_num_params: the
+        positions, and the token embedding unless it is also the head.
+        """
+        count = sum(p.numel() for p in self.parameters())
+        if non_embedding:
+            count -= self.transformer.wpe.weight.numel()
+            if not self.config.tied_head:
+                count -= self.transformer.wte.weight.numel()
+        return count
+
+    def flops_per_token(self, T: int) -> int:
+        """Forward and backward FLOPs per trained token at sequence length T.
+
+        PaLM (arXiv:2204.02311), appendix B, as in nanoGPT's estimate_mfu: 6 N for the matrices, 12 L H D T for
+        attention. Attention is counted in full, though half of it is masked; recomputed activations are not counted.
+        """
+        L, C = self.config.n_layer, self.config.n_embd  # C = H * D
+        return 6 * self.parameter_count(non_embedding=True) + 12 * L * C * T
+
+
+class Transformer(nn.Module):
+    """Everything of GPT-2 but its head."""
+
+    def __init__(self, config: GPTConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.block_size = config.block_size
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        end = start + tokens.size(1)
+        if end > self.block_size:
+            raise ValueError(
+                f"A sequence of {end} tokens is longer than model.gpt.block_size={self.block_size}; "
+                "give shorter sequences or a larger block_size."
+            )
+        positions = torch.arange(start, end, device=tokens.device)  # (T,)
+        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache.layers[layer] if cache is not None else None)
+        return self.ln_f(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, H, D).transpose(1, 2)
+        v = v.view(B, T, H, D).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, tokens so far, D)
+        # A single query is the newest token and may see every key. Several are always as many as the keys.
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
