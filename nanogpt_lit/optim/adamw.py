@@ -1,0 +1,54 @@
+"""AdamW as nanoGPT uses it: weight decay on matrices, none on vectors."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    lr: float = 6e-4
+    """Peak learning rate, reached after warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; biases and layer norms have none."""
+    beta1: float = 0.9
+    """Decay of the running mean of the gradients."""
+    beta2: float = 0.95
+    """Decay of the running mean of their squares; small batches like it nearer to 1 (0.99)."""
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """One kernel for all (fused), one per operation (foreach), or one per tensor and operation (for-loop).
+    foreach needs a temporary as large as the parameters; the three agree only up to rounding."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0)):
+            if not low <= getattr(self, name) < high:
+                raise ValueError(f"model.optim.{name}={getattr(self, name)} is outside [0, 1); 0.9 to 0.99 is usual.")
+        if self.lr <= 0:
+            raise ValueError(f"model.optim.lr={self.lr} must be positive; GPT-2 124M trains at 6e-4.")
+        if self.weight_decay < 0:
+            raise ValueError(f"model.optim.weight_decay={self.weight_decay} must not be negative; 0.1 is usual.")
+
+
+def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+    """Two groups: tensors of two or more dimensions decay, the rest do not. A tied tensor appears once."""
+    trainable = [p for _, p in named_parameters if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: AdamWConfig) -> Optimizer:
+    return AdamW(
+        param_groups(named_parameters, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        foreach=config.implementation == "foreach",
+        fused=config.implementation == "fused",
+    )

@@ -1,0 +1,68 @@
+"""Linear warm-up, then a cosine down to a floor, counted in optimizer steps that really happened."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    warmup_steps: int = 100
+    """Optimizer steps over which the learning rate rises linearly to its peak."""
+    min_lr_ratio: float = 0.1
+    """The floor that the cosine ends at, as a fraction of the peak."""
+    total_steps: int = 1000
+    """Optimizer steps of the whole run: filled in from trainer.max_steps."""
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ValueError(
+                f"trainer.max_steps={self.total_steps} gives the learning rate no end to decay to; "
+                "set the number of optimizer steps, for example trainer.max_steps=1000."
+            )
+        if self.warmup_steps < 0:
+            raise ValueError(f"model.schedule.warmup_steps={self.warmup_steps} must not be negative; 0 means none.")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(
+                f"model.schedule.min_lr_ratio={self.min_lr_ratio} is outside [0, 1]; "
+                "0.1 ends at a tenth of the peak, 1 keeps the rate constant after warm-up."
+            )
+
+
+def warmup_cosine(step: int, config: ScheduleConfig) -> float:
+    """Learning rate of the given step (0 is the first) as a fraction of the peak, as in nanoGPT's train.py."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    done = min(1.0, (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class WarmupCosine(LambdaLR):
+    """The schedule of one run. `step()` is called once per optimizer step, by whichever loop runs.
+
+    It holds still for a step that GradScaler skipped. Lightning would advance it there and accelerate would not
+    (Lightning #5558), so the decision is taken here, where every loop passes, and not in the loops.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: ScheduleConfig) -> None:
+        self.skipped_steps = 0
+        self._step_happened = True  # LRScheduler.__init__ calls step() once, to set the rate of the first step
+        super().__init__(optimizer, lambda step: warmup_cosine(step, config))
+        self._step_happened = False
+        optimizer.register_step_post_hook(self._note_step)
+
+    def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A scaler that finds an overflow does not call step(), except on a fused optimizer: that one is always
+        # called, with the overflow flag beside it, and skips inside its kernel.
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._step_happened = found_inf is None or not found_inf.item()
+
+    def step(self, epoch: int | None = None) -> None:
+        if self._step_happened:
+            self._step_happened = False
+            super().step()
+        else:
+            self.skipped_steps += 1
