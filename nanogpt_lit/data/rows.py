@@ -1,0 +1,104 @@
+"""Documents in rows: JSON Lines, Parquet, and data sets of the Hugging Face hub, streamed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanogpt_lit.data.documents import TextDocument, UndecodableError, opened
+from nanogpt_lit.data.tokenizer import without_surrogates
+
+ROWS_AT_ONCE = 256
+
+
+def jsonl_documents(path: Path, key: str, skipped: set[str] | None) -> Iterator[TextDocument]:
+    """The text under `key` of every line; empty lines do not count.
+
+    skipped: None refuses a line that is not UTF-8; a set has its place added and the line left out.
+    Raises ValueError with file and line for one that is not JSON or has no such text.
+    """
+    offset = 0
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            where = f"data.source: {path}, line {number}"
+            offset += len(line)
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                if skipped is None:
+                    raise UndecodableError(path, offset - len(line) + error.start) from error
+                skipped.add(f"{path}, line {number}")
+                continue
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{where} is not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} is not a JSON object such as {{{json.dumps(key)}: ...}}.")
+            value = text_of(row, key, where)
+            # Only an escape can bring half a surrogate pair into JSON.
+            yield TextDocument(without_surrogates(value) if "\\u" in text else value)
+
+
+def parquet_documents(path: Path, key: str) -> Iterator[TextDocument]:
+    """The column `key`, a few rows in memory at a time. Raises ValueError without that column or without pyarrow."""
+    with _parquet(path, key) as file:
+        number = 0
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[key]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield TextDocument(text_of({key: value}, key, f"data.source: {path}, row {number}"))
+
+
+def parquet_text_bytes(path: Path, key: str) -> int:
+    """About how many bytes of text the column holds, by the file's own statistics."""
+    with _parquet(path, key) as file:
+        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        columns = (group.column(i) for group in groups for i in range(group.num_columns))
+        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == key)
+
+
+def _parquet(path: Path, key: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            f'data.source={path}: Parquet needs the package pyarrow: `pip install "nanogpt_lit[parquet]"`.'
+        ) from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"data.source: {path} is not a readable Parquet file ({error}).") from error
+    if key not in file.schema_arrow.names:
+        raise ValueError(
+            f"data.source: {path} has no column {key!r} (data.text_key); its columns: {', '.join(file.schema_arrow.names)}."
+        )
+    return file
+
+
+def hub_documents(name: str, config: str | None, key: str) -> Iterator[TextDocument]:
+    """The column `key` of the train split of a hub data set, streamed. Raises ValueError without `datasets`."""
+    source = f"data.source=hf:{name}" + (f":{config}" if config else "")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f'{source} needs the package datasets: `pip install "nanogpt_lit[hub]"`.') from error
+    try:
+        rows = load_dataset(name, config, split="train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} cannot be opened: {error}") from error
+    for number, row in enumerate(rows, 1):
+        yield TextDocument(text_of(row, key, f"{source}, row {number}"))
+
+
+def text_of(row: dict[str, Any], key: str, where: str) -> str:
+    """The text under the key. Raises ValueError naming the keys there are, or what stands there instead of text."""
+    if key not in row:
+        raise ValueError(f"{where} has no {key!r} (data.text_key); its keys: {', '.join(map(str, row)) or 'none'}.")
+    value = row[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key!r} (data.text_key) holds {type(value).__name__}, not text.")
+    return value

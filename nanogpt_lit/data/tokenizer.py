@@ -1,0 +1,273 @@
+"""Text to tokens and back: bytes, characters, or byte pairs by tiktoken.
+
+A tokenizer is also a few small text files (`files`), which lie beside the shards and inside every checkpoint, so that
+tokens are never decoded with another one than they were made with.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import tiktoken
+
+from nanogpt_lit.data.bpe import Ranks, dump_ranks, gpt2_ranks, parse_ranks
+from nanogpt_lit.data.shard_file import token_dtype
+
+EOT = "<|endoftext|>"
+"""How end-of-text is written when tokens are decoded. In a document these characters are plain text."""
+
+# How GPT-2 cuts text into words before merging, in the possessive form that tiktoken uses (no backtracking).
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_RANKS = "tokenizer.tiktoken"
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # what an id beyond the tokenizer decodes to (padded vocabularies)
+
+WHAT_WORKS = "gpt2, byte, char, bpe:N (bpe:32000 trains one on the source) or the path of a .tiktoken file"
+
+
+class Tokenizer(ABC):
+    """Encodes text to ids below `vocab_size`. `eot`, the end-of-text id, is part of the vocabulary."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, name: str, token_bytes: Sequence[bytes], eot: int) -> None:
+        self.name = name
+        self.vocab_size = len(token_bytes)
+        self.eot = eot
+        self.dtype = token_dtype(self.vocab_size)
+        self._token_bytes = token_bytes
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text, in the shards' dtype. Special tokens written in the text are plain text."""
+        try:
+            return self._encode(text)
+        except UnicodeEncodeError:  # lone surrogates, as a prompt from a terminal may hold
+            return self._encode(without_surrogates(text))
+
+    @abstractmethod
+    def _encode(self, text: str) -> np.ndarray: ...
+
+    def encode_stream(self, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:
+        """Ids of (text, whether it starts a document) one after another, `eot` before every start."""
+        eot = np.array([self.eot], dtype=self.dtype)
+        parts: list[np.ndarray] = []
+        for text, starts_document in pieces:
+            parts += [eot, self.encode(text)] if starts_document else [self.encode(text)]
+        return np.concatenate(parts)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text; bytes that are no UTF-8 and ids beyond the vocabulary become U+FFFD."""
+        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The bytes; a character may be cut at either end, so streams decode these incrementally."""
+        table, size = self._token_bytes, self.vocab_size
+        return b"".join(table[t] if 0 <= t < size else UNKNOWN for t in map(int, tokens))
+
+    def files(self) -> dict[str, str]:
+        """File name to text; `tokenizer_from_files` turns it back into this tokenizer."""
+        return {TOKENIZER_JSON: json.dumps(self._description(), indent=1) + "\n"}
+
+    def _description(self) -> dict[str, Any]:
+        return {"kind": self.kind, "name": self.name, "vocab_size": self.vocab_size, "eot": self.eot}
+
+    @property
+    def sha256(self) -> str:
+        return files_sha256(self.files())
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, then end-of-text."""
+
+    kind = "byte"
+
+    def __init__(self) -> None:
+        super().__init__("byte", [*(bytes([b]) for b in range(256)), EOT.encode()], eot=256)
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(self.dtype)
+
+
+class CharTokenizer(Tokenizer):
+    """The characters of a text in the order of their code points, then end-of-text."""
+
+    kind = "char"
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        self.characters = "".join(sorted(set(characters)))
+        super().__init__("char", [*(c.encode() for c in self.characters), EOT.encode()], eot=len(self.characters))
+        codes = [ord(c) for c in self.characters]
+        self._id_of = np.full(max(codes, default=0) + 2, -1, dtype=np.int32)  # by code point; last: no character
+        self._id_of[codes] = np.arange(len(codes))
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "CharTokenizer":
+        """The characters of these texts."""
+        seen = np.zeros(0x110000, dtype=bool)
+        for text in texts:
+            seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+        return cls(map(chr, np.flatnonzero(seen)))
+
+    def _encode(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = self._id_of[np.minimum(codes, len(self._id_of) - 1)]
+        if ids.size and ids.min() < 0:
+            unknown = chr(codes[ids.argmin()])
+            raise ValueError(
+                f"the character {unknown!r} (U+{ord(unknown):04X}) is not among the {len(self.characters)} that this "
+                "char tokenizer was made from; leave it out, or train with data.tokenizer: byte, which knows every one."
+            )
+        return ids.astype(self.dtype)
+
+    def _description(self) -> dict[str, Any]:
+        return {**super()._description(), "characters": self.characters}
+
+
+class BytePairTokenizer(Tokenizer):
+    """Byte pairs, encoded by tiktoken, which releases the interpreter lock: threads encode in parallel."""
+
+    kind = "bpe"
+
+    def __init__(self, name: str, ranks: Ranks, pattern: str, specials: Mapping[str, int]) -> None:
+        if EOT not in specials:
+            raise ValueError(f"the tokenizer {name} has no special token {EOT}; documents are separated by it.")
+        ids = [*ranks.values(), *specials.values()]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"the tokenizer {name} gives a special token the id of another token.")
+        token_bytes = [UNKNOWN] * (max(ids) + 1)
+        for token, rank in ranks.items():
+            token_bytes[rank] = token
+        for token_text, rank in specials.items():
+            token_bytes[rank] = token_text.encode()
+        super().__init__(name, token_bytes, specials[EOT])
+        self._ranks, self._pattern, self._specials = ranks, pattern, dict(specials)
+        try:
+            self._encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: self.eot}
+            )
+        except ValueError as error:
+            raise ValueError(f"the tokenizer {name} has a pattern that is not a regular expression: {error}") from error
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+
+    def encode_stream(self, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:
+        # One call for many short documents spares a wait for the interpreter lock after each of them. Where a
+        # document itself says <|endoftext|>, tiktoken could not tell the two apart.
+        if any(EOT in text for text, _ in pieces):
+            return super().encode_stream(pieces)
+        joined = "".join(EOT + text if starts_document else text for text, starts_document in pieces)
+        return self._encoding.encode_to_numpy(joined, allowed_special={EOT}).astype(self.dtype)
+
+    def files(self) -> dict[str, str]:
+        return {**super().files(), TOKENIZER_RANKS: dump_ranks(self._ranks)}
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            **super()._description(),
+            "pattern": self._pattern,
+            "specials": self._specials,
+            "ranks_sha256": hashlib.sha256(dump_ranks(self._ranks).encode()).hexdigest(),
+        }
+
+
+class GPT2Tokenizer(BytePairTokenizer):
+    """GPT-2's. Its files are one line of JSON: the ranks are rebuilt from the package, by their hash."""
+
+    kind = "gpt2"
+
+    def __init__(self) -> None:
+        super().__init__("gpt2", gpt2_ranks(), GPT2_PATTERN, {EOT: 50256})
+
+    def files(self) -> dict[str, str]:
+        return Tokenizer.files(self)
+
+
+def parse_tokenizer(value: str) -> tuple[Literal["gpt2", "byte", "char", "bpe", "file"], str]:
+    """What `data.tokenizer` asks for: (kind, the part after the colon or the path). Raises ValueError early."""
+    match value.partition(":"):
+        case ("gpt2" | "byte" | "char") as kind, "", "":
+            return kind, ""
+        case "bpe", ":", size:
+            if not size.isdecimal() or int(size) < 258:
+                raise ValueError(
+                    f"data.tokenizer={value}: the vocabulary is a number from 258 (256 bytes, end-of-text and one "
+                    "merge); bpe:32000 works."
+                )
+            return "bpe", size
+    if not value.endswith(".tiktoken"):
+        raise ValueError(f"data.tokenizer={value} is not a tokenizer; what works: {WHAT_WORKS}.")
+    if not Path(value).expanduser().is_file():
+        raise ValueError(f"data.tokenizer={value}: there is no such file; what works: {WHAT_WORKS}.")
+    return "file", value
+
+
+def tokenizer_from_file(path: Path) -> BytePairTokenizer:
+    """A user's `.tiktoken` file; the pattern and specials of FILE.json beside it, else GPT-2's ways.
+
+    Raises ValueError when either is not what it should be.
+    """
+    try:
+        ranks = parse_ranks(path.read_text(encoding="utf-8"), name=f"data.tokenizer={path}")
+        beside = path.with_suffix(".json")
+        described = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"data.tokenizer={path} cannot be read: {error}.") from error
+    if not isinstance(described, dict):
+        raise ValueError(f"{beside} must hold an object with `pattern` and `specials`.")
+    specials = described.get("specials", {EOT: max(ranks.values()) + 1})
+    return BytePairTokenizer(described.get("name", path.stem), ranks, described.get("pattern", GPT2_PATTERN), specials)
+
+
+def tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
+    """The tokenizer that `files()` described. Raises ValueError when a file is missing or altered."""
+    try:
+        described = json.loads(files[TOKENIZER_JSON])
+        match described["kind"]:
+            case "byte":
+                return ByteTokenizer()
+            case "char":
+                return CharTokenizer(described["characters"])
+            case "gpt2":
+                return GPT2Tokenizer()
+            case "bpe":
+                ranks_text = files[TOKENIZER_RANKS]
+                if hashlib.sha256(ranks_text.encode()).hexdigest() != described["ranks_sha256"]:
+                    raise ValueError(f"{TOKENIZER_RANKS} is not the one that {TOKENIZER_JSON} describes.")
+                ranks = parse_ranks(ranks_text, TOKENIZER_RANKS)
+                return BytePairTokenizer(described["name"], ranks, described["pattern"], described["specials"])
+            case kind:
+                raise ValueError(f"{TOKENIZER_JSON} describes a tokenizer of kind {kind!r}, which this version lacks.")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the tokenizer's files lack {error}; prepare the data again.") from error
+
+
+def read_tokenizer_files(folder: Path) -> dict[str, str]:
+    """The tokenizer files in a folder of prepared shards. Raises ValueError without a tokenizer.json there."""
+    try:
+        files = {TOKENIZER_JSON: _read_exactly(folder / TOKENIZER_JSON)}
+        if (folder / TOKENIZER_RANKS).is_file():
+            files[TOKENIZER_RANKS] = _read_exactly(folder / TOKENIZER_RANKS)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder} holds no readable {TOKENIZER_JSON}: {error}.") from error
+    return files
+
+
+def _read_exactly(path: Path) -> str:
+    return path.read_bytes().decode()  # bytes: no translation of line ends, which would change the hash
+
+
+def files_sha256(files: Mapping[str, str]) -> str:
+    """One hash over the names and texts of a tokenizer's files."""
+    return hashlib.sha256(json.dumps(dict(sorted(files.items()))).encode()).hexdigest()
+
+
+def without_surrogates(text: str) -> str:
+    """The text with surrogate pairs joined and lone ones replaced by U+FFFD, so that UTF-8 can hold it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
