@@ -44,12 +44,15 @@ def jsonl_documents(path: Path, key: str, skipped: set[str] | None) -> Iterator[
 
 def parquet_documents(path: Path, key: str) -> Iterator[TextDocument]:
     """The column `key`, a few rows in memory at a time. Raises ValueError without that column or without pyarrow."""
-    with _parquet(path, key) as file:
-        number = 0
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[key]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield TextDocument(text_of({key: value}, key, f"data.source: {path}, row {number}"))
+    number = 0
+    try:
+        with _parquet(path, key) as file:
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[key]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield TextDocument(text_of({key: value}, key, f"data.source: {path}, row {number}"))
+    except OSError as error:
+        raise ValueError(f"data.source: {path} cannot be read after row {number} ({error}).") from error
 
 
 def parquet_text_bytes(path: Path, key: str) -> int:
@@ -72,10 +75,9 @@ def _parquet(path: Path, key: str) -> Any:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"data.source: {path} is not a readable Parquet file ({error}).") from error
-    if key not in file.schema_arrow.names:
-        raise ValueError(
-            f"data.source: {path} has no column {key!r} (data.text_key); its columns: {', '.join(file.schema_arrow.names)}."
-        )
+    names = file.schema_arrow.names
+    if key not in names:
+        raise ValueError(f"data.source: {path} has no column {key!r} (data.text_key); its columns: {', '.join(names)}.")
     return file
 
 
@@ -88,10 +90,10 @@ def hub_documents(name: str, config: str | None, key: str) -> Iterator[TextDocum
         raise ValueError(f'{source} needs the package datasets: `pip install "nanogpt_lit[hub]"`.') from error
     try:
         rows = load_dataset(name, config, split="train", streaming=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be opened: {error}") from error
-    for number, row in enumerate(rows, 1):
-        yield TextDocument(text_of(row, key, f"{source}, row {number}"))
+        for number, row in enumerate(rows, 1):
+            yield TextDocument(text_of(row, key, f"{source}, row {number}"))
+    except OSError as error:  # no such data set, no network, a connection that broke: all are OSErrors
+        raise ValueError(f"{source} cannot be read: {error}") from error
 
 
 def text_of(row: dict[str, Any], key: str, where: str) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -127,11 +127,7 @@ class StdlibSource(FilesSource):
 
     def __init__(self) -> None:
         root = Path(sysconfig.get_path("stdlib"))
-        paths = [
-            path
-            for path in visible_files(root)
-            if path.suffix == ".py" and not NOT_STDLIB.intersection(path.relative_to(root).parts)
-        ]
+        paths = [path for path in visible_files(root, NOT_STDLIB) if path.suffix == ".py"]
         if not paths:
             raise ValueError(
                 f"data.source=stdlib: this Python has no library sources in {root}; name a file or folder."
@@ -163,15 +159,18 @@ class HubSource:
         return None
 
 
-def visible_files(root: Path) -> list[Path]:
-    """The files below a folder in the order of their relative names, nothing whose name starts with a dot."""
+def visible_files(root: Path, left_out: Collection[str] = ()) -> list[Path]:
+    """The files below a folder in the order of their relative names.
+
+    Nothing whose name starts with a dot, nothing below folders named in `left_out`.
+    """
 
     def unreadable(error: OSError) -> None:
         raise ValueError(f"data.source: {error.filename} cannot be read ({error.strerror}).") from error
 
     paths = []
     for folder, folders, names in os.walk(root, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
         paths += [Path(folder, name) for name in names if not name.startswith(".")]
     # A broken link or a pipe is no file.
     return sorted((path for path in paths if path.is_file()), key=lambda path: path.relative_to(root).as_posix())

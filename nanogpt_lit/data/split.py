@@ -44,7 +44,7 @@ class Split:
         return cls(val_fraction, by_document=True, always_val=min(hashes), always_train=max(hashes))
 
     def parts(self, document: Document) -> Iterator[tuple[Side, Iterator[str]]]:
-        """The document's text by side, each part as pieces that are to be used up before the next part. No part is empty."""
+        """The document's text by side, each part in pieces; none of them is empty."""
         if self.by_document:
             pieces = document.pieces()
             start = next(pieces, "")

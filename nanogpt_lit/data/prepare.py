@@ -1,0 +1,262 @@
+"""Text to a folder of token shards, once, and never half.
+
+The folder holds `train_000000.bin` ..., `val_000000.bin` ..., the tokenizer's files and `manifest.json`, which says
+what they were made from. It is written as FOLDER.partial and renamed when complete.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from nanogpt_lit.data.bpe import train_ranks
+from nanogpt_lit.data.encoder import encode_documents
+from nanogpt_lit.data.publish import check_replaceable, discard, partial_folder, publish, recover, write_durably
+from nanogpt_lit.data.shard_series import ShardSeries
+from nanogpt_lit.data.shards import MANIFEST, MANIFEST_FORMAT, TokenShards, read_manifest
+from nanogpt_lit.data.sources import FilesSource, Source, open_source
+from nanogpt_lit.data.split import Split, check_val_fraction
+from nanogpt_lit.data.tokenizer import (
+    EOT,
+    GPT2_PATTERN,
+    BytePairTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    files_sha256,
+    parse_tokenizer,
+    read_tokenizer_files,
+    tokenizer_from_file,
+)
+
+ESTIMATE_CHARS = 1 << 20  # text that is encoded to see how large the shards will be
+ESTIMATE_MARGIN = 1.2
+TRAINING_BYTES = 1 << 26  # text that a bpe:N vocabulary is trained on; takes about 10 bytes of memory each
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What decides the content of the shards; the fields are those of the YAML's `data` section."""
+
+    source: str = "stdlib"
+    tokenizer: str = "gpt2"
+    text_key: str = "text"
+    val_fraction: float = 0.01
+    skip_undecodable: bool = False
+
+    def __post_init__(self) -> None:
+        parse_tokenizer(self.tokenizer)
+        check_val_fraction(self.val_fraction)
+
+    def open_source(self) -> Source:
+        return open_source(self.source, self.text_key, self.skip_undecodable)
+
+    def request(self, source: Source) -> dict[str, Any]:
+        """As the manifest keeps it: the same request makes the same shards."""
+        kind, argument = parse_tokenizer(self.tokenizer)
+        return {
+            "source": source.fingerprint(),
+            "tokenizer": tokenizer_from_file(Path(argument).expanduser()).sha256 if kind == "file" else self.tokenizer,
+            "text_key": self.text_key,
+            "val_fraction": self.val_fraction,
+            "skip_undecodable": self.skip_undecodable,
+        }
+
+
+def is_current(config: PrepareConfig, folder: Path) -> bool:
+    """Whether the folder holds finished shards of exactly this request."""
+    return stale_reason(config, folder) is None
+
+
+def stale_reason(config: PrepareConfig, folder: Path) -> str | None:
+    """Why the folder has to be prepared (again), or None when it is current. Reads no text.
+
+    Raises ValueError when the source is not there.
+    """
+    return _stale_reason(config.request(config.open_source()), Path(folder))
+
+
+def _stale_reason(request: dict[str, Any], folder: Path) -> str | None:
+    if not (folder / MANIFEST).is_file():
+        return f"{folder} holds no prepared shards"
+    try:
+        manifest = read_manifest(folder)
+        for key, wanted in request.items():
+            found = manifest["request"].get(key)
+            if found != wanted:
+                return f"{folder} was prepared with another {key}: {found}, now {wanted}"
+        for side in ("train", "val"):
+            TokenShards.open(folder, side)
+        if files_sha256(read_tokenizer_files(folder)) != manifest["tokenizer"]["sha256"]:
+            return f"the tokenizer in {folder} is not the one its shards were made with"
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"{folder / MANIFEST} lacks or garbles {error}"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def prepare(config: PrepareConfig, folder: Path, *, show_progress: bool = True) -> dict[str, Any]:
+    """Make the folder hold the shards of this request, and return its manifest; nothing to do when it does already.
+
+    Safe against interruption at any moment and against other processes doing the same: one works, the others wait.
+    Raises ValueError for anything that is wrong with the source, the tokenizer, the folder or the disk.
+    """
+    folder = Path(folder).resolve()
+    source = config.open_source()
+    request = config.request(source)
+    if _stale_reason(request, folder) is None:
+        return read_manifest(folder)
+    if isinstance(source, FilesSource) and folder.is_relative_to(source.root.resolve()):
+        raise ValueError(f"data.shards_dir={folder} lies inside data.source={config.source}; shards are not text.")
+    split = Split.plan(source, config.val_fraction)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder, show_progress):
+            recover(folder)
+            if _stale_reason(request, folder) is not None:
+                check_replaceable(folder)
+                _prepare(config, source, request, split, folder, show_progress)
+            return read_manifest(folder)
+    except OSError as error:  # those of reading the source are ValueErrors already
+        raise ValueError(f"data.shards_dir={folder} cannot be written ({error.strerror or error}).") from error
+
+
+def summary(manifest: dict[str, Any], folder: Path) -> str:
+    """One line about prepared shards."""
+    splits = manifest["splits"]
+    documents = sum(split["documents"] for split in splits.values())
+    skipped = f", {manifest['skipped']:,} skipped as undecodable" if manifest["skipped"] else ""
+    return (
+        f"{splits['train']['tokens']:,} tokens to train on and {splits['val']['tokens']:,} to validate on "
+        f"({manifest['tokenizer']['name']}, {documents:,} documents{skipped}) in {folder}"
+    )
+
+
+@contextmanager
+def _alone(folder: Path, show_progress: bool) -> Iterator[None]:
+    """Holds the folder's lock, which the system takes back when a process dies."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if show_progress:
+            tqdm.write(f"another process prepares {folder}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(
+    config: PrepareConfig, source: Source, request: dict[str, Any], split: Split, folder: Path, show_progress: bool
+) -> None:
+    tokenizer = make_tokenizer(config, source, split, show_progress)
+    check_room(folder, source, tokenizer)
+    partial = partial_folder(folder)
+    partial.mkdir()
+    try:
+        splits = _write_shards(source, split, tokenizer, partial, show_progress)
+        manifest = {
+            "format": MANIFEST_FORMAT,
+            "source": config.source,
+            "request": request,
+            "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
+            "dtype": tokenizer.dtype.name,
+            "skipped": len(source.skipped),
+            "splits": splits,
+        }
+        for name, text in tokenizer.files().items():
+            write_durably(partial / name, text)
+        write_durably(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        publish(partial, folder)
+    except BaseException:
+        discard(partial)
+        raise
+
+
+def make_tokenizer(config: PrepareConfig, source: Source, split: Split, show_progress: bool = False) -> Tokenizer:
+    """The tokenizer of the request; `char` and `bpe:N` read the source for it."""
+    match parse_tokenizer(config.tokenizer):
+        case "byte", _:
+            return ByteTokenizer()
+        case "gpt2", _:
+            return GPT2Tokenizer()
+        case "char", _:
+            # Of train and val: nanoGPT does the same, and a character unknown in val could not be encoded at all.
+            return CharTokenizer.of(piece for document in source.documents() for piece in document.pieces())
+        case "bpe", size:
+            show_progress = show_progress and sys.stderr.isatty()
+            ranks = train_ranks(training_text(source, split), int(size) - 1, show_progress)  # one id for end-of-text
+            return BytePairTokenizer(config.tokenizer, ranks, GPT2_PATTERN, {EOT: len(ranks)})
+        case _, path:
+            return tokenizer_from_file(Path(path).expanduser())
+
+
+def training_text(source: Source, split: Split, budget: int = TRAINING_BYTES) -> Iterator[str]:
+    """About `budget` bytes of the train side, spread evenly over the source; its beginning when its size is unknown."""
+    share = min(1.0, budget / max(1, source.text_bytes() or 1))
+    due, taken = 0.0, 0
+    for document in source.documents():
+        for side, pieces in split.parts(document):
+            if side == "val":
+                continue
+            for piece in pieces:
+                due += len(piece) * share
+                if taken < due:
+                    taken += len(piece)
+                    yield piece
+                if taken >= budget:
+                    return
+
+
+def check_room(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
+    """Raises ValueError when the shards will hardly fit on the disk, judged by the first megabyte of text."""
+    text_bytes = source.text_bytes()
+    if text_bytes is None:
+        return
+    sample = ""
+    for document in source.documents():
+        for piece in document.pieces():
+            sample += piece
+            if len(sample) >= ESTIMATE_CHARS:
+                break
+        if len(sample) >= ESTIMATE_CHARS:
+            break
+    tokens_per_byte = len(tokenizer.encode(sample)) / len(sample.encode())
+    needed = int(text_bytes * tokens_per_byte * tokenizer.dtype.itemsize * ESTIMATE_MARGIN)
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise ValueError(
+            f"data.shards_dir={folder} needs about {needed / 1e9:,.1f} GB for the shards, the disk has "
+            f"{free / 1e9:,.1f} GB free; make room, or name a folder on another disk."
+        )
+
+
+def _write_shards(
+    source: Source, split: Split, tokenizer: Tokenizer, folder: Path, show_progress: bool
+) -> dict[str, dict[str, Any]]:
+    """The manifest's `splits`. The bar is silent where nobody watches (stderr is no terminal)."""
+    text_bytes, text_done = source.text_bytes(), 0
+    with (
+        tqdm(unit="tok", unit_scale=True, desc="prepare", disable=None if show_progress else True) as bar,
+        ShardSeries(folder, "train", tokenizer.vocab_size) as train,
+        ShardSeries(folder, "val", tokenizer.vocab_size) as val,
+    ):
+        for batch in encode_documents(source.documents(), split, tokenizer):
+            (train if batch.side == "train" else val).write(batch)
+            text_done += batch.text_bytes
+            if text_bytes:  # what there is, at the tokens per byte so far: gives the time of arrival
+                bar.total = max(bar.n, int((bar.n + len(batch.tokens)) * max(1.0, text_bytes / max(1, text_done))))
+            bar.update(len(batch.tokens))
+        bar.total = bar.n
+        return {"train": train.close(), "val": val.close()}

@@ -1,0 +1,85 @@
+"""A folder that appears whole: written aside, then renamed into place, whatever stops the program in between.
+
+FOLDER.partial is being written; FOLDER.old is the previous one between the two renames.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from nanogpt_lit.data.shards import MANIFEST
+from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, TOKENIZER_RANKS
+
+OURS = re.compile(
+    rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER_JSON)}|{re.escape(TOKENIZER_RANKS)}|(train|val)_\d+\.bin"
+)
+
+
+def partial_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def old_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+def recover(folder: Path) -> None:
+    """Undo what a killed process left: the previous folder comes back, half-written ones go."""
+    old = old_folder(folder)
+    if old.exists():
+        if folder.exists():
+            discard(old)
+        else:
+            old.replace(folder)
+    discard(partial_folder(folder))
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError unless the folder is missing, empty, or holds our files and nothing else."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"data.shards_dir={folder} is a file; name a folder.")
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if name not in NAMES and not SHARD_NAME.fullmatch(name)]
+    if names and (foreign or MANIFEST not in names):
+        raise ValueError(
+            f"data.shards_dir={folder} holds files that this program did not write ({(foreign or names)[0]}); "
+            "name another folder, or empty this one."
+        )
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Put `partial`, whose files are on the disk, in the place of `folder`."""
+    sync_folder(partial)
+    if folder.exists():
+        folder.replace(old_folder(folder))
+    partial.replace(folder)
+    sync_folder(folder.parent)
+    discard(old_folder(folder))
+
+
+def discard(folder: Path) -> None:
+    if folder.exists():
+        # Without its manifest first: a deletion cut short must not leave something that looks finished.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """The text as it is (no translation of line ends), on the disk when this returns."""
+    with path.open("wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """The folder's entries on the disk. Windows has no such call and needs none."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
