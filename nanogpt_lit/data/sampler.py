@@ -58,10 +58,12 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 def windows_in(n_tokens: int, block_size: int, split: str) -> int:
     """How many windows lie side by side in the stream. Raises ValueError when not even one fits."""
     if n_tokens <= block_size:
-        shorter = f"data.block_size={n_tokens - 1} or less works, so does more text" if n_tokens > 1 else "add text"
+        works = "more text" if split == "train" else "more text or a larger data.val_fraction"
+        if n_tokens > 1:
+            works = f"data.block_size={n_tokens - 1} or less, or {works}"
         raise ValueError(
-            f"data.block_size={block_size} is a block longer than the shards: it needs {block_size + 1} tokens, "
-            f"the split {split!r} has {n_tokens}; {shorter}."
+            f"data.block_size={block_size} is a block longer than the shards: it needs {block_size + 1:,} tokens, "
+            f"the split {split!r} has {n_tokens:,}; what works: {works}."
         )
     return (n_tokens - 1) // block_size
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from nanogpt_lit.data.shard_file import ShardFile, ShardWriter, is_llmc, token_dtype
 
-__all__ = ["MANIFEST", "ShardWriter", "TokenShards", "read_manifest", "ready_format", "token_dtype"]
+__all__ = ["MANIFEST", "MANIFEST_FORMAT", "ShardWriter", "TokenShards", "read_manifest", "ready_format", "token_dtype"]
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -165,7 +165,7 @@ class TokenShards:
         return k, position - self.starts[k]
 
     def check_vocabulary(self, vocab_size: int, cache: Path | None = None) -> None:
-        """Raises ValueError unless every token id is below `vocab_size`, the size of a model's vocabulary.
+        """Raises ValueError unless every token id is below `vocab_size`, the tokenizer's.
 
         Ours say it in the header. Foreign files are scanned once, in one pass; `cache` (a JSON file) keeps each
         one's largest id for as long as its name, size and time of change stay.
@@ -173,8 +173,8 @@ class TokenShards:
         for file, needed in zip(self.files, self._vocabularies(cache), strict=True):
             if needed > vocab_size:
                 raise ValueError(
-                    f"{file.path} needs a vocabulary of {needed}, the model has model.gpt.vocab_size={vocab_size}; "
-                    f"{needed} or more works."
+                    f"{file.path} needs a vocabulary of {needed}, its tokenizer has {vocab_size}; set data.tokenizer "
+                    "to the one these tokens were made with."
                 )
         if self.vocab_size is None:
             self.vocab_limit = vocab_size

@@ -1,0 +1,244 @@
+"""Shards to batches, for Lightning's Trainer and for any other loop."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nanogpt_lit.data.prepare import PrepareConfig, prepare, stale_reason, summary
+from nanogpt_lit.data.sampler import BatchOrder, Position, ValidationOrder, windows_in
+from nanogpt_lit.data.shards import TokenShards, read_manifest, ready_format
+from nanogpt_lit.data.tokenizer import (
+    ByteTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    files_sha256,
+    parse_tokenizer,
+    read_tokenizer_files,
+    tokenizer_from_file,
+    tokenizer_from_files,
+)
+
+SPLITS = ("train", "val")
+ORDER_FIELDS = ("seed", "block_size", "batch_size")
+"""What the order of samples is a function of, besides the text and the number of processes."""
+
+Batch = tuple[Tensor, Tensor]
+
+
+class TokenWindows(Dataset[Batch]):
+    """Windows of a split, a whole batch at a time: tokens and targets, (B, T) int64 each."""
+
+    def __init__(self, shards: TokenShards, block_size: int) -> None:
+        self.shards = shards
+        self.block_size = block_size
+
+    def __getitems__(self, starts: list[int]) -> Batch:
+        windows = torch.from_numpy(self.shards.read_windows(starts, self.block_size + 1))  # (B, T+1)
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def already_stacked(batch: Batch) -> Batch:
+    """The collate_fn: batches come stacked. A function of the module, because workers receive it by pickle."""
+    return batch
+
+
+class TokenDataModule(LightningDataModule):
+    """Text to token shards to batches.
+
+    Args:
+        source: What to train on: `stdlib` (the source of Python's own standard library), a file or folder of text,
+            Markdown, source code, JSON Lines or Parquet, `hf:OWNER/NAME` (a Hugging Face dataset), or a folder of
+            ready shards (ours, nanoGPT's train.bin and val.bin, llm.c's).
+        tokenizer: `gpt2`, `byte`, `char`, a `.tiktoken` file, or `bpe:N`, which trains a vocabulary of N on the source.
+        text_key: The field or column of JSON Lines and Parquet that holds the text.
+        val_fraction: Share of the documents kept for validation, above 0 and below 1.
+        skip_undecodable: Leave out files that are not valid UTF-8, instead of stopping at the first.
+        shards_dir: Folder of the shards; by default `shards` in trainer.default_root_dir.
+        block_size: Tokens per sequence.
+        batch_size: Sequences per micro-batch.
+        num_workers: Processes that read ahead of training. 0 reads in the training process, which takes about 0.05 ms
+            a batch; more helps where the disk is slow.
+        seed: Decides the order of samples, and nothing else.
+    """
+
+    def __init__(
+        self,
+        source: str = "stdlib",
+        tokenizer: str = "gpt2",
+        text_key: str = "text",
+        val_fraction: float = 0.01,
+        skip_undecodable: bool = False,
+        shards_dir: str | None = None,
+        block_size: int = 1024,
+        batch_size: int = 4,
+        num_workers: int = 0,
+        seed: int = 1337,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("block_size", block_size, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name}={value} must be at least {least}.")
+        self.prepare_config = PrepareConfig(source, tokenizer, text_key, val_fraction, skip_undecodable)
+        self.shards_dir = Path(shards_dir or "shards")
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.position: Position | None = None
+        """For a loop other than Lightning's Trainer, which sets it before it asks for a loader."""
+        self._shards: dict[str, TokenShards] = {}
+
+    # Text to shards.
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards are: data.source itself when it holds ready ones."""
+        source = Path(self.prepare_config.source)
+        return source if ready_format(source) else self.shards_dir
+
+    def prepare_data(self) -> None:
+        """Make the shards when they are missing or were made from something else, and check them."""
+        if self.folder == self.shards_dir:
+            self._prepare()
+        for split in SPLITS:
+            self._open(split)
+
+    def _prepare(self) -> None:
+        reason = stale_reason(self.prepare_config, self.shards_dir)
+        if reason is None:
+            return
+        speaks = rank_zero_only.rank == 0
+        if speaks:
+            print(f"data: {reason}; preparing", flush=True)
+        manifest = prepare(self.prepare_config, self.shards_dir, show_progress=speaks)
+        if speaks:
+            print(f"data: {summary(manifest, self.shards_dir)}", flush=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        self._shards = {split: self._open(split) for split in SPLITS}
+
+    def _open(self, split: str) -> TokenShards:
+        shards = TokenShards.open(self.folder, split)
+        # Foreign shards are scanned for their largest id; the result stays with us, their folder may be read-only.
+        shards.check_vocabulary(self.vocab_size, cache=self.shards_dir / "largest_ids.json")
+        windows_in(len(shards), self.block_size, split)
+        return shards
+
+    # The vocabulary.
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the shards were made with, once they are there."""
+        if ready_format(self.folder) in ("nanogpt", "llm.c"):
+            return self._tokenizer_of_foreign_shards()
+        files = read_tokenizer_files(self.folder)
+        if files_sha256(files) != read_manifest(self.folder).get("tokenizer", {}).get("sha256"):
+            raise ValueError(f"the tokenizer in {self.folder} is not the one its shards were made with; prepare again.")
+        return tokenizer_from_files(files)
+
+    def _tokenizer_of_foreign_shards(self) -> Tokenizer:
+        kind, argument = parse_tokenizer(self.prepare_config.tokenizer)
+        if kind == "gpt2":
+            return GPT2Tokenizer()
+        if kind == "byte":
+            return ByteTokenizer()
+        if kind == "file":
+            return tokenizer_from_file(Path(argument))
+        raise ValueError(
+            f"data.tokenizer={self.prepare_config.tokenizer} is made from text, but data.source={self.folder} holds "
+            "tokens; name the tokenizer they were made with: gpt2, byte or a .tiktoken file."
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def check_vocabulary(self, model_vocab_size: int) -> None:
+        """Raises ValueError when the data has ids that the model lacks."""
+        if model_vocab_size < self.vocab_size:
+            raise ValueError(
+                f"model.gpt.vocab_size={model_vocab_size} is smaller than the {self.vocab_size} of the tokenizer "
+                f"{self.tokenizer.name}; {self.vocab_size} or more works, or leave it out."
+            )
+
+    # Shards to batches.
+
+    def _current_position(self) -> Position:
+        if self.position is not None:
+            return self.position
+        if self.trainer is None:
+            return Position()
+        trainer = self.trainer
+
+        def batches_done() -> int:
+            # `processed`, of the Trainer's counts, is right also in a checkpoint that was saved inside a batch: `ready`
+            # counts the batch that was interrupted, `completed` lacks the one whose on_train_batch_end saves.
+            return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+        return Position(trainer.global_rank, trainer.world_size, batches_done)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Endless: trainer.max_steps ends a run."""
+        shards = self._shards["train"]
+        order = BatchOrder(len(shards), self.block_size, self.batch_size, self.seed, self._current_position())
+        return self._loader(shards, order, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Every window of the validation split once, read in this process: workers would idle between validations."""
+        shards, position = self._shards["val"], self._current_position()
+        order = ValidationOrder(len(shards), self.block_size, self.batch_size, position.rank, position.world)
+        return self._loader(shards, order, num_workers=0)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The validation split: there is no third one, and none is held back from the user."""
+        return self.val_dataloader()
+
+    def _loader(self, shards: TokenShards, order: Sampler[list[int]], num_workers: int) -> DataLoader[Batch]:
+        return DataLoader(
+            TokenWindows(shards, self.block_size),
+            batch_sampler=order,
+            collate_fn=already_stacked,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Every iterator of a DataLoader draws a number. From a generator of its own, or dropout would depend on
+            # how often a loop starts one.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    # What a checkpoint keeps.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokenizer, and what the order of samples follows from; a resumed loop brings its own count of batches."""
+        return {
+            "tokenizer": self.tokenizer.files(),
+            "batches": self._current_position().batches_done(),
+            **{name: getattr(self, name) for name in ORDER_FIELDS},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError for a checkpoint whose token ids mean something else."""
+        if files_sha256(state_dict["tokenizer"]) != self.tokenizer.sha256:
+            raise ValueError(
+                f"the checkpoint was trained with another tokenizer than {self.tokenizer.name} in {self.folder}; "
+                "use the data.source and data.tokenizer it was trained with."
+            )
+        fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        for name in ORDER_FIELDS if fitting else ():
+            saved, here = state_dict[name], getattr(self, name)
+            if saved != here:
+                rank_zero_warn(
+                    f"data.{name} was {saved} and is {here}: the run goes on in another order of samples, which may "
+                    "repeat or leave out some of this epoch."
+                )
