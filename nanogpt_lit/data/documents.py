@@ -73,12 +73,14 @@ class FileDocument:
             size = file.seek(0, io.SEEK_END)
             cut = int(size * (1 - tail))
             file.seek(cut)
-            after = file.read(CUT_LOOKBACK)
-        line_start = cut + after.find(b"\n") + 1
-        if cut < line_start < size:
-            cut = line_start
-        else:  # at least not inside a character: its second to fourth bytes are 0b10......
-            cut += next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), 0)
+            line_start = cut + file.read(CUT_LOOKBACK).find(b"\n") + 1
+            if cut < line_start < size:
+                cut = line_start
+            else:  # at least not inside a character, whose second to fourth bytes are 0b10......
+                start = max(0, cut - 3)
+                file.seek(start)
+                around = file.read(cut + 1 - start)
+                cut = next((start + i for i in reversed(range(len(around))) if around[i] & 0xC0 != 0x80), cut)
         return type(self)(self.path, 0, cut), type(self)(self.path, cut)
 
     def check_decodable(self) -> None:

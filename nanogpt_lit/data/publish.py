@@ -11,9 +11,8 @@ from pathlib import Path
 from nanogpt_lit.data.shards import MANIFEST
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, TOKENIZER_RANKS
 
-OURS = re.compile(
-    rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER_JSON)}|{re.escape(TOKENIZER_RANKS)}|(train|val)_\d+\.bin"
-)
+NAMES = {MANIFEST, TOKENIZER_JSON, TOKENIZER_RANKS}
+SHARD_NAME = re.compile(r"(train|val)_\d+\.bin")
 
 
 def partial_folder(folder: Path) -> Path:
