@@ -43,8 +43,14 @@ class TokenWindows(Dataset[Batch]):
         windows = torch.from_numpy(self.shards.read_windows(starts, self.block_size + 1))  # (B, T+1)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
+    def __len__(self) -> int:
+        # Asked by Lightning's distributed sampler alone.
+        raise ValueError(
+            "trainer.use_distributed_sampler=true would deal out samples that are dealt out already; set it to false."
+        )
 
-def already_stacked(batch: Batch) -> Batch:
+
+def already_stacked(batch: Any) -> Batch:
     """The collate_fn: batches come stacked. A function of the module, because workers receive it by pickle."""
     return batch
 
@@ -102,14 +108,19 @@ class TokenDataModule(LightningDataModule):
     # Text to shards.
 
     @property
+    def _source_folder(self) -> Path | None:
+        """data.source when it holds ready shards."""
+        source = Path(self.prepare_config.source).expanduser()
+        return source if ready_format(source) else None
+
+    @property
     def folder(self) -> Path:
-        """Where the shards are: data.source itself when it holds ready ones."""
-        source = Path(self.prepare_config.source)
-        return source if ready_format(source) else self.shards_dir
+        """Where the shards are, or will be."""
+        return self._source_folder or self.shards_dir
 
     def prepare_data(self) -> None:
         """Make the shards when they are missing or were made from something else, and check them."""
-        if self.folder == self.shards_dir:
+        if self._source_folder is None:
             self._prepare()
         for split in SPLITS:
             self._open(split)
@@ -118,7 +129,7 @@ class TokenDataModule(LightningDataModule):
         reason = stale_reason(self.prepare_config, self.shards_dir)
         if reason is None:
             return
-        speaks = rank_zero_only.rank == 0
+        speaks = getattr(rank_zero_only, "rank", 0) == 0
         if speaks:
             print(f"data: {reason}; preparing", flush=True)
         manifest = prepare(self.prepare_config, self.shards_dir, show_progress=speaks)
