@@ -1,0 +1,57 @@
+"""`python -m nanogpt_lit COMMAND`. Light commands answer at once: torch is imported when there is work for it."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+COMMANDS = {
+    "fit": ("nanogpt_lit.cli:run", "train, from text or from a checkpoint"),
+    "validate": ("nanogpt_lit.cli:run", "validation loss and perplexity of a checkpoint"),
+    "test": ("nanogpt_lit.cli:run", "the same on the test set, which is the validation set unless you bring one"),
+    "prepare": ("nanogpt_lit.commands:prepare", "text to token shards; fit does it by itself when they are missing"),
+    "generate": ("nanogpt_lit.commands:generate", "text from a checkpoint, streamed as it is made"),
+}
+
+HELP = "\n".join(
+    [
+        "usage: python -m nanogpt_lit COMMAND [--help] ...",
+        "",
+        "Train a GPT-2-class NanoGPT on a 4 GB laptop.",
+        "",
+        *(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "Start with: python -m nanogpt_lit fit --config configs/quickstart.yaml",
+    ]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, or 2 with one sentence for something the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        print(f"error: there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    module_name, _, function_name = COMMANDS[arguments[0]][0].partition(":")
+    try:
+        command: Callable[[list[str]], int] = getattr(import_module(module_name), function_name)
+        return command(arguments)
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and not raised_by_us(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether a file of this package raised the error: then it is a sentence for the user, and no defect."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

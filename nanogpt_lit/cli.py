@@ -1,0 +1,264 @@
+"""One YAML, one parser: the LightningCLI behind `fit`, `validate` and `test`, and what scripts read the YAML with."""
+
+import difflib
+import logging
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
+from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
+from nanogpt_lit.loops.lightning_precision import precision_plugin
+from nanogpt_lit.loops.machine import device_name, device_type, unused_card, usable_precision
+from nanogpt_lit.loops.report import closing_table
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.optim.adamw import AdamWConfig
+from nanogpt_lit.optim.schedule import ScheduleConfig
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "runs",
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    # The order of samples is endless and already split by rank (data/sampler.py): there is no epoch to wait for, and
+    # Lightning's own sampler would replay or skip samples after a resume.
+    "use_distributed_sampler": False,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1000,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+
+
+def run(arguments: list[str]) -> int:
+    """`fit`, `validate` and `test`; arguments begin with the command. Returns the exit code."""
+    quiet_lightning()
+    NanoGPTCLI(args=arguments)
+    return 0
+
+
+def prepare(arguments: list[str]) -> int:
+    """`prepare`: the YAML and the options of fit."""
+    quiet_lightning()
+    ConfigOnlyCLI(args=arguments, run=False).prepare_data()
+    return 0
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one sentence; the usage of fit alone would fill two screens."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        sentence = " ".join(message.split())
+        unknown = re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.-]+)", sentence)
+        if unknown:
+            key = unknown[1] or unknown[2]
+            sentence = f"there is no option {key}"
+            nearest = difflib.get_close_matches(key, [action.dest for action in parser._actions], n=1)
+            if nearest:
+                sentence += f"; did you mean {nearest[0]}?"
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the run's full configuration in its folder, as config.yaml, and in TensorBoard's TEXT tab."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        add_text(trainer, "config", self.parser.dump(self.config, skip_none=False))
+
+
+class NanoGPTCLI(LightningCLI):
+    """`LitNanoGPT`, `TokenDataModule` and a Trainer from one YAML.
+
+    A number that would have to be written twice is written once: data.block_size gives model.gpt.block_size,
+    trainer.max_steps gives model.schedule.total_steps, and the tokenizer gives model.gpt.vocab_size.
+    """
+
+    def __init__(self, args: list[str], run: bool = True) -> None:
+        # Field docstrings become --help.
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        self.meter = StepMeter()
+        self.validations = ValidationRecord()
+        super().__init__(
+            LitNanoGPT,
+            TokenDataModule,
+            save_config_callback=SaveConfig if run else None,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=1337,
+            parser_kwargs={"allow_abbrev": False},
+            parser_class=Parser,
+            args=args,
+            run=run,
+            auto_configure_optimizers=False,
+            # A checkpoint keeps plain dicts of our own (module.py), not Lightning's recipe for building classes.
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        inherited = LightningCLI.subcommands()
+        return {name: inherited[name] for name in ("fit", "validate", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.block_size", "model.gpt.block_size")
+        parser.link_arguments("trainer.max_steps", "model.schedule.total_steps")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint's settings override the YAML and the command line; here the user has the word.
+
+        The network must be the checkpoint's: LitNanoGPT.on_load_checkpoint refuses another.
+        """
+
+    @property
+    def settings(self) -> Namespace:
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    # From text to a Trainer.
+
+    def before_instantiate_classes(self) -> None:
+        settings = self.settings
+        # What checks itself at construction is built here first, so that a mistake is named before the data is made.
+        GPTConfig(**settings.model.gpt)
+        AdamWConfig(**settings.model.optim)
+        ScheduleConfig(**settings.model.schedule)
+        if sentence := unused_card():
+            rank_zero_print(sentence)
+        self.device = device_type(settings.trainer.accelerator)
+        precision = settings.trainer.precision or "32-true"
+        settings.trainer.precision = usable_precision(precision, self.device)
+        if settings.trainer.precision != precision:
+            rank_zero_print(f"precision: {precision} needs a GPU and there is none, training in 32-true")
+        datamodule = self.prepare_data()
+        if settings.model.gpt.vocab_size is None:
+            settings.model.gpt.vocab_size = datamodule.vocab_size
+        datamodule.check_vocabulary(settings.model.gpt.vocab_size)
+
+    def prepare_data(self) -> TokenDataModule:
+        """Text to shards, when they are missing or were made from something else."""
+        settings = self.settings
+        if settings.data.shards_dir is None:
+            settings.data.shards_dir = str(Path(settings.trainer.default_root_dir) / "shards")
+        datamodule = TokenDataModule(**settings.data)
+        datamodule.prepare_data()
+        return datamodule
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self._get(self.config_init, "trainer")
+        plugin = precision_plugin(trainer.precision, self.device)
+        # Sharded strategies bring precision plugins of their own.
+        if plugin is not None and trainer.strategy in ("auto", "ddp") and not trainer.plugins:
+            kwargs |= {"plugins": [plugin], "precision": None}
+        if self.subcommand != "fit":
+            # Only a fit makes a run: the others leave no folder behind.
+            self.save_config_callback = None
+            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+        if trainer.logger in (None, True):
+            # An empty name and no version: the run is default_root_dir/version_N, checkpoints and all.
+            kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, name="", default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs, callbacks=self._callbacks(trainer))
+
+    def _callbacks(self, trainer: Namespace) -> list[Callback]:
+        """The YAML's callbacks and those of every run; one of the YAML's takes the place of ours of the same kind."""
+        callbacks: list[Callback] = list(trainer.callbacks or [])
+        callbacks.append(TrainingCurves(self.meter, self.validations))
+        if not any(isinstance(callback, TextSamples) for callback in callbacks):
+            callbacks.append(TextSamples())
+        if trainer.enable_progress_bar is not False:
+            callbacks.append(StepProgressBar(self.meter, self.validations))
+        if trainer.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            at_validation: dict[str, Any] = {"save_on_train_epoch_end": False, "enable_version_counter": False}
+            callbacks.append(ModelCheckpoint(filename="best", monitor="val/loss", **at_validation))
+            callbacks.append(ModelCheckpoint(filename="last", **at_validation))
+        return callbacks
+
+    # What the user reads.
+
+    def before_fit(self) -> None:
+        gpt, trainer, data = self.model.gpt, self.trainer, self.datamodule
+        batches_per_step = trainer.accumulate_grad_batches * trainer.world_size
+        tokens_per_step = batches_per_step * data.batch_size * data.block_size
+        rank_zero_print(
+            f"network: {gpt.parameter_count(non_embedding=False):,} parameters, {trainer.precision} on "
+            f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}\n"
+            f"step: {batches_per_step} x {data.batch_size} x {data.block_size} = {tokens_per_step:,} tokens\n"
+            f"run: {relative_to_here(trainer.log_dir or trainer.default_root_dir)}, seed {self.settings.seed_everything}"
+        )
+        self._started_s = time.monotonic()
+
+    def after_fit(self) -> None:
+        trainer = self.trainer
+        sample = next((c.latest for c in trainer.callbacks if isinstance(c, TextSamples)), None)
+        saved = {c.filename or "": c.best_model_path for c in trainer.checkpoint_callbacks}
+        rank_zero_print(
+            closing_table(
+                steps=trainer.global_step,
+                elapsed_s=time.monotonic() - self._started_s,
+                meter=self.meter,
+                validations=self.validations,
+                sample=sample,
+                checkpoints={name: relative_to_here(path) for name, path in saved.items()},
+                run_folder=Path(relative_to_here(trainer.log_dir or trainer.default_root_dir)),
+            )
+        )
+
+    def before_validate(self) -> None:
+        self.config_init[self.subcommand].verbose = False  # our line says it, with the perplexity
+
+    before_test = before_validate
+
+    def after_validate(self) -> None:
+        self._print_loss("validation loss", "val/loss")
+
+    def after_test(self) -> None:
+        self._print_loss("test loss", "test/loss")
+
+    def _print_loss(self, name: str, metric: str) -> None:
+        loss = float(self.trainer.callback_metrics[metric])
+        rank_zero_print(f"{name} {loss:.4f}, perplexity {perplexity(loss):.2f}")
+
+
+class ConfigOnlyCLI(NanoGPTCLI):
+    """The same parser and the same links, with nothing built: for what needs the settings and no Trainer."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def quiet_lightning() -> None:
+    """Leaves out what does not concern this run; our own lines say which device, precision and seed it has."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # a window is a copy out of a memory map: workers would only cost
+        ".*LightningCLI's args parameter is intended.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # validating needs none of them
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+@rank_zero_only
+def rank_zero_print(text: str) -> None:
+    print(text, flush=True)
+
+
+def relative_to_here(path: str) -> str:
+    """The path as a user would type it: relative when it is below the current folder."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -1,0 +1,70 @@
+"""The commands that need no Trainer: their arguments, and what they print. They import torch late."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def generate(arguments: list[str]) -> int:
+    """`generate --ckpt FILE --prompt TEXT`: streams text to standard output."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanogpt_lit generate",
+        description="Text from a checkpoint, streamed as it is made. The tokenizer is the checkpoint's own.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint that fit wrote")
+    parser.add_argument("--prompt", default="", help="how the text begins; empty begins a new document")
+    parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="tokens to make (500)")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to make (1)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is the likeliest token, 1 as trained (0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that together have P")
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text (1337)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
+    options = parser.parse_args(arguments[1:])
+    if options.num_samples < 1:
+        raise ValueError(f"--num-samples={options.num_samples} must be at least 1.")
+
+    import torch
+
+    from nanogpt_lit.checkpoint.load import load_network
+    from nanogpt_lit.sampling import continue_text
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpt, tokenizer = load_network(options.ckpt, device)
+    for sample in range(options.num_samples):
+        pieces = continue_text(
+            gpt,
+            tokenizer,
+            options.prompt,
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed + sample,
+        )
+        if sample:
+            print("\n" + "-" * 20)
+        sys.stdout.write(options.prompt)
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+    return 0
+
+
+def prepare(arguments: list[str]) -> int:
+    """`prepare --config FILE`: what fit does first, by itself."""
+    if set(arguments[1:]) & {"-h", "--help"}:
+        print(
+            "usage: python -m nanogpt_lit prepare --config FILE [--data.source TEXT] [--data.KEY VALUE ...]\n\n"
+            "Turns the text of data.source into token shards in data.shards_dir, as fit does when they are missing.\n"
+            "Takes every option of fit, so that both read the same YAML; `fit --help` lists them."
+        )
+        return 0
+
+    from nanogpt_lit.cli import prepare
+
+    return prepare(arguments[1:])

@@ -1,0 +1,130 @@
+"""The numbers behind the curves, counted alike by every loop."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MIB = 2**20
+
+
+class StepMeter:
+    """Adds up micro-batches into optimizer steps and steps into curves.
+
+    A loop calls `add_batch` after each micro-batch, `end_step` after each optimizer step, and `curves` when it
+    wants the numbers. Losses stay on their device until then: no micro-batch waits for the card.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.tokens = 0
+        """Tokens trained on since the run began, over all processes and all resumes."""
+        self.loss: Tensor | None = None
+        """Mean loss of the last whole accumulation window, a scalar on the training device."""
+        self.tokens_per_s: float | None = None
+        """Over the steps between the last two calls of `curves`, without validation, sampling and saving."""
+        self.drawn_loss: float | None = None
+        """The loss that `curves` read last: reading it again costs no wait."""
+        self._window_loss: Tensor | None = None
+        self._clock = clock
+        self._counting_since_s: float | None = None
+        self._interval_tokens = 0
+        self._interval_s = 0.0
+
+    def start(self) -> None:
+        """The clock of tokens_per_s runs from here until `pause`."""
+        self._counting_since_s = self._clock()
+
+    def pause(self) -> None:
+        if self._counting_since_s is not None:
+            self._interval_s += self._clock() - self._counting_since_s
+            self._counting_since_s = None
+
+    def add_batch(self, loss_share: Tensor, tokens: int) -> None:
+        """loss_share: the micro-batch's mean loss divided by the accumulation; tokens: of all processes together."""
+        share = loss_share.detach()
+        self._window_loss = share if self._window_loss is None else self._window_loss + share
+        self.tokens += tokens
+        self._interval_tokens += tokens
+
+    def end_step(self) -> None:
+        self.loss, self._window_loss = self._window_loss, None
+
+    def curves(
+        self,
+        *,
+        lr: float,
+        grad_norm: Tensor | float,
+        loss_scale: float | None,
+        skipped_steps: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        device: torch.device,
+    ) -> dict[str, float]:
+        """The tags of one step. Reads the loss from the device, so the card is waited for here.
+
+        lr: the rate that the step was taken with   grad_norm: before clipping
+        flops_per_token: forward and backward   peak_flops: of all processes' devices together, None when unknown
+        loss_scale: GradScaler's, None without one
+        """
+        assert self.loss is not None, "curves() before the first end_step()"
+        self.drawn_loss = float(self.loss)
+        values = {
+            "train/loss": self.drawn_loss,
+            "train/lr": lr,
+            "train/grad_norm": float(grad_norm),
+            "train/skipped_steps": float(skipped_steps),
+            "train/tokens": float(self.tokens),
+        }
+        if loss_scale is not None:
+            values["train/loss_scale"] = loss_scale
+        self.pause()
+        if self._interval_s > 0 and self._interval_tokens:
+            self.tokens_per_s = self._interval_tokens / self._interval_s
+            values["throughput/tokens_per_s"] = self.tokens_per_s
+            if peak_flops is not None:
+                values["throughput/mfu"] = self.tokens_per_s * flops_per_token / peak_flops
+        self._interval_tokens, self._interval_s = 0, 0.0
+        self.start()
+        if device.type == "cuda":
+            values["memory/peak_allocated_mib"] = torch.cuda.max_memory_allocated(device) / MIB
+            values["memory/peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / MIB
+        return values
+
+
+class ValidationRecord:
+    """The validation losses of a run: the latest and the best, each with its step."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[int, float] | None = None
+        """(step, mean loss in nats per token)"""
+        self.best: tuple[int, float] | None = None
+
+    def add(self, step: int, loss: float) -> None:
+        self.latest = (step, loss)
+        if self.best is None or loss < self.best[1]:
+            self.best = self.latest
+
+    def sentence(self) -> str:
+        assert self.latest is not None and self.best is not None
+        step, loss = self.latest
+        best = "the best so far" if self.best[0] == step else f"best {self.best[1]:.4f} at step {self.best[0]}"
+        return f"step {step}  validation loss {loss:.4f}  perplexity {perplexity(loss):.2f}  ({best})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest": self.latest, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.latest, self.best = state["latest"], state["best"]
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats per token; infinite where that overflows, as it may in a run that has blown up."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm that clip_grad_norm_ would report, without clipping."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,0 +1,187 @@
+"""What a run shows while Lightning drives it: curves, samples, the progress line."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, gradient_norm, perplexity
+from nanogpt_lit.loops.progress import Progress
+from nanogpt_lit.memory.cards import peak_flops
+from nanogpt_lit.sampling import continue_text
+
+
+class TrainingCurves(Callback):
+    """Writes the curves, over optimizer steps, to every logger of the Trainer.
+
+    `self.log` in the module would draw the loss of the last micro-batch of a step, over a count of micro-batches.
+    """
+
+    def __init__(self, meter: StepMeter, validations: ValidationRecord) -> None:
+        self.meter = meter
+        self.validations = validations
+        self._step = 0
+        self._lr = 0.0
+        self._grad_norm: Tensor | None = None
+        self._peak_flops: float | None = None
+        self._flops_per_token = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.meter.tokens, "validations": self.validations.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.meter.tokens = state_dict["tokens"]
+        self.validations.load_state_dict(state_dict["validations"])
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        device = trainer.strategy.root_device
+        self._step = trainer.global_step
+        self._flops_per_token = module.gpt.flops_per_token(module.gpt.config.block_size)
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+            one = peak_flops(name, str(trainer.precision), torch.backends.cuda.matmul.allow_tf32)
+            self._peak_flops = one and one * trainer.world_size
+        self.meter.start()
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        self._lr = optimizer.param_groups[0]["lr"]  # the schedule has moved on before on_train_batch_end
+        # Clipping measures the norm anyway; without it, it is computed for the steps that are drawn, and only those.
+        if not trainer.gradient_clip_val and self._is_due(trainer, self._step + 1):
+            self._grad_norm = gradient_norm(module.parameters())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # outputs["loss"] is already divided by the accumulation, so that a window's sum is its mean.
+        self.meter.add_batch(outputs["loss"], tokens=batch[0].numel() * trainer.world_size)
+        if trainer.global_step == self._step:
+            return  # inside an accumulation window
+        self._step = trainer.global_step
+        self.meter.end_step()
+        if self._step >= trainer.max_steps:
+            trainer.should_stop = True  # Lightning validates before it stops, and so saves the last step
+        if self._is_due(trainer, self._step):
+            self._draw(trainer)
+
+    def _is_due(self, trainer: Trainer, step: int) -> bool:
+        return step % trainer.log_every_n_steps == 0 or step in (1, trainer.max_steps)
+
+    def _draw(self, trainer: Trainer) -> None:
+        grad_norm = getattr(trainer.precision_plugin, "grad_norm", None)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        log(
+            trainer,
+            self.meter.curves(
+                lr=self._lr,
+                grad_norm=self._grad_norm if grad_norm is None else grad_norm,
+                loss_scale=scaler.get_scale() if scaler is not None else None,
+                skipped_steps=trainer.lr_scheduler_configs[0].scheduler.skipped_steps,
+                flops_per_token=self._flops_per_token,
+                peak_flops=self._peak_flops,
+                device=trainer.strategy.root_device,
+            ),
+        )
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.meter.pause()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
+            loss = float(trainer.callback_metrics["val/loss"])
+            self.validations.add(trainer.global_step, loss)
+            log(trainer, {"val/perplexity": perplexity(loss)})
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.meter.start()
+
+
+class TextSamples(Callback):
+    """Lets the model write after each validation, into TensorBoard's TEXT tab.
+
+    It draws from a generator of its own: with or without samples, the training is bit for bit the same.
+
+    Args:
+        prompt: What the text begins with; empty begins a new document.
+        tokens: How many tokens to write.
+        temperature: 0 writes the likeliest token each time; higher is bolder.
+        seed: The same each time, so that samples of different steps can be compared.
+    """
+
+    def __init__(self, prompt: str = "", tokens: int = 200, temperature: float = 0.8, seed: int = 1337) -> None:
+        self.prompt = prompt
+        self.tokens = tokens
+        self.temperature = temperature
+        self.seed = seed
+        self.latest: str | None = None
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        pieces = continue_text(
+            module.gpt,
+            trainer.datamodule.tokenizer,
+            self.prompt,
+            self.tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+        )
+        self.latest = self.prompt + "".join(pieces)
+        add_text(trainer, "sample", self.latest)
+
+
+class StepProgressBar(ProgressBar):
+    """Lightning's own bar counts micro-batches within an epoch; here the unit is the optimizer step of the run."""
+
+    def __init__(self, meter: StepMeter, validations: ValidationRecord) -> None:
+        super().__init__()
+        self.meter = meter
+        self.validations = validations
+        self._progress: Progress | None = None
+        self._step = 0
+        self._enabled = True
+
+    def disable(self) -> None:  # Lightning calls this on every rank but the first
+        self._enabled = False
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._step = trainer.global_step
+        if self._enabled:
+            self._progress = Progress(trainer.max_steps, self._step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._progress is not None and trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self._progress.update(self._step, self.meter.drawn_loss, self.meter.tokens_per_s)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._progress is not None and not trainer.sanity_checking and self.validations.latest:
+            self._progress.say(self.validations.sentence())
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+
+def log(trainer: Trainer, values: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+
+
+def add_text(trainer: Trainer, tag: str, text: str) -> None:
+    """Into the TEXT tab, as a code block, so that TensorBoard leaves its line breaks and signs alone."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            indented = "\n".join("    " + line for line in text.splitlines())
+            logger.experiment.add_text(tag, indented, trainer.global_step)

@@ -1,0 +1,71 @@
+"""Lightning's precision plugins, plus two things every run here needs: the gradient norm, and clipping with a fused optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision as LightningMixedPrecision
+from lightning.pytorch.plugins import Precision as LightningPrecision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class MeasuredClipping(LightningPrecision):
+    """Keeps the norm that clipping computes anyway; Lightning throws it away."""
+
+    grad_norm: Tensor | None = None
+    """Global norm of the gradients before clipping, at the last optimizer step; None when nothing is clipped."""
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
+
+
+class FullPrecision(MeasuredClipping):
+    """32-true."""
+
+
+class MixedPrecision(MeasuredClipping, LightningMixedPrecision):
+    """16-mixed and bf16-mixed.
+
+    Lightning refuses gradient clipping together with a fused optimizer under any mixed precision (Lightning #21435),
+    because a fused optimizer can unscale by itself, after the point where clipping happens. Nothing obliges it to: when
+    the gradients are unscaled before clipping, GradScaler tells the fused kernel so and hands it only the overflow flag.
+    """
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        def closure_then_unscale() -> Any:
+            result = closure()
+            if self.scaler is not None and result is not None and _unscales_in_step(optimizer):
+                self.scaler.unscale_(optimizer)  # the other optimizers are unscaled by Lightning at this point
+            return result
+
+        return super().optimizer_step(optimizer, model=model, closure=closure_then_unscale, **kwargs)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        LightningPrecision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
+
+
+# A checkpoint files the scaler's state under the plugin's class name: with Lightning's own name, a stock Trainer finds it.
+MixedPrecision.__qualname__ = LightningMixedPrecision.__qualname__
+
+
+def _unscales_in_step(optimizer: Optimizer) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def precision_plugin(precision: str, device: str) -> LightningPrecision | None:
+    """The plugin for a Trainer's precision on "cuda", "mps" or "cpu"; None for those that Lightning handles alone."""
+    if precision in ("32-true", "32"):
+        return FullPrecision()
+    if precision in ("16-mixed", "bf16-mixed"):
+        return MixedPrecision(precision, device)  # type: ignore[arg-type]
+    return None

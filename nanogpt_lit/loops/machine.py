@@ -1,0 +1,66 @@
+"""What this machine can run, and what to say when that is less than the YAML asks for."""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def device_type(accelerator: str) -> str:
+    """ "cuda", "mps" or "cpu": what Lightning's trainer.accelerator comes to here."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def usable_precision(precision: str, device: str) -> str:
+    """The precision that will run: float16 needs a GPU and becomes 32-true without one.
+
+    Lightning would take bf16-mixed there and accelerate float32. Two backends that must agree need one answer, and
+    most processors have no bfloat16 units: float32 is the faster one on them.
+    """
+    return "32-true" if precision in ("16-mixed", "16-true") and device == "cpu" else precision
+
+
+def unused_card() -> str | None:
+    """A sentence about a card that the driver sees and this build of torch cannot use; None when all is well."""
+    if torch.version.cuda is not None or torch.version.hip is not None or torch.backends.mps.is_available():
+        return None
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
+        return None
+    query = [nvidia_smi, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # a driver that does not answer is not a card that torch could use
+    if not answer:
+        return None
+    return (
+        f"The driver sees a {answer.splitlines()[0]}, but torch {torch.__version__} was built without CUDA and will "
+        "not use it; install a CUDA build: pip install --force-reinstall torch "
+        "--index-url https://download.pytorch.org/whl/cu130"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """ "NVIDIA GeForce RTX 2050", or for a processor its name and the threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU"
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,92 @@
+"""One line that says where the run is and when it will be done."""
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import TextIO
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """Progress over optimizer steps: a live bar on a terminal, a plain line every ten seconds elsewhere (a log file).
+
+    The time of arrival counts everything since the first finished step, validation and saving included, because
+    those will come again; the first step is left out, because compiling and warming up will not.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps = total_steps
+        self._stream = stream or sys.stderr
+        self._clock = clock
+        self._anchor: tuple[int, float] | None = None  # (step, time) that the rate is counted from
+        self._said_s = clock()
+        self._live = self._stream.isatty()
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            file=self._stream,
+            disable=not self._live,
+            dynamic_ncols=True,
+            bar_format="step {n_fmt}/{total_fmt} {bar:20} {percentage:3.0f}% {postfix}",
+        )
+
+    def update(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
+        """step: optimizer steps done so far. loss and tokens_per_s: the last ones known."""
+        now_s = self._clock()
+        if self._anchor is None:
+            self._anchor = (step, now_s)
+        parts = [] if loss is None else [f"loss {loss:.3f}"]
+        if tokens_per_s is not None:
+            parts.append(f"{tokens_per_s:,.0f} tokens/s")
+        remaining_s = self.remaining_s(step, now_s)
+        if remaining_s is not None:
+            parts.append(arrival(remaining_s, datetime.now()))
+        if self._live:
+            self._bar.set_postfix_str("  ".join(parts), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now_s - self._said_s >= LINE_EVERY_S or step == self.total_steps:
+            self._said_s = now_s
+            self.say("  ".join([f"step {step}/{self.total_steps}", *parts]))
+
+    def remaining_s(self, step: int, now_s: float) -> float | None:
+        """Seconds until the last step at the average pace so far; None before a second step has been seen."""
+        if self._anchor is None or step <= self._anchor[0]:
+            return None
+        first_step, first_s = self._anchor
+        return (self.total_steps - step) * (now_s - first_s) / (step - first_step)
+
+    def say(self, line: str) -> None:
+        """Prints a line without tearing the bar."""
+        if self._live:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def arrival(remaining_s: float, now: datetime) -> str:
+    """ "2:05 left, done 14:30"; beyond a day "3 d 4 h left, done Fri 27 Nov 14:30"."""
+    done = now + timedelta(seconds=remaining_s)
+    minutes, seconds = divmod(round(remaining_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        left = f"{days} d {hours} h"
+    elif hours:
+        left = f"{hours}:{minutes:02d}:{seconds:02d}"
+    else:
+        left = f"{minutes}:{seconds:02d}"
+    day = "" if done.date() == now.date() else done.strftime("%a %d %b ")
+    return f"{left} left, done {day}{done:%H:%M}"

@@ -1,0 +1,84 @@
+"""The one thing that every loop drives: tokens and targets in, the loss out, and the optimizer that goes with it."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
+from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine
+
+
+class LitNanoGPT(LightningModule):
+    """NanoGPT as a LightningModule.
+
+    `forward(tokens, targets) -> mean loss` and `configure_optimizers()` are the whole contract with a loop. Neither
+    reads the Trainer, so that accelerate or plain PyTorch can drive the same object.
+
+    Args:
+        gpt: The network.
+        optim: The optimizer.
+        schedule: The learning rate over the run.
+        compile: Compile the network and its loss with torch.compile: slower to start, faster per step.
+            Needs a C++ compiler, or Triton on a GPU. Checkpoints are the same with and without.
+    """
+
+    def __init__(
+        self,
+        gpt: GPTConfig = GPTConfig(),  # noqa: B008 - frozen
+        optim: AdamWConfig = AdamWConfig(),  # noqa: B008
+        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        # load_from_checkpoint() hands back what is saved here: plain dicts, which torch.load accepts with weights_only.
+        gpt, optim, schedule = (
+            kind(**value) if isinstance(value, dict) else value
+            for kind, value in ((GPTConfig, gpt), (AdamWConfig, optim), (ScheduleConfig, schedule))
+        )
+        self.save_hyperparameters(
+            {"gpt": asdict(gpt), "optim": asdict(optim), "schedule": asdict(schedule), "compile": compile}
+        )
+        self.optim_config = optim
+        self.schedule_config = schedule
+        self.gpt = GPT(gpt)
+        self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, a scalar in float32. tokens, targets: (B, T) int64.
+
+        Not logits: accelerate copies every output of forward to float32, which for 4 x 1024 logits of GPT-2 is 0.8 GB.
+        """
+        return self.loss(tokens, targets)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self(*batch)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self(*batch), batch_size=batch[0].size(0), sync_dist=True)
+        # A metric of this name becomes the x axis: optimizer steps, in place of Lightning's own count.
+        self.log("step", float(self.global_step), reduce_fx="max", batch_size=1)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("test/loss", self(*batch), batch_size=batch[0].size(0), sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.named_parameters(), self.optim_config)
+        schedule = WarmupCosine(optimizer, self.schedule_config)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["hyper_parameters"]["gpt"]
+        differing = [
+            f"{name} is {saved.get(name)} there and {value} here"
+            for name, value in self.hparams["gpt"].items()
+            if saved.get(name) != value and name != "dropout"
+        ]
+        if differing:
+            raise ValueError(
+                f"The checkpoint holds another network: model.gpt.{', '.join(differing)}; "
+                "use the YAML that it was trained with."
+            )

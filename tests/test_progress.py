@@ -1,0 +1,74 @@
+import io
+from datetime import datetime
+
+import pytest
+
+from nanogpt_lit.loops.progress import Progress, arrival
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_time_left_counts_validation_and_leaves_out_the_slow_first_step():
+    clock = Clock()
+    progress = Progress(total_steps=11, stream=io.StringIO(), clock=clock)
+    clock.now_s = 100.0  # compiling
+    progress.update(1, None, None)
+    assert progress.remaining_s(1, clock.now_s) is None
+    for step in range(2, 7):
+        clock.now_s += 1.0
+        progress.update(step, 2.0, 1000.0)
+    clock.now_s += 5.0  # validation
+    assert progress.remaining_s(6, clock.now_s) == pytest.approx(5 * 10.0 / 5)
+
+
+def test_a_log_file_gets_a_line_every_ten_seconds_and_at_the_last_step():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress(total_steps=30, stream=stream, clock=clock)
+    for step in range(1, 31):
+        clock.now_s += 1.0
+        progress.update(step, 2.5, 1234.0)
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["10/30", "20/30", "30/30"]
+    assert "loss 2.500" in lines[0]
+    assert "1,234 tokens/s" in lines[0]
+    assert "0:20 left, done" in lines[0]
+
+
+def test_a_terminal_gets_a_bar_that_ends_at_the_last_step():
+    stream = Terminal()
+    progress = Progress(total_steps=4, stream=stream)
+    for step in range(1, 5):
+        progress.update(step, 2.5, 1234.0)
+    progress.close()
+    assert "step 4/4" in stream.getvalue()
+    assert "loss 2.500" in stream.getvalue()
+
+
+def test_a_resumed_run_starts_where_it_was():
+    stream = Terminal()
+    Progress(total_steps=10, first_step=6, stream=stream).close()
+    assert "step 6/10" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("remaining_s", "text"),
+    [
+        (65, "1:05 left, done 12:01"),
+        (3 * 3600 + 62, "3:01:02 left, done 15:01"),
+        (13 * 3600, "13:00:00 left, done Fri 27 Nov 01:00"),
+        (3 * 86400 + 4 * 3600, "3 d 4 h left, done Sun 29 Nov 16:00"),
+    ],
+)
+def test_arrival_names_the_day_when_it_is_not_today(remaining_s, text):
+    assert arrival(remaining_s, datetime(2026, 11, 26, 12, 0)) == text
