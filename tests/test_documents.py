@@ -79,9 +79,8 @@ def test_undecodable_bytes_are_named_with_their_place(
 ) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * n_before + bad)
-    with pytest.raises(
-        UndecodableError, match=rf"a\.txt is not UTF-8 .byte {n_before:,}.*data\.skip_undecodable: true"
-    ):
+    said = rf"a\.txt is not UTF-8 text \(byte {n_before:,}\).*data\.skip_undecodable: true"
+    with pytest.raises(UndecodableError, match=said):
         list(FileDocument(path).pieces())
     with pytest.raises(UndecodableError):
         FileDocument(path).check_decodable()

@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from nanogpt_lit.data.bpe import train_ranks
 from nanogpt_lit.data.encoder import encode_documents
-from nanogpt_lit.data.publish import check_replaceable, discard, partial_folder, publish, recover, write_durably
+from nanogpt_lit.data.publish import (
+    check_replaceable,
+    discard,
+    has_leftovers,
+    partial_folder,
+    publish,
+    recover,
+    write_durably,
+)
 from nanogpt_lit.data.shard_series import ShardSeries
 from nanogpt_lit.data.shards import MANIFEST, MANIFEST_FORMAT, TokenShards, read_manifest
 from nanogpt_lit.data.sources import FilesSource, Source, open_source
@@ -113,7 +121,7 @@ def prepare(config: PrepareConfig, folder: Path, *, show_progress: bool = True) 
     folder = Path(folder).resolve()
     source = config.open_source()
     request = config.request(source)
-    if _stale_reason(request, folder) is None:
+    if _stale_reason(request, folder) is None and not has_leftovers(folder):
         return read_manifest(folder)
     if isinstance(source, FilesSource) and folder.is_relative_to(source.root.resolve()):
         raise ValueError(f"data.shards_dir={folder} lies inside data.source={config.source}; shards are not text.")

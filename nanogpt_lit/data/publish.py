@@ -23,6 +23,11 @@ def old_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
+def has_leftovers(folder: Path) -> bool:
+    """Whether a process was killed while it wrote this folder, or is writing it."""
+    return old_folder(folder).exists() or partial_folder(folder).exists()
+
+
 def recover(folder: Path) -> None:
     """Undo what a killed process left: the previous folder comes back, half-written ones go."""
     old = old_folder(folder)
