@@ -46,7 +46,7 @@ def test_cached_logits_equal_uncached_ones_at_every_position(gpt):
 @pytest.mark.parametrize("prompt_length", [1, 5, BLOCK, BLOCK + 7])
 def test_cached_tokens_equal_uncached_ones_far_beyond_the_block(gpt, options, prompt_length):
     prompt = torch.randint(V, (3, prompt_length), generator=seeded(1))
-    n = 5 * BLOCK
+    n = 3 * BLOCK
     assert torch.equal(run(gpt, prompt, n, **options), run(gpt, prompt, n, use_cache=False, **options))
 
 
