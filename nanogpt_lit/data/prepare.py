@@ -45,8 +45,8 @@ from nanogpt_lit.data.tokenizer import (
     tokenizer_from_file,
 )
 
-ESTIMATE_CHARS = 1 << 20  # text that is encoded to see how large the shards will be
-ESTIMATE_MARGIN = 1.2
+SAMPLE_CHARS = 1 << 20  # text that is encoded to see how large the shards will be
+ROOM_MARGIN = 1.2  # the rest of the text may be denser, and every document has its end-of-text
 TRAINING_BYTES = 1 << 26  # text that a bpe:N vocabulary is trained on; takes about 10 bytes of memory each
 
 
@@ -228,26 +228,27 @@ def training_text(source: Source, split: Split, budget: int = TRAINING_BYTES) ->
 
 
 def check_room(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
-    """Raises ValueError when the shards will hardly fit on the disk, judged by the first megabyte of text."""
+    """Raises ValueError when the shards will hardly fit on the disk."""
     text_bytes = source.text_bytes()
-    if text_bytes is None:
-        return
-    sample = ""
-    for document in source.documents():
-        for piece in document.pieces():
-            sample += piece
-            if len(sample) >= ESTIMATE_CHARS:
-                break
-        if len(sample) >= ESTIMATE_CHARS:
-            break
-    tokens_per_byte = len(tokenizer.encode(sample)) / len(sample.encode())
-    needed = int(text_bytes * tokens_per_byte * tokenizer.dtype.itemsize * ESTIMATE_MARGIN)
     free = shutil.disk_usage(folder.parent).free
+    if text_bytes is None or text_bytes * tokenizer.dtype.itemsize * ROOM_MARGIN < free:
+        return  # no text has more tokens than bytes
+    needed = int(text_bytes * tokens_per_byte(source, tokenizer) * tokenizer.dtype.itemsize * ROOM_MARGIN)
     if needed > free:
         raise ValueError(
             f"data.shards_dir={folder} needs about {needed / 1e9:,.1f} GB for the shards, the disk has "
             f"{free / 1e9:,.1f} GB free; make room, or name a folder on another disk."
         )
+
+
+def tokens_per_byte(source: Source, tokenizer: Tokenizer) -> float:
+    """Of the first megabyte or so of the text."""
+    sample = ""
+    for piece in (piece for document in source.documents() for piece in document.pieces()):
+        sample += piece
+        if len(sample) >= SAMPLE_CHARS:
+            break
+    return len(tokenizer.encode(sample)) / len(sample.encode())
 
 
 def _write_shards(

@@ -8,6 +8,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -165,28 +166,30 @@ class BytePairTokenizer(Tokenizer):
         joined = "".join(EOT + text if starts_document else text for text, starts_document in pieces)
         return self._encoding.encode_to_numpy(joined, allowed_special={EOT}).astype(self.dtype)
 
+    @cached_property
+    def _ranks_text(self) -> str:
+        return dump_ranks(self._ranks)
+
     def files(self) -> dict[str, str]:
-        return {**super().files(), TOKENIZER_RANKS: dump_ranks(self._ranks)}
+        return {**super().files(), TOKENIZER_RANKS: self._ranks_text}
 
     def _description(self) -> dict[str, Any]:
         return {
             **super()._description(),
             "pattern": self._pattern,
             "specials": self._specials,
-            "ranks_sha256": hashlib.sha256(dump_ranks(self._ranks).encode()).hexdigest(),
+            "ranks_sha256": hashlib.sha256(self._ranks_text.encode()).hexdigest(),
         }
 
 
 class GPT2Tokenizer(BytePairTokenizer):
-    """GPT-2's. Its files are one line of JSON: the ranks are rebuilt from the package, by their hash."""
+    """GPT-2's. Its file says no more than that: the ranks are rebuilt from the package, by their hash."""
 
     kind = "gpt2"
+    files, _description = Tokenizer.files, Tokenizer._description
 
     def __init__(self) -> None:
         super().__init__("gpt2", gpt2_ranks(), GPT2_PATTERN, {EOT: 50256})
-
-    def files(self) -> dict[str, str]:
-        return Tokenizer.files(self)
 
 
 def parse_tokenizer(value: str) -> tuple[Literal["gpt2", "byte", "char", "bpe", "file"], str]:
