@@ -1,1 +1,19 @@
-"""Train a GPT-2-class NanoGPT on a 4 GB laptop."""
+"""Train a GPT-2-class NanoGPT on a 4 GB laptop with PyTorch Lightning."""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "GPT": "nanogpt_lit.gpt.model",
+    "GPTConfig": "nanogpt_lit.gpt.model",
+    "LitNanoGPT": "nanogpt_lit.module",
+    "TokenDataModule": "nanogpt_lit.data.datamodule",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that `python -m nanogpt_lit --help` does not wait for torch and Lightning.
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
@@ -44,7 +45,10 @@ TRAINER_DEFAULTS = {
 def run(arguments: list[str]) -> int:
     """`fit`, `validate` and `test`; arguments begin with the command. Returns the exit code."""
     quiet_lightning()
-    NanoGPTCLI(args=arguments)
+    try:
+        NanoGPTCLI(args=arguments)
+    except MisconfigurationException as error:  # how Lightning says that a setting cannot be
+        raise ValueError(" ".join(str(error).split())) from error
     return 0
 
 
@@ -76,7 +80,7 @@ class SaveConfig(SaveConfigCallback):
     """Keeps the run's full configuration in its folder, as config.yaml, and in TensorBoard's TEXT tab."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        add_text(trainer, "config", self.parser.dump(self.config, skip_none=False))
+        add_text(trainer, "config", self.parser.dump(self.config))
 
 
 class NanoGPTCLI(LightningCLI):

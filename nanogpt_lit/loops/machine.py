@@ -3,6 +3,7 @@
 import platform
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -64,3 +65,10 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def hardware(*packages: str) -> str:
+    """One line that a measurement must carry: the device, and the versions of torch and of the packages named."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
+    return f"{device_name(device)}; {platform.system()}, Python {platform.python_version()}, {versions}"

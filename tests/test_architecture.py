@@ -1,0 +1,82 @@
+"""The map of the house, held as a rule: arrows point down, and each framework stays in its rooms."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "nanogpt_lit"
+
+# What each room may import of the others. Within a room, files may import each other.
+ALLOWED = {
+    "gpt": set(),
+    "optim": set(),
+    "memory": set(),
+    "data": set(),
+    "checkpoint": {"gpt", "data"},
+    "sampling": {"gpt", "data"},
+    "module": {"gpt", "optim"},
+    "loops": {"memory", "sampling"},
+    "cli": {"module", "gpt", "optim", "data", "loops"},
+    "commands": {"cli", "checkpoint", "sampling"},
+    "__main__": {"commands", "cli"},
+    "__init__": {"module", "gpt", "data"},
+}
+FRAMEWORKS = {
+    "lightning": {"cli", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_precision"},
+    "accelerate": set(),
+}
+LIGHT = {"__main__", "__init__", "commands"}  # these answer before torch is imported
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path, top_level_only=False):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def dotted(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=dotted)
+def test_imports_point_downwards(path):
+    room = dotted(path).partition(".")[0]
+    for name in imports(path):
+        root, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        if root == "nanogpt_lit" and target != room:
+            assert target in ALLOWED[room], f"{dotted(path)} may not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=dotted)
+def test_a_framework_is_imported_only_in_its_rooms(path):
+    for name in imports(path):
+        root = name.partition(".")[0]
+        assert root not in FRAMEWORKS or dotted(path) in FRAMEWORKS[root], f"{dotted(path)} imports {root}"
+
+
+@pytest.mark.parametrize("name", sorted(LIGHT))
+def test_light_files_import_only_the_standard_library_at_the_top(name):
+    for imported in imports(PACKAGE / f"{name}.py", top_level_only=True):
+        assert imported.partition(".")[0] not in ("torch", "numpy", "lightning", "nanogpt_lit")
+
+
+def test_the_contract_never_reads_the_trainer():
+    assert not re.search(r"self\.(_?trainer|optimizers\(|lr_schedulers\()", (PACKAGE / "module.py").read_text())
+
+
+def test_there_is_no_room_for_everything():
+    assert not [p for p in FILES if p.stem in ("utils", "common", "helpers", "config", "core", "base", "misc")]
+
+
+def test_torch_load_always_says_weights_only():
+    for path in FILES:
+        for call in re.findall(r"torch\.load\(.*?\)", path.read_text(), flags=re.DOTALL):
+            assert "weights_only=True" in call, f"{dotted(path)}: {call}"

@@ -1,0 +1,330 @@
+"""The commands as a user types them, on a text of a few kilobytes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nanogpt_lit.__main__ import main
+
+TAGS = {
+    "train/loss", "train/lr", "train/grad_norm", "train/skipped_steps", "train/tokens",
+    "throughput/tokens_per_s", "val/loss", "val/perplexity",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty current folder: whatever a command leaves there is noticed."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def write_text(folder):
+    path = folder / "text.txt"
+    path.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
+    return path
+
+
+def small_run(text, root):
+    """A run of a second: 6 steps of 2 micro-batches."""
+    return [
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=6",
+        "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=6", "--trainer.log_every_n_steps=1",
+        "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8", "--model.schedule.warmup_steps=2",
+        f"--data.source={text}", "--data.tokenizer=byte", "--data.block_size=16", "--data.batch_size=2",
+        "--data.val_fraction=0.1",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path)
+
+
+@pytest.fixture
+def options(tmp_path, text):
+    return small_run(text, tmp_path / "root")
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """(text, folder of runs) of one fit, made once and not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    text = write_text(folder)
+    assert run("fit", *small_run(text, folder / "root")) == 0
+    return text, folder / "root"
+
+
+@pytest.fixture
+def trained(finished_run):
+    return finished_run[1] / "version_0"
+
+
+@pytest.fixture
+def more(finished_run, tmp_path):
+    """Options for one more command on a copy of the finished run."""
+    text, root = finished_run
+    shutil.copytree(root, tmp_path / "root")
+    return small_run(text, tmp_path / "root")
+
+
+def run(*arguments):
+    """The exit code, also where the parser leaves by SystemExit."""
+    try:
+        return main(list(arguments))
+    except SystemExit as exit:
+        return exit.code
+
+
+def curves(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def test_fit_leaves_one_folder_with_curves_checkpoints_and_configuration(options, here, tmp_path):
+    assert run("fit", *options) == 0
+    root = tmp_path / "root"
+    assert {p.name for p in root.iterdir() if p.suffix != ".lock"} == {"shards", "version_0"}
+    assert {p.name for p in (root / "version_0" / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert "block_size: 16" in (root / "version_0" / "config.yaml").read_text()
+    assert not list(here.iterdir())
+
+
+def test_curves_have_the_names_of_the_design_over_optimizer_steps(trained):
+    events = curves(trained)
+    assert set(events.Tags()["scalars"]) == TAGS  # no hp_metric, no epoch
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events.Scalars("val/loss")] == [3, 6]
+    assert [e.value for e in events.Scalars("train/tokens")] == [64.0 * step for step in range(1, 7)]
+    rates = [e.value for e in events.Scalars("train/lr")]
+    assert rates[0] == pytest.approx(6e-4 / 3)  # the rate that step 1 was taken with
+    assert rates[2] == pytest.approx(6e-4)
+    assert events.Tags()["tensors"] == ["config/text_summary", "sample/text_summary"]
+    assert b"block_size: 16" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_the_last_step_is_validated_and_saved_also_off_the_interval(options, tmp_path):
+    assert run("fit", *options, "--trainer.max_steps=5") == 0
+    events = curves(tmp_path / "root" / "version_0")
+    assert [e.step for e in events.Scalars("val/loss")] == [3, 5]
+    last = torch.load(tmp_path / "root/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 5
+
+
+def test_the_closing_table_says_what_came_of_it_and_where_it_is(options, capsys):
+    assert run("fit", *options) == 0
+    table = capsys.readouterr().out
+    for expected in (
+        r"steps +6\b",
+        r"tokens +384\b",
+        r"validation loss +\d\.\d{4}, perplexity \d+",
+        r"best +\d\.\d+ at",
+    ):
+        assert re.search(expected, table), expected
+    checkpoint = re.search(r"best checkpoint +(\S+)", table)[1]
+    assert Path(checkpoint).is_file()
+    assert re.search(r"tensorboard --logdir (\S+)", table)
+    assert "generate --ckpt " + checkpoint in table
+
+
+def test_a_second_fit_is_a_run_of_its_own_on_the_same_shards(more, tmp_path, capsys):
+    trained = tmp_path / "root" / "version_0"
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
+    assert run("fit", *more) == 0
+    assert "preparing" not in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()} == before
+    assert (trained.parent / "version_1" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_shards_are_made_anew_when_the_text_or_the_tokenizer_differs(options, text, capsys):
+    assert run("prepare", *options) == 0
+    text.write_text(text.read_text() + "Take one down, pass it around.\n")
+    capsys.readouterr()
+    assert run("prepare", *options) == 0
+    assert "preparing" in capsys.readouterr().out
+    assert run("fit", *options, "--data.tokenizer=char", "--trainer.max_steps=1") == 0
+    assert "preparing" in capsys.readouterr().out
+
+
+def test_samples_leave_the_training_bit_for_bit_the_same(options, tmp_path):
+    without = ["--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1"]
+    dropout = "--model.gpt.dropout=0.1"
+    assert run("fit", *options, dropout) == run("fit", *options, dropout, *without) == 0
+    first, second = (
+        torch.load(tmp_path / f"root/version_{n}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for n in (0, 1)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_continued_run_takes_the_rest_of_the_steps_and_the_command_lines_word(trained, more, tmp_path):
+    last = trained / "checkpoints" / "last.ckpt"
+    rest = [f"--ckpt_path={last}", "--trainer.max_steps=8", "--model.optim.beta2=0.5"]
+    assert run("fit", *more, *rest) == 0
+    events = curves(tmp_path / "root" / "version_1")
+    assert [e.step for e in events.Scalars("train/loss")] == [7, 8]
+    assert [e.value for e in events.Scalars("train/tokens")] == [448.0, 512.0]
+    assert "beta2: 0.5" in (tmp_path / "root/version_1/config.yaml").read_text()
+
+
+def test_validate_repeats_the_validation_loss_of_the_run(trained, more, tmp_path, capsys):
+    expected = curves(trained).Scalars("val/loss")[-1].value
+    assert run("validate", *more, f"--ckpt_path={trained / 'checkpoints' / 'last.ckpt'}") == 0
+    printed = re.search(r"validation loss (\d+\.\d+), perplexity", capsys.readouterr().out)
+    assert printed[1] == f"{expected:.4f}"
+    assert [p.name for p in (tmp_path / "root").glob("version_*")] == ["version_0"]
+
+
+def test_generate_decodes_with_the_tokenizer_of_the_checkpoint(trained, tmp_path, capsys):
+    alone = shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path)
+    checkpoint = f"--ckpt={alone}"
+    assert run("generate", checkpoint, "--prompt=9 bottles", "--max-new-tokens=20") == 0
+    first = capsys.readouterr().out
+    assert first.startswith("9 bottles")
+    assert run("generate", checkpoint, "--prompt=9 bottles", "--max-new-tokens=20") == 0
+    assert capsys.readouterr().out == first
+    assert run("generate", checkpoint, "--prompt=9 bottles", "--max-new-tokens=20", "--seed=2") == 0
+    assert capsys.readouterr().out != first
+
+
+def test_prepare_alone_makes_the_shards_that_fit_then_uses(options, tmp_path, capsys):
+    assert run("prepare", *options) == 0
+    assert {p.name for p in (tmp_path / "root").iterdir() if p.suffix != ".lock"} == {"shards"}
+    capsys.readouterr()
+    assert run("fit", *options) == 0
+    assert "preparing" not in capsys.readouterr().out
+
+
+def test_without_a_gpu_16_mixed_says_what_it_falls_back_to(options, capsys):
+    assert run("fit", *options, "--trainer.precision=16-mixed", "--trainer.max_steps=1") == 0
+    out = capsys.readouterr().out
+    assert "16-mixed needs a GPU and there is none, training in 32-true" in out
+    assert "32-true on" in out
+
+
+@pytest.mark.skipif(os.name == "nt" or torch.version.cuda is not None, reason="needs a shell script and a CPU torch")
+def test_a_card_that_this_torch_cannot_use_is_named_with_what_to_install(options, tmp_path, monkeypatch, capsys):
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho NVIDIA GeForce RTX 2050\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake.parent), prepend=os.pathsep)
+    assert run("fit", *options, "--trainer.max_steps=1") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "RTX 2050" in line]
+    assert "without CUDA" in line
+    assert "pip install" in line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["prepare", "--help"]])
+def test_help_of_the_light_commands_imports_no_torch(arguments):
+    script = (
+        "import sys\nfrom nanogpt_lit.__main__ import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'lightning'} & set(sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "usage:" in answer.stdout
+
+
+def refusal(capsys, *arguments):
+    """The one sentence that a command refuses with."""
+    assert run(*arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--trainer.max_stepz=3", "no option trainer.max_stepz; did you mean trainer.max_steps?"),
+        ("--model.gpt.n_head=3", "model.gpt.n_embd=8 does not divide into n_head=3 equal heads"),
+        ("--model.optim.lr=-1", "model.optim.lr=-1.0 must be positive"),
+        ("--trainer.max_steps=-1", "trainer.max_steps=-1 gives the learning rate no end"),
+        ("--trainer.val_check_interval=0.5", "`val_check_interval` should be an integer"),
+        ("--trainer.precision=8-mixed", "trainer.precision"),
+        ("--data.block_size=sixteen", "data.block_size"),
+        ("--data.tokenizer=gpt5", "data.tokenizer=gpt5"),
+        ("--data.source=nowhere.txt", "data.source=nowhere.txt does not exist"),
+        ("--data.block_size=4096", "data.block_size=4096"),
+        ("--model.gpt.vocab_size=100", "model.gpt.vocab_size=100"),
+    ],
+)
+def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option, sentence, capsys, tmp_path):
+    assert sentence in refusal(capsys, "fit", *options, option)
+    assert not list((tmp_path / "root").glob("version_*"))
+
+
+def test_an_unknown_key_in_the_yaml_is_refused_with_the_nearest_known_one(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("trainer:\n  max_steps: 3\nmodel:\n  gpt:\n    n_layers: 3\n")
+    sentence = refusal(capsys, "fit", "--config", str(tmp_path / "run.yaml"))
+    assert "no option model.gpt.n_layers; did you mean model.gpt.n_layer?" in sentence
+
+
+def test_a_yaml_that_is_no_yaml_is_refused(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("trainer: [\n")
+    assert "config" in refusal(capsys, "fit", "--config", str(tmp_path / "run.yaml"))
+
+
+def test_a_mistake_is_named_before_the_data_is_prepared(options, tmp_path, capsys):
+    refusal(capsys, "fit", *options, "--model.gpt.n_head=3")
+    assert not (tmp_path / "root").exists()
+
+
+def test_an_empty_source_is_refused_and_leaves_nothing(options, tmp_path, text, capsys):
+    text.write_text("")
+    assert "data.source" in refusal(capsys, "fit", *options)
+    assert not list(tmp_path.glob("root/shards*"))
+
+
+def test_undecodable_text_is_refused_with_the_file_and_the_way_round(options, text, capsys):
+    text.write_bytes(b"caf\xe9 " * 100)
+    sentence = refusal(capsys, "fit", *options)
+    assert str(text) in sentence
+    assert "data.skip_undecodable" in sentence
+
+
+def test_a_damaged_shard_is_refused_by_name(more, tmp_path, capsys):
+    shard = tmp_path / "root" / "shards" / "train_000000.bin"
+    ready = [option for option in more if "source" not in option] + [f"--data.source={shard.parent}"]
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 10)
+    assert "train_000000.bin" in refusal(capsys, "fit", *ready)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(trained, more, capsys):
+    last = trained / "checkpoints" / "last.ckpt"
+    sentence = refusal(capsys, "fit", *more, "--model.gpt.n_embd=16", f"--ckpt_path={last}")
+    assert "model.gpt.n_embd is 8 there and 16 here" in sentence
+
+
+def test_generate_refuses_what_is_no_checkpoint_of_ours(tmp_path, capsys):
+    assert "does not exist" in refusal(capsys, "generate", "--ckpt=nowhere.ckpt")
+    (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
+    assert "is damaged or is not a checkpoint" in refusal(capsys, "generate", f"--ckpt={tmp_path / 'x.ckpt'}")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    assert "is damaged or is not a checkpoint" in refusal(capsys, "generate", f"--ckpt={tmp_path / 'foreign.ckpt'}")
+
+
+def test_an_unknown_command_is_refused_with_those_there_are(capsys):
+    assert "there are fit, validate, test, prepare, generate" in refusal(capsys, "fti")
+
+
+def test_an_error_that_is_no_users_mistake_keeps_its_traceback(monkeypatch):
+    def broken(arguments):
+        int("x")
+
+    monkeypatch.setattr("nanogpt_lit.commands.generate", broken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["generate"])
