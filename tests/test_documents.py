@@ -83,7 +83,7 @@ def test_undecodable_bytes_are_named_with_their_place(
     with pytest.raises(UndecodableError, match=said):
         list(FileDocument(path).pieces())
     with pytest.raises(UndecodableError):
-        FileDocument(path).check_decodable()
+        FileDocument(path).checked()
 
 
 def test_a_division_falls_on_the_next_line_start(tmp_path: Path, small_pieces: None) -> None:

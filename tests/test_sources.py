@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt_lit.data.sources import open_source
+from nanogpt_lit.data.sources import FilesSource, open_source
 
 
 def texts(source: object, **options: Any) -> list[str]:
@@ -43,8 +43,10 @@ def test_a_folder_is_its_text_files_in_the_order_of_their_names(folder: Path) ->
 
 def test_the_standard_library_is_the_running_ones_without_tests_and_packages() -> None:
     source = open_source("stdlib")
+    assert isinstance(source, FilesSource)
     root = Path(sysconfig.get_path("stdlib"))
-    names = [document.path.relative_to(root).as_posix() for document in source.documents()]  # type: ignore[attr-defined]
+    names = [path.relative_to(root).as_posix() for path in source.text_paths]
+    assert texts("stdlib") == [(root / name).read_text(encoding="utf-8-sig") for name in names]
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert names == sorted(names)
     assert not any({"test", "tests", "site-packages"} & set(Path(name).parts) for name in names)

@@ -88,18 +88,16 @@ class FilesSource:
                 yield from jsonl_documents(path, self.text_key, self.skipped if self.skip_undecodable else None)
             elif suffix in PARQUET:
                 yield from parquet_documents(path, self.text_key)
-            elif self._readable(path):
+            elif not self.skip_undecodable:
                 yield FileDocument(path)
-
-    def _readable(self, path: Path) -> bool:
-        """False for a file to be skipped. Only a full pass can tell, before the first half has become tokens."""
-        if self.skip_undecodable:
-            try:
-                FileDocument(path).check_decodable()
-            except UndecodableError:
-                self.skipped.add(str(path))
-                return False
-        return True
+            else:
+                # Only a full pass can tell, before the first half has become tokens.
+                try:
+                    document = FileDocument(path).checked()
+                except UndecodableError:
+                    self.skipped.add(str(path))
+                else:
+                    yield document
 
     def fingerprint(self) -> dict[str, str | int]:
         digest = hashlib.sha256()
