@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
@@ -198,14 +198,14 @@ class NanoGPTCLI(LightningCLI):
             f"network: {gpt.parameter_count(non_embedding=False):,} parameters, {trainer.precision} on "
             f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}\n"
             f"step: {batches_per_step} x {data.batch_size} x {data.block_size} = {tokens_per_step:,} tokens\n"
-            f"run: {relative_to_here(trainer.log_dir or trainer.default_root_dir)}, seed {self.settings.seed_everything}"
+            f"run: {relative_to_here(run_folder(trainer))}, seed {self.settings.seed_everything}"
         )
         self._started_s = time.monotonic()
 
     def after_fit(self) -> None:
         trainer = self.trainer
-        sample = next((c.latest for c in trainer.callbacks if isinstance(c, TextSamples)), None)
-        saved = {c.filename or "": c.best_model_path for c in trainer.checkpoint_callbacks}
+        sample = next((c.latest for c in callbacks(trainer) if isinstance(c, TextSamples)), None)
+        saved = {c.filename or "": c.best_model_path for c in callbacks(trainer) if isinstance(c, ModelCheckpoint)}
         rank_zero_print(
             closing_table(
                 steps=trainer.global_step,
@@ -214,7 +214,7 @@ class NanoGPTCLI(LightningCLI):
                 validations=self.validations,
                 sample=sample,
                 checkpoints={name: relative_to_here(path) for name, path in saved.items()},
-                run_folder=Path(relative_to_here(trainer.log_dir or trainer.default_root_dir)),
+                run_folder=Path(relative_to_here(run_folder(trainer))),
             )
         )
 
@@ -255,6 +255,14 @@ def quiet_lightning() -> None:
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]  # its connectors set it
+
+
+def run_folder(trainer: Trainer) -> str:
+    return trainer.log_dir or trainer.default_root_dir
 
 
 @rank_zero_only

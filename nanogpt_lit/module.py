@@ -35,10 +35,9 @@ class LitNanoGPT(LightningModule):
     ) -> None:
         super().__init__()
         # load_from_checkpoint() hands back what is saved here: plain dicts, which torch.load accepts with weights_only.
-        gpt, optim, schedule = (
-            kind(**value) if isinstance(value, dict) else value
-            for kind, value in ((GPTConfig, gpt), (AdamWConfig, optim), (ScheduleConfig, schedule))
-        )
+        gpt = GPTConfig(**gpt) if isinstance(gpt, dict) else gpt
+        optim = AdamWConfig(**optim) if isinstance(optim, dict) else optim
+        schedule = ScheduleConfig(**schedule) if isinstance(schedule, dict) else schedule
         self.save_hyperparameters(
             {"gpt": asdict(gpt), "optim": asdict(optim), "schedule": asdict(schedule), "compile": compile}
         )
@@ -65,7 +64,7 @@ class LitNanoGPT(LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("test/loss", self(*batch), batch_size=batch[0].size(0), sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         optimizer = build_optimizer(self.named_parameters(), self.optim_config)
         schedule = WarmupCosine(optimizer, self.schedule_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -39,10 +39,11 @@ def continue_text(
         vocab_size=tokenizer.vocab_size,
     )
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in new_tokens:
-        if token.item() == tokenizer.eot:
+    for token in new_tokens:  # (1,)
+        token_id = int(token)
+        if token_id == tokenizer.eot:
             break
-        piece = decoder.decode(tokenizer.decode_bytes([token.item()]))
+        piece = decoder.decode(tokenizer.decode_bytes([token_id]))
         if piece:
             yield piece
     if rest := decoder.decode(b"", final=True):

@@ -56,9 +56,7 @@ def main() -> None:
         return
     record: dict = {"hardware": hardware("lightning", "transformers"), "sizes": {}}
     print(record["hardware"])
-    print(
-        f"{BATCH_SIZE} x {BLOCK_SIZE} tokens, float32, fused AdamW, clip 1.0; medians of {args.steps} paired steps"
-    )
+    print(f"{BATCH_SIZE} x {BLOCK_SIZE} tokens, float32, fused AdamW, clip 1.0; medians of {args.steps} paired steps")
     print(f"{'size':<6}{'variant':<14}{'ms/step':>9}{'to bare':>9}{'25..75 %':>16}{'peak MiB':>10}")
     for size in args.sizes:
         times_s = measure(SIZES[size], args.steps)
@@ -160,7 +158,7 @@ def transformers_step(module: LitNanoGPT) -> Callable[[Batch], None]:
     ours = module.gpt.config
     theirs = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=ours.vocab_size, n_positions=ours.block_size, n_embd=ours.n_embd, n_layer=ours.n_layer,
+            vocab_size=ours.vocab_size or 0, n_positions=ours.block_size, n_embd=ours.n_embd, n_layer=ours.n_layer,
             n_head=ours.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
         )
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Draws the curves of one or more runs from their TensorBoard files: the README's picture.
 
-    python scripts/plot_curves.py runs/quickstart/version_0 --out docs/quickstart.png
+python scripts/plot_curves.py runs/quickstart/version_0 --out docs/quickstart.png
 """
 
 import argparse

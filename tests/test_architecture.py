@@ -17,7 +17,7 @@ ALLOWED = {
     "checkpoint": {"gpt", "data"},
     "sampling": {"gpt", "data"},
     "module": {"gpt", "optim"},
-    "loops": {"memory", "sampling"},
+    "loops": {"gpt", "optim", "memory", "sampling"},
     "cli": {"module", "gpt", "optim", "data", "loops"},
     "commands": {"cli", "checkpoint", "sampling"},
     "__main__": {"commands", "cli"},

@@ -24,7 +24,8 @@ def load_network(path: Path, device: str = "cpu") -> tuple[GPT, Tokenizer]:
         tokenizer_files = checkpoint["TokenDataModule"]["tokenizer"]
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--ckpt {path} is damaged or is not a checkpoint that fit wrote ({type(error).__name__}); try last.ckpt beside it."
+            f"--ckpt {path} is damaged or is not a checkpoint that fit wrote ({type(error).__name__}); "
+            "try last.ckpt beside it."
         ) from error
     with torch.device("meta"):
         gpt = GPT(config)

@@ -108,7 +108,8 @@ class ValidationRecord:
             self.best = self.latest
 
     def sentence(self) -> str:
-        assert self.latest is not None and self.best is not None
+        assert self.latest is not None, "sentence() before the first validation"
+        assert self.best is not None
         step, loss = self.latest
         best = "the best so far" if self.best[0] == step else f"best {self.best[1]:.4f} at step {self.best[0]}"
         return f"step {step}  validation loss {loss:.4f}  perplexity {perplexity(loss):.2f}  ({best})"

@@ -10,9 +10,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, gradient_norm, perplexity
 from nanogpt_lit.loops.progress import Progress
 from nanogpt_lit.memory.cards import peak_flops
+from nanogpt_lit.optim.schedule import WarmupCosine
 from nanogpt_lit.sampling import continue_text
 
 
@@ -41,7 +43,8 @@ class TrainingCurves(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         device = trainer.strategy.root_device
         self._step = trainer.global_step
-        self._flops_per_token = module.gpt.flops_per_token(module.gpt.config.block_size)
+        gpt = network(module)
+        self._flops_per_token = gpt.flops_per_token(gpt.config.block_size)
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             one = peak_flops(name, str(trainer.precision), torch.backends.cuda.matmul.allow_tf32)
@@ -69,18 +72,23 @@ class TrainingCurves(Callback):
             self._draw(trainer)
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
-        return step % trainer.log_every_n_steps == 0 or step in (1, trainer.max_steps)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its connectors set it
+        return step % every == 0 or step in (1, trainer.max_steps)
 
     def _draw(self, trainer: Trainer) -> None:
-        grad_norm = getattr(trainer.precision_plugin, "grad_norm", None)
+        clipped_norm: Tensor | None = getattr(trainer.precision_plugin, "grad_norm", None)
+        grad_norm = self._grad_norm if clipped_norm is None else clipped_norm
+        assert grad_norm is not None
+        schedule = trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(schedule, WarmupCosine)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         log(
             trainer,
             self.meter.curves(
                 lr=self._lr,
-                grad_norm=self._grad_norm if grad_norm is None else grad_norm,
+                grad_norm=grad_norm,
                 loss_scale=scaler.get_scale() if scaler is not None else None,
-                skipped_steps=trainer.lr_scheduler_configs[0].scheduler.skipped_steps,
+                skipped_steps=schedule.skipped_steps,
                 flops_per_token=self._flops_per_token,
                 peak_flops=self._peak_flops,
                 device=trainer.strategy.root_device,
@@ -122,8 +130,8 @@ class TextSamples(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         pieces = continue_text(
-            module.gpt,
-            trainer.datamodule.tokenizer,
+            network(module),
+            trainer.datamodule.tokenizer,  # type: ignore[attr-defined]
             self.prompt,
             self.tokens,
             temperature=self.temperature,
@@ -172,6 +180,11 @@ class StepProgressBar(ProgressBar):
     def _close(self) -> None:
         if self._progress is not None:
             self._progress.close()
+
+
+def network(module: LightningModule) -> GPT:
+    assert isinstance(module.gpt, GPT)
+    return module.gpt
 
 
 def log(trainer: Trainer, values: dict[str, float]) -> None:

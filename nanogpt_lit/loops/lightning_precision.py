@@ -1,4 +1,5 @@
-"""Lightning's precision plugins, plus two things every run here needs: the gradient norm, and clipping with a fused optimizer."""
+"""Lightning's precision plugins, and what every run here needs of them: the gradient norm, and clipping with a fused
+optimizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +31,8 @@ class MixedPrecision(MeasuredClipping, LightningMixedPrecision):
     """16-mixed and bf16-mixed.
 
     Lightning refuses gradient clipping together with a fused optimizer under any mixed precision (Lightning #21435),
-    because a fused optimizer can unscale by itself, after the point where clipping happens. Nothing obliges it to: when
-    the gradients are unscaled before clipping, GradScaler tells the fused kernel so and hands it only the overflow flag.
+    because a fused optimizer can unscale by itself, after the point where clipping happens. Nothing obliges it to:
+    when the gradients are unscaled before clipping, GradScaler hands the fused kernel the overflow flag alone.
     """
 
     def optimizer_step(  # type: ignore[override]
@@ -54,7 +55,7 @@ class MixedPrecision(MeasuredClipping, LightningMixedPrecision):
         LightningPrecision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
 
 
-# A checkpoint files the scaler's state under the plugin's class name: with Lightning's own name, a stock Trainer finds it.
+# A checkpoint files the scaler's state under the plugin's class name: with Lightning's, a stock Trainer finds it.
 MixedPrecision.__qualname__ = LightningMixedPrecision.__qualname__
 
 

@@ -1,0 +1,66 @@
+"""Every YAML is parsed and built, so that none goes stale."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt_lit.cli import ConfigOnlyCLI
+from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.optim.adamw import AdamWConfig
+from nanogpt_lit.optim.schedule import ScheduleConfig
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+# The sizes that the file headers and nanoGPT's configuration files promise, with nanoGPT's count of parameters
+# (positions left out) where it publishes one.
+EXPECTED = {
+    "rtx2050": (12, 768, 1024, 4, 4, 50304),
+    "course": (12, 768, 256, 4, 4, 32000),
+    "shakespeare_char": (6, 384, 256, 64, 1, 66),
+    "shakespeare_char_cpu": (4, 128, 64, 12, 1, 66),
+}
+
+
+def parse(path, *options):
+    return ConfigOnlyCLI(args=["--config", str(path), *options], run=False).settings
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds_the_module_and_the_data(path):
+    settings = parse(path)
+    TokenDataModule(**settings.data)
+    gpt = dict(settings.model.gpt)
+    if gpt["vocab_size"] is None:  # from the text, which this test has not; Shakespeare has 65 characters
+        gpt["vocab_size"] = {"char": 66, "byte": 257, "bpe:32000": 32000}[settings.data.tokenizer]
+    with torch.device("meta"):
+        module = LitNanoGPT(
+            GPTConfig(**gpt), AdamWConfig(**settings.model.optim), ScheduleConfig(**settings.model.schedule)
+        )
+    if path.stem in EXPECTED:
+        assert EXPECTED[path.stem] == (
+            module.gpt.config.n_layer,
+            module.gpt.config.n_embd,
+            module.gpt.config.block_size,
+            settings.data.batch_size,
+            settings.trainer.accumulate_grad_batches,
+            module.gpt.config.vocab_size,
+        )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_has_a_root_of_its_own_and_validates_at_its_last_step(path):
+    trainer = parse(path).trainer
+    assert trainer.default_root_dir == f"runs/{path.stem}"
+    batches = trainer.max_steps * trainer.accumulate_grad_batches
+    assert batches % trainer.val_check_interval == 0
+    assert trainer.val_check_interval % trainer.accumulate_grad_batches == 0  # never inside an accumulation window
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_number_that_two_sections_need_is_written_once(path):
+    settings = parse(path, "--data.block_size=32", "--trainer.max_steps=7")
+    assert settings.model.gpt.block_size == 32
+    assert settings.model.schedule.total_steps == 7
