@@ -340,6 +340,17 @@ def test_a_kill_at_any_time_leaves_the_old_shards_or_the_new(
         check_after_kill(source, tmp_path / str(i) / "shards", byte_manifest, char_manifest)
 
 
+def test_shards_left_between_the_two_renames_come_back(tmp_path: Path, jsonl: Path) -> None:
+    config = PrepareConfig(str(jsonl), "byte", val_fraction=0.1)
+    run(config, tmp_path / "shards")
+    written_ns = (tmp_path / "shards" / "train_000000.bin").stat().st_mtime_ns
+    (tmp_path / "shards").rename(tmp_path / "shards.old")
+    (tmp_path / "shards.partial").mkdir()
+    run(config, tmp_path / "shards")
+    assert (tmp_path / "shards" / "train_000000.bin").stat().st_mtime_ns == written_ns
+    assert {path.name for path in tmp_path.iterdir()} == {jsonl.name, ".shards.lock", "shards"}
+
+
 def test_two_processes_prepare_once(tmp_path: Path, jsonl: Path) -> None:
     folder = tmp_path / "shards"
     children = [start(jsonl, "gpt2", folder) for _ in range(2)]

@@ -152,6 +152,7 @@ def test_what_is_no_source_is_refused_with_what_works(tmp_path: Path) -> None:
     for source, said in {
         str(tmp_path / "missing"): r"data\.source=.*missing does not exist; what works: stdlib",
         "https://example.org/a.txt": r"is an address; download it",
+        "": r"data\.source is empty; what works",
         "hf:name": r"written hf:OWNER/NAME",
         str(tmp_path): "holds no text",
     }.items():

@@ -50,6 +50,8 @@ def open_source(source: str, text_key: str = "text", skip_undecodable: bool = Fa
         return HubSource(source, text_key)
     if "://" in source:
         raise ValueError(f"data.source={source} is an address; download it and give the file's path.")
+    if not source:
+        raise ValueError(f"data.source is empty; what works: {WHAT_WORKS}.")
     path = Path(source).expanduser()
     if path.is_file():
         return FilesSource(path, [path], text_key, skip_undecodable)
