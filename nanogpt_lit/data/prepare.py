@@ -72,7 +72,7 @@ class PrepareConfig:
         kind, argument = parse_tokenizer(self.tokenizer)
         return {
             "source": source.fingerprint(),
-            "tokenizer": tokenizer_from_file(Path(argument).expanduser()).sha256 if kind == "file" else self.tokenizer,
+            "tokenizer": tokenizer_from_file(Path(argument)).sha256 if kind == "file" else self.tokenizer,
             "text_key": self.text_key,
             "val_fraction": self.val_fraction,
             "skip_undecodable": self.skip_undecodable,
@@ -207,7 +207,7 @@ def make_tokenizer(config: PrepareConfig, source: Source, split: Split, show_pro
             ranks = train_ranks(training_text(source, split), int(size) - 1, show_progress)  # one id for end-of-text
             return BytePairTokenizer(config.tokenizer, ranks, GPT2_PATTERN, {EOT: len(ranks)})
         case _, path:
-            return tokenizer_from_file(Path(path).expanduser())
+            return tokenizer_from_file(Path(path))
 
 
 def training_text(source: Source, split: Split, budget: int = TRAINING_BYTES) -> Iterator[str]:

@@ -216,6 +216,7 @@ def tokenizer_from_file(path: Path) -> BytePairTokenizer:
 
     Raises ValueError when either is not what it should be.
     """
+    path = path.expanduser()
     try:
         ranks = parse_ranks(path.read_text(encoding="utf-8"), name=f"data.tokenizer={path}")
         beside = path.with_suffix(".json")
