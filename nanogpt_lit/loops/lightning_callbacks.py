@@ -119,7 +119,7 @@ class TextSamples(Callback):
         seed: The same each time, so that samples of different steps can be compared.
     """
 
-    def __init__(self, prompt: str = "", tokens: int = 200, temperature: float = 0.8, seed: int = 1337) -> None:
+    def __init__(self, prompt: str = "", tokens: int = 300, temperature: float = 0.8, seed: int = 1337) -> None:
         self.prompt = prompt
         self.tokens = tokens
         self.temperature = temperature
