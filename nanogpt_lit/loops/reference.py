@@ -1,0 +1,99 @@
+"""The contract driven by plain PyTorch: what both frameworks are measured against, and what to copy to have neither."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from nanogpt_lit.loops.contract import (
+    AUTOCAST_DTYPES,
+    LoopSettings,
+    MeanLoss,
+    Observer,
+    Parts,
+    clipping_order,
+    optimizer_and_schedule,
+    seed_dropout,
+)
+
+Batch = tuple[Tensor, Tensor]
+
+
+def train(
+    module: nn.Module,
+    train_loader: Iterable[Batch],
+    val_loader: Iterable[Batch],
+    settings: LoopSettings,
+    observer: Observer = Observer(),  # noqa: B008 - has no state
+    scaler: GradScaler | None = None,
+) -> None:
+    """Trains the module where it is, for settings.max_steps optimizer steps.
+
+    scaler: in place of the usual one for 16-mixed
+    """
+    device = next(module.parameters()).device
+    if scaler is None:
+        scaler = GradScaler(device.type, enabled=settings.precision == "16-mixed")
+    dtype = AUTOCAST_DTYPES[settings.precision]
+    # Without a cache of casted weights, as Lightning has it: see accelerate_loop.py.
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+    optimizer, schedule = optimizer_and_schedule(module)
+    parameters = clipping_order(optimizer)
+    observer.on_train_start(Parts(module, optimizer, schedule, scaler if scaler.is_enabled() else None))
+    seed_dropout(settings.seed)
+    module.train()
+    batches = step = 0
+    while step < settings.max_steps:
+        for in_epoch, (batch, is_last) in enumerate(with_last(train_loader), start=1):
+            tokens, targets = (tensor.to(device) for tensor in batch)
+            with autocast:
+                loss = module(tokens, targets)
+            scaler.scale(loss / settings.accumulate_grad_batches).backward()
+            batches += 1
+            observer.on_batch_end(loss.detach(), tokens.numel())
+            if in_epoch % settings.accumulate_grad_batches == 0 or is_last:
+                scaler.unscale_(optimizer)
+                # An infinite limit measures the norm and leaves the gradients alone.
+                grad_norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf)
+                lr = optimizer.param_groups[0]["lr"]
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+                optimizer.zero_grad()
+                step += 1
+                observer.on_step_end(step, lr, grad_norm)
+            if settings.validates_after(batches, step):
+                observer.on_validation_start()
+                with autocast:
+                    loss = validate(module, val_loader, settings.limit_val_batches, device)
+                observer.on_validation_end(step, loss)
+            if step == settings.max_steps:
+                break
+    observer.on_train_end()
+
+
+@torch.no_grad()
+def validate(module: nn.Module, loader: Iterable[Batch], limit: int | None, device: torch.device) -> Tensor:
+    """The mean loss over the first `limit` batches, in eval mode."""
+    mean = MeanLoss()
+    module.eval()
+    for batch in itertools.islice(loader, limit):
+        tokens, targets = (tensor.to(device) for tensor in batch)
+        mean.add(module(tokens, targets), tokens.size(0))
+    module.train()
+    return torch.as_tensor(mean.total) / mean.sequences
+
+
+def with_last(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, and whether the loader ends with it. Raises ValueError for a loader that has none."""
+    batches = iter(loader)
+    batch = next(batches, None)
+    if batch is None:
+        raise ValueError("the training loader is empty; its data needs at least one batch.")
+    for following in batches:
+        yield batch, False
+        batch = following
+    yield batch, True
