@@ -1,6 +1,7 @@
 """The reference loop against a loop written out by hand for each case."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,8 +117,9 @@ def test_autocast_computes_in_the_precision_that_is_asked_for(module, loader):
 
 def test_validation_reads_its_first_batches_in_eval_mode_and_once_more_at_the_end(tiny_gpt, loader):
     torch.manual_seed(0)
-    config = copy.replace(tiny_gpt, dropout=0.5) if hasattr(copy, "replace") else type(tiny_gpt)(8, 11, 2, 2, 8, 0.5)
-    module = LitNanoGPT(config, AdamWConfig(lr=0.05), ScheduleConfig(warmup_steps=2, total_steps=20))
+    module = LitNanoGPT(
+        replace(tiny_gpt, dropout=0.5), AdamWConfig(lr=0.05), ScheduleConfig(warmup_steps=2, total_steps=20)
+    )
     expected = []
 
     class ByHand(Diary):
@@ -141,8 +143,7 @@ def test_the_seed_decides_dropout_and_nothing_before_it_matters(tiny_gpt, loader
     runs = []
     for drawn_before, seed in ((0, 5), (3, 5), (0, 6)):
         torch.manual_seed(0)
-        config = type(tiny_gpt)(8, 11, 2, 2, 8, 0.5)
-        module = LitNanoGPT(config, AdamWConfig(), ScheduleConfig(total_steps=20))
+        module = LitNanoGPT(replace(tiny_gpt, dropout=0.5), AdamWConfig(), ScheduleConfig(total_steps=20))
         torch.rand(drawn_before)
         diary = Diary()
         train(module, loader, [], LoopSettings(max_steps=2, seed=seed), diary)
