@@ -19,14 +19,18 @@ ALLOWED = {
     "module": {"gpt", "optim"},
     "loops": {"gpt", "optim", "memory", "sampling"},
     "cli": {"module", "gpt", "optim", "data", "loops"},
+    "parity": {"loops", "module", "gpt", "optim", "data"},
     "commands": {"cli", "checkpoint", "sampling"},
     "__main__": {"commands", "cli"},
     "__init__": {"module", "gpt", "data"},
 }
 FRAMEWORKS = {
-    "lightning": {"cli", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_precision"},
-    "accelerate": set(),
-}
+    "lightning": {
+        "cli", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_observer",
+        "loops.lightning_precision", "parity.runs",
+    },
+    "accelerate": {"loops.accelerate_loop", "parity.runs"},
+}  # fmt: skip
 LIGHT = {"__main__", "__init__", "commands"}  # these answer before torch is imported
 
 FILES = sorted(PACKAGE.rglob("*.py"))

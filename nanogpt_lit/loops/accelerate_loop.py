@@ -1,0 +1,118 @@
+"""The same module under raw accelerate, in accelerate's own idiom.
+
+It is handed a module and knows nothing of Lightning. Where a line departs from accelerate's tutorial, the comment says
+what breaks without it.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
+from accelerate.utils import AutocastKwargs  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nanogpt_lit.loops.contract import (
+    LoopSettings,
+    MeanLoss,
+    Observer,
+    Parts,
+    clipping_order,
+    optimizer_and_schedule,
+    seed_dropout,
+)
+
+MIXED_PRECISION = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+
+# accelerate leaves autocast's cache of casted weights on, Lightning 2.6 turns it off. With it, the gradients of a
+# weight that a forward uses twice (a head that takes the loss in chunks) are summed in 16 bits; without it, in float32.
+AUTOCAST = AutocastKwargs(cache_enabled=False)
+
+
+def accelerator_options(settings: LoopSettings, device: str) -> dict[str, Any]:
+    """The arguments of Accelerator. device: "cpu" keeps to the processor, also under torchrun, where accelerate would
+    otherwise start no process group, and every process would train alone."""
+    return {
+        "mixed_precision": MIXED_PRECISION[settings.precision],
+        "gradient_accumulation_steps": settings.accumulate_grad_batches,
+        "kwargs_handlers": [AUTOCAST],
+        "cpu": device == "cpu",
+    }
+
+
+def train(
+    accelerator: Accelerator,
+    module: nn.Module,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    settings: LoopSettings,
+    observer: Observer = Observer(),  # noqa: B008 - has no state
+) -> None:
+    """Trains for settings.max_steps optimizer steps.
+
+    The loaders are those of one process: accelerate deals their batches out, one to each process in turn.
+    """
+    optimizer, schedule = optimizer_and_schedule(module)
+    # Not module.parameters(): the norm would be summed in another order than Lightning's.
+    parameters = clipping_order(optimizer)
+    parts = Parts(module, optimizer, schedule, accelerator.scaler)
+    # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
+    # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.
+    module, optimizer, train_loader, val_loader = accelerator.prepare(module, optimizer, train_loader, val_loader)
+    observer.on_train_start(parts)
+    seed_dropout(settings.seed, accelerator.process_index)
+    module.train()
+    batches = step = 0
+    while step < settings.max_steps:
+        for tokens, targets in train_loader:
+            with accelerator.accumulate(module):
+                loss = module(tokens, targets)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    # An infinite limit measures the norm and leaves the gradients alone.
+                    grad_norm = accelerator.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf)
+                    lr = optimizer.param_groups[0]["lr"]
+                optimizer.step()
+                if accelerator.sync_gradients:
+                    schedule.step()
+                optimizer.zero_grad()
+            batches += 1
+            observer.on_batch_end(loss.detach(), tokens.numel())
+            if accelerator.sync_gradients:
+                step += 1
+                observer.on_step_end(step, lr, grad_norm)
+            if settings.validates_after(batches, step):
+                observer.on_validation_start()
+                observer.on_validation_end(step, validate(accelerator, module, val_loader, settings.limit_val_batches))
+            if step == settings.max_steps:
+                break
+        if batches == 0:
+            raise ValueError("the training loader is empty; its data needs at least one batch.")
+    end(train_loader)
+    observer.on_train_end()
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, module: nn.Module, loader: DataLoader, limit: int | None) -> Tensor:
+    """The mean loss over the first `limit` batches of every process, in eval mode."""
+    mean = MeanLoss()
+    module.eval()
+    for tokens, targets in itertools.islice(loader, limit):
+        mean.add(module(tokens, targets), tokens.size(0))
+    end(loader)
+    module.train()
+    total, sequences = accelerator.reduce((torch.as_tensor(mean.total), torch.tensor(mean.sequences)), "sum")
+    return total / sequences
+
+
+def end(loader: DataLoader) -> None:
+    """Tells accelerate that a loader is done with, though it was not read to its end.
+
+    accelerate asks the loader that was started last whether its batches end. One that was left half-way is asked for
+    ever: a ragged window at the end of the training loader then takes no step.
+    """
+    if isinstance(loader, DataLoaderShard):
+        loader.end()

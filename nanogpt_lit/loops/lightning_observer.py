@@ -1,0 +1,69 @@
+"""Lightning's Trainer, told and seeded as the other loops are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nanogpt_lit.loops.contract import Observer, Parts, clipping_order, seed_dropout
+from nanogpt_lit.loops.curves import gradient_norm
+
+
+class DropoutSeed(Callback):
+    """Starts the random state of dropout where the other loops start it."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        seed_dropout(self.seed, trainer.global_rank)
+
+
+class Observed(Callback):
+    """Tells an Observer what the Trainer does, in the contract's words."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self._step = 0
+        self._loss: Tensor | None = None
+        self._lr = 0.0
+        self._grad_norm: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._step = trainer.global_step
+        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        # The loss that callbacks are given is divided by the accumulation: here it is taken where it is made.
+        self._hook = module.register_forward_hook(self._note_loss)
+        self.observer.on_train_start(Parts(module, trainer.optimizers[0], schedule, scaler))
+
+    def _note_loss(self, module: nn.Module, batch: Any, loss: Tensor) -> None:
+        self._loss = loss.detach()
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        self._lr = optimizer.param_groups[0]["lr"]  # the schedule has moved on before on_train_batch_end
+        self._grad_norm = gradient_norm(clipping_order(optimizer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Tensor | Mapping[str, Any] | None, batch: Any, k: int
+    ) -> None:
+        assert self._loss is not None
+        self.observer.on_batch_end(self._loss, batch[0].numel())
+        if trainer.global_step > self._step:
+            assert self._grad_norm is not None
+            self._step = trainer.global_step
+            self.observer.on_step_end(self._step, self._lr, self._grad_norm)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.observer.on_validation_start()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.observer.on_validation_end(trainer.global_step, trainer.callback_metrics["val/loss"])
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._hook.remove()
+        self.observer.on_train_end()

@@ -1,0 +1,118 @@
+"""Everything that a loop computes, written down as it happens, and the first place where two loops differ."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_lit.loops.contract import Observer, Parts
+
+FINAL = "the end"
+
+
+@dataclass(frozen=True)
+class Entry:
+    when: str
+    """ "step 3", or FINAL."""
+    quantity: str
+    value: Tensor | float | int | bool | str | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    when: str
+    quantity: str
+    size: float | None
+    """Largest absolute difference; None where there is no number to take."""
+
+    def __str__(self) -> str:
+        return f"{self.when}: {self.quantity}" + (f" by {self.size:.1e}" if self.size is not None else "")
+
+
+class Recorder(Observer):
+    """Keeps a copy of every quantity, in the order in which they come about."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self._step = 0
+        self._batch = 0
+
+    def _add(self, quantity: str, value: Any) -> None:
+        kept = value.detach().cpu().clone() if isinstance(value, Tensor) else value
+        self.entries.append(Entry(f"step {self._step + 1}", quantity, kept))
+
+    def on_train_start(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def on_batch_end(self, loss: Tensor, tokens: int) -> None:
+        self._batch += 1
+        self._add(f"loss of micro-batch {self._batch}", loss)
+
+    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        self._add("gradient norm", grad_norm)
+        self._add("learning rate", lr)
+        self._add("loss scale", self._parts.loss_scale())
+        self._step, self._batch = step, 0
+
+    def on_validation_end(self, step: int, loss: Tensor) -> None:
+        self.entries.append(Entry(f"step {step}", "validation loss", loss.detach().cpu().clone()))
+
+    def on_train_end(self) -> None:
+        parts = self._parts
+        states: dict[str, Any] = {
+            "parameter": dict(parts.module.named_parameters()),
+            "buffer": dict(parts.module.named_buffers()),
+            "optimizer": parts.optimizer.state_dict(),
+            "schedule": parts.schedule.state_dict(),
+            "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+            "random state": torch.get_rng_state(),
+        }
+        for name, value in leaves("", states):
+            kept = value.detach().cpu().clone() if isinstance(value, Tensor) else value
+            self.entries.append(Entry(FINAL, name, kept))
+
+
+def compare(first: Sequence[Entry], second: Sequence[Entry]) -> Difference | None:
+    """The first entry of `first` that `second` has not bit for bit in the same place; None when all are the same."""
+    for a, b in itertools.zip_longest(first, second):
+        if a is None or b is None or (a.when, a.quantity) != (b.when, b.quantity):
+            present, absent = (a, b) if a is not None else (b, a)
+            other = "nothing" if absent is None else f"{absent.quantity} of {absent.when}"
+            return Difference(present.when, f"{present.quantity} against {other}", None)
+        if not same(a.value, b.value):
+            return Difference(a.when, a.quantity, distance(a.value, b.value))
+    return None
+
+
+def same(first: Any, second: Any) -> bool:
+    """The same type, shape and bits. Bits rather than values: a norm that overflowed to NaN equals its like."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.dtype != second.dtype or first.shape != second.shape:
+            return False
+        return torch.equal(*(value.contiguous().flatten().view(torch.uint8) for value in (first, second)))
+    return type(first) is type(second) and first == second
+
+
+def distance(first: Any, second: Any) -> float | None:
+    numbers = (Tensor, int, float)
+    if not (isinstance(first, numbers) and isinstance(second, numbers)):
+        return None
+    a, b = torch.as_tensor(first).double(), torch.as_tensor(second).double()
+    if a.shape != b.shape or a.numel() == 0:
+        return None
+    return float((a - b).abs().max())
+
+
+def leaves(name: str, state: Any) -> Iterator[tuple[str, Any]]:
+    """(path, value) of all that a nested state holds."""
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from leaves(f"{name} {key}".strip(), value)
+    elif isinstance(state, (list, tuple)):
+        for index, value in enumerate(state):
+            yield from leaves(f"{name} {index}", value)
+    else:
+        yield name, state
