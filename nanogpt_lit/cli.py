@@ -21,9 +21,10 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
+from nanogpt_lit.loops.lightning_observer import DropoutSeed
 from nanogpt_lit.loops.lightning_precision import precision_plugin
-from nanogpt_lit.loops.machine import device_name, device_type, unused_card, usable_precision
-from nanogpt_lit.loops.report import closing_table
+from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
+from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -130,9 +131,19 @@ class NanoGPTCLI(LightningCLI):
     def settings(self) -> Namespace:
         return self.config[self.subcommand] if self.subcommand else self.config
 
+    @property
+    def seed(self) -> int | None:
+        """seed_everything, which Lightning has drawn where it was true; None where it is false."""
+        seed = self.settings.seed_everything
+        return None if isinstance(seed, bool) else seed
+
     # From text to a Trainer.
 
     def before_instantiate_classes(self) -> None:
+        self.complete_settings()
+
+    def complete_settings(self) -> None:
+        """Fills in what the text and the machine decide. Raises ValueError for settings that cannot be."""
         settings = self.settings
         # What checks itself at construction is built here first, so that a mistake is named before the data is made.
         GPTConfig(**settings.model.gpt)
@@ -178,6 +189,7 @@ class NanoGPTCLI(LightningCLI):
         """The YAML's callbacks and those of every run; one of the YAML's takes the place of ours of the same kind."""
         callbacks: list[Callback] = list(trainer.callbacks or [])
         callbacks.append(TrainingCurves(self.meter, self.validations))
+        callbacks.append(DropoutSeed(self.seed))
         if not any(isinstance(callback, TextSamples) for callback in callbacks):
             callbacks.append(TextSamples())
         if trainer.enable_progress_bar is not False:
@@ -191,14 +203,18 @@ class NanoGPTCLI(LightningCLI):
     # What the user reads.
 
     def before_fit(self) -> None:
-        gpt, trainer, data = self.model.gpt, self.trainer, self.datamodule
-        batches_per_step = trainer.accumulate_grad_batches * trainer.world_size
-        tokens_per_step = batches_per_step * data.batch_size * data.block_size
+        trainer = self.trainer
         rank_zero_print(
-            f"network: {gpt.parameter_count(non_embedding=False):,} parameters, {trainer.precision} on "
-            f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}\n"
-            f"step: {batches_per_step} x {data.batch_size} x {data.block_size} = {tokens_per_step:,} tokens\n"
-            f"run: {relative_to_here(run_folder(trainer))}, seed {self.settings.seed_everything}"
+            opening_lines(
+                gpt=self.model.gpt,
+                precision=str(trainer.precision),
+                processes=trainer.world_size,
+                device=trainer.strategy.root_device,
+                accumulate_grad_batches=trainer.accumulate_grad_batches,
+                batch_size=self.datamodule.batch_size,
+                run_folder=relative_to_here(run_folder(trainer)),
+                seed=self.seed,
+            )
         )
         self._started_s = time.monotonic()
 
@@ -242,6 +258,11 @@ class ConfigOnlyCLI(NanoGPTCLI):
 
     def instantiate_classes(self) -> None:
         pass
+
+    def build(self) -> tuple[LitNanoGPT, TokenDataModule]:
+        """The module and the data, as fit builds them, once the settings are complete."""
+        built = self.parser.instantiate_classes(self.config)
+        return built.model, built.data
 
 
 def quiet_lightning() -> None:

@@ -1,9 +1,35 @@
-"""What is printed when a run ends, the same from every loop."""
+"""What is printed when a run begins and when it ends, the same from every loop."""
 
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
+from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
+from nanogpt_lit.loops.machine import device_name
+
+
+def opening_lines(
+    *,
+    gpt: GPT,
+    precision: str,
+    processes: int,
+    device: torch.device,
+    accumulate_grad_batches: int,
+    batch_size: int,
+    run_folder: str,
+    seed: int | None,
+) -> str:
+    """What will run: the network, the size of a step, and where it is kept."""
+    batches_per_step, T = accumulate_grad_batches * processes, gpt.config.block_size
+    tokens_per_step = batches_per_step * batch_size * T
+    return (
+        f"network: {gpt.parameter_count(non_embedding=False):,} parameters, {precision} on "
+        f"{processes} x {device_name(device)}\n"
+        f"step: {batches_per_step} x {batch_size} x {T} = {tokens_per_step:,} tokens\n"
+        f"run: {run_folder}, seed {seed}"
+    )
 
 
 def closing_table(

@@ -1,0 +1,122 @@
+"""What a run shows while a loop other than Lightning's drives it: the same curves, samples, progress line and files."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
+from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
+from nanogpt_lit.loops.progress import Progress
+from nanogpt_lit.memory.cards import peak_flops
+
+
+class Journal(Observer):
+    """Keeps a run's folder: TensorBoard curves over optimizer steps, text samples, checkpoints/best.ckpt and last.ckpt.
+
+    processes: whose tokens and floating-point operations are counted   device: of this one
+    write_sample: a text by the network as it is   save: writes a checkpoint of the given step to a path
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: LoopSettings,
+        *,
+        log_every_n_steps: int,
+        processes: int,
+        device: torch.device,
+        show_progress: bool,
+        write_sample: Callable[[], str],
+        save: Callable[[Path, Parts, int], None] | None,
+    ) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.log_every_n_steps = log_every_n_steps
+        self.processes = processes
+        self.device = device
+        self.meter = StepMeter()
+        self.validations = ValidationRecord()
+        self.step = 0
+        self.sample: str | None = None
+        self.checkpoints: dict[str, str] = {}
+        """What each is ("best", "last") and its file."""
+        self._write_sample = write_sample
+        self._save = save
+        self._progress = Progress(settings.max_steps) if show_progress else None
+        self._writer = SummaryWriter(str(folder))
+
+    def on_train_start(self, parts: Parts) -> None:
+        self._parts = parts
+        gpt = parts.module.gpt
+        assert isinstance(gpt, GPT)
+        self._flops_per_token = gpt.flops_per_token(gpt.config.block_size)
+        self._peak_flops: float | None = None
+        if self.device.type == "cuda":
+            name, tf32 = torch.cuda.get_device_name(self.device), torch.backends.cuda.matmul.allow_tf32
+            one = peak_flops(name, self.settings.precision, tf32)
+            self._peak_flops = one and one * self.processes
+        self.meter.start()
+
+    def on_batch_end(self, loss: Tensor, tokens: int) -> None:
+        self.meter.add_batch(loss / self.settings.accumulate_grad_batches, tokens * self.processes)
+
+    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        self.step = step
+        self.meter.end_step()
+        if step % self.log_every_n_steps == 0 or step in (1, self.settings.max_steps):
+            curves = self.meter.curves(
+                lr=lr,
+                grad_norm=grad_norm,
+                loss_scale=self._parts.loss_scale(),
+                skipped_steps=getattr(self._parts.schedule, "skipped_steps", 0),
+                flops_per_token=self._flops_per_token,
+                peak_flops=self._peak_flops,
+                device=self.device,
+            )
+            self._draw(curves)
+        if self._progress is not None:
+            self._progress.update(step, self.meter.drawn_loss, self.meter.tokens_per_s)
+
+    def on_validation_start(self) -> None:
+        self.meter.pause()
+
+    def on_validation_end(self, step: int, loss: Tensor) -> None:
+        self.validations.add(step, float(loss))
+        self._draw({"val/loss": float(loss), "val/perplexity": perplexity(float(loss))})
+        self.sample = self._write_sample()
+        self.add_text("sample", self.sample)
+        if self._progress is not None:
+            self._progress.say(self.validations.sentence())
+        if self.validations.best == self.validations.latest:
+            self._checkpoint("best")
+        self._checkpoint("last")
+        self.meter.start()
+
+    def close(self) -> None:
+        self._writer.close()
+        if self._progress is not None:
+            self._progress.close()
+
+    def add_text(self, tag: str, text: str) -> None:
+        """Into the TEXT tab, as a code block."""
+        self._writer.add_text(tag, "\n".join("    " + line for line in text.splitlines()), self.step)
+
+    def _draw(self, values: dict[str, float]) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, self.step)
+
+    def _checkpoint(self, name: str) -> None:
+        if self._save is not None:
+            path = self.folder / "checkpoints" / f"{name}.ckpt"
+            self._save(path, self._parts, self.step)
+            self.checkpoints[name] = str(path)
+
+
+def next_folder(root: Path, name: str) -> Path:
+    """root/name_N with the first N that is free and above all that are there, as Lightning numbers its versions."""
+    taken = [path.name.removeprefix(f"{name}_") for path in root.glob(f"{name}_*") if path.is_dir()]
+    return root / f"{name}_{max((int(n) for n in taken if n.isdigit()), default=-1) + 1}"

@@ -1,0 +1,149 @@
+"""Trains from the YAML of `python -m nanogpt_lit fit`, under raw accelerate instead of Lightning's Trainer.
+
+    accelerate launch scripts/train_accelerate.py --config configs/rtx2050.yaml
+    python scripts/train_accelerate.py --config configs/quickstart.yaml --trainer.max_steps 100
+
+Every option of fit works here, or is refused when only the Trainer could follow it. The run is
+default_root_dir/accelerate_N, beside fit's version_N, so that TensorBoard lays their curves over each other. The loop
+is nanogpt_lit/loops/accelerate_loop.py.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator  # type: ignore[import-untyped]
+
+from nanogpt_lit.__main__ import exit_code
+from nanogpt_lit.checkpoint.save import save_checkpoint
+from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning, relative_to_here
+from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.data.sampler import Position
+from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes
+from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
+from nanogpt_lit.loops.contract import Observer, Parts
+from nanogpt_lit.loops.journal import Journal, next_folder
+from nanogpt_lit.loops.machine import device_type
+from nanogpt_lit.loops.report import closing_table, opening_lines
+from nanogpt_lit.loops.trainer_section import (
+    asked_processes,
+    check_followed,
+    full_precision_name,
+    loop_settings,
+    text_samples,
+)
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.sampling import continue_text
+
+
+def main(arguments: list[str]) -> int:
+    quiet_lightning()
+    cli = ConfigOnlyCLI(args=arguments, run=False)
+    trainer = cli.settings.trainer
+    remark = check_environment(
+        full_precision_name(trainer.precision),
+        trainer.accumulate_grad_batches,
+        device_type(trainer.accelerator),
+        os.environ,
+    )
+    check_followed(vars(trainer), vars(cli.parser.get_defaults().trainer))
+    cli.complete_settings()
+    module, data = cli.build()
+    data.setup()
+    # The loaders of one process: accelerate deals their batches out to the processes by turns, and that is the order
+    # which our sampler gives each process under Lightning.
+    data.position = Position()
+    train_loader, val_loader = data.train_dataloader(), data.val_dataloader()
+    settings = loop_settings(vars(trainer), val_batches=len(val_loader), seed=cli.seed)
+
+    accelerator = Accelerator(**accelerator_options(settings, cli.device))
+    check_processes(asked_processes(vars(trainer)), accelerator.num_processes, os.environ)
+    if remark is not None:
+        accelerator.print(remark)
+
+    observer, folder = Observer(), next_folder(Path(trainer.default_root_dir), "accelerate")
+    if accelerator.is_main_process:
+        observer = journal = Journal(
+            folder,
+            settings,
+            log_every_n_steps=trainer.log_every_n_steps,
+            processes=accelerator.num_processes,
+            device=accelerator.device,
+            show_progress=trainer.enable_progress_bar is not False,
+            write_sample=sample_writer(module, data, **text_samples(vars(trainer))),
+            save=checkpoint_writer(module, data) if trainer.enable_checkpointing is not False else None,
+        )
+        config = cli.parser.dump(cli.config)
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+        journal.add_text("config", config)
+    accelerator.print(
+        opening_lines(
+            gpt=module.gpt,
+            precision=settings.precision,
+            processes=accelerator.num_processes,
+            device=accelerator.device,
+            accumulate_grad_batches=settings.accumulate_grad_batches,
+            batch_size=data.batch_size,
+            run_folder=relative_to_here(str(folder)),
+            seed=cli.seed,
+        )
+    )
+    started_s = time.monotonic()
+    try:
+        train(accelerator, module, train_loader, val_loader, settings, observer)
+    finally:
+        if isinstance(observer, Journal):
+            observer.close()
+    if isinstance(observer, Journal):
+        print(
+            closing_table(
+                steps=observer.step,
+                elapsed_s=time.monotonic() - started_s,
+                meter=observer.meter,
+                validations=observer.validations,
+                sample=observer.sample,
+                checkpoints={name: relative_to_here(path) for name, path in observer.checkpoints.items()},
+                run_folder=Path(relative_to_here(str(folder))),
+            )
+        )
+    accelerator.end_training()
+    return 0
+
+
+def sample_writer(
+    module: LitNanoGPT,
+    data: TokenDataModule,
+    prompt: str = "",
+    tokens: int = 300,
+    temperature: float = 0.8,
+    seed: int = 1337,
+) -> Callable[[], str]:
+    """The options, and the texts, of fit's TextSamples."""
+
+    def write_sample() -> str:
+        pieces = continue_text(module.gpt, data.tokenizer, prompt, tokens, temperature=temperature, seed=seed)
+        return prompt + "".join(pieces)
+
+    return write_sample
+
+
+def checkpoint_writer(module: LitNanoGPT, data: TokenDataModule) -> Callable[[Path, Parts, int], None]:
+    def save(path: Path, parts: Parts, step: int) -> None:
+        save_checkpoint(
+            path,
+            state_dict=module.state_dict(),
+            hyper_parameters=dict(module.hparams),
+            data=data.state_dict(),
+            optimizer=parts.optimizer.state_dict(),
+            schedule=parts.schedule.state_dict(),
+            scaler=None if parts.scaler is None else parts.scaler.state_dict(),
+            step=step,
+        )
+
+    return save
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -1,0 +1,200 @@
+"""The accelerate loop as a user starts it: beside fit, from the same options, to the same files."""
+
+import importlib.util
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nanogpt_lit.__main__ import exit_code, main
+from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate(monkeypatch):
+    # accelerate keeps its state for the whole process, and refuses a second precision in it.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for variable in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def train_accelerate(*arguments):
+    spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    try:
+        return exit_code(lambda: script.main(list(arguments)))
+    except SystemExit as exit:
+        return exit.code
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
+    return path
+
+
+def small_run(text, root):
+    return [
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=5",
+        "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=6", "--trainer.log_every_n_steps=1",
+        "--trainer.limit_val_batches=0.5", "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples",
+        "--trainer.callbacks.prompt=9 b", "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8",
+        "--model.gpt.dropout=0.1", "--model.schedule.warmup_steps=2", f"--data.source={text}",
+        "--data.tokenizer=byte", "--data.block_size=16", "--data.batch_size=2", "--data.val_fraction=0.1",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def options(text, tmp_path):
+    return small_run(text, tmp_path / "root")
+
+
+@pytest.fixture(scope="module")
+def both(text, tmp_path_factory):
+    """The folder of one run by fit and one by accelerate, with bf16 for good measure."""
+    root = tmp_path_factory.mktemp("both")
+    assert main(["fit", *small_run(text, root), "--trainer.precision=bf16-mixed"]) == 0
+    assert train_accelerate(*small_run(text, root), "--trainer.precision=bf16-mixed") == 0
+    return root
+
+
+def curves(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def test_fit_and_accelerate_draw_the_same_curves(both):
+    fit, accelerate = curves(both / "version_0"), curves(both / "accelerate_0")
+    assert set(fit.Tags()["scalars"]) == set(accelerate.Tags()["scalars"])
+    assert set(fit.Tags()["tensors"]) == set(accelerate.Tags()["tensors"])
+    samples = [
+        [e.tensor_proto.string_val for e in events.Tensors("sample/text_summary")] for events in (fit, accelerate)
+    ]
+    assert samples[0] == samples[1]
+    assert samples[0][0][0].startswith(b"    9 b")
+    for tag in set(fit.Tags()["scalars"]) - {"throughput/tokens_per_s"}:
+        points = [[(e.step, e.value) for e in events.Scalars(tag)] for events in (fit, accelerate)]
+        assert points[0] == points[1], tag
+    assert [e.step for e in accelerate.Scalars("val/loss")] == [3, 5]
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt"])
+def test_fit_and_accelerate_save_the_same_weights_and_states(both, name):
+    fit, accelerate = (
+        torch.load(both / run / "checkpoints" / name, weights_only=True) for run in ("version_0", "accelerate_0")
+    )
+    assert set(fit["state_dict"]) == set(accelerate["state_dict"])
+    for key, tensor in fit["state_dict"].items():
+        assert torch.equal(tensor, accelerate["state_dict"][key]), key
+    moments = (saved["optimizer_states"][0]["state"] for saved in (fit, accelerate))
+    for first, second in zip(*(itertools.chain.from_iterable(m[k].values() for k in m) for m in moments), strict=True):
+        assert torch.equal(first, second)
+    for key in ("lr_schedulers", "hyper_parameters", "global_step"):
+        assert fit[key] == accelerate[key]
+    assert fit["TokenDataModule"]["tokenizer"] == accelerate["TokenDataModule"]["tokenizer"]
+
+
+def test_generate_and_validate_read_what_accelerate_saved(both, text, capsys):
+    last = both / "accelerate_0" / "checkpoints" / "last.ckpt"
+    assert main(["generate", f"--ckpt={last}", "--prompt=9", "--max-new-tokens=5"]) == 0
+    assert capsys.readouterr().out.startswith("9")
+    expected = curves(both / "accelerate_0").Scalars("val/loss")[-1].value
+    bf16 = "--trainer.precision=bf16-mixed"
+    assert main(["validate", *small_run(text, both), bf16, f"--ckpt_path={last}"]) == 0
+    assert f"validation loss {expected:.4f}" in capsys.readouterr().out
+
+
+def test_it_closes_with_the_same_table_and_leaves_the_same_files(options, tmp_path, capsys):
+    assert train_accelerate(*options) == 0
+    out, root = capsys.readouterr().out, tmp_path / "root"
+    for expected in (
+        r"steps +5\b",
+        r"tokens +320\b",
+        r"validation loss +\d\.\d{4}, perplexity",
+        r"best +\d\.\d+ at step",
+    ):
+        assert re.search(expected, out), expected
+    assert Path(re.search(r"best checkpoint +(\S+)", out)[1]).is_file()
+    assert {p.name for p in root.iterdir() if p.suffix != ".lock"} == {"shards", "accelerate_0"}
+    assert {p.name for p in (root / "accelerate_0" / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert "block_size: 16" in (root / "accelerate_0" / "config.yaml").read_text()
+
+
+def test_without_a_gpu_16_mixed_says_what_it_falls_back_to(options, capsys):
+    assert train_accelerate(*options, "--trainer.precision=16-mixed", "--trainer.max_steps=1") == 0
+    out = capsys.readouterr().out
+    assert "16-mixed needs a GPU and there is none, training in 32-true" in out
+    assert "32-true on 1 x" in out
+
+
+def test_accelerates_unset_precision_yields_to_the_yaml_and_says_so(options, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch sets when nobody was asked
+    assert train_accelerate(*options, "--trainer.precision=bf16-mixed", "--trainer.max_steps=1") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "no mixed precision" in line]
+    assert "bf16-mixed it is" in line
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "ACCELERATE_MIXED_PRECISION=fp16.*trainer.precision=bf16-mixed"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8.*trainer.precision=bf16-mixed"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "7"}, "STEPS=7.*trainer.accumulate_grad_batches=4"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true.*one device or DDP"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR.*model.compile"),
+        ({"ACCELERATE_USE_CPU": "True"}, "ACCELERATE_USE_CPU=True.*trainer.accelerator comes to cuda"),
+    ],
+)
+def test_an_environment_that_contradicts_the_yaml_is_refused_with_both_sides(environ, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_environment("bf16-mixed", 4, "cuda", environ)
+
+
+def test_an_environment_that_agrees_passes_in_silence():
+    agreeing = {
+        "ACCELERATE_MIXED_PRECISION": "fp16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_USE_CPU": "False",
+    }
+    assert check_environment("16-mixed", 4, "cuda", agreeing) is None
+    assert check_environment("32-true", 4, "cpu", {"ACCELERATE_MIXED_PRECISION": "no"}) is None
+
+
+def test_another_number_of_processes_than_was_asked_for_is_refused():
+    check_processes(None, 1, {})
+    check_processes(2, 2, {"WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 processes, and accelerate runs 1"):
+        check_processes(None, 1, {"WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match=r"ask for 2 processes, and accelerate runs 1; .*torchrun --nproc_per_node 2"):
+        check_processes(2, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--trainer.devices=2", "ask for 2 processes, and accelerate runs 1"),
+        ("--trainer.max_time=00:00:01:00", "trainer.max_time is set, and only Lightning's Trainer follows it"),
+        ("--trainer.callbacks+=DeviceStatsMonitor", "trainer.callbacks holds lightning.pytorch.callbacks.DeviceStats"),
+        ("--trainer.strategy=fsdp", "trainer.strategy=fsdp does not run here"),
+        ("--trainer.precision=64-true", "trainer.precision=64-true does not run here"),
+        ("--trainer.val_check_interval=0.5", "trainer.val_check_interval=0.5 should be an integer"),
+        ("--trainer.max_stepz=3", "no option trainer.max_stepz; did you mean trainer.max_steps?"),
+        ("--model.gpt.n_head=3", "model.gpt.n_embd=8 does not divide into n_head=3 equal heads"),
+    ],
+)
+def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option, sentence, capsys, tmp_path):
+    assert train_accelerate(*options, option) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert sentence in line
+    assert not list((tmp_path / "root").glob("accelerate_*"))
