@@ -27,9 +27,9 @@ ALLOWED = {
 FRAMEWORKS = {
     "lightning": {
         "cli", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_observer",
-        "loops.lightning_precision", "parity.runs",
+        "loops.lightning_precision", "parity.runs", "parity.settled",
     },
-    "accelerate": {"loops.accelerate_loop", "parity.runs"},
+    "accelerate": {"loops.accelerate_loop", "parity.runs", "parity.settled"},
 }  # fmt: skip
 LIGHT = {"__main__", "__init__", "commands"}  # these answer before torch is imported
 
