@@ -15,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from torch.utils.data import DataLoader
 
 from nanogpt_lit.__main__ import exit_code
 from nanogpt_lit.checkpoint.save import save_checkpoint
 from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position
-from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes
+from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes, launched_processes
 from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
 from nanogpt_lit.loops.contract import Observer, Parts
 from nanogpt_lit.loops.journal import Journal, next_folder
@@ -52,14 +53,12 @@ def main(arguments: list[str]) -> int:
     cli.complete_settings()
     module, data = cli.build()
     data.setup()
-    # The loaders of one process: accelerate deals their batches out to the processes by turns, and that is the order
-    # which our sampler gives each process under Lightning.
-    data.position = Position()
-    train_loader, val_loader = data.train_dataloader(), data.val_dataloader()
-    settings = loop_settings(vars(trainer), val_batches=len(val_loader), seed=cli.seed)
+    processes = launched_processes(os.environ)
+    train_loader, val_loader = loaders(data, processes)
+    settings = loop_settings(vars(trainer), val_batches=len(val_loader) // processes, seed=cli.seed)
 
     accelerator = Accelerator(**accelerator_options(settings, cli.device))
-    check_processes(asked_processes(vars(trainer)), accelerator.num_processes, os.environ)
+    check_processes(asked_processes(vars(trainer)), processes, accelerator.num_processes)
     if remark is not None:
         accelerator.print(remark)
 
@@ -110,6 +109,30 @@ def main(arguments: list[str]) -> int:
         )
     accelerator.end_training()
     return 0
+
+
+def loaders(data: TokenDataModule, processes: int) -> tuple[DataLoader, DataLoader]:
+    """The loaders of one process, whose batches accelerate deals out to the processes by turns: each process then reads
+    what it reads under Lightning."""
+    data.position = Position()
+    train_loader = data.train_dataloader()
+    shares = []
+    for rank in range(processes):
+        data.position = Position(rank, processes)
+        shares.append(data.val_dataloader())
+    data.position = Position()
+    # Validation is one list: its last turn is shared out evenly (ValidationOrder), and its batches are smaller.
+    turns = zip(*(share.batch_sampler for share in shares), strict=True)
+    batches = [batch for turn in turns for batch in turn]
+    first = shares[0]
+    val_loader = DataLoader(
+        first.dataset,
+        batch_sampler=batches,
+        collate_fn=first.collate_fn,
+        pin_memory=first.pin_memory,
+        generator=first.generator,
+    )
+    return train_loader, val_loader
 
 
 def sample_writer(

@@ -2,7 +2,10 @@
 
 import importlib.util
 import itertools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,8 +76,8 @@ def curves(folder):
     return events
 
 
-def test_fit_and_accelerate_draw_the_same_curves(both):
-    fit, accelerate = curves(both / "version_0"), curves(both / "accelerate_0")
+def assert_same_curves(root):
+    fit, accelerate = curves(root / "version_0"), curves(root / "accelerate_0")
     assert set(fit.Tags()["scalars"]) == set(accelerate.Tags()["scalars"])
     assert set(fit.Tags()["tensors"]) == set(accelerate.Tags()["tensors"])
     samples = [
@@ -88,10 +91,18 @@ def test_fit_and_accelerate_draw_the_same_curves(both):
     assert [e.step for e in accelerate.Scalars("val/loss")] == [3, 5]
 
 
+def test_fit_and_accelerate_draw_the_same_curves(both):
+    assert_same_curves(both)
+
+
 @pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt"])
 def test_fit_and_accelerate_save_the_same_weights_and_states(both, name):
+    assert_same_weights(both, name)
+
+
+def assert_same_weights(root, name):
     fit, accelerate = (
-        torch.load(both / run / "checkpoints" / name, weights_only=True) for run in ("version_0", "accelerate_0")
+        torch.load(root / run / "checkpoints" / name, weights_only=True) for run in ("version_0", "accelerate_0")
     )
     assert set(fit["state_dict"]) == set(accelerate["state_dict"])
     for key, tensor in fit["state_dict"].items():
@@ -172,12 +183,12 @@ def test_an_environment_that_agrees_passes_in_silence():
 
 
 def test_another_number_of_processes_than_was_asked_for_is_refused():
-    check_processes(None, 1, {})
-    check_processes(2, 2, {"WORLD_SIZE": "2"})
+    check_processes(None, 1, 1)
+    check_processes(2, 2, 2)
     with pytest.raises(ValueError, match="WORLD_SIZE=2 processes, and accelerate runs 1"):
-        check_processes(None, 1, {"WORLD_SIZE": "2"})
+        check_processes(None, 2, 1)
     with pytest.raises(ValueError, match=r"ask for 2 processes, and accelerate runs 1; .*torchrun --nproc_per_node 2"):
-        check_processes(2, 1, {})
+        check_processes(2, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -197,4 +208,29 @@ def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option,
     assert train_accelerate(*options, option) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert sentence in line
+    assert not list((tmp_path / "root").glob("accelerate_*"))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bits_of_lightnings_two(options, tmp_path):
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for command in (
+        [str(SCRIPT), *options],
+        ["-m", "nanogpt_lit", "fit", *options, "--trainer.devices=2", "--trainer.strategy=ddp"],
+    ):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        answer = subprocess.run([*torchrun, *command], env=environ, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr
+    assert_same_curves(tmp_path / "root")
+    assert_same_weights(tmp_path / "root", "last.ckpt")
+    tokens = curves(tmp_path / "root" / "accelerate_0").Scalars("train/tokens")
+    assert [e.value for e in tokens] == [128.0 * step for step in range(1, 6)]  # of both processes
+
+
+@pytest.mark.slow
+def test_torchrun_with_another_number_of_processes_than_the_yaml_is_refused(options, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    answer = subprocess.run([*torchrun, str(SCRIPT), *options, "--trainer.devices=1"], capture_output=True, text=True)
+    assert answer.returncode != 0
+    assert "ask for 1 processes, and accelerate runs 2" in answer.stderr
     assert not list((tmp_path / "root").glob("accelerate_*"))

@@ -56,13 +56,17 @@ def check_environment(
     )
 
 
-def check_processes(asked: int | None, running: int, environ: Mapping[str, str]) -> None:
+def launched_processes(environ: Mapping[str, str]) -> int:
+    """As many as accelerate launch or torchrun say that they started."""
+    return int(environ.get("WORLD_SIZE", "1"))
+
+
+def check_processes(asked: int | None, launched: int, running: int) -> None:
     """Raises ValueError when accelerate runs another number of processes than the YAML or the launcher asks for.
 
     asked: trainer.devices times trainer.num_nodes, None when the YAML leaves it open
     `accelerate launch --cpu --num_processes 2` starts one process, and says nothing.
     """
-    launched = int(environ.get("WORLD_SIZE", "1"))
     if launched != running:
         raise ValueError(
             f"the launcher asks for WORLD_SIZE={launched} processes, and accelerate runs {running}: each would train "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
-from accelerate.utils import AutocastKwargs  # type: ignore[import-untyped]
+from accelerate.utils import AutocastKwargs, DataLoaderConfiguration  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -39,6 +39,9 @@ def accelerator_options(settings: LoopSettings, device: str) -> dict[str, Any]:
         "mixed_precision": MIXED_PRECISION[settings.precision],
         "gradient_accumulation_steps": settings.accumulate_grad_batches,
         "kwargs_handlers": [AUTOCAST],
+        # accelerate would repeat samples until every process has as many batches; ours are dealt out evenly already,
+        # and a repeated window would count twice in the validation loss.
+        "dataloader_config": DataLoaderConfiguration(even_batches=False),
         "cpu": device == "cpu",
     }
 
@@ -53,7 +56,8 @@ def train(
 ) -> None:
     """Trains for settings.max_steps optimizer steps.
 
-    The loaders are those of one process: accelerate deals their batches out, one to each process in turn.
+    The loaders are those of one process: accelerate deals their batches out, one to each process in turn. It must come
+    out even, or the processes wait for each other for ever.
     """
     optimizer, schedule = optimizer_and_schedule(module)
     # Not module.parameters(): the norm would be summed in another order than Lightning's.
