@@ -3,9 +3,9 @@
     python scripts/bench_step.py --json docs/bench_step.json
 
 The three take turns at every micro-batch, in one process, so that a busy machine slows all of them; what is reported is
-the median of the paired ratios. The Trainer runs with the curves and the progress line of `fit`, and without validation, so
-without samples and checkpoints. The bare loop drives a copy of the same module, and transformers' network has the same weights and the same
-optimizer. Peak memory is that of a process that runs one of them alone.
+the median of the paired ratios. The Trainer runs with the curves and the progress line of `fit`, and without
+validation, so without samples and checkpoints. The bare loop drives a copy of the same module, and transformers'
+network has the same weights and the same optimizer. Peak memory is that of a process that runs one of them alone.
 """
 
 import argparse
