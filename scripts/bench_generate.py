@@ -9,8 +9,6 @@ so far, so it grows by about length / (6 n_embd) over the weights' own cost.
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.loops.machine import hardware
 
 BUCKET_TOKENS = 100
 
@@ -102,24 +101,6 @@ def timed(stream: Iterator[Tensor]) -> list[float]:
         seconds.append(now_s - started_s)
         started_s = now_s
     return seconds
-
-
-def hardware() -> str:
-    """One line: what a number was measured on."""
-    return (
-        f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )
-
-
-def processor_name() -> str:
-    # platform.processor() is empty on most Linux systems.
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ of its own; the ratio is the median over pairs.
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import psutil
-import tiktoken
 
 from nanogpt_lit.data.encoder import available_cpus
 from nanogpt_lit.data.prepare import PrepareConfig, prepare
 from nanogpt_lit.data.sources import open_source
 from nanogpt_lit.data.tokenizer import GPT2Tokenizer
+from nanogpt_lit.loops.machine import hardware
 
 documents: list[str] = []
 tokenizer: GPT2Tokenizer | None = None
@@ -146,10 +144,9 @@ def main() -> None:
         "speedup_range": [min(ratios), max(ratios)],
         "tokens_per_s": {w: statistics.median(r["tokens"] / r["elapsed_s"] for r in rs) for w, rs in runs.items()},
         "peak_mib": {way: run(way, "--peak")["peak_bytes"] / 2**20 for way in WAYS},
-        "machine": f"{platform.machine()}, {available_cpus()} of {os.cpu_count()} cores, {platform.system()}, "
-        f"Python {platform.python_version()}, tiktoken {tiktoken.__version__}, numpy {np.__version__}",
+        "hardware": hardware("tiktoken", "numpy"),
     }
-    print(f"{result['tokens']:,} GPT-2 tokens of {args.source}, {args.pairs} pairs; {result['machine']}")
+    print(f"{result['tokens']:,} GPT-2 tokens of {args.source}, {args.pairs} pairs; {result['hardware']}")
     for way in WAYS:
         rate, peak = result["tokens_per_s"][way] / 1e6, result["peak_mib"][way]
         print(f"  {way:8} {rate:6.2f} M tokens/s   peak {peak:6.0f} MiB")

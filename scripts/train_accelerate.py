@@ -26,6 +26,7 @@ from nanogpt_lit.loops.accelerate_environment import check_environment, check_pr
 from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
 from nanogpt_lit.loops.contract import Observer, Parts
 from nanogpt_lit.loops.journal import Journal, next_folder
+from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.machine import device_type
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.trainer_section import (
@@ -36,7 +37,6 @@ from nanogpt_lit.loops.trainer_section import (
     text_samples,
 )
 from nanogpt_lit.module import LitNanoGPT
-from nanogpt_lit.sampling import continue_text
 
 
 def main(arguments: list[str]) -> int:
@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> int:
     if remark is not None:
         accelerator.print(remark)
 
+    samples = TextSamples(**text_samples(vars(trainer)))
     observer, folder = Observer(), next_folder(Path(trainer.default_root_dir), "accelerate")
     if accelerator.is_main_process:
         observer = journal = Journal(
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> int:
             processes=accelerator.num_processes,
             device=accelerator.device,
             show_progress=trainer.enable_progress_bar is not False,
-            write_sample=sample_writer(module, data, **text_samples(vars(trainer))),
+            write_sample=lambda: samples.write(module, data),
             save=checkpoint_writer(module, data) if trainer.enable_checkpointing is not False else None,
         )
         config = cli.parser.dump(cli.config)
@@ -133,23 +134,6 @@ def loaders(data: TokenDataModule, processes: int) -> tuple[DataLoader, DataLoad
         generator=first.generator,
     )
     return train_loader, val_loader
-
-
-def sample_writer(
-    module: LitNanoGPT,
-    data: TokenDataModule,
-    prompt: str = "",
-    tokens: int = 300,
-    temperature: float = 0.8,
-    seed: int = 1337,
-) -> Callable[[], str]:
-    """The options, and the texts, of fit's TextSamples."""
-
-    def write_sample() -> str:
-        pieces = continue_text(module.gpt, data.tokenizer, prompt, tokens, temperature=temperature, seed=seed)
-        return prompt + "".join(pieces)
-
-    return write_sample
 
 
 def checkpoint_writer(module: LitNanoGPT, data: TokenDataModule) -> Callable[[Path, Parts, int], None]:

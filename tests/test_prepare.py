@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from nanogpt_lit.data import encoder, prepare, shard_series
-from nanogpt_lit.data.prepare import PrepareConfig, is_current, stale_reason, summary, training_text
+from nanogpt_lit.data.prepare import PrepareConfig, stale_reason, summary, training_text
 from nanogpt_lit.data.shards import TokenShards, read_manifest
 from nanogpt_lit.data.split import Split
 from nanogpt_lit.data.tokenizer import EOT, ByteTokenizer, GPT2Tokenizer, read_tokenizer_files, tokenizer_from_files
@@ -132,7 +132,7 @@ def test_a_change_of_anything_that_decides_the_content_is_noticed(tmp_path: Path
     config = PrepareConfig(str(jsonl), "byte", val_fraction=0.1)
     assert stale_reason(config, folder) == f"{folder} holds no prepared shards"
     run(config, folder)
-    assert is_current(config, folder)
+    assert stale_reason(config, folder) is None
     assert "another tokenizer: byte, now gpt2" in str(
         stale_reason(PrepareConfig(str(jsonl), "gpt2", val_fraction=0.1), folder)
     )
@@ -142,7 +142,7 @@ def test_a_change_of_anything_that_decides_the_content_is_noticed(tmp_path: Path
     assert "another source" in str(stale_reason(config, folder))
     before = read_manifest(folder)
     assert run(config, folder) != before  # made again over the old one
-    assert is_current(config, folder)
+    assert stale_reason(config, folder) is None
     assert [path.name for path in tmp_path.iterdir() if "shards" in path.name and path != folder] == [".shards.lock"]
 
 
@@ -153,11 +153,11 @@ def test_a_damaged_or_missing_file_is_noticed_and_made_again(tmp_path: Path, jso
     first = run(config, folder)
     with (folder / name).open("r+b") as file:
         file.truncate(40)
-    assert not is_current(config, folder)
+    assert stale_reason(config, folder) is not None
     assert run(config, folder) == first
     if name != "manifest.json":  # without it the folder could be anybody's
         (folder / name).unlink()
-        assert not is_current(config, folder)
+        assert stale_reason(config, folder) is not None
         assert run(config, folder) == first
 
 
@@ -170,7 +170,7 @@ def test_what_is_not_ours_is_never_replaced(tmp_path: Path, jsonl: Path) -> None
     other = PrepareConfig(str(jsonl), "char", val_fraction=0.1)
     with pytest.raises(ValueError, match=r"files that this program did not write \(notes\.txt\)"):
         run(other, folder)
-    assert is_current(config, folder)
+    assert stale_reason(config, folder) is None
     nanogpt = tmp_path / "nanogpt"
     nanogpt.mkdir()
     (nanogpt / "train_0.bin").write_bytes(b"12")  # a name like ours, no manifest
@@ -279,13 +279,13 @@ def check_after_kill(source: Path, folder: Path, byte_manifest: dict[str, Any], 
     """Whatever moment the change from `byte` to `char` was killed at."""
     old, new = (PrepareConfig(str(source), kind, val_fraction=0.1) for kind in ("byte", "char"))
     where = folder if folder.exists() else folder.with_name("shards.old")
-    if is_current(new, where):
+    if stale_reason(new, where) is None:
         assert read_manifest(where) == char_manifest
     else:
-        assert is_current(old, where)  # the previous one is whole, here or one rename away
+        assert stale_reason(old, where) is None  # the previous one is whole, here or one rename away
         assert read_manifest(where) == byte_manifest
     assert run(new, folder) == read_manifest(folder) == char_manifest
-    assert is_current(new, folder)
+    assert stale_reason(new, folder) is None
     assert sorted(path.name for path in folder.parent.iterdir()) == [".shards.lock", "shards"]
 
 
@@ -357,7 +357,7 @@ def test_two_processes_prepare_once(tmp_path: Path, jsonl: Path) -> None:
     output = [child.communicate()[0] for child in children]
     assert [child.returncode for child in children] == [0, 0]
     assert sum(text.count("WROTE") for text in output) == 1
-    assert is_current(PrepareConfig(str(jsonl), "gpt2", val_fraction=0.1), folder)
+    assert stale_reason(PrepareConfig(str(jsonl), "gpt2", val_fraction=0.1), folder) is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="ru_maxrss is POSIX")
@@ -379,4 +379,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     mib = grown / (1 << 20 if sys.platform == "darwin" else 1 << 10)
     assert mib < 48  # the file is 64 MiB, its tokens 128; measured: 16 with 2 threads, which hold a few batches each
-    assert is_current(PrepareConfig(str(path), "byte", val_fraction=0.1), tmp_path / "shards")
+    assert stale_reason(PrepareConfig(str(path), "byte", val_fraction=0.1), tmp_path / "shards") is None

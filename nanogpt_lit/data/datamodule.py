@@ -64,7 +64,7 @@ class TokenDataModule(LightningDataModule):
             ready shards (ours, nanoGPT's train.bin and val.bin, llm.c's).
         tokenizer: `gpt2`, `byte`, `char`, a `.tiktoken` file, or `bpe:N`, which trains a vocabulary of N on the source.
         text_key: The field or column of JSON Lines and Parquet that holds the text.
-        val_fraction: Share of the documents kept for validation, above 0 and below 1.
+        val_fraction: Share of the documents kept for validation, above 0 and at most 0.5.
         skip_undecodable: Leave out files that are not valid UTF-8, instead of stopping at the first.
         shards_dir: Folder of the shards; by default `shards` in trainer.default_root_dir.
         block_size: Tokens per sequence.

@@ -79,11 +79,6 @@ class PrepareConfig:
         }
 
 
-def is_current(config: PrepareConfig, folder: Path) -> bool:
-    """Whether the folder holds finished shards of exactly this request."""
-    return stale_reason(config, folder) is None
-
-
 def stale_reason(config: PrepareConfig, folder: Path) -> str | None:
     """Why the folder has to be prepared (again), or None when it is current. Reads no text.
 

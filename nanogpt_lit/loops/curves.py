@@ -121,6 +121,16 @@ class ValidationRecord:
         self.latest, self.best = state["latest"], state["best"]
 
 
+def is_drawn(step: int, log_every_n_steps: int, last_step: int) -> bool:
+    """Whether the curves have a point at an optimizer step: at every n-th, and at both ends."""
+    return step % log_every_n_steps == 0 or step in (1, last_step)
+
+
+def code_block(text: str) -> str:
+    """For TensorBoard's TEXT tab, which reads Markdown: it then leaves line breaks and signs alone."""
+    return "\n".join("    " + line for line in text.splitlines())
+
+
 def perplexity(loss: float) -> float:
     """exp of a mean loss in nats per token; infinite where that overflows, as it may in a run that has blown up."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -9,9 +9,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
+from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, is_drawn, perplexity
+from nanogpt_lit.loops.machine import peak_flops_of
 from nanogpt_lit.loops.progress import Progress
-from nanogpt_lit.memory.cards import peak_flops
 
 
 class Journal(Observer):
@@ -54,11 +54,7 @@ class Journal(Observer):
         gpt = parts.module.gpt
         assert isinstance(gpt, GPT)
         self._flops_per_token = gpt.flops_per_token(gpt.config.block_size)
-        self._peak_flops: float | None = None
-        if self.device.type == "cuda":
-            name, tf32 = torch.cuda.get_device_name(self.device), torch.backends.cuda.matmul.allow_tf32
-            one = peak_flops(name, self.settings.precision, tf32)
-            self._peak_flops = one and one * self.processes
+        self._peak_flops = peak_flops_of(self.device, self.settings.precision, self.processes)
         self.meter.start()
 
     def on_batch_end(self, loss: Tensor, tokens: int) -> None:
@@ -67,7 +63,7 @@ class Journal(Observer):
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
         self.step = step
         self.meter.end_step()
-        if step % self.log_every_n_steps == 0 or step in (1, self.settings.max_steps):
+        if is_drawn(step, self.log_every_n_steps, self.settings.max_steps):
             curves = self.meter.curves(
                 lr=lr,
                 grad_norm=grad_norm,
@@ -102,8 +98,8 @@ class Journal(Observer):
             self._progress.close()
 
     def add_text(self, tag: str, text: str) -> None:
-        """Into the TEXT tab, as a code block."""
-        self._writer.add_text(tag, "\n".join("    " + line for line in text.splitlines()), self.step)
+        """Into the TEXT tab."""
+        self._writer.add_text(tag, code_block(text), self.step)
 
     def _draw(self, values: dict[str, float]) -> None:
         for tag, value in values.items():

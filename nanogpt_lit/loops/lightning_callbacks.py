@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nanogpt_lit.gpt.model import GPT
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, gradient_norm, perplexity
+from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, gradient_norm, is_drawn, perplexity
+from nanogpt_lit.loops.machine import peak_flops_of
 from nanogpt_lit.loops.progress import Progress
-from nanogpt_lit.memory.cards import peak_flops
 from nanogpt_lit.optim.schedule import WarmupCosine
 from nanogpt_lit.sampling import continue_text
 
@@ -41,14 +40,11 @@ class TrainingCurves(Callback):
         self.validations.load_state_dict(state_dict["validations"])
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        device = trainer.strategy.root_device
         self._step = trainer.global_step
         gpt = network(module)
         self._flops_per_token = gpt.flops_per_token(gpt.config.block_size)
-        if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
-            one = peak_flops(name, str(trainer.precision), torch.backends.cuda.matmul.allow_tf32)
-            self._peak_flops = one and one * trainer.world_size
+        device, precision = trainer.strategy.root_device, str(trainer.precision)
+        self._peak_flops = peak_flops_of(device, precision, trainer.world_size)
         self.meter.start()
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
@@ -73,7 +69,7 @@ class TrainingCurves(Callback):
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its connectors set it
-        return step % every == 0 or step in (1, trainer.max_steps)
+        return is_drawn(step, every, trainer.max_steps)
 
     def _draw(self, trainer: Trainer) -> None:
         clipped_norm: Tensor | None = getattr(trainer.precision_plugin, "grad_norm", None)
@@ -129,16 +125,16 @@ class TextSamples(Callback):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        pieces = continue_text(
-            network(module),
-            trainer.datamodule.tokenizer,  # type: ignore[attr-defined]
-            self.prompt,
-            self.tokens,
-            temperature=self.temperature,
-            seed=self.seed,
-        )
-        self.latest = self.prompt + "".join(pieces)
+        self.latest = self.write(module, trainer.datamodule)  # type: ignore[attr-defined]
         add_text(trainer, "sample", self.latest)
+
+    def write(self, module: LightningModule, data: LightningDataModule) -> str:
+        """The text, with its prompt; also for loops that have no callbacks."""
+        tokenizer = data.tokenizer  # type: ignore[attr-defined]  # TokenDataModule's
+        pieces = continue_text(
+            network(module), tokenizer, self.prompt, self.tokens, temperature=self.temperature, seed=self.seed
+        )
+        return self.prompt + "".join(pieces)
 
 
 class StepProgressBar(ProgressBar):
@@ -193,8 +189,7 @@ def log(trainer: Trainer, values: dict[str, float]) -> None:
 
 
 def add_text(trainer: Trainer, tag: str, text: str) -> None:
-    """Into the TEXT tab, as a code block, so that TensorBoard leaves its line breaks and signs alone."""
+    """Into the TEXT tab."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            indented = "\n".join("    " + line for line in text.splitlines())
-            logger.experiment.add_text(tag, indented, trainer.global_step)
+            logger.experiment.add_text(tag, code_block(text), trainer.global_step)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from nanogpt_lit.memory.cards import peak_flops
+
 
 def device_type(accelerator: str) -> str:
     """ "cuda", "mps" or "cpu": what Lightning's trainer.accelerator comes to here."""
@@ -44,7 +46,8 @@ def unused_card() -> str | None:
     return (
         f"The driver sees a {answer.splitlines()[0]}, but torch {torch.__version__} was built without CUDA and will "
         "not use it; install a CUDA build: pip install --force-reinstall torch "
-        "--index-url https://download.pytorch.org/whl/cu130"
+        "--index-url https://download.pytorch.org/whl/cu130 (or the line for your driver from "
+        "https://pytorch.org/get-started/locally)."
     )
 
 
@@ -56,6 +59,14 @@ def device_name(device: torch.device) -> str:
         return "Apple GPU"
     threads = torch.get_num_threads()
     return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def peak_flops_of(device: torch.device, precision: str, processes: int) -> float | None:
+    """FLOP/s of all processes' devices at best, taken to be alike; None where memory/cards.py does not know."""
+    if device.type != "cuda":
+        return None
+    one = peak_flops(torch.cuda.get_device_name(device), precision, torch.backends.cuda.matmul.allow_tf32)
+    return one and one * processes
 
 
 def processor_name() -> str:

@@ -126,9 +126,8 @@ def run_lightning(case: Case, data: TokenDataModule) -> Run:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         callbacks=[
-            TrainingCurves(
-                StepMeter(), ValidationRecord()
-            ),  # as in fit: it makes the Trainer validate at the last step
+            # As in fit: it makes the Trainer validate after the last step.
+            TrainingCurves(StepMeter(), ValidationRecord()),
             DropoutSeed(settings.seed),
             Observed(recorder),
         ],
