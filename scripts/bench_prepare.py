@@ -30,7 +30,6 @@ from nanogpt_lit.data.encoder import available_cpus
 from nanogpt_lit.data.prepare import PrepareConfig, prepare
 from nanogpt_lit.data.sources import open_source
 from nanogpt_lit.data.tokenizer import GPT2Tokenizer
-from nanogpt_lit.loops.machine import hardware
 
 documents: list[str] = []
 tokenizer: GPT2Tokenizer | None = None
@@ -127,6 +126,8 @@ def main() -> None:
     if args.one:
         print(json.dumps((measure_peak if args.peak else measure)(args.one, args.source)))
         return
+
+    from nanogpt_lit.loops.machine import hardware  # not above: the measured processes must not hold torch
 
     def run(way: str, *options: str) -> dict[str, Any]:
         command = [sys.executable, __file__, "--one", way, "--source", args.source, *options]
