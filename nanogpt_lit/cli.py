@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -50,6 +51,10 @@ def run(arguments: list[str]) -> int:
         NanoGPTCLI(args=arguments)
     except MisconfigurationException as error:  # how Lightning says that a setting cannot be
         raise ValueError(" ".join(str(error).split())) from error
+    finally:
+        # Lightning leaves gloo's group, and its threads, to the interpreter's exit, which then now and then aborts.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 

@@ -59,7 +59,7 @@ class LitNanoGPT(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("val/loss", self(*batch), batch_size=batch[0].size(0), sync_dist=True)
         # A metric of this name becomes the x axis: optimizer steps, in place of Lightning's own count.
-        self.log("step", float(self.global_step), reduce_fx="max", batch_size=1)
+        self.log("step", float(self.global_step), reduce_fx="max", batch_size=1, sync_dist=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("test/loss", self(*batch), batch_size=batch[0].size(0), sync_dist=True)
