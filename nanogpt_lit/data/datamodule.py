@@ -16,9 +16,9 @@ from nanogpt_lit.data.sampler import BatchOrder, Position, ValidationOrder, wind
 from nanogpt_lit.data.shards import TokenShards, read_manifest, ready_format
 from nanogpt_lit.data.tokenizer import (
     ByteTokenizer,
-    GPT2Tokenizer,
     Tokenizer,
     files_sha256,
+    gpt2_tokenizer,
     parse_tokenizer,
     read_tokenizer_files,
     tokenizer_from_file,
@@ -161,7 +161,7 @@ class TokenDataModule(LightningDataModule):
     def _tokenizer_of_foreign_shards(self) -> Tokenizer:
         kind, argument = parse_tokenizer(self.prepare_config.tokenizer)
         if kind == "gpt2":
-            return GPT2Tokenizer()
+            return gpt2_tokenizer()
         if kind == "byte":
             return ByteTokenizer()
         if kind == "file":

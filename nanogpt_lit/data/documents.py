@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import BinaryIO, Protocol, Self
 PIECE_CHARS = 1 << 16  # keeps 32 threads busy with a small file, and is still 10 ms of work for one
 BLOCK_BYTES = 1 << 16
 CUT_LOOKBACK = 1 << 15  # characters searched for a good place to cut
+AFTER_LAST_NEWLINE = re.compile(r"(?s:.*)\S\n(?=\S)")  # single ones, as last_cut says
+BEFORE_LAST_SPACE = re.compile(r"(?s:.*)\S(?= \S)")
 
 
 class Document(Protocol):
@@ -133,11 +136,8 @@ def last_cut(text: str) -> int:
     GPT-2's pattern (and its successors') looks ahead only at the end of a run of white space: a single newline
     belongs to what precedes it, a single space to the word that follows.
     """
-    floor = max(1, len(text) - CUT_LOOKBACK)
-    for mark, length in (("\n", 1), (" ", 0)):
-        at = text.rfind(mark, floor, len(text) - 1)
-        while at >= 0:
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
-                return at + length
-            at = text.rfind(mark, floor, at)
+    floor = max(1, len(text) - CUT_LOOKBACK) - 1
+    for cut in (AFTER_LAST_NEWLINE, BEFORE_LAST_SPACE):
+        if found := cut.match(text, floor):
+            return found.end()
     return len(text)

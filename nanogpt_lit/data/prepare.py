@@ -37,9 +37,9 @@ from nanogpt_lit.data.tokenizer import (
     BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
-    GPT2Tokenizer,
     Tokenizer,
     files_sha256,
+    gpt2_tokenizer,
     parse_tokenizer,
     read_tokenizer_files,
     tokenizer_from_file,
@@ -193,7 +193,7 @@ def make_tokenizer(config: PrepareConfig, source: Source, split: Split, show_pro
         case "byte", _:
             return ByteTokenizer()
         case "gpt2", _:
-            return GPT2Tokenizer()
+            return gpt2_tokenizer()
         case "char", _:
             # Of train and val: nanoGPT does the same, and a character unknown in val could not be encoded at all.
             return CharTokenizer.of(piece for document in source.documents() for piece in document.pieces())

@@ -8,7 +8,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -192,6 +192,12 @@ class GPT2Tokenizer(BytePairTokenizer):
         super().__init__("gpt2", gpt2_ranks(), GPT2_PATTERN, {EOT: 50256})
 
 
+@cache
+def gpt2_tokenizer() -> GPT2Tokenizer:
+    """The one of this process: tiktoken takes a moment to build it."""
+    return GPT2Tokenizer()
+
+
 def parse_tokenizer(value: str) -> tuple[Literal["gpt2", "byte", "char", "bpe", "file"], str]:
     """What `data.tokenizer` asks for: (kind, the part after the colon or the path). Raises ValueError early."""
     match value.partition(":"):
@@ -239,7 +245,7 @@ def tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
             case "char":
                 return CharTokenizer(described["characters"])
             case "gpt2":
-                return GPT2Tokenizer()
+                return gpt2_tokenizer()
             case "bpe":
                 ranks_text = files[TOKENIZER_RANKS]
                 if hashlib.sha256(ranks_text.encode()).hexdigest() != described["ranks_sha256"]:
