@@ -12,6 +12,7 @@ from nanogpt_lit.loops.reference import train
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.parity.processes import run_together
 
 BATCHES = 10
 
@@ -167,3 +168,30 @@ def test_an_empty_loader_is_refused(module):
 def test_settings_that_cannot_be_are_refused_by_name(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
         LoopSettings(**wrong)
+
+
+def train_with_every_second_batch(module, windows, settings):
+    loader = [(window[:, :-1], window[:, 1:]) for window in windows[torch.distributed.get_rank() :: 2]]
+    diary = Diary()
+    train(module, loader, loader[:2], settings, diary)
+    return diary, module.state_dict()
+
+
+def test_two_processes_take_the_step_that_one_takes_with_twice_the_accumulation(module):
+    torch.set_num_threads(1)  # as each of the two has
+    windows = torch.randint(0, 11, (8, 2, 9), generator=torch.Generator().manual_seed(1))
+    naive, diary = copy.deepcopy(module), Diary()
+    loader = [(window[:, :-1], window[:, 1:]) for window in windows]
+    clip = {"gradient_clip_val": 0.5, "val_check_interval": 100}
+    train(naive, loader, loader[:4], LoopSettings(max_steps=4, accumulate_grad_batches=2, **clip), diary)
+
+    shares = run_together(2, train_with_every_second_batch, module, windows, LoopSettings(max_steps=4, **clip))
+    # Halving is exact and a sum of two has one order: the same bits.
+    for of_rank, weights in shares:
+        assert of_rank.steps == diary.steps
+        assert of_rank.validations[0] == pytest.approx(diary.validations[0], abs=1e-6)  # four losses, in another order
+        for name, tensor in naive.state_dict().items():
+            assert torch.equal(tensor, weights[name]), name
+    assert [
+        loss for pair in zip(*(of_rank.losses for of_rank, _ in shares), strict=True) for loss in pair
+    ] == diary.losses

@@ -3,10 +3,13 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt_lit.loops.contract import (
     AUTOCAST_DTYPES,
@@ -32,6 +35,8 @@ def train(
 ) -> None:
     """Trains the module where it is, for settings.max_steps optimizer steps.
 
+    Where torch.distributed has a process group, its processes train together, each on loaders of its own: equally many
+    batches, or they wait for each other for ever.
     scaler: in place of the usual one for 16-mixed
     """
     device = next(module.parameters()).device
@@ -42,19 +47,25 @@ def train(
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
     optimizer, schedule = optimizer_and_schedule(module)
     parameters = clipping_order(optimizer)
+    distributed = dist.is_available() and dist.is_initialized()
+    replica = DistributedDataParallel(module) if distributed else module
     observer.on_train_start(Parts(module, optimizer, schedule, scaler if scaler.is_enabled() else None))
-    seed_dropout(settings.seed)
+    seed_dropout(settings.seed, dist.get_rank() if distributed else 0)
     module.train()
     batches = step = 0
     while step < settings.max_steps:
         for in_epoch, (batch, is_last) in enumerate(with_last(train_loader), start=1):
             tokens, targets = (tensor.to(device) for tensor in batch)
-            with autocast:
-                loss = module(tokens, targets)
-            scaler.scale(loss / settings.accumulate_grad_batches).backward()
+            closes_window = in_epoch % settings.accumulate_grad_batches == 0 or is_last
+            # Processes exchange their gradients once a window, in its last backward.
+            exchanges = closes_window or not distributed
+            with nullcontext() if exchanges else replica.no_sync():  # type: ignore[operator]  # nn.Module has none
+                with autocast:
+                    loss = replica(tokens, targets)
+                scaler.scale(loss / settings.accumulate_grad_batches).backward()
             batches += 1
             observer.on_batch_end(loss.detach(), tokens.numel())
-            if in_epoch % settings.accumulate_grad_batches == 0 or is_last:
+            if closes_window:
                 scaler.unscale_(optimizer)
                 # An infinite limit measures the norm and leaves the gradients alone.
                 grad_norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf)
@@ -77,14 +88,18 @@ def train(
 
 @torch.no_grad()
 def validate(module: nn.Module, loader: Iterable[Batch], limit: int | None, device: torch.device) -> Tensor:
-    """The mean loss over the first `limit` batches, in eval mode."""
+    """The mean loss over the first `limit` batches of every process, in eval mode."""
     mean = MeanLoss()
     module.eval()
     for batch in itertools.islice(loader, limit):
         tokens, targets = (tensor.to(device) for tensor in batch)
         mean.add(module(tokens, targets), tokens.size(0))
     module.train()
-    return torch.as_tensor(mean.total) / mean.sequences
+    total, sequences = torch.as_tensor(mean.total, device=device), torch.tensor(mean.sequences, device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+        dist.all_reduce(sequences)
+    return total / sequences
 
 
 def with_last(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

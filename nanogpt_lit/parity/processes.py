@@ -1,0 +1,69 @@
+"""Several real processes on this machine, joined under gloo: a run on several devices without the devices."""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+Result = TypeVar("Result")
+
+PATIENCE = timedelta(minutes=10)
+"""How long a process waits for another; without one, loops that no longer take the same steps would wait for ever."""
+
+
+def run_together(processes: int, work: Callable[..., Result], *arguments: Any) -> list[Result]:
+    """What work(*arguments) returns in each of several new processes, in the order of their ranks.
+
+    They form one gloo process group and share the threads of this process evenly. `work`, its arguments and its results
+    travel by pickle.
+    """
+    return in_new_processes(
+        processes, in_a_group, processes, max(1, torch.get_num_threads() // processes), work, *arguments
+    )
+
+
+def in_new_processes(processes: int, work: Callable[..., Result], *arguments: Any) -> list[Result]:
+    """What work(rank, folder, *arguments) returns in each of several new processes; folder: they share it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # Pickled here: torch would hand the processes one memory to share, and all would train the same weights.
+        spawn(keep_result, (folder, pickle.dumps((work, arguments))), nprocs=processes)
+        return [pickle.loads(result_file(folder, rank).read_bytes()) for rank in range(processes)]
+
+
+def keep_result(rank: int, folder: Path, pickled: bytes) -> None:
+    work, arguments = pickle.loads(pickled)
+    result_file(folder, rank).write_bytes(pickle.dumps(work(rank, folder, *arguments)))
+
+
+def result_file(folder: Path, rank: int) -> Path:
+    return folder / f"result_{rank}.pickle"
+
+
+def in_a_group(
+    rank: int, folder: Path, processes: int, threads: int, work: Callable[..., Result], *arguments: Any
+) -> Result:
+    os.environ |= {
+        # Both frameworks read here, rather than in the group, that they are not alone.
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        # Or each would choose a number of threads of its own, and sums depend on it.
+        "OMP_NUM_THREADS": str(threads),
+    }
+    torch.set_num_threads(threads)
+    # A file brings them together where a port might be taken.
+    store = dist.FileStore(str(folder / "rendezvous"), processes)  # type: ignore[attr-defined]  # not in its __all__
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=PATIENCE)
+    try:
+        return work(*arguments)
+    finally:
+        dist.destroy_process_group()  # gloo's threads would abort the interpreter's exit
