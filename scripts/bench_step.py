@@ -36,6 +36,7 @@ from nanogpt_lit.optim.schedule import ScheduleConfig
 
 BATCH_SIZE, BLOCK_SIZE = 4, 128
 SIZES = {
+    "1M": GPTConfig(BLOCK_SIZE, vocab_size=257, n_layer=1, n_head=4, n_embd=256),  # where a loop's own cost shows most
     "10M": GPTConfig(BLOCK_SIZE, vocab_size=257, n_layer=6, n_head=6, n_embd=384),
     "30M": GPTConfig(BLOCK_SIZE, vocab_size=50304, n_layer=6, n_head=6, n_embd=384),
 }
@@ -46,7 +47,7 @@ Batch = tuple[Tensor, Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["10M", "30M"])
     parser.add_argument("--steps", type=int, default=60, help="measured steps of each (60)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--alone", choices=VARIANTS, help=argparse.SUPPRESS)  # a child that measures its memory
