@@ -14,8 +14,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
+    name: str
+    """As `plan --card` knows it."""
     pattern: str
     """Regular expression found in torch.cuda.get_device_name(), in lower case. Strict: a GTX 1650 is no GTX 1650 Ti."""
+    vram_mib: int
+    multiprocessors: int
+    bandwidth: float
+    """Bytes per second to and from its memory."""
     fp32: float
     """Dense FLOP/s by numeric format; None where the card has no unit for it."""
     tf32: float | None
@@ -23,24 +29,35 @@ class Card:
     bf16: float | None
 
 
-def _geforce_rtx(pattern: str, multiprocessors: int, boost_ghz: float) -> Card:
+def _geforce_rtx(
+    name: str, pattern: str, vram_gib: int, multiprocessors: int, boost_ghz: float, bandwidth: float
+) -> Card:
     clocks = multiprocessors * boost_ghz * 1e9
-    return Card(pattern, fp32=256 * clocks, tf32=256 * clocks, fp16=512 * clocks, bf16=512 * clocks)
+    return Card(
+        name, pattern, vram_gib * 1024, multiprocessors, bandwidth,
+        fp32=256 * clocks, tf32=256 * clocks, fp16=512 * clocks, bf16=512 * clocks,
+    )  # fmt: skip
 
 
 CARDS = (
-    _geforce_rtx(r"\brtx 2050$", 16, 1.477),
-    _geforce_rtx(r"\brtx 3050 laptop gpu$", 16, 1.740),
-    _geforce_rtx(r"\brtx 3050 ti laptop gpu$", 20, 1.695),
-    _geforce_rtx(r"\brtx 4050 laptop gpu$", 20, 2.370),
-    _geforce_rtx(r"\brtx 4060 laptop gpu$", 24, 2.370),
+    _geforce_rtx("rtx2050", r"\brtx 2050$", 4, 16, 1.477, 112e9),
+    _geforce_rtx("rtx3050-laptop", r"\brtx 3050 laptop gpu$", 4, 16, 1.740, 192e9),
+    _geforce_rtx("rtx3050ti-laptop", r"\brtx 3050 ti laptop gpu$", 4, 20, 1.695, 192e9),
+    _geforce_rtx("rtx4050-laptop", r"\brtx 4050 laptop gpu$", 6, 20, 2.370, 192e9),
+    _geforce_rtx("rtx4060-laptop", r"\brtx 4060 laptop gpu$", 8, 24, 2.370, 256e9),
     # Turing without tensor cores: half precision at twice the float32 rate (TU117).
-    Card(r"\bgtx 1650$", fp32=2.98e12, tf32=None, fp16=5.97e12, bf16=None),
-    Card(r"\btesla t4$", fp32=8.1e12, tf32=None, fp16=65e12, bf16=None),
-    Card(r"\ba100\b", fp32=19.5e12, tf32=156e12, fp16=312e12, bf16=312e12),
-    Card(r"\bh100 pcie$", fp32=51e12, tf32=378e12, fp16=756e12, bf16=756e12),
-    Card(r"\bh100 80gb hbm3$", fp32=67e12, tf32=494.7e12, fp16=989.4e12, bf16=989.4e12),
+    Card("gtx1650", r"\bgtx 1650$", 4096, 14, 128e9, fp32=2.98e12, tf32=None, fp16=5.97e12, bf16=None),
+    Card("t4", r"\btesla t4$", 15360, 40, 320e9, fp32=8.1e12, tf32=None, fp16=65e12, bf16=None),
+    # The smaller of the two that bear the name.
+    Card("a100", r"\ba100\b", 40960, 108, 1555e9, fp32=19.5e12, tf32=156e12, fp16=312e12, bf16=312e12),
+    Card("h100-pcie", r"\bh100 pcie$", 81559, 114, 2.0e12, fp32=51e12, tf32=378e12, fp16=756e12, bf16=756e12),
+    Card("h100", r"\bh100 80gb hbm3$", 81559, 132, 3.35e12, fp32=67e12, tf32=494.7e12, fp16=989.4e12, bf16=989.4e12),
 )
+
+
+def card_of(device_name: str) -> Card | None:
+    """The card of a device name, as torch.cuda.get_device_name() gives it; None when it is not listed."""
+    return next((card for card in CARDS if re.search(card.pattern, device_name.lower())), None)
 
 
 def peak_flops(device_name: str, precision: str, allow_tf32: bool = False) -> float | None:
@@ -49,7 +66,7 @@ def peak_flops(device_name: str, precision: str, allow_tf32: bool = False) -> fl
     device_name: as torch.cuda.get_device_name() gives it; a processor has no entry
     allow_tf32: whether float32 matrix products run in TF32 (torch.backends.cuda.matmul.allow_tf32)
     """
-    card = next((card for card in CARDS if re.search(card.pattern, device_name.lower())), None)
+    card = card_of(device_name)
     if card is None:
         return None
     if precision.startswith("16"):

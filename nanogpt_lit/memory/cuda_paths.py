@@ -1,0 +1,158 @@
+"""What PyTorch would do on a CUDA card, done by tensors that say they are on a processor.
+
+A build of PyTorch without CUDA cannot run a backward pass on fake CUDA tensors, so the trace uses fake CPU ones. Three
+things then differ from the card and change memory: autocast's lists of operations, attention, and dropout. Each is
+replaced in the dispatcher for as long as `cuda_paths` is open; composite operations (a cross-entropy, a layer norm) run
+PyTorch's own code and meet the replacements on their way, also when a checkpoint recomputes them in the backward pass.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
+from torch.library import Library
+
+aten = torch.ops.aten
+
+# Operations that autocast runs in float32 on CUDA and leaves alone on a processor (AT_FORALL_FP32 of
+# ATen/autocast_mode.h, less image resampling).
+FLOAT32 = (
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt",
+    "sinh", "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "softplus", "layer_norm",
+    "native_layer_norm", "rms_norm", "group_norm", "frobenius_norm.dim", "nuclear_norm", "nuclear_norm.dim",
+    "cosine_similarity", "dist", "pdist", "renorm", "logsumexp",
+)  # fmt: skip
+
+# Those that compute in float32 unless the caller names a dtype (AT_FORALL_FP32_SET_OPT_DTYPE). cross_entropy names
+# one, that of the logits: its softmax stays in 16 bits.
+FLOAT32_UNLESS_NAMED = (
+    "softmax.int", "log_softmax.int", "cumprod", "cumsum", "linalg_vector_norm", "sum", "sum.dim_IntList",
+)  # fmt: skip
+
+# Those that run in the autocast dtype on CUDA and not on a processor (AT_FORALL_LOWER_PRECISION_FP).
+LOWER_PRECISION = ("addmv", "addr", "mv", "einsum", "chain_matmul", "linalg_multi_dot")
+
+# On a processor's list and not on CUDA's; of these a language model meets one.
+LEFT_ALONE = ("cross_entropy_loss",)
+
+_BELOW_AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)
+
+
+@contextmanager
+def cuda_paths() -> Iterator[None]:
+    """Until the block ends, CPU tensors take CUDA's code paths. It concerns the whole process: train nothing inside."""
+    library = Library("aten", "IMPL")
+    try:
+        for name in FLOAT32:
+            library.impl(name, _in_float32(_operation(name)), "AutocastCPU")
+        for name in FLOAT32_UNLESS_NAMED:
+            library.impl(name, _in_float32_unless_named(_operation(name)), "AutocastCPU")
+        for name in LOWER_PRECISION:
+            library.impl(name, _in_autocast_dtype(_operation(name)), "AutocastCPU")
+        with _silence_of_overriding():
+            for name in LEFT_ALONE:
+                library.impl(name, _operation(name).decompose, "AutocastCPU")
+            library.impl("scaled_dot_product_attention", _attention_below_autocast, "AutocastCPU")
+        library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
+        library.impl("dropout", _dropout, "AutogradCPU")
+        yield
+    finally:
+        library._destroy()
+
+
+def _operation(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet), overload or "default")
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Tensors, and lists of them, in another floating-point dtype; float64 stays what it is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
+    if isinstance(value, list | tuple):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value
+
+
+def _in_float32(operation: Any) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with _ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+            kwargs = {name: _cast(value, torch.float32) for name, value in kwargs.items()}
+            return operation(*_cast(args, torch.float32), **kwargs)
+
+    return kernel
+
+
+def _in_float32_unless_named(operation: Any) -> Callable[..., Any]:
+    names = [argument.name for argument in operation._schema.arguments]
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        first = args[0]
+        if given.get("dtype") is None and first.dtype in (torch.float16, torch.bfloat16):
+            given["dtype"] = torch.float32
+        with _ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+            return operation(**given)
+
+    return kernel
+
+
+def _in_autocast_dtype(operation: Any) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype("cpu")
+        with _ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+            return operation(*_cast(args, dtype), **kwargs)
+
+    return kernel
+
+
+def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
+    """CUDA keeps a mask of one byte an element, a processor the noise as floats."""
+    return torch.native_dropout(x, p, True)[0] if train and 0 < p < 1 else x
+
+
+def _attention_below_autocast(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    q, k, v = _cast((q, k, v), torch.get_autocast_dtype("cpu"))
+    with _ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+        return aten.scaled_dot_product_attention(q, k, v, *args, **kwargs)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """FlashAttention for 16 bits, the memory-efficient kernel otherwise: what PyTorch picks on cards since Ampere.
+
+    Older cards, and builds without FlashAttention, take the memory-efficient kernel for 16 bits too. It saves the same
+    tensors.
+    """
+    D = q.size(-1)
+    if attn_mask is None and q.dtype in (torch.float16, torch.bfloat16) and D <= 256 and not enable_gqa:
+        if D % 8:  # the kernel wants multiples of 8, PyTorch pads
+            scale = D**-0.5 if scale is None else scale
+            q, k, v = (F.pad(tensor, (0, 8 - D % 8)) for tensor in (q, k, v))
+        out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+        return out[..., :D]
+    keep_logsumexp = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    return aten._scaled_dot_product_efficient_attention(
+        q, k, v, attn_mask, keep_logsumexp, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+@contextmanager
+def _silence_of_overriding() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        yield

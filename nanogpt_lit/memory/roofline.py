@@ -1,0 +1,67 @@
+"""How long a card would take for the operations of a trace: an estimate.
+
+Each operation takes as long as its arithmetic or its traffic, whichever is longer, at a share of the card's peaks that
+well-tuned kernels reach; launching it takes its time too, and many small operations are bound by that. Ratios between
+two ways to train the same network are worth more than the seconds.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from nanogpt_lit.memory.cards import Card
+
+MATRIX_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.65, 0.45, 0.80
+"""Of the peaks: large matrix products, FlashAttention, and streaming through memory."""
+LAUNCH_S = 8e-6
+
+# Operations that move nothing.
+VIEWS = {
+    "t", "view", "transpose", "expand", "split", "_unsafe_view", "alias", "unsqueeze", "squeeze", "as_strided",
+    "select", "slice", "detach", "permute", "unbind", "split_with_sizes", "empty", "empty_like", "empty_strided",
+    "reshape",
+}  # fmt: skip
+
+
+class Roofline:
+    """Adds up operations; `seconds` is the estimate."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.weight = 1
+        """How often the operations that follow count."""
+        self.flops = 0
+        self._work_s = self._launches_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(self._work_s, self._launches_s)
+
+    def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        name = func._schema.name.partition("::")[2]
+        if name in VIEWS:
+            return
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        work_s = sum(map(_traffic, inputs + outputs)) / (self.card.bandwidth * BANDWIDTH_SHARE)
+        if func._overloadpacket in flop_registry:
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+            self.flops += flops * self.weight
+            share = ATTENTION_SHARE if "attention" in name else MATRIX_SHARE
+            work_s = max(work_s, flops / (self._peak(outputs[0].dtype) * share))
+        self._work_s += work_s * self.weight
+        self._launches_s += LAUNCH_S * self.weight
+
+    def _peak(self, dtype: torch.dtype) -> float:
+        by_dtype = {torch.float16: self.card.fp16, torch.bfloat16: self.card.bf16}
+        return by_dtype.get(dtype) or self.card.fp32
+
+
+def _traffic(tensor: Tensor) -> int:
+    """Bytes read or written; an expanded tensor is read from the few that it repeats."""
+    if tensor.numel() > 1 and 0 in tensor.stride():
+        return tensor.element_size()
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,117 @@
+"""The optimizer steps of a run, traced without a card and without their memory."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.amp import GradScaler
+
+from nanogpt_lit.memory.cuda_paths import cuda_paths
+from nanogpt_lit.memory.roofline import Roofline
+from nanogpt_lit.memory.trace import MemoryTrace
+
+# What a Trainer's precision means for the card: (autocast's dtype, the dtype of weights).
+PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype]] = {
+    "32-true": (None, torch.float32),
+    "16-mixed": (torch.float16, torch.float32),
+    "bf16-mixed": (torch.bfloat16, torch.float32),
+    "16-true": (None, torch.float16),
+    "bf16-true": (None, torch.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a loop is told that changes its memory."""
+
+    batch_size: int
+    block_size: int
+    vocab_size: int
+    accumulate_grad_batches: int = 1
+    precision: str = "32-true"
+    clips: bool = True
+    zeroes_after_forward: bool = False
+    """Lightning frees the gradients of a step during the next one, between its first forward and backward; plain
+    PyTorch and accelerate free them at the end of their own."""
+    validates: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision={self.precision} cannot be planned; {', '.join(PRECISIONS)} can.")
+
+
+def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roofline | None = None) -> MemoryTrace:
+    """Two optimizer steps, of two micro-batches each where gradients accumulate, and a batch of validation.
+
+    build: makes the module; what it makes is fake, so that no memory is taken for it
+    The second step meets the optimizer's state, the second micro-batch the gradients of the first: more of either
+    would repeat itself. The trace's timeline is of the second step, and roofline gets the operations of it, with
+    `roofline.weight` telling how often each counts.
+    """
+    autocast_dtype, weight_dtype = PRECISIONS[shape.precision]
+    micro_batches = min(shape.accumulate_grad_batches, 2)
+    trace = MemoryTrace(vocab_size=shape.vocab_size)
+    with FakeTensorMode(), cuda_paths():
+        with _default_dtype(weight_dtype):
+            module = build()
+        autocast = torch.autocast("cpu", dtype=autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False)
+        with trace:
+            trace.label_module(module)
+            optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[operator]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for step in range(2):
+                if step == 1:
+                    trace.timeline = []
+                scaler = GradScaler("cpu", enabled=shape.precision == "16-mixed")
+                for micro_batch in range(micro_batches):
+                    if step == 1 and roofline is not None:
+                        # The last of two stands for all that accumulate onto gradients that are there.
+                        roofline.weight = shape.accumulate_grad_batches - 1 if micro_batch else 1
+                        trace.watch = roofline.add
+                    trace.phase = "forward"
+                    tokens, targets = _batch(trace, shape)
+                    with autocast:
+                        loss = module(tokens, targets)
+                    if shape.zeroes_after_forward and micro_batch == 0:
+                        optimizer.zero_grad()
+                    trace.phase = "backward"
+                    scaler.scale(loss / shape.accumulate_grad_batches).backward()
+                    loss = loss.detach()
+                    trace.label([parameter.grad for parameter in parameters], "gradients")
+                trace.phase = "optimizer"
+                if roofline is not None:
+                    roofline.weight = 1
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, 1.0 if shape.clips else math.inf, foreach=True)
+                optimizer.step()
+                trace.label(list(optimizer.state.values()), "optimizer")
+                if not shape.zeroes_after_forward:
+                    optimizer.zero_grad()
+            trace.watch = None
+            if shape.validates:
+                trace.phase = "validation"
+                module.eval()
+                with torch.no_grad(), autocast:
+                    module(*_batch(trace, shape))
+    return trace
+
+
+def _batch(trace: MemoryTrace, shape: StepShape) -> tuple[Tensor, Tensor]:
+    tokens = torch.zeros(shape.batch_size, shape.block_size, dtype=torch.int64)
+    targets = torch.zeros(shape.batch_size, shape.block_size, dtype=torch.int64)
+    trace.label([tokens, targets], "batch")
+    return tokens, targets
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

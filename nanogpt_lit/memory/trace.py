@@ -1,0 +1,220 @@
+"""Where a program's tensors go: every allocation and release on the card, with what it was for.
+
+A `MemoryTrace` is a dispatch mode. It sees each operation that PyTorch runs, forward, backward and in the optimizer,
+and follows the storages of the results until they are freed. Under FakeTensorMode nothing is computed and nothing is held:
+only shapes flow, and a network of any size is traced in seconds.
+
+The card is the device "cpu", whose code paths `cuda_paths` makes those of CUDA. Host memory is the device "meta": a
+technique that moves tensors to the host moves them there while it is traced.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nanogpt_lit.memory.allocator import Event, rounded
+
+CARD, HOST = "cpu", "meta"
+
+CATEGORIES = (
+    "weights", "gradients", "optimizer", "activations", "logits", "casts", "temporaries", "workspace", "batch",
+)  # fmt: skip
+"""activations: kept by the forward pass   logits: whatever is as wide as the vocabulary   casts: 16-bit copies of
+weights   temporaries: of the backward pass and the optimizer   workspace: held by kernels, not by tensors"""
+
+CUBLAS_WORKSPACE = 8_519_680
+"""Bytes that cuBLAS holds per thread, ":4096:2:16:8" as PyTorch sets it up to Ada; backward runs in a second thread."""
+
+MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+
+
+def _flash_backward(args: tuple[Any, ...]) -> int:
+    """The float32 gradient of the queries and the row sums, as mha_bwd of flash_api.cpp allocates them."""
+    B, H, T, D = args[1].shape
+    padded_T = (T + 127) // 128 * 128
+    return B * H * padded_T * ((D + 31) // 32 * 32) * 4 + B * H * padded_T * 4
+
+
+def _efficient_backward(args: tuple[Any, ...]) -> int:
+    B, H, T, D = args[1].shape
+    return B * H * T * 4 + (B * H * T * D * 4 if D > 64 else 0)
+
+
+# Memory that a kernel takes for itself while it runs: no dispatch mode can see it.
+KERNEL_WORKSPACES: dict[str, Callable[[tuple[Any, ...]], int]] = {
+    "_scaled_dot_product_flash_attention_backward": _flash_backward,
+    "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+}
+
+
+class Moment(NamedTuple):
+    """The card's memory after one operation."""
+
+    phase: str
+    bytes_by_category: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.bytes_by_category.values())
+
+
+@dataclass
+class _Block:
+    """A storage that is alive."""
+
+    serial: int
+    bytes: int
+    category: str
+    host: bool
+    finalizer: weakref.ref
+
+
+@dataclass(eq=False)
+class MemoryTrace(TorchDispatchMode):
+    """Follows the tensors of everything that runs inside its `with` block.
+
+    vocab_size: tensors that wide are counted as logits   watch: called with every operation, for the time estimate
+    """
+
+    vocab_size: int | None = None
+    watch: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
+    phase: str = "setup"
+    events: list[Event] = field(default_factory=list)
+    """Allocations and releases on the card, in order: what the allocator is simulated with."""
+    peaks: dict[str, Moment] = field(default_factory=dict)
+    """The fullest moment of each phase."""
+    timeline: list[Moment] | None = None
+    """Every moment since this was set to a list."""
+    host_bytes: int = 0
+    host_peak_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._live: dict[int, _Block] = {}  # by the address of the storage
+        self._bytes: Counter[str] = Counter()
+        self._weights: set[int] = set()
+        self._threads_with_cublas: set[str] = set()
+        self._serial = 0
+
+    @property
+    def peak(self) -> Moment:
+        """The fullest moment of all."""
+        return max(self.peaks.values(), key=lambda moment: moment.bytes)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes on the card now."""
+        return sum(self._bytes.values())
+
+    # What a tensor is for.
+
+    def label(self, tensors: Any, category: str) -> None:
+        """Counts these tensors, of any nesting, under a category from now on; new ones are followed from here."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor, category)
+                block = self._live.get(tensor.untyped_storage()._cdata)
+                if block is not None and not block.host and block.category != category:
+                    self._bytes[block.category] -= block.bytes
+                    self._bytes[category] += block.bytes
+                    block.category = category
+
+    def label_module(self, module: nn.Module) -> None:
+        """Weights, and gradients from the moment they are made."""
+        for parameter in module.parameters():
+            self._weights.add(parameter.untyped_storage()._cdata)
+            self.label(parameter, "weights")
+            parameter.register_post_accumulate_grad_hook(lambda p: self.label(p.grad, "gradients"))
+        self.label(list(module.buffers()), "weights")
+
+    # Following storages.
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.partition("::")[2]
+        if name == "device":
+            return func(*args, **kwargs)
+        if name in MATRIX_PRODUCTS:
+            self._hold_cublas_workspace()
+        result = func(*args, **kwargs)
+        category = self._category(name, args)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                wide = self.vocab_size is not None and tensor.dim() > 1 and tensor.size(-1) == self.vocab_size
+                self._follow(tensor, "logits" if wide and category in ("activations", "temporaries") else category)
+        if workspace := KERNEL_WORKSPACES.get(name):
+            self._use_and_release(rounded(workspace(args)))
+        self._record()
+        if self.watch is not None:
+            self.watch(func, args, kwargs, result)
+        return result
+
+    def _category(self, name: str, args: tuple[Any, ...]) -> str:
+        if self.phase == "optimizer":
+            return "temporaries"
+        if name == "_to_copy" and args[0].untyped_storage()._cdata in self._weights:
+            return "casts"
+        return "temporaries" if self.phase == "backward" else "activations"
+
+    def _follow(self, tensor: Tensor, category: str) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._live or size == 0 or tensor.device.type not in (CARD, HOST):
+            return
+        self._serial += 1
+        host = tensor.device.type == HOST
+        finalizer = weakref.ref(storage, lambda _, key=key, serial=self._serial: self._freed(key, serial))  # type: ignore[misc]
+        self._live[key] = _Block(self._serial, size if host else rounded(size), category, host, finalizer)
+        if host:
+            self.host_bytes += size
+            self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
+        else:
+            self._allocate(self._serial, rounded(size), category)
+
+    def _freed(self, key: int, serial: int) -> None:
+        block = self._live.get(key)
+        if block is None or block.serial != serial:  # its address already belongs to another
+            return
+        del self._live[key]
+        if block.host:
+            self.host_bytes -= block.bytes
+        else:
+            self._release(serial, block.bytes, block.category)
+
+    def _allocate(self, serial: int, size: int, category: str) -> None:
+        self._bytes[category] += size
+        self.events.append(Event(serial, size))
+
+    def _release(self, serial: int, size: int, category: str) -> None:
+        self._bytes[category] -= size
+        self.events.append(Event(serial, -size))
+
+    def _use_and_release(self, size: int) -> None:
+        self._serial += 1
+        self._allocate(self._serial, size, "workspace")
+        self._record()
+        self._release(self._serial, size, "workspace")
+
+    def _hold_cublas_workspace(self) -> None:
+        thread = "backward" if self.phase == "backward" else "main"
+        if thread not in self._threads_with_cublas:
+            self._threads_with_cublas.add(thread)
+            self._serial += 1
+            self._allocate(self._serial, CUBLAS_WORKSPACE, "workspace")
+
+    def _record(self) -> None:
+        if self.timeline is None and self.allocated <= getattr(self.peaks.get(self.phase), "bytes", -1):
+            return
+        moment = Moment(self.phase, dict(self._bytes))
+        if self.timeline is not None:
+            self.timeline.append(moment)
+        if self.phase not in self.peaks or moment.bytes > self.peaks[self.phase].bytes:
+            self.peaks[self.phase] = moment
