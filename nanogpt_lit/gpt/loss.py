@@ -1,10 +1,27 @@
-"""The language-modelling loss, from the hidden states to one number."""
+"""The language-modelling loss, from the hidden states to one number: at once, or a chunk of tokens at a time.
 
+Why not torch.nn.functional.linear_cross_entropy, which PyTorch has since 2.13: its chunked path takes the weight in the
+dtype of the states, so that under autocast the gradient of the head is rounded to 16 bits, and it folds 1/N into the
+gradients of the logits before anything is scaled. In float16 those of nearly all tokens are then zero, or with a
+GradScaler's 65536 in reduction "sum" not finite. It also leaves torch.compile. scripts/bench_loss.py compares the three.
+"""
+
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
 """A target with this value is not predicted and not counted; it is the default of PyTorch and Hugging Face."""
+
+FLOAT16_SCALE = 256.0
+"""What gradients of logits are multiplied by before they are rounded to float16.
+
+They lie in [-1, 1] and most are probabilities of wrong tokens, about 1 / V = 2e-5 at first and less later. float16 gets
+coarse below 6e-5 and ends at 6e-8 and 65504. Times 256, all from 2e-10 on are kept, and the gradient of a state,
+at most 2 * 256 * max|W|, is finite for every weight below 127.
+"""
 
 
 def cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
@@ -16,3 +33,117 @@ def cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tenso
     logits = F.linear(hidden, head_weight).flatten(0, 1)  # (B*T, V)
     # Under autocast the logits are 16-bit, and a sum over 50,000 exponentials needs more than 8 bits of mantissa.
     return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def chunked_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+    """cross_entropy without the (B*T, V) logits: those of chunk_tokens tokens are held at a time.
+
+    The gradients are computed in the forward pass, while a chunk's logits are there; to compute the logits again in
+    the backward pass would cost a third more. They wait for it in 4 bytes per weight of the head and 2 to 4 per hidden
+    channel. The head's gradient is added up in float32, also where the head is tied to an embedding.
+    Equal to cross_entropy up to rounding; it is differentiated once, not twice. For float64 states all is float64.
+    """
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        hidden = hidden.to(torch.get_autocast_dtype(device_type))
+    # No sum over many tokens is to be 16-bit: what is cast, and when, is written out from here on.
+    with torch.autocast(device_type, enabled=False):
+        states, targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        if torch.is_grad_enabled() and (states.requires_grad or head_weight.requires_grad):
+            return ChunkedCrossEntropy.apply(states, head_weight, targets, chunk_tokens)
+        return _loss_alone(states, head_weight, targets, chunk_tokens)
+
+
+def _loss_alone(states: Tensor, head_weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+    weight = head_weight.to(states.dtype)
+    chunks = zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    total = sum(
+        F.cross_entropy(F.linear(x, weight).to(_wide(x.dtype)), t, ignore_index=IGNORE_INDEX, reduction="sum")
+        for x, t in chunks
+    )
+    return total / (targets != IGNORE_INDEX).sum()
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, head_weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+        """states: (N, C)   head_weight: (V, C), of any dtype   targets: (N,)"""
+        wide = _wide(states.dtype)
+        scale = FLOAT16_SCALE if states.dtype == torch.float16 else 1.0
+        weight = head_weight.to(states.dtype)
+        counted = targets != IGNORE_INDEX  # (N,)
+        losses = torch.empty(targets.shape, dtype=wide, device=states.device)  # (N,)
+        d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(head_weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), chunk_tokens):
+            here = slice(start, start + chunk_tokens)
+            x, is_counted = states[here], counted[here, None]
+            # An ignored target is any token here, and is multiplied by zero where that is cheap: in C columns, not V.
+            losses[here], d_logits = _losses_and_gradients(x @ weight.t(), targets[here].clamp(min=0), scale)
+            if d_states is not None:
+                d_states[here] = (d_logits @ weight) * is_counted
+            if d_weight is not None:
+                add_product_(d_weight, d_logits.t(), x * is_counted)
+            del d_logits  # or two chunks are held while the next is computed
+        count = counted.sum()
+        # Zero gradients, not 0 * inf, where nothing is counted.
+        ctx.save_for_backward(d_states, d_weight, 1 / (scale * count.clamp(min=1)))
+        return (losses * counted).sum() / count
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # Only here is the loss scale known. The factor is applied in float32: 65536 is more than float16 can say.
+        d_states, d_weight, factor = ctx.saved_tensors
+        factor = d_loss * factor
+        if d_states is not None:
+            d_states = (d_states.to(factor.dtype) * factor).to(d_states.dtype)
+        if d_weight is not None:
+            # In place, for want of memory: a second backward pass is refused by the saved tensor's version.
+            d_weight = d_weight.mul_(factor)
+        return d_states, d_weight, None, None
+
+
+def _losses_and_gradients(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The loss of each token (n,) and the gradient of each by its logits, times scale: (n, V) in the logits' dtype.
+
+    logits: (n, V), written over   targets: (n,)
+    """
+    wide = _wide(logits.dtype)
+    targets = targets[:, None]  # (n, 1)
+    largest, likeliest = logits.max(dim=-1, keepdim=True)
+    distance = largest.to(wide) - logits.gather(1, targets).to(wide)
+    # float16 becomes float32 inside CUDA's kernel, the rest before it.
+    if logits.dtype == torch.float16:
+        p = torch.softmax(logits, dim=-1, dtype=wide)
+    else:
+        p = torch.softmax(logits.to(wide), dim=-1)
+    # The likeliest token has p = exp(0) / sum, and sum is what the loss lacks: no second pass over V.
+    losses = distance - p.gather(1, likeliest).log()
+    p.scatter_(1, targets, p.gather(1, targets) - 1)
+    if logits.dtype != wide:
+        return losses.squeeze(1), torch.mul(p, scale, out=logits)
+    return losses.squeeze(1), p
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 for 16 bits, else the same."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.library.custom_op("nanogpt_lit::add_product_", mutates_args=("total",))
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (M, N) += a (M, K) @ b (K, N); for 16-bit a and b, total is float32 and the product is never rounded.
+
+    An operator of its own so that torch.compile and the memory plan see one step without temporaries: on CUDA it is one
+    kernel.
+    """
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@add_product_.register_fake
+def _(total: Tensor, a: Tensor, b: Tensor) -> None: ...
