@@ -17,8 +17,9 @@ ALLOWED = {
     "checkpoint": {"gpt", "data"},
     "sampling": {"gpt", "data"},
     "module": {"gpt", "optim"},
-    "loops": {"gpt", "optim", "memory", "sampling"},
-    "cli": {"module", "gpt", "optim", "data", "loops"},
+    "loops": {"gpt", "optim", "memory", "sampling", "checkpoint"},
+    "parser": set(),
+    "cli": {"module", "gpt", "optim", "data", "loops", "parser"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
     "commands": {"cli", "checkpoint", "sampling"},
     "__main__": {"commands", "cli"},
@@ -26,7 +27,7 @@ ALLOWED = {
 }
 FRAMEWORKS = {
     "lightning": {
-        "cli", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_observer",
+        "cli", "parser", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_observer",
         "loops.lightning_precision", "parity.runs", "parity.settled",
     },
     "accelerate": {"loops.accelerate_loop", "parity.runs", "parity.settled"},

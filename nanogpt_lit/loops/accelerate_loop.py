@@ -15,6 +15,7 @@ from accelerate.utils import AutocastKwargs, DataLoaderConfiguration  # type: ig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.loops.contract import (
     LoopSettings,
     MeanLoss,
@@ -24,6 +25,7 @@ from nanogpt_lit.loops.contract import (
     optimizer_and_schedule,
     seed_dropout,
 )
+from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
 
 MIXED_PRECISION = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 
@@ -53,9 +55,11 @@ def train(
     val_loader: DataLoader,
     settings: LoopSettings,
     observer: Observer = Observer(),  # noqa: B008 - has no state
+    start: RunState | None = None,
 ) -> None:
-    """Trains for settings.max_steps optimizer steps.
+    """Trains up to settings.max_steps optimizer steps.
 
+    start: a checkpoint to go on from; the training loader begins with the micro-batch that follows
     The loaders are those of one process: accelerate deals their batches out, one to each process in turn. It must come
     out even, or the processes wait for each other for ever.
     """
@@ -66,10 +70,16 @@ def train(
     # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
     # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.
     module, optimizer, train_loader, val_loader = accelerator.prepare(module, optimizer, train_loader, val_loader)
+    batches = step = 0
+    if start is not None:
+        # Not accelerator.load_state: it reads what only accelerate wrote, and says nothing when a random state is lost.
+        restore(parts, start)
+        batches, step = batches_done(start, parts.module, settings, accelerator.num_processes), start.step
     observer.on_train_start(parts)
     seed_dropout(settings.seed, accelerator.process_index)
+    if start is not None:
+        restore_random_state(start.random, accelerator.process_index, accelerator.device)
     module.train()
-    batches = step = 0
     while step < settings.max_steps:
         for tokens, targets in train_loader:
             with accelerator.accumulate(module):

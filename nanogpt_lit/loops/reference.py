@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.loops.contract import (
     AUTOCAST_DTYPES,
     LoopSettings,
@@ -21,6 +22,7 @@ from nanogpt_lit.loops.contract import (
     optimizer_and_schedule,
     seed_dropout,
 )
+from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
 
 Batch = tuple[Tensor, Tensor]
 
@@ -32,12 +34,14 @@ def train(
     settings: LoopSettings,
     observer: Observer = Observer(),  # noqa: B008 - has no state
     scaler: GradScaler | None = None,
+    start: RunState | None = None,
 ) -> None:
-    """Trains the module where it is, for settings.max_steps optimizer steps.
+    """Trains the module where it is, up to settings.max_steps optimizer steps.
 
     Where torch.distributed has a process group, its processes train together, each on loaders of its own: equally many
     batches, or they wait for each other for ever.
-    scaler: in place of the usual one for 16-mixed
+    scaler: in place of the usual one for 16-mixed   start: a checkpoint to go on from; the training loader begins with
+    the micro-batch that follows
     """
     device = next(module.parameters()).device
     if scaler is None:
@@ -49,10 +53,17 @@ def train(
     parameters = clipping_order(optimizer)
     distributed = dist.is_available() and dist.is_initialized()
     replica = DistributedDataParallel(module) if distributed else module
-    observer.on_train_start(Parts(module, optimizer, schedule, scaler if scaler.is_enabled() else None))
-    seed_dropout(settings.seed, dist.get_rank() if distributed else 0)
-    module.train()
+    parts = Parts(module, optimizer, schedule, scaler if scaler.is_enabled() else None)
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     batches = step = 0
+    if start is not None:
+        restore(parts, start)
+        batches, step = batches_done(start, module, settings, processes), start.step
+    observer.on_train_start(parts)
+    seed_dropout(settings.seed, rank)
+    if start is not None:
+        restore_random_state(start.random, rank, device)
+    module.train()
     while step < settings.max_steps:
         for in_epoch, (batch, is_last) in enumerate(with_last(train_loader), start=1):
             tokens, targets = (tensor.to(device) for tensor in batch)

@@ -1,0 +1,161 @@
+"""One file per checkpoint: tensors as any safetensors reader sees them, everything else as JSON beside them.
+
+Weights have the names of module.state_dict(). The other tensors begin with `optimizer.`, `random.`, `data.` or
+`lightning.`, and the JSON under the key `nanogpt_lit` says where each belongs. Nothing in it is a pickle.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_lit.checkpoint.durable import durable_file
+from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.checkpoint.tensor_file import TensorFile, write_tensors
+from nanogpt_lit.checkpoint.tree import put_together, take_apart
+
+SUFFIX = ".safetensors"
+FORMAT = 1
+DESCRIPTION = "nanogpt_lit"
+"""The key of the metadata."""
+SHARED = "shared_weights"
+PREVIOUS = "previous"
+TOKENIZER = "tokenizer"
+"""The key of `data` under which the tokenizer's files are: kept as bytes, they may be megabytes."""
+STATES = [field.name for field in fields(RunState) if field.name != "weights"]
+
+
+def save_run(path: Path, state: RunState) -> None:
+    """Writes a checkpoint, which appears whole and on the disk or not at all.
+
+    A file called `last` makes the one that it replaces `previous`, so that there is always one that no write touches.
+    """
+    tensors, shared = stored_once(state.weights)
+    described: dict[str, Any] = {}
+    for name in STATES:
+        value = getattr(state, name)
+        if name == "data" and TOKENIZER in value:
+            value = {**value, TOKENIZER: {key: as_bytes(text) for key, text in value[TOKENIZER].items()}}
+        described[name] = take_apart(value, name, tensors)
+    description = {"format": FORMAT, "written_by": written_by(), SHARED: shared, **described}
+    keep_as = path.with_stem(PREVIOUS) if path.stem == "last" else None
+    with durable_file(path, keep_as) as file:
+        write_tensors(file, tensors, {DESCRIPTION: json.dumps(description, allow_nan=False)})
+
+
+def load_run(path: Path) -> RunState:
+    """Reads a checkpoint and compares every byte of it with its checksums.
+
+    Raises ValueError, naming the file, for one that is missing, damaged, or not a checkpoint.
+    """
+    with open_run(path) as file:
+        description = description_of(file)
+        tensors = file.read(file.names)
+    return decoded(path, description, tensors)
+
+
+@dataclass(frozen=True)
+class StoredNetwork:
+    """As much of a checkpoint as it takes to write text."""
+
+    weights: Mapping[str, Tensor]
+    hyper_parameters: Mapping[str, Any]
+    tokenizer_files: Mapping[str, str]
+
+
+def load_stored_network(path: Path) -> StoredNetwork:
+    """Reads the weights and the tokenizer, a third of the file. Raises ValueError as `load_run` does."""
+    with open_run(path) as file:
+        description = description_of(file)
+        tensors = file.read(name for name in file.names if not name.startswith(("optimizer.", "random.", "lightning.")))
+    try:
+        weights = {n: t for n, t in tensors.items() if not n.startswith("data.")}
+        files = put_together(description["data"][TOKENIZER], tensors)
+        return StoredNetwork(
+            weights={**weights, **{name: weights[first] for name, first in description[SHARED].items()}},
+            hyper_parameters=put_together(description["hyper_parameters"], tensors),
+            tokenizer_files={name: as_text(content) for name, content in files.items()},
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise incomplete(path, error) from error
+
+
+def open_run(path: Path) -> TensorFile:
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; a checkpoint is one file, and `python -m nanogpt_lit convert {path} FILE{SUFFIX}` "
+            "makes one of accelerate's folder."
+        )
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob(f"*{SUFFIX}"))
+        raise ValueError(
+            f"{path} does not exist; "
+            + (f"there are {', '.join(beside)} beside it." if beside else f"fit writes best{SUFFIX} and last{SUFFIX}.")
+        )
+    return TensorFile(path)
+
+
+def description_of(file: TensorFile) -> dict[str, Any]:
+    try:
+        description = json.loads(file.metadata[DESCRIPTION])
+        number = description["format"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise incomplete(file.path, error) from error
+    if number != FORMAT:
+        raise ValueError(
+            f"{file.path} has format {number} and this nanogpt_lit reads {FORMAT}; it was written by "
+            f"{description.get('written_by')}."
+        )
+    return description
+
+
+def decoded(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RunState:
+    try:
+        elsewhere = tuple(f"{name}." for name in STATES)
+        weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(elsewhere)}
+        weights |= {name: weights[first] for name, first in description[SHARED].items()}
+        states = {name: put_together(description[name], tensors) for name in STATES}
+        if TOKENIZER in states["data"]:
+            files = states["data"][TOKENIZER]
+            states["data"][TOKENIZER] = {name: as_text(content) for name, content in files.items()}
+        return RunState(weights=weights, **states)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise incomplete(path, error) from error
+
+
+def incomplete(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is a checkpoint without all that nanogpt_lit keeps in one ({type(error).__name__}).")
+
+
+def stored_once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights without those that are another one under a second name (a tied head), and which those are."""
+    first_of: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in weights.items():
+        if name.startswith(tuple(f"{state}." for state in STATES)):
+            raise ValueError(f"the weight {name} has a name that a checkpoint uses for something else.")
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        first = first_of.setdefault(place, name) if tensor.numel() else name
+        if first == name:
+            tensors[name] = tensor
+        else:
+            shared[name] = first
+    return tensors, shared
+
+
+def written_by() -> str:
+    return ", ".join(f"{package} {version(package)}" for package in ("nanogpt_lit", "torch"))
+
+
+def as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+
+
+def as_text(content: Tensor) -> str:
+    return content.numpy().tobytes().decode()

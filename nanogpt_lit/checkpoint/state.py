@@ -1,0 +1,75 @@
+"""All that a run is made of between two optimizer steps: what a checkpoint keeps, whichever loop writes it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+RandomState = Mapping[str, Tensor]
+"""Device type to the state of its generator, uint8: "cpu", and "cuda" where there is one."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Holds the run's own tensors, not copies: write it before the next step, or copy it."""
+
+    weights: dict[str, Tensor]
+    """module.state_dict()"""
+    hyper_parameters: Mapping[str, Any]
+    """What the module is made from: LitNanoGPT's gpt, optim, schedule, compile."""
+    data: Mapping[str, Any]
+    """The tokenizer's files, and what the order of samples is a function of (TokenDataModule.state_dict)."""
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    scaler: dict[str, Any] | None
+    """GradScaler's; None unless gradients are scaled."""
+    random: list[RandomState]
+    """One per process, in the order of their ranks; empty where it was not kept."""
+    step: int
+    """Optimizer steps so far, skipped ones too."""
+    batches: int
+    """Micro-batches so far, of one process."""
+    processes: int
+    accumulate_grad_batches: int
+    tokens: int = 0
+    """Trained on so far, by all processes and over all pieces of the run."""
+    validations: Mapping[str, Any] = field(default_factory=lambda: {"latest": None, "best": None})
+    """(step, loss) of the latest and of the best validation."""
+    lightning: Mapping[str, Any] | None = None
+    """What Lightning keeps besides: its callbacks' states and its counters. None from the other loops."""
+
+    def batches_on(self, processes: int, accumulate_grad_batches: int, dropout: float) -> int:
+        """Micro-batches of each of `processes` processes that go on with the sample that follows.
+
+        Raises ValueError where the samples of a step, or the masks of dropout, would be others than without the stop.
+        """
+        then = f"{self.processes} x trainer.accumulate_grad_batches={self.accumulate_grad_batches}"
+        if processes == self.processes:
+            batches = self.batches
+        else:
+            per_step = self.processes * self.accumulate_grad_batches
+            if processes * accumulate_grad_batches != per_step:
+                works = f"trainer.accumulate_grad_batches={per_step // processes} does here"
+                if per_step % processes:
+                    works = f"a number of processes that divides {per_step} can"
+                raise ValueError(
+                    f"the checkpoint was trained by {then} micro-batches a step and cannot go on by {processes} x "
+                    f"trainer.accumulate_grad_batches={accumulate_grad_batches}, whose steps have other samples; "
+                    f"{works}."
+                )
+            if dropout > 0:
+                raise ValueError(
+                    f"the checkpoint was trained by {self.processes} processes, each with dropout masks of its own, "
+                    f"and cannot go on by {processes} with model.gpt.dropout={dropout}; start {self.processes}, or set "
+                    "model.gpt.dropout=0."
+                )
+            batches = self.batches * self.processes // processes
+        if batches % accumulate_grad_batches:
+            divisors = [n for n in range(1, batches + 1) if batches % n == 0]
+            nearest = min(divisors, key=lambda n: (abs(n - accumulate_grad_batches), n))
+            raise ValueError(
+                f"the checkpoint stands after {batches} micro-batches, which trainer.accumulate_grad_batches="
+                f"{accumulate_grad_batches} cuts inside a step; {nearest} does not."
+            )
+        return batches

@@ -1,0 +1,144 @@
+"""A safetensors file that knows its checksums: any reader of the format reads it, ours notices a flipped bit.
+
+The format (huggingface.co/docs/safetensors) is the length of a header, the header in JSON, and the bytes of the
+tensors. `safetensors.torch.save_file` could write it too, but would neither hash what it writes nor let the file be
+synced before it is renamed. Here a tensor's memory goes to the file without a copy in between.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+HEADER_DIGEST, TENSOR_DIGESTS = "sha256_header", "sha256_tensors"
+UNKNOWN_DIGEST = "0" * 64
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes tensors, on whichever device they are, one after another, and text about them."""
+    # Larger elements first, so that each tensor begins at a multiple of its element's size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    digests = dict.fromkeys(ordered, UNKNOWN_DIGEST)
+    # Its length is known before the digests are.
+    header = header_bytes(ordered, metadata, digests)
+    file.write(header)
+    with ThreadPoolExecutor(1) as hashing:  # hashing and writing both leave the interpreter to others
+        for name, tensor in ordered.items():
+            content = content_of(tensor)
+            digest = hashing.submit(sha256, content)
+            file.write(content)
+            digests[name] = digest.result()
+    header = header_bytes(ordered, metadata, digests)
+    file.seek(0)
+    file.write(header.replace(header_digest_entry(UNKNOWN_DIGEST), header_digest_entry(sha256(header)), 1))
+
+
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], digests: Mapping[str, str]) -> bytes:
+    """The file's beginning, in which the header's own digest is still unknown."""
+    texts = {HEADER_DIGEST: UNKNOWN_DIGEST, TENSOR_DIGESTS: json.dumps(digests), "format": "pt", **metadata}
+    header: dict[str, Any] = {"__metadata__": texts}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def header_digest_entry(digest: str) -> bytes:
+    return f'"{HEADER_DIGEST}":"{digest}"'.encode()
+
+
+def content_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor: of a processor's, its own memory."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def sha256(content: memoryview | bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+class TensorFile:
+    """A file to read from, whose header has been checked. Tensors are checked when they are read.
+
+    Raises ValueError, naming the file, for one that is damaged or was not written by `write_tensors`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata = self._checked_metadata()
+        try:
+            self._digests: dict[str, str] = json.loads(self.metadata[TENSOR_DIGESTS])
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise self._damaged("what it holds is not what its header says") from error
+
+    def _checked_metadata(self) -> dict[str, str]:
+        with self.path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or not 2 <= length <= LONGEST_HEADER:
+                raise self._foreign()
+            text = file.read(length)
+        try:
+            metadata = json.loads(text)["__metadata__"]
+            digest = metadata[HEADER_DIGEST]
+        except (ValueError, KeyError, TypeError) as error:
+            # A header that is ours to see, but cut short or with a flipped bit in it, still bears the mark.
+            raise self._damaged("its header") if HEADER_DIGEST.encode() in text else self._foreign() from error
+        unsigned = text.replace(header_digest_entry(digest), header_digest_entry(UNKNOWN_DIGEST), 1)
+        if sha256(start + unsigned) != digest:
+            raise self._damaged("its header")
+        return metadata
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these names, on the processor, each compared with its checksum."""
+        try:
+            # Copies, not views of the file: Windows lets nobody replace a file that somebody has mapped.
+            tensors = {name: self._file.get_tensor(name).clone() for name in names}
+        except (SafetensorError, RuntimeError, ValueError) as error:
+            raise self._damaged("its tensors") from error
+        with ThreadPoolExecutor() as hashing:
+            digests = hashing.map(lambda tensor: sha256(content_of(tensor)), tensors.values())
+            for name, digest in zip(tensors, digests, strict=True):
+                if digest != self._digests.get(name):
+                    raise self._damaged(name)
+        return tensors
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, traceback)
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self.path} is damaged: {what} differs from its checksum; take another checkpoint of the run."
+        )
+
+    def _foreign(self) -> ValueError:
+        return ValueError(
+            f"{self.path} is not a checkpoint of nanogpt_lit, or only the beginning of one; Lightning's .ckpt and "
+            "accelerate's folders become one by `python -m nanogpt_lit convert FROM TO`."
+        )

@@ -1,0 +1,95 @@
+"""A run taken down between two steps, and taken up again: the same bits as if it had never stopped."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanogpt_lit.checkpoint.state import RandomState, RunState
+from nanogpt_lit.loops.contract import LoopSettings, Parts
+
+
+def capture(
+    parts: Parts,
+    *,
+    step: int,
+    batches: int,
+    accumulate_grad_batches: int,
+    random: list[RandomState],
+    data: Mapping[str, Any],
+    tokens: int = 0,
+    validations: Mapping[str, Any] | None = None,
+) -> RunState:
+    """The state of a run that stands at the end of a step. It holds the run's own tensors, not copies.
+
+    batches: micro-batches of this process so far   random: of all processes   data: TokenDataModule.state_dict()
+    """
+    return RunState(
+        weights=parts.module.state_dict(),
+        hyper_parameters=dict(getattr(parts.module, "hparams", {})),
+        data={name: value for name, value in data.items() if name != "batches"},
+        optimizer=parts.optimizer.state_dict(),
+        schedule=parts.schedule.state_dict(),
+        scaler=None if parts.scaler is None else parts.scaler.state_dict(),
+        random=random,
+        step=step,
+        batches=batches,
+        processes=len(random),
+        accumulate_grad_batches=accumulate_grad_batches,
+        tokens=tokens,
+        validations=validations or {"latest": None, "best": None},
+    )
+
+
+def restore(parts: Parts, state: RunState) -> None:
+    """Puts a run's state into its parts; the random state follows just before the first batch.
+
+    Empties the state of weights and moments: whoever still holds it would hold them a second time.
+    Raises ValueError when the checkpoint holds another network, as the module itself says.
+    """
+    if hasattr(parts.module, "on_load_checkpoint"):
+        parts.module.on_load_checkpoint({"hyper_parameters": state.hyper_parameters})  # type: ignore[operator]
+    parts.module.load_state_dict(state.weights)
+    state.weights.clear()
+    parts.optimizer.load_state_dict(state.optimizer)
+    state.optimizer.clear()
+    parts.schedule.load_state_dict(state.schedule)
+    if parts.scaler is not None and state.scaler is not None:
+        parts.scaler.load_state_dict(state.scaler)
+
+
+def batches_done(state: RunState, module: nn.Module, settings: LoopSettings, processes: int) -> int:
+    """Micro-batches that each process is to take as done. Raises ValueError where the samples or masks would differ."""
+    dropout = max((part.p for part in module.modules() if isinstance(part, nn.Dropout)), default=0.0)
+    return state.batches_on(processes, settings.accumulate_grad_batches, dropout)
+
+
+def random_state(device: torch.device) -> RandomState:
+    """Of the generators that dropout draws from: the processor's, and the device's where it is another."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def random_states(device: torch.device) -> list[RandomState]:
+    """Of all processes, by rank. Each of them has to ask."""
+    mine = random_state(device)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    states: list[RandomState] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(states, mine)
+    return states
+
+
+def restore_random_state(states: list[RandomState], rank: int, device: torch.device) -> None:
+    """After seed_dropout, which every start calls: a resumed run must not draw its first masks again.
+
+    Without a state for every process, or from another kind of device, the seed stands.
+    """
+    if rank >= len(states) or device.type not in states[rank]:
+        return
+    torch.set_rng_state(states[rank]["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[rank][device.type])
