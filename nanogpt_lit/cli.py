@@ -1,13 +1,10 @@
 """One YAML, one parser: the LightningCLI behind `fit`, `validate` and `test`, and what scripts read the YAML with."""
 
-import difflib
 import logging
-import re
-import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
@@ -29,6 +26,7 @@ from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.parser import Parser
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -63,23 +61,6 @@ def prepare(arguments: list[str]) -> int:
     quiet_lightning()
     ConfigOnlyCLI(args=arguments, run=False).prepare_data()
     return 0
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one sentence; the usage of fit alone would fill two screens."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
-        sentence = " ".join(message.split())
-        unknown = re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.-]+)", sentence)
-        if unknown:
-            key = unknown[1] or unknown[2]
-            sentence = f"there is no option {key}"
-            nearest = difflib.get_close_matches(key, [action.dest for action in parser._actions], n=1)
-            if nearest:
-                sentence += f"; did you mean {nearest[0]}?"
-        print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(2)
 
 
 class SaveConfig(SaveConfigCallback):

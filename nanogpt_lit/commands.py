@@ -28,7 +28,7 @@ def generate(arguments: list[str]) -> int:
     import torch
 
     from nanogpt_lit.checkpoint.load import load_network
-    from nanogpt_lit.sampling import continue_text
+    from nanogpt_lit.sampling import continue_text, printable
 
     device = options.device
     if device == "auto":
@@ -49,7 +49,7 @@ def generate(arguments: list[str]) -> int:
             print("\n" + "-" * 20)
         sys.stdout.write(options.prompt)
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
             sys.stdout.flush()
         print()
     return 0

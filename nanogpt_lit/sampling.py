@@ -48,3 +48,8 @@ def continue_text(
             yield piece
     if rest := decoder.decode(b"", final=True):
         yield rest
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for what a terminal would obey: a network of bytes may write an escape sequence."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -8,6 +8,7 @@ import torch
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.machine import device_name
+from nanogpt_lit.sampling import printable
 
 
 def opening_lines(
@@ -64,5 +65,5 @@ def closing_table(
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     if sample is not None:
-        lines = ["", *("  | " + line for line in sample.splitlines()), "", *lines]
+        lines = ["", *("  | " + line for line in printable(sample).splitlines()), "", *lines]
     return "\n".join(lines)
