@@ -23,6 +23,8 @@ from nanogpt_lit.loops.lightning_observer import DropoutSeed
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
 from nanogpt_lit.loops.report import closing_table, opening_lines
+from nanogpt_lit.loops.strategies import DDP, FSDP2, SINGLE
+from nanogpt_lit.loops.strategy_check import check_strategy, complete_sizes, named_strategy
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -138,6 +140,8 @@ class NanoGPTCLI(LightningCLI):
         if sentence := unused_card():
             rank_zero_print(sentence)
         self.device = device_type(settings.trainer.accelerator)
+        check_strategy(vars(settings.trainer), self.device)
+        complete_sizes(settings.trainer)
         precision = settings.trainer.precision or "32-true"
         settings.trainer.precision = usable_precision(precision, self.device)
         if settings.trainer.precision != precision:
@@ -159,8 +163,8 @@ class NanoGPTCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
         plugin = precision_plugin(trainer.precision, self.device)
-        # Sharded strategies bring precision plugins of their own.
-        if plugin is not None and trainer.strategy in ("auto", "ddp") and not trainer.plugins:
+        # FSDPStrategy and DeepSpeedStrategy bring precision plugins of their own.
+        if plugin is not None and named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2) and not trainer.plugins:
             kwargs |= {"plugins": [plugin], "precision": None}
         if self.subcommand != "fit":
             # Only a fit makes a run: the others leave no folder behind.

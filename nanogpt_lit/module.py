@@ -69,6 +69,33 @@ class LitNanoGPT(LightningModule):
         schedule = WarmupCosine(optimizer, self.schedule_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_model(self) -> None:
+        """Shards the network over the processes when Lightning's ModelParallelStrategy offers a device mesh.
+
+        FSDP2: each process keeps its share of every weight, gradient and optimizer state; a block is whole only while
+        it computes. Raises ValueError for a mesh that divides single matrices.
+        """
+        if self.device_mesh is None:
+            return
+        # Not every build of torch has torch.distributed.
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+        if isinstance(self.gpt, FSDPModule):
+            return  # Lightning asks before every fit, validate and test
+        tensor_parallel_size = self.device_mesh["tensor_parallel"].size()
+        if tensor_parallel_size > 1:
+            raise ValueError(
+                f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} would divide single matrices, which this "
+                "network does not; set tensor_parallel_size=1 and data_parallel_size to the number of processes."
+            )
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.gpt.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.gpt, mesh=mesh)
+        for method in ("loss", "hidden"):  # what is called in place of forward
+            register_fsdp_forward_method(self.gpt, method)
+        self.loss = torch.compile(self.gpt.loss) if self.hparams["compile"] else self.gpt.loss
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["hyper_parameters"]["gpt"]
         differing = [

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, gradient_norm, is_drawn, perplexity
+from nanogpt_lit.loops.lightning_precision import MeasuredClipping
 from nanogpt_lit.loops.machine import peak_flops_of
 from nanogpt_lit.loops.progress import Progress
 from nanogpt_lit.optim.schedule import WarmupCosine
@@ -49,8 +50,9 @@ class TrainingCurves(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         self._lr = optimizer.param_groups[0]["lr"]  # the schedule has moved on before on_train_batch_end
-        # Clipping measures the norm anyway; without it, it is computed for the steps that are drawn, and only those.
-        if not trainer.gradient_clip_val and self._is_due(trainer, self._step + 1):
+        # Our clipping measures the norm anyway; without, it is computed for the steps that are drawn, and only those.
+        clips = trainer.gradient_clip_val and isinstance(trainer.precision_plugin, MeasuredClipping)
+        if not clips and self._is_due(trainer, self._step + 1):
             self._grad_norm = gradient_norm(module.parameters())
 
     def on_train_batch_end(
@@ -123,7 +125,8 @@ class TextSamples(Callback):
         self.latest: str | None = None
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        # A sharded network is whole only while all processes compute: then all of them write, and the first one keeps.
+        if trainer.sanity_checking or not (trainer.is_global_zero or module.device_mesh is not None):
             return
         self.latest = self.write(module, trainer.datamodule)  # type: ignore[attr-defined]
         add_text(trainer, "sample", self.latest)

@@ -1,0 +1,142 @@
+"""accelerate's default_config.yaml, read with suspicion: somebody else may have written it."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from nanogpt_lit.loops.strategies import ROW_OF, STRATEGIES, Row
+
+# Sections of the file, and what their keys begin with; accelerate also takes the keys without that.
+SECTIONS = {
+    "deepspeed_config": "",
+    "dynamo_config": "dynamo_",
+    "fp8_config": "fp8_",
+    "fsdp_config": "fsdp_",
+    "megatron_lm_config": "megatron_lm_",
+    "mpirun_config": "mpirun_",
+    "parallelism_config": "parallelism_config_",
+}
+# A section that accelerate does not read unless another key asks for it.
+ASKED_BY = {
+    "deepspeed_config": ("distributed_type", "DEEPSPEED"),
+    "fp8_config": ("mixed_precision", "fp8"),
+    "fsdp_config": ("distributed_type", "FSDP"),
+    "megatron_lm_config": ("distributed_type", "MEGATRON_LM"),
+    "parallelism_config": ("distributed_type", "FSDP"),
+}
+# accelerate config asks for these by one name, and accelerate launch takes them by another.
+OTHER_NAMES = {
+    "fp8_config.fp8_amax_history_length": "fp8_config.fp8_amax_history_len",
+    "fp8_config.fp8_amax_compute_algorithm": "fp8_config.fp8_amax_compute_algo",
+    "fp8_config.fp8_fp8_format": "fp8_config.fp8_format",
+}
+WHOLE_NUMBERS = {
+    "num_processes", "num_machines", "machine_rank", "main_process_port", "fsdp_config.fsdp_version",
+    "deepspeed_config.zero_stage", "deepspeed_config.gradient_accumulation_steps",
+    "parallelism_config.parallelism_config_dp_shard_size",
+}  # fmt: skip
+NUMBERS = {"deepspeed_config.gradient_clipping"}
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def read_accelerate_file(path: Path) -> dict[str, Any]:
+    """The keys of the file, those of a section as `section.key`. Raises ValueError for what accelerate would ignore,
+    or read as something else, without a word."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--to-trainer={path} is no file; `accelerate config` writes one and says where.")
+    try:
+        # Never a loader that builds objects: a file may come from anywhere.
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
+        problem = getattr(error, "problem", None) or type(error).__name__
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(
+            f"--to-trainer={path} is not the plain YAML of `accelerate config`: {problem}{where}."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--to-trainer={path} holds no keys; `accelerate config` writes one a line.")
+    values = {key: _value(key, value) for key, value in _flat(content)}
+    values.setdefault("mixed_precision", "no")
+    _check_sections(values)
+    return values
+
+
+def asks_for_nothing(row: Row, value: Any) -> bool:
+    """Whether a value needs no counterpart: accelerate's default, or empty."""
+    return value == row.default or value in (None, "", "none") or value in ([], [""])
+
+
+def _flat(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    content = dict(content)
+    # As accelerate reads its own older files.
+    if "fp16" in content and content.pop("fp16") is True:
+        content.setdefault("mixed_precision", "fp16")
+    if "dynamo_backend" in content:
+        content["dynamo_config"] = {"dynamo_backend": content.pop("dynamo_backend")}
+    for key, value in content.items():
+        if key not in SECTIONS:
+            yield _known(str(key)), value
+            continue
+        if not isinstance(value, dict | None):
+            raise ValueError(
+                f"accelerate's {key} should hold keys of its own; `accelerate config` writes them indented."
+            )
+        for name, inner in (value or {}).items():
+            full = name if str(name).startswith(SECTIONS[key]) else f"{SECTIONS[key]}{name}"
+            yield _known(f"{key}.{full}"), inner
+
+
+def _known(key: str) -> str:
+    key = OTHER_NAMES.get(key, key)
+    if key not in ROW_OF:
+        nearest = difflib.get_close_matches(key, ROW_OF, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "take it out, or ask `accelerate config` for a new file."
+        raise ValueError(f"accelerate knows no key {key[:100]}; {hint}")
+    return key
+
+
+def _value(key: str, value: Any) -> Any:
+    """The value as a bool, number, string or list of those."""
+    if isinstance(value, list) and all(isinstance(item, str | int | float | bool | None) for item in value):
+        return value
+    if not isinstance(value, str | int | float | bool | None):
+        raise ValueError(f"accelerate's {key} should be one value; `accelerate config` writes no more.")
+    if value is None:
+        return None
+    if key == "distributed_type" and value is False:
+        raise ValueError("accelerate's distributed_type is false: YAML reads a bare NO so; write 'NO' in quotes.")
+    if key == "mixed_precision" and value is False:
+        return "no"
+    if isinstance(ROW_OF[key].default, bool) or key == "use_cpu":
+        return {**dict.fromkeys(YES, True), **dict.fromkeys(NO, False)}.get(str(value).lower(), value)
+    if key in WHOLE_NUMBERS | NUMBERS:
+        try:
+            return int(str(value)) if key in WHOLE_NUMBERS else float(value)
+        except ValueError:
+            raise ValueError(f"accelerate's {key}={str(value)[:100]} should be a number, for example 1.") from None
+    return value
+
+
+def _check_sections(values: Mapping[str, Any]) -> None:
+    kind = values.get("distributed_type")
+    kinds = [name for strategy in STRATEGIES for name in strategy.accelerate]
+    if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
+        raise ValueError(
+            f"accelerate's compute_environment={values['compute_environment']} has no Trainer to go to; "
+            "LOCAL_MACHINE has."
+        )
+    if kind not in kinds:
+        raise ValueError(
+            f"accelerate's distributed_type={kind} is no strategy of Lightning; {', '.join(dict.fromkeys(kinds))} are."
+        )
+    for section, (key, asked) in ASKED_BY.items():
+        inside = next((name for name in values if name.startswith(section + ".")), None)
+        if inside is not None and values.get(key) != asked:
+            raise ValueError(
+                f"accelerate does not read {inside} beside {key}={values.get(key)}; "
+                f"set {key}: {asked}, or take {section} out."
+            )

@@ -1,0 +1,106 @@
+"""What a strategy of the trainer section needs, said before anything is built or started."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from jsonargparse import Namespace
+
+from nanogpt_lit.loops.strategies import DDP, FSDP2, SHORT_NAMES, SINGLE, STRATEGIES, Strategy
+from nanogpt_lit.loops.trainer_section import asked_processes, full_precision_name
+
+
+def named_strategy(strategy: Any, processes: int | None = 1) -> Strategy | None:
+    """The row of trainer.strategy: a short name, a class path with its arguments, or Lightning's object.
+
+    None for a class of the user's own. processes: what "auto" depends on
+    """
+    if isinstance(strategy, str):
+        if strategy == "auto":
+            return SINGLE if processes == 1 else DDP
+        if strategy in SHORT_NAMES:
+            return SHORT_NAMES[strategy][0]
+        return FSDP2 if strategy == FSDP2.lightning else None
+    path = strategy.get("class_path") if hasattr(strategy, "get") else type(strategy).__name__
+    return next((row for row in STRATEGIES if row.lightning == str(path).rpartition(".")[2]), None)
+
+
+def check_strategy(trainer: Mapping[str, Any], device: str) -> None:
+    """Raises ValueError when trainer.strategy lacks something here. device: "cuda", "mps" or "cpu"
+
+    Lightning would say so only after the data is made, or with a traceback, or at the first step.
+    """
+    strategy = named_strategy(trainer["strategy"])
+    if strategy is None and isinstance(trainer["strategy"], str):
+        nearest = difflib.get_close_matches(trainer["strategy"], [*SHORT_NAMES, FSDP2.lightning], n=1)
+        raise ValueError(
+            f"trainer.strategy={trainer['strategy']} is no strategy of Lightning; "
+            + (
+                f"did you mean {nearest[0]}?"
+                if nearest
+                else "auto, ddp, fsdp, deepspeed and ModelParallelStrategy are."
+            )
+        )
+    if strategy is None:
+        return
+    name = trainer["strategy"] if isinstance(trainer["strategy"], str) else strategy.lightning
+    if strategy.package is not None and find_spec(strategy.package) is None:
+        raise ValueError(
+            f"trainer.strategy={name} needs the package {strategy.package}; pip install {strategy.package}, or set "
+            "trainer.strategy=ddp."
+        )
+    if strategy.needs_cuda and device != "cuda":
+        raise ValueError(
+            f"trainer.strategy={name} needs CUDA cards, and trainer.accelerator comes to {device} here; "
+            "ddp and ModelParallelStrategy run on processors too."
+        )
+    check_combination(strategy, trainer["precision"], trainer["gradient_clip_val"])
+
+
+def check_combination(strategy: Strategy, precision: Any, gradient_clip_val: float | None) -> None:
+    """Raises ValueError for a setting that Lightning refuses together with the strategy, on any machine."""
+    precision = full_precision_name(precision)
+    if strategy.precisions is not None and precision not in strategy.precisions:
+        raise ValueError(
+            f"trainer.precision={precision} does not go with {strategy.lightning}, which has no gradient scaler; set "
+            f"trainer.precision to one of {', '.join(strategy.precisions)}, or trainer.strategy=ddp."
+        )
+    if gradient_clip_val and not strategy.clips:
+        raise ValueError(
+            f"trainer.gradient_clip_val={gradient_clip_val} does not go with {strategy.lightning}, where "
+            f"Lightning cannot clip the norm; set it to null, or trainer.strategy={FSDP2.lightning}."
+        )
+
+
+def complete_sizes(trainer: Namespace, environ: Mapping[str, str] = os.environ) -> None:
+    """Shards over all processes where ModelParallelStrategy's sizes are left at "auto".
+
+    Lightning's auto would shard over nodes and divide every matrix over a node's cards. Given by its name alone, the
+    strategy also saves whole checkpoints, which everything here can read, and not a folder of shards.
+    environ: what torchrun says of the processes that it has started
+    """
+    if named_strategy(trainer.strategy) is not FSDP2:
+        return
+    if isinstance(trainer.strategy, str):  # Lightning knows no short name of it
+        arguments = Namespace(data_parallel_size="auto", tensor_parallel_size="auto", save_distributed_checkpoint=False)
+        trainer.strategy = Namespace(class_path=f"lightning.pytorch.strategies.{FSDP2.lightning}", init_args=arguments)
+    arguments = trainer.strategy.init_args
+    if arguments.tensor_parallel_size == "auto":
+        arguments.tensor_parallel_size = 1
+    processes = asked_processes(vars(trainer)) or (int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None)
+    if arguments.data_parallel_size == "auto":
+        if processes is None:
+            raise ValueError(
+                f"trainer.devices={trainer['devices']} leaves open over how many processes {FSDP2.lightning} shards; "
+                "set a number, for example trainer.devices=2."
+            )
+        arguments.data_parallel_size = processes
+    product = arguments.data_parallel_size * arguments.tensor_parallel_size
+    if processes is not None and product != processes:
+        raise ValueError(
+            f"trainer.strategy.data_parallel_size={arguments.data_parallel_size} times "
+            f"tensor_parallel_size={arguments.tensor_parallel_size} should be the {processes} processes of "
+            "trainer.devices and trainer.num_nodes; leave both out."
+        )
