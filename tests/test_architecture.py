@@ -27,8 +27,8 @@ ALLOWED = {
 }
 FRAMEWORKS = {
     "lightning": {
-        "cli", "parser", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_observer",
-        "loops.lightning_precision", "parity.runs", "parity.settled",
+        "cli", "parser", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_checkpoint",
+        "loops.lightning_observer", "loops.lightning_precision", "parity.runs", "parity.settled",
     },
     "accelerate": {"loops.accelerate_loop", "parity.runs", "parity.settled"},
 }  # fmt: skip

@@ -44,10 +44,11 @@ class RunState:
 
         Raises ValueError where the samples of a step, or the masks of dropout, would be others than without the stop.
         """
-        then = f"{self.processes} x trainer.accumulate_grad_batches={self.accumulate_grad_batches}"
-        if processes == self.processes:
-            batches = self.batches
-        else:
+        if (processes, accumulate_grad_batches) == (self.processes, self.accumulate_grad_batches):
+            return self.batches
+        batches, inside_a_step = divmod(self.batches * self.processes, processes)
+        if processes != self.processes:
+            then = f"{self.processes} x trainer.accumulate_grad_batches={self.accumulate_grad_batches}"
             per_step = self.processes * self.accumulate_grad_batches
             if processes * accumulate_grad_batches != per_step:
                 works = f"trainer.accumulate_grad_batches={per_step // processes} does here"
@@ -64,8 +65,7 @@ class RunState:
                     f"and cannot go on by {processes} with model.gpt.dropout={dropout}; start {self.processes}, or set "
                     "model.gpt.dropout=0."
                 )
-            batches = self.batches * self.processes // processes
-        if batches % accumulate_grad_batches:
+        if inside_a_step or batches % accumulate_grad_batches:
             divisors = [n for n in range(1, batches + 1) if batches % n == 0]
             nearest = min(divisors, key=lambda n: (abs(n - accumulate_grad_batches), n))
             raise ValueError(

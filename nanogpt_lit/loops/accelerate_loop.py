@@ -74,7 +74,8 @@ def train(
     if start is not None:
         # Not accelerator.load_state: it reads what only accelerate wrote, and says nothing when a random state is lost.
         restore(parts, start)
-        batches, step = batches_done(start, parts.module, settings, accelerator.num_processes), start.step
+        processes, accumulate = accelerator.num_processes, settings.accumulate_grad_batches
+        batches, step = batches_done(start, parts.module, accumulate, processes), start.step
     observer.on_train_start(parts)
     seed_dropout(settings.seed, accelerator.process_index)
     if start is not None:

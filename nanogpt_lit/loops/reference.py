@@ -58,7 +58,7 @@ def train(
     batches = step = 0
     if start is not None:
         restore(parts, start)
-        batches, step = batches_done(start, module, settings, processes), start.step
+        batches, step = batches_done(start, module, settings.accumulate_grad_batches, processes), start.step
     observer.on_train_start(parts)
     seed_dropout(settings.seed, rank)
     if start is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nanogpt_lit.checkpoint.state import RandomState, RunState
-from nanogpt_lit.loops.contract import LoopSettings, Parts
+from nanogpt_lit.loops.contract import Parts
 
 
 def capture(
@@ -59,10 +59,10 @@ def restore(parts: Parts, state: RunState) -> None:
         parts.scaler.load_state_dict(state.scaler)
 
 
-def batches_done(state: RunState, module: nn.Module, settings: LoopSettings, processes: int) -> int:
+def batches_done(state: RunState, module: nn.Module, accumulate_grad_batches: int, processes: int) -> int:
     """Micro-batches that each process is to take as done. Raises ValueError where the samples or masks would differ."""
     dropout = max((part.p for part in module.modules() if isinstance(part, nn.Dropout)), default=0.0)
-    return state.batches_on(processes, settings.accumulate_grad_batches, dropout)
+    return state.batches_on(processes, accumulate_grad_batches, dropout)
 
 
 def random_state(device: torch.device) -> RandomState:

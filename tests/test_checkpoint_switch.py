@@ -1,0 +1,243 @@
+"""A run that is stopped, saved and taken up again by whichever loop: the same bits as the one that never stopped."""
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradScalerKwargs
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.amp import GradScaler
+
+from nanogpt_lit.checkpoint.run_file import load_run, save_run
+from nanogpt_lit.cli import quiet_lightning
+from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.data.sampler import Position
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.loops import accelerate_loop, reference
+from nanogpt_lit.loops.contract import LoopSettings, Observer
+from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
+from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
+from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunFileIO, use_suffix
+from nanogpt_lit.loops.lightning_observer import DropoutSeed, Observed
+from nanogpt_lit.loops.resume import capture, random_states
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.optim.adamw import AdamWConfig
+from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.parity.record import leaves, same
+from nanogpt_lit.parity.runs import HalfOnProcessors, lightning_precision
+
+STEPS = 12
+# About every other step is skipped, and the scale grows in between: switches fall before, at and after both.
+OVERFLOWS = {"init_scale": 2.0**26, "backoff_factor": 2.0**-4, "growth_interval": 2, "growth_factor": 2.0**4}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    quiet_lightning()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("switch")
+    text = folder / "text.txt"
+    text.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(60)))
+    options = {"source": str(text), "tokenizer": "byte", "val_fraction": 0.1, "shards_dir": str(folder / "shards")}
+    options |= {"block_size": 8, "batch_size": 2}
+    TokenDataModule(**options).prepare_data()
+    return options
+
+
+@dataclass(frozen=True)
+class Setup:
+    precision: str = "32-true"
+    accumulate: int = 1
+    scaler: tuple = ()
+    implementation: str = "fused"
+    workers: int = 0
+
+    def settings(self, until):
+        return LoopSettings(
+            until, self.accumulate, 0.05, self.precision, val_check_interval=4 * self.accumulate,
+            limit_val_batches=2, seed=7,
+        )  # fmt: skip
+
+    def module(self):
+        torch.manual_seed(3)
+        return LitNanoGPT(
+            GPTConfig(block_size=8, vocab_size=257, n_layer=2, n_head=2, n_embd=8, dropout=0.1),
+            AdamWConfig(lr=0.01, implementation=self.implementation),
+            ScheduleConfig(warmup_steps=3, total_steps=STEPS),
+        )
+
+    def data(self, shards):
+        data = TokenDataModule(**shards, num_workers=self.workers)
+        data.setup()
+        return data
+
+
+class Diary(Observer):
+    """Everything that a run computes, by step, and its state where it ends."""
+
+    def __init__(self, step=0):
+        self.step = step
+        self.values, self.validations = {}, {}
+
+    def on_train_start(self, parts):
+        self.parts = parts
+        self.losses = []
+
+    def on_batch_end(self, loss, tokens):
+        self.losses.append(loss.detach().clone())
+
+    def on_step_end(self, step, lr, grad_norm):
+        assert step == self.step + 1
+        self.values[step] = {"losses": self.losses, "lr": lr, "norm": grad_norm.detach().clone()}
+        self.values[step]["scale"] = self.parts.loss_scale()
+        self.step, self.losses = step, []
+
+    def on_validation_end(self, step, loss):
+        self.validations[step] = loss.detach().clone()
+
+    def on_train_end(self):
+        state = capture(
+            self.parts, step=self.step, batches=0, accumulate_grad_batches=1, random=random_states(CPU), data={}
+        )
+        names = ("weights", "optimizer", "schedule", "scaler", "random")
+        self.end = {
+            path: value.clone() if isinstance(value, torch.Tensor) else value
+            for name in names
+            for path, value in leaves(name, getattr(state, name))
+        }
+
+
+class SavingDiary(Diary):
+    """Saves as Journal does, after the last validation."""
+
+    def __init__(self, setup, start, data, path):
+        super().__init__(start.step if start else 0)
+        self.setup, self.data, self.path = setup, data, path
+        self.batches = start.batches if start else 0
+
+    def on_batch_end(self, loss, tokens):
+        super().on_batch_end(loss, tokens)
+        self.batches += 1
+
+    def on_validation_end(self, step, loss):
+        super().on_validation_end(step, loss)
+        state = capture(
+            self.parts, step=step, batches=self.batches, accumulate_grad_batches=self.setup.accumulate,
+            random=random_states(CPU), data=self.data.state_dict(),
+        )  # fmt: skip
+        save_run(self.path, state)
+
+
+def by_reference(setup, shards, path, until):
+    start, data = load_run(path) if path.exists() else None, setup.data(shards)
+    diary = SavingDiary(setup, start, data, path)
+    data.position = Position(batches_done=lambda: start.batches if start else 0)
+    scaler = GradScaler("cpu", **dict(setup.scaler)) if setup.precision == "16-mixed" else None
+    loaders = data.train_dataloader(), data.val_dataloader()
+    reference.train(setup.module(), *loaders, setup.settings(until), diary, scaler, start)
+    return diary
+
+
+def by_accelerate(setup, shards, path, until):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    start, data = load_run(path) if path.exists() else None, setup.data(shards)
+    diary = SavingDiary(setup, start, data, path)
+    data.position = Position(batches_done=lambda: start.batches if start else 0)
+    settings = setup.settings(until)
+    options = accelerate_loop.accelerator_options(settings, "cpu")
+    if setup.precision == "16-mixed":
+        options["kwargs_handlers"].append(GradScalerKwargs(**dict(setup.scaler)))
+    loaders = data.train_dataloader(), data.val_dataloader()
+    accelerate_loop.train(HalfOnProcessors(**options), setup.module(), *loaders, settings, diary, start)
+    return diary
+
+
+def by_lightning(setup, shards, path, until):
+    diary, settings = Diary(load_run(path).step if path.exists() else 0), setup.settings(until)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=until, accumulate_grad_batches=setup.accumulate,
+        gradient_clip_val=settings.gradient_clip_val,
+        plugins=[lightning_precision(setup.precision, dict(setup.scaler)), RunFileIO()],
+        val_check_interval=settings.val_check_interval, check_val_every_n_epoch=None, limit_val_batches=2,
+        num_sanity_val_steps=0, use_distributed_sampler=False, logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            TrainingCurves(StepMeter(), ValidationRecord()), DropoutSeed(settings.seed), ExactResume(),
+            Observed(diary),
+            use_suffix(ModelCheckpoint(
+                path.parent, path.stem, save_on_train_epoch_end=False, enable_version_counter=False
+            )),
+        ],
+    )  # fmt: skip
+    data = setup.data(shards)
+    trainer.fit(setup.module(), datamodule=data, ckpt_path=path if path.exists() else None)
+    return diary
+
+
+LOOPS = {"L": by_lightning, "A": by_accelerate, "P": by_reference}
+
+
+def run_chain(chain, setup, shards, folder):
+    """chain: "L3A6P" trains to step 3 by Lightning, to 6 by accelerate, to the end by plain PyTorch"""
+    path = folder / "last.safetensors"
+    values, validations = {}, {}
+    loops = [c for c in chain if c.isalpha()]
+    ends = "".join(c if c.isdigit() else " " for c in chain).split()
+    for loop, until in zip(loops, [*map(int, ends), STEPS], strict=True):
+        diary = LOOPS[loop](setup, shards, path, until)
+        values |= diary.values
+        validations |= diary.validations
+    return values, validations, diary.end
+
+
+_undisturbed = {}
+
+
+def assert_never_switched(chain, setup, shards, tmp_path):
+    if setup not in _undisturbed:
+        _undisturbed[setup] = run_chain("P", setup, shards, tmp_path / "undisturbed")
+    expected_values, expected_validations, expected_end = _undisturbed[setup]
+    values, validations, end = run_chain(chain, setup, shards, tmp_path / "switched")
+    assert list(values) == list(range(1, STEPS + 1))
+    for name, first, second in (
+        ("step", expected_values, values),
+        ("validation", expected_validations, {step: validations.get(step) for step in expected_validations}),
+        ("end", expected_end, end),
+    ):
+        different = [
+            path
+            for (path, a), (other, b) in zip(leaves(name, first), leaves(name, second), strict=True)
+            if path != other or not same(a, b)
+        ]
+        assert not different
+    if setup.scaler:
+        scales = [value["scale"] for value in values.values()]
+        skipped = end["schedule skipped_steps"]
+        assert 0 < skipped < STEPS
+        assert any(a > b for a, b in itertools.pairwise(scales)), "no step was skipped"
+        assert any(a < b for a, b in itertools.pairwise(scales)), "the scale never grew"
+
+
+FLOAT16 = tuple(OVERFLOWS.items())
+SOME = [
+    ("L4A", Setup("16-mixed", 3, FLOAT16)),
+    ("A5L", Setup("16-mixed", 1, FLOAT16)),
+    ("L3P6A9L", Setup("bf16-mixed", 4)),
+    ("P1L2A3P4L", Setup("32-true", 3, implementation="for-loop")),
+    ("A7A", Setup("32-true", 4, implementation="foreach")),
+    ("L8L", Setup("16-mixed", 1, FLOAT16)),
+]
+
+
+@pytest.mark.parametrize(("chain", "setup"), SOME, ids=lambda value: value if isinstance(value, str) else None)
+def test_a_run_that_moves_between_loops_has_the_bits_of_one_that_does_not(chain, setup, shards, tmp_path):
+    assert_never_switched(chain, setup, shards, tmp_path)
