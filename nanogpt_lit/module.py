@@ -8,6 +8,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine
 
@@ -22,6 +23,7 @@ class LitNanoGPT(LightningModule):
         gpt: The network.
         optim: The optimizer.
         schedule: The learning rate over the run.
+        memory: Ways to need less memory. Checkpoints are the same with and without.
         compile: Compile the network and its loss with torch.compile: slower to start, faster per step.
             Needs a C++ compiler, or Triton on a GPU. Checkpoints are the same with and without.
     """
@@ -32,18 +34,20 @@ class LitNanoGPT(LightningModule):
         optim: AdamWConfig = AdamWConfig(),  # noqa: B008
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
         compile: bool = False,
+        memory: MemoryConfig = MemoryConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
         # load_from_checkpoint() hands back what is saved here: plain dicts, which torch.load accepts with weights_only.
         gpt = GPTConfig(**gpt) if isinstance(gpt, dict) else gpt
         optim = AdamWConfig(**optim) if isinstance(optim, dict) else optim
         schedule = ScheduleConfig(**schedule) if isinstance(schedule, dict) else schedule
-        self.save_hyperparameters(
-            {"gpt": asdict(gpt), "optim": asdict(optim), "schedule": asdict(schedule), "compile": compile}
-        )
+        memory = MemoryConfig(**memory) if isinstance(memory, dict) else memory
+        configs: dict[str, Any] = {"gpt": gpt, "optim": optim, "schedule": schedule, "memory": memory}
+        self.save_hyperparameters({name: asdict(config) for name, config in configs.items()} | {"compile": compile})
         self.optim_config = optim
         self.schedule_config = schedule
         self.gpt = GPT(gpt)
+        apply_techniques(self.gpt, memory)
         self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:

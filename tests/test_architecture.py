@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "nanogpt_lit"
 ALLOWED = {
     "gpt": set(),
     "optim": set(),
-    "memory": set(),
+    "memory": {"gpt"},
     "data": set(),
     "checkpoint": {"gpt", "data"},
     "sampling": {"gpt", "data"},
-    "module": {"gpt", "optim"},
+    "module": {"gpt", "optim", "memory"},
     "loops": {"gpt", "optim", "memory", "sampling", "checkpoint"},
     "parser": set(),
     "cli": {"module", "gpt", "optim", "data", "loops", "parser"},

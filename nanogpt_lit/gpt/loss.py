@@ -3,7 +3,7 @@
 Why not torch.nn.functional.linear_cross_entropy, which PyTorch has since 2.13: its chunked path takes the weight in the
 dtype of the states, so that under autocast the gradient of the head is rounded to 16 bits, and it folds 1/N into the
 gradients of the logits before anything is scaled. In float16 those of nearly all tokens are then zero, or with a
-GradScaler's 65536 in reduction "sum" not finite. It also leaves torch.compile. scripts/bench_loss.py compares the three.
+GradScaler's 65536 in reduction "sum" not finite. It also leaves torch.compile. scripts/bench_loss.py compares them.
 """
 
 from typing import Any
@@ -74,7 +74,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         counted = targets != IGNORE_INDEX  # (N,)
         losses = torch.empty(targets.shape, dtype=wide, device=states.device)  # (N,)
         d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(head_weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        d_weight = torch.empty_like(head_weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), chunk_tokens):
             here = slice(start, start + chunk_tokens)
             x, is_counted = states[here], counted[here, None]
@@ -83,7 +83,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if d_states is not None:
                 d_states[here] = (d_logits @ weight) * is_counted
             if d_weight is not None:
-                add_product_(d_weight, d_logits.t(), x * is_counted)
+                add_product_(d_weight, d_logits.t(), x * is_counted, beta=float(start > 0))
             del d_logits  # or two chunks are held while the next is computed
         count = counted.sum()
         # Zero gradients, not 0 * inf, where nothing is counted.
@@ -91,7 +91,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (losses * counted).sum() / count
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         # Only here is the loss scale known. The factor is applied in float32: 65536 is more than float16 can say.
         d_states, d_weight, factor = ctx.saved_tensors
         factor = d_loss * factor
@@ -131,19 +131,19 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.custom_op("nanogpt_lit::add_product_", mutates_args=("total",))
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (M, N) += a (M, K) @ b (K, N); for 16-bit a and b, total is float32 and the product is never rounded.
+def add_product_(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+    """total (M, N) = beta * total + a (M, K) @ b (K, N). With beta 0 it does not matter what total holds.
 
-    An operator of its own so that torch.compile and the memory plan see one step without temporaries: on CUDA it is one
-    kernel.
+    For 16-bit a and b, total is float32 and their product is not rounded to 16 bits. An operator of its own so that
+    torch.compile and the memory plan see one step without temporaries: on CUDA it is one kernel.
     """
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)
     elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 @add_product_.register_fake
-def _(total: Tensor, a: Tensor, b: Tensor) -> None: ...
+def _(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None: ...

@@ -4,6 +4,7 @@ Shapes: B batch, T time, C channels (n_embd), V vocabulary, H heads, D = C / H c
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +79,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.transformer.wte.weight
+        # An attribute, so that memory/techniques.py can put the one in chunks here.
+        self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -110,7 +113,7 @@ class GPT(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (B, T) given tokens (B, T); IGNORE_INDEX targets are skipped."""
-        return cross_entropy(self.hidden(tokens), self.lm_head.weight, targets)
+        return self.cross_entropy(self.hidden(tokens), self.lm_head.weight, targets)
 
     def parameter_count(self, non_embedding: bool) -> int:
         """Number of parameters, a tied matrix counted once.
@@ -185,9 +188,13 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        B, T, C = x.shape
+        return self.attend(self.c_attn(x), cache)
+
+    def attend(self, qkv: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, 3 * C) -> (B, T, C)"""
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         H, D = self.n_head, C // self.n_head
-        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q, k, v = qkv.split(C, dim=2)  # each (B, T, C)
         q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)

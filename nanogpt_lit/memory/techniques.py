@@ -1,7 +1,17 @@
 """What makes training cost less memory: each technique is a field of MemoryConfig, `model.memory` in the YAML."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nanogpt_lit.gpt.cache import LayerCache
+from nanogpt_lit.gpt.loss import chunked_cross_entropy
+from nanogpt_lit.gpt.model import GPT, Block
 
 
 @dataclass(frozen=True)
@@ -39,3 +49,80 @@ class MemoryConfig:
                 f"model.memory.recompute_every={self.recompute_every} does nothing while recompute is none; "
                 "set model.memory.recompute to selective or full."
             )
+
+
+def apply_techniques(gpt: GPT, memory: MemoryConfig) -> None:
+    """Make gpt use them from now on. Its parameters, their names and its state_dict stay what they are.
+
+    A module takes another class, as under PyTorch's fully_shard: to wrap it in another module would rename its
+    parameters.
+    """
+    if memory.loss_chunk_tokens is not None:
+        gpt.cross_entropy = partial(chunked_cross_entropy, chunk_tokens=memory.loss_chunk_tokens)
+    for layer, block in enumerate(gpt.transformer.h):
+        assert isinstance(block, Block)
+        recompute = memory.recompute if layer % memory.recompute_every == 0 else "none"
+        # What is recomputed keeps no 16-bit weights anyway.
+        recast: list[nn.Linear] = []
+        if recompute == "full":
+            block.__class__ = RecomputedBlock
+        elif recompute == "selective":
+            block.__class__ = SelectiveBlock
+            recast = [block.attn.c_proj]
+        else:
+            recast = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        if memory.recast_weights:
+            for linear in recast:
+                linear.__class__ = RecastLinear
+
+
+def recomputed(function: Callable[..., Any], *args: Tensor, with_dropout: bool = False) -> Any:
+    """function(*args), keeping for backward only the arguments.
+
+    Backward calls it again, up to the last thing that it needs: a matrix product at the end of function needs its
+    factors, and is not computed twice.
+    """
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=with_dropout)
+
+
+class RecomputedBlock(Block):
+    """Keeps its input alone: 4 bytes a channel and token, where a Block keeps 36 under 16-bit autocast."""
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x, cache)
+        return recomputed(super().forward, x, with_dropout=self.attn.dropout > 0)
+
+
+class SelectiveBlock(Block):
+    """Keeps what is dear to compute: products of matrices, and attention. 22 bytes a channel and token, not 36.
+
+    In bytes: the input 4, queries, keys and values 6, attention 2 and its projection 2, the inside of the MLP 8.
+    """
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x, cache)
+        attended = self.attn.attend(recomputed(self._into_attention, x))
+        x, inside = recomputed(self._into_mlp, x, attended)
+        return x + self.mlp.dropout(recomputed(self._out_of_mlp, inside))
+
+    def _into_attention(self, x: Tensor) -> Tensor:
+        return self.attn.c_attn(self.ln_1(x))
+
+    def _into_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + attended
+        return x, self.mlp.c_fc(self.ln_2(x))
+
+    def _out_of_mlp(self, inside: Tensor) -> Tensor:
+        return self.mlp.c_proj(self.mlp.gelu(inside))
+
+
+class RecastLinear(nn.Linear):
+    """Keeps its 16-bit input for backward, and not the 16-bit copy of its weight that autocast makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        device_type = x.device.type
+        if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type)):
+            return super().forward(x)
+        return recomputed(super().forward, x.to(torch.get_autocast_dtype(device_type)))
