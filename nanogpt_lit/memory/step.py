@@ -66,12 +66,15 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
             for step in range(2):
                 if step == 1:
                     trace.timeline = []
+                    trace.mark("step")
                 scaler = GradScaler("cpu", enabled=shape.precision == "16-mixed")
                 for micro_batch in range(micro_batches):
                     if step == 1 and roofline is not None:
                         # The last of two stands for all that accumulate onto gradients that are there.
                         roofline.weight = shape.accumulate_grad_batches - 1 if micro_batch else 1
                         trace.watch = roofline.add
+                    if micro_batch == 1:
+                        trace.mark("micro-batch")
                     trace.phase = "forward"
                     tokens, targets = _batch(trace, shape)
                     with autocast:
@@ -82,6 +85,7 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
                     scaler.scale(loss / shape.accumulate_grad_batches).backward()
                     loss = loss.detach()
                     trace.label([parameter.grad for parameter in parameters], "gradients")
+                trace.mark("optimizer")
                 trace.phase = "optimizer"
                 if roofline is not None:
                     roofline.weight = 1
@@ -91,6 +95,7 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
                 trace.label(list(optimizer.state.values()), "optimizer")
                 if not shape.zeroes_after_forward:
                     optimizer.zero_grad()
+            trace.mark("step end")
             trace.watch = None
             if shape.validates:
                 trace.phase = "validation"

@@ -1,8 +1,8 @@
 """Where a program's tensors go: every allocation and release on the card, with what it was for.
 
 A `MemoryTrace` is a dispatch mode. It sees each operation that PyTorch runs, forward, backward and in the optimizer,
-and follows the storages of the results until they are freed. Under FakeTensorMode nothing is computed and nothing is held:
-only shapes flow, and a network of any size is traced in seconds.
+and follows the storages of the results until they are freed. Under FakeTensorMode nothing is computed and nothing is
+held: only shapes flow, and a network of any size is traced in seconds.
 
 The card is the device "cpu", whose code paths `cuda_paths` makes those of CUDA. Host memory is the device "meta": a
 technique that moves tensors to the host moves them there while it is traced.
@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -89,8 +91,12 @@ class MemoryTrace(TorchDispatchMode):
     """Allocations and releases on the card, in order: what the allocator is simulated with."""
     peaks: dict[str, Moment] = field(default_factory=dict)
     """The fullest moment of each phase."""
+    marks: dict[str, int] = field(default_factory=dict)
+    """Places in `events`, by the name that `mark` gave them."""
     timeline: list[Moment] | None = None
     """Every moment since this was set to a list."""
+    parameters: int = 0
+    """Of the modules that were labelled, a tied one counted once."""
     host_bytes: int = 0
     host_peak_bytes: int = 0
 
@@ -112,6 +118,9 @@ class MemoryTrace(TorchDispatchMode):
         """Bytes on the card now."""
         return sum(self._bytes.values())
 
+    def mark(self, place: str) -> None:
+        self.marks[place] = len(self.events)
+
     # What a tensor is for.
 
     def label(self, tensors: Any, category: str) -> None:
@@ -128,6 +137,7 @@ class MemoryTrace(TorchDispatchMode):
     def label_module(self, module: nn.Module) -> None:
         """Weights, and gradients from the moment they are made."""
         for parameter in module.parameters():
+            self.parameters += parameter.numel()
             self._weights.add(parameter.untyped_storage()._cdata)
             self.label(parameter, "weights")
             parameter.register_post_accumulate_grad_hook(lambda p: self.label(p.grad, "gradients"))
@@ -139,9 +149,10 @@ class MemoryTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            # Most calls are this question; a fake tensor knows the answer without a dispatch of its own.
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         name = func._schema.name.partition("::")[2]
-        if name == "device":
-            return func(*args, **kwargs)
         if name in MATRIX_PRODUCTS:
             self._hold_cublas_workspace()
         result = func(*args, **kwargs)

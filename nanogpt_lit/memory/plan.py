@@ -1,0 +1,166 @@
+"""Whether a run fits a card, where its memory goes, and the cheapest way to make it fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from nanogpt_lit.memory.allocator import MIB, Event, replay
+from nanogpt_lit.memory.budget import Budget
+from nanogpt_lit.memory.cards import Card
+from nanogpt_lit.memory.ladder import Rung, ladder
+from nanogpt_lit.memory.roofline import Roofline
+from nanogpt_lit.memory.steady import long_run
+from nanogpt_lit.memory.step import PRECISIONS, StepShape, trace_steps
+from nanogpt_lit.memory.techniques import MemoryConfig
+from nanogpt_lit.memory.trace import CATEGORIES, Moment
+
+PROCESS_MIB = 1500
+"""Host memory of the process itself: Python, PyTorch and Lightning (370 MiB with a CPU build) and the CUDA libraries,
+whose share is a budget and not a measurement."""
+
+Build = Callable[[MemoryConfig], nn.Module]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one way of training takes. Memory in MiB."""
+
+    allocated_mib: float
+    """Peak of what tensors and kernels hold, in the allocator's blocks: torch.cuda.max_memory_allocated()."""
+    reserved_mib: float
+    """Peak of what the allocator takes from the card: torch.cuda.max_memory_reserved(). This must fit."""
+    host_memory_mib: float
+    categories_mib: dict[str, float]
+    """allocated_mib by what it is for, at the fullest moment."""
+    phases_mib: dict[str, float]
+    """The fullest moment of forward, backward, optimizer and validation."""
+    fullest_phase: str
+    parameters: int
+    step_s: float
+    """An estimate, from the peaks of the card."""
+    timeline: tuple[Moment, ...]
+    """One optimizer step, operation by operation; bytes."""
+    events: list[Event]
+    """Allocations and releases of several steps."""
+
+    @cached_property
+    def expandable_reserved_mib(self) -> float:
+        """reserved_mib with PYTORCH_ALLOC_CONF=expandable_segments:True, which Linux has."""
+        return replay(self.events, expandable=True).reserved / MIB
+
+
+@dataclass(frozen=True)
+class PlannedRung:
+    rung: Rung
+    footprint: Footprint
+    slowdown: float
+    """Estimated time per optimizer step against the plain step's."""
+    same_bits: bool
+    """As the plain step."""
+    fits: bool
+    yaml: tuple[str, ...]
+    """What to put into the YAML to have it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    shape: StepShape
+    parameters: int
+    max_steps: int
+    budget: Budget
+    own: PlannedRung
+    """The YAML as it is."""
+    ladder: tuple[PlannedRung, ...]
+
+    @property
+    def cheapest(self) -> PlannedRung | None:
+        """The rung that fits at the least time; None when none fits."""
+        return min((rung for rung in self.ladder if rung.fits), key=lambda rung: rung.slowdown, default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        own = self.own.footprint
+        return {
+            "fits": self.own.fits,
+            "planned_allocated_mib": round(own.allocated_mib, 1),
+            "planned_reserved_mib": round(own.reserved_mib, 1),
+            "planned_reserved_expandable_mib": round(own.expandable_reserved_mib, 1),
+            "usable_mib": self.budget.usable_mib,
+            "host_memory_mib": round(own.host_memory_mib),
+            "categories_mib": {name: round(size, 1) for name, size in own.categories_mib.items()},
+            "phases_mib": {name: round(size, 1) for name, size in own.phases_mib.items()},
+            "estimated_step_s": round(own.step_s, 3),
+            "estimated_run_s": round(own.step_s * self.max_steps),
+            "card": self.budget.card.name,
+            "parameters": self.parameters,
+            "ladder": [
+                {
+                    "name": planned.rung.name,
+                    "planned_allocated_mib": round(planned.footprint.allocated_mib, 1),
+                    "planned_reserved_mib": round(planned.footprint.reserved_mib, 1),
+                    "host_memory_mib": round(planned.footprint.host_memory_mib),
+                    "estimated_slowdown": round(planned.slowdown, 3),
+                    "same_bits": planned.same_bits,
+                    "fits": planned.fits,
+                    "cheapest": planned is self.cheapest,
+                    "own": planned is self.own,
+                    "yaml": list(planned.yaml),
+                }
+                for planned in self.ladder
+            ],
+        }
+
+
+def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget: Budget) -> Plan:
+    """The plan of a run, and of all rungs above and below it.
+
+    build: the module with the memory techniques it is given   own: what the YAML says
+    """
+    rungs: list[Rung] = []
+    footprints: list[Footprint] = []
+    for rung in ladder(own, shape.block_size, casts_weights=PRECISIONS[shape.precision][0] is not None):
+        # Smaller micro-batches are the last resort.
+        if rung.batch_size < own.batch_size and footprints[-1].reserved_mib <= budget.usable_mib:
+            break
+        rungs.append(rung)
+        footprints.append(measure(build, rung, shape, budget.card))
+    plain = next(i for i, rung in enumerate(rungs) if rung.memory == MemoryConfig())
+    planned = tuple(
+        PlannedRung(
+            rung,
+            footprint,
+            slowdown=footprint.step_s / footprints[plain].step_s,
+            same_bits=rung.same_bits(rungs[plain]),
+            fits=footprint.reserved_mib <= budget.usable_mib,
+            yaml=tuple(rung.yaml(own)),
+        )
+        for rung, footprint in zip(rungs, footprints, strict=True)
+    )
+    yours = next(p for p in planned if own.same_training(p.rung))
+    return Plan(shape, footprints[plain].parameters, max_steps, budget, yours, planned)
+
+
+def measure(build: Build, rung: Rung, shape: StepShape, card: Card) -> Footprint:
+    """Traces one rung."""
+    shape = replace(shape, batch_size=rung.batch_size, accumulate_grad_batches=rung.accumulate_grad_batches)
+    roofline = Roofline(card)
+    trace = trace_steps(lambda: build(rung.memory), shape, roofline)
+    events = long_run(trace, shape.accumulate_grad_batches)
+    usage, peak = replay(events), trace.peak
+    categories = {name: peak.bytes_by_category.get(name, 0) / MIB for name in CATEGORIES}
+    # A block may be larger than what lies in it: what is too little to be cut off stays with it.
+    categories["rounding"] = usage.allocated / MIB - sum(categories.values())
+    return Footprint(
+        allocated_mib=usage.allocated / MIB,
+        reserved_mib=usage.reserved / MIB,
+        host_memory_mib=PROCESS_MIB + max(categories["weights"], trace.host_peak_bytes / MIB),
+        categories_mib=categories,
+        phases_mib={phase: moment.bytes / MIB for phase, moment in trace.peaks.items()},
+        fullest_phase=peak.phase,
+        parameters=trace.parameters,
+        step_s=roofline.seconds,
+        timeline=tuple(trace.timeline or ()),
+        events=events,
+    )

@@ -1,0 +1,112 @@
+"""The plan as a student reads it: does it fit, what to do, where the memory goes, what else there is."""
+
+from nanogpt_lit.memory.plan import Plan, PlannedRung
+
+BAR = 40
+
+
+def report(plan: Plan, title: str) -> str:
+    """title: what was planned, such as the name of the YAML"""
+    return "\n".join(
+        [*_head(plan, title), "", *_verdict(plan), "", *_categories(plan), "", *_ladder(plan), "", *_notes(plan)]
+    )
+
+
+def _head(plan: Plan, title: str) -> list[str]:
+    shape, budget = plan.shape, plan.budget
+    tokens = shape.batch_size * shape.block_size * shape.accumulate_grad_batches
+    system = {"linux": "under Linux", "windows": "under Windows", None: "under any system"}[budget.system]
+    desktop = " with the desktop on the card" if budget.desktop_on_card else ""
+    usable = f"{budget.usable_mib:,} usable " + ("as you measured" if budget.measured_mib else system + desktop)
+    batches = (
+        f"{shape.accumulate_grad_batches} x {shape.batch_size} x {shape.block_size:,} = {tokens:,} tokens per step"
+    )
+    return [
+        f"{title}: {plan.parameters / 1e6:,.0f}M parameters, {shape.precision}, {batches}",
+        f"{budget.card.name}: {budget.card.vram_mib:,} MiB, {usable}",
+    ]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    own, cheapest = plan.own, plan.cheapest
+    needs = f"needs {own.footprint.reserved_mib:,.0f} of {plan.budget.usable_mib:,} MiB"
+    if own.fits and (cheapest is own or cheapest is None):
+        return [f"FITS: {needs}.", _time(plan, own)]
+    if own.fits:
+        assert cheapest is not None
+        return [
+            f"FITS: {needs}.",
+            _time(plan, own),
+            f"Cheaper in time, and fitting too ({cheapest.footprint.reserved_mib:,.0f} MiB): {cheapest.rung.name}.",
+        ]
+    if cheapest is None:
+        least = min(plan.ladder, key=lambda planned: planned.footprint.reserved_mib)
+        return [
+            f"DOES NOT FIT: {needs}, and no rung below fits; the least is {least.footprint.reserved_mib:,.0f} MiB.",
+            "Take a smaller network or a shorter data.block_size; --largest says which.",
+        ]
+    return [
+        f"DOES NOT FIT: {needs}. Put this into the YAML:",
+        "",
+        *(f"    {line}" for line in cheapest.yaml),
+        "",
+        f"It then needs {cheapest.footprint.reserved_mib:,.0f} MiB. " + _time(plan, cheapest),
+    ]
+
+
+def _time(plan: Plan, planned: PlannedRung) -> str:
+    tokens = plan.shape.batch_size * plan.shape.block_size * plan.shape.accumulate_grad_batches
+    step_s = planned.footprint.step_s
+    return (
+        f"About {_duration(step_s)} per step ({tokens / step_s:,.0f} tokens/s), "
+        f"{_duration(step_s * plan.max_steps)} for {plan.max_steps:,} steps: an estimate from the peaks of the card, "
+        "until its first steps say better."
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+
+
+def _categories(plan: Plan) -> list[str]:
+    own = plan.own.footprint
+    sizes = {name: size for name, size in own.categories_mib.items() if size >= 0.5}
+    sizes |= {"not allocated": own.reserved_mib - own.allocated_mib}
+    longest = max(sizes.values())
+    lines = [f"where it goes, MiB at the fullest moment (in {own.fullest_phase})"]
+    for name, size in sizes.items():
+        lines.append(f"  {name:<14}{size:>8,.0f}  {'#' * round(size / longest * BAR)}")
+    lines.append(f"  {'reserved':<14}{own.reserved_mib:>8,.0f}")
+    phases = ", ".join(f"{name} {size:,.0f}" for name, size in own.phases_mib.items() if name != "setup")
+    return [*lines, f"  by phase: {phases}"]
+
+
+def _ladder(plan: Plan) -> list[str]:
+    lines = [
+        "ways to need less, each with those above it        MiB     time  bits     host MiB",
+    ]
+    for planned in plan.ladder:
+        mark = "->" if planned is plan.cheapest else "  "
+        name = planned.rung.name + (" (yours)" if planned is plan.own else "")
+        bits = "same" if planned.same_bits else "rounding"
+        fits = "fits" if planned.fits else ""
+        lines.append(
+            f"{mark} {name:<45}{planned.footprint.reserved_mib:>8,.0f}  x{planned.slowdown:5.2f}  {bits:<9}"
+            f"{planned.footprint.host_memory_mib:>8,.0f}  {fits}".rstrip()
+        )
+    if plan.cheapest is not None:
+        lines.append("-> is the quickest that fits. time: against the first line. bits: of the trained weights.")
+    return lines
+
+
+def _notes(plan: Plan) -> list[str]:
+    saved = plan.own.footprint.reserved_mib - plan.own.footprint.expandable_reserved_mib
+    notes = ["MiB is what PyTorch reserves: allocations, rounded, and the gaps between them."]
+    if saved >= 16 and plan.budget.system != "windows":
+        notes.append(
+            f"Under Linux, PYTORCH_ALLOC_CONF=expandable_segments:True closes gaps: {saved:,.0f} MiB less for yours."
+        )
+    return notes
