@@ -3,9 +3,14 @@
 import difflib
 import re
 import sys
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+
+from nanogpt_lit.allowlist import TRUST, limit_imports, refusal, split_trusted
+from nanogpt_lit.places import ADDRESS, check_places
 
 WORDS = {
     "int": "an integer",
@@ -19,7 +24,23 @@ WORDS = {
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one sentence; the usage of fit alone would fill two screens."""
+    """Says what is wrong in one sentence; the usage of fit alone would fill two screens.
+
+    What it parses may come from anywhere: allowlist.py and places.py say what a configuration cannot do.
+    """
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        """Raises ValueError for settings that name a place they may not."""
+        trusted, args = split_trusted(sys.argv[1:] if args is None else args)
+        limit_imports(trusted)
+        config = super().parse_args(args, *more, **options)
+        settings = config[config.subcommand] if config.get("subcommand") else config
+        check_places(settings.as_dict())
+        return config
+
+    def format_help(self, *more: Any, **options: Any) -> str:
+        trust = f"  {TRUST} PACKAGE       let the configuration name classes of PACKAGE, whose code then runs"
+        return f"{super().format_help(*more, **options)}\n{trust}\n"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -30,6 +51,12 @@ class Parser(LightningArgumentParser):
 def sentence(message: str, options: list[str]) -> str:
     """What jsonargparse says in many lines. options: those that there are"""
     message = " ".join(message.split())
+    keys, _, denied = message.partition("Importing '")
+    if denied:
+        key = (re.findall(r'Parser key "([\w.]+)"', keys) or [None])[-1]
+        return refusal(denied.partition("'")[0], key)
+    if address := re.search(rf"""Parser key "([\w.]+)":.*?['"]({ADDRESS.pattern}[^'"]*)""", message):
+        return f"{address[1]}={address[2]} is an address, and only files are read; download it, look at it, name it."
     if unknown := re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.-]+)", message):
         key = unknown[1] or unknown[2]
         nearest = difflib.get_close_matches(key, options, n=1)

@@ -1,0 +1,80 @@
+"""Which classes a configuration may name: decided by their names, before anything is imported.
+
+A YAML comes from a friend, a forum, a repository. `class_path: some_module.SomeClass` imports some_module, which runs
+it, whatever the class then turns out to be. So a configuration names Lightning's classes and ours, and any other only
+when the command line says `--trust PACKAGE`: a YAML cannot say that.
+"""
+
+from collections.abc import Sequence
+
+from jsonargparse import set_parsing_settings
+
+TRUST = "--trust"
+
+ALLOWED = (
+    "nanogpt_lit",
+    # The rooms of Lightning that hold what a Trainer takes, not all of it: lightning.pytorch.demos downloads, for one.
+    "lightning.fabric.accelerators",
+    "lightning.fabric.plugins",
+    "lightning.fabric.strategies",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    # What the arguments of those are made of.
+    "torch.distributed.algorithms.ddp_comm_hooks",
+    "torch.distributed.fsdp.CPUOffload",
+    "torch.distributed.fsdp.MixedPrecision",
+    "torch.distributed.fsdp.api.CPUOffload",
+    "torch.distributed.fsdp.api.MixedPrecision",
+    "torch.bfloat16",
+    "torch.dtype",
+    "torch.float16",
+    "torch.float32",
+)
+
+_trusted: set[str] = set()  # by the parser that was made last: jsonargparse's settings are the process's
+
+
+def split_trusted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(packages that the command line trusts, the other arguments). Raises ValueError for what is no package."""
+    packages, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, package = argument.partition("=")
+        if option != TRUST:
+            others.append(argument)
+            continue
+        package = package if equals else next(rest, "")
+        if not package or not all(part.isidentifier() for part in package.split(".")):
+            raise ValueError(f"{TRUST} takes a package, such as {TRUST} my_package, and not {package!r}.")
+        if package.partition(".")[0] == "jsonargparse":  # it refuses this too: a value could then change the rules
+            raise ValueError(f"{TRUST} {package} would let a configuration trust whatever it likes; name your package.")
+        packages.append(package)
+    return packages, others
+
+
+def limit_imports(trusted: Sequence[str]) -> None:
+    """From here on a configuration can have nothing imported but what is allowed or trusted, and names no URL."""
+    set_parsing_settings(
+        import_path_denylist=["*", *_trusted],
+        import_path_allowlist=[*ALLOWED, *trusted],
+        # A class_path where any value is welcome is a value, and no class.
+        instantiate_subclass_spec_in_any=False,
+        # Lightning turns it on: --config memory://..., s3://...
+        config_read_mode_fsspec_enabled=False,
+        config_read_mode_urls_enabled=False,
+    )
+    _trusted.clear()
+    _trusted.update(package for package in trusted if package not in ALLOWED)
+
+
+def refusal(path: str, key: str | None) -> str:
+    """path: of the class that is refused   key: that names it"""
+    module = path.rpartition(".")[0]
+    return (
+        f"{key or 'the configuration'} names {path}, and a configuration may name only classes of Lightning and of "
+        f"nanogpt_lit, for naming one runs its code; if you trust {module}, add {TRUST} {module} to the command."
+    )

@@ -1,0 +1,76 @@
+"""Where a configuration may read and write: in files of this machine, and below the folders that it names.
+
+Folders are the user's to choose (trainer.default_root_dir, data.shards_dir, a logger's save_dir). Names are added to
+them, and a name that climbs out again says one place and means another.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+PATH = re.compile(r"(\w+_)?(config|dir|dirpath|filename|path|root|source|tokenizer)")
+"""Keys whose values are paths. Lightning opens those with fsspec, which knows dozens of schemes."""
+ADDRESS = re.compile(r"\w[\w+.-]+(://|::)")
+"""At least two characters: C: is a drive."""
+NAMES = ("name", "version", "sub_dir", "filename")
+"""Keys, of loggers, callbacks and profilers, that are joined to a folder."""
+FOLDERS = ("save_dir", "dirpath")
+CLIMBS = re.compile(r"[/\\~]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)|.*[\0$%]", re.DOTALL)
+"""Absolute here or on Windows, of another drive, upwards, or expanded by Lightning to what the environment says."""
+KEYWORDS = re.compile(r"(best|last|hpc|registry(:.*)?)")
+
+
+def check_places(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for an address where a path is meant, and for a name that leaves its folder.
+
+    settings: of fit, as nested mappings
+    """
+    for keys, value, _ in _values(settings):
+        if isinstance(value, str) and PATH.fullmatch(keys[-1]):
+            _check_path(".".join(keys), value)
+    trainer = settings.get("trainer") or {}
+    root = trainer.get("default_root_dir") or "."
+    for keys, value, beside in _values(trainer, ("trainer",)):
+        if isinstance(value, str) and keys[-1] in NAMES:
+            _check_name(".".join(keys), value, Path(next((beside[f] for f in FOLDERS if beside.get(f)), root)))
+        if keys[-1] == "class_path" and "dict_kwargs" in keys:
+            raise ValueError(f"{'.'.join(keys)}={value} stands where no class is made; move it to init_args.")
+    word = settings.get("ckpt_path")
+    if isinstance(word, str) and KEYWORDS.fullmatch(word):
+        raise ValueError(
+            f"ckpt_path={word} leaves it to Lightning to find a checkpoint, and it may begin anew where it finds none; "
+            "name the file."
+        )
+
+
+def _check_path(key: str, value: str) -> None:
+    if address := ADDRESS.match(value):
+        works = "a path without file://" if address[0] == "file://" else "download it first and name the file"
+        raise ValueError(f"{key}={value} is an address, and only files of this machine are opened; {works} works.")
+    if "\0" in value:
+        raise ValueError(f"{key}={value!r} holds a NUL, which no path may.")
+
+
+def _check_name(key: str, name: str, folder: Path) -> None:
+    # A link in the way leads elsewhere too.
+    if CLIMBS.match(name) or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{key}={name!r} leads out of {folder}; a plain name stays in it.")
+
+
+def _values(
+    settings: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any, Mapping[str, Any]]]:
+    """(keys, value, the mapping it stands in) of everything that is no mapping or list itself."""
+    for key, value in settings.items():
+        keys = (*above, str(key))
+        if isinstance(value, Mapping):
+            yield from _values(value, keys)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                if isinstance(item, Mapping):
+                    yield from _values(item, keys)
+                else:
+                    yield keys, item, settings
+        else:
+            yield keys, value, settings
