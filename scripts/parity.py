@@ -1,154 +1,220 @@
 """Lightning, accelerate and plain PyTorch on the same module: are they the same bits?
 
-    python scripts/parity.py --config configs/parity.yaml
+    python scripts/parity.py --config configs/quickstart.yaml
     python scripts/parity.py --config configs/parity.yaml --all --precision bf16-mixed --steps 20
     python scripts/parity.py --config configs/parity.yaml --explain
 
 Runs a grid of cases in each of the three loops, on the processor, and compares the loss of every micro-batch, the
 gradient norm, learning rate and loss scale of every step, the validation losses, and at the end every parameter, the
-states of optimizer, schedule and scaler, and the random state: bit for bit. The network, its optimizer and the text are
-the YAML's; every option of fit works here too. The exit code is 0 only when every case is identical.
-float16 is slow on processors: for a network of millions add --steps 6 --data.batch_size 2 --data.block_size 64.
+states of optimizer, schedule and scaler, and the random state: bit for bit. Cases of two processes train under
+DistributedDataParallel, in processes that the script starts itself. The network, its optimizer, the text and the
+tokenizer are the YAML's, made small where they are large; every option of fit works here too, and what it sets stays.
+
+Leaves report.html (verdict, curves, table, costs), report.json and TensorBoard runs in a folder parity_N beside the
+runs of fit. The exit code is 0 only when every case is identical, 1 when one differs, 2 for a mistake in the options.
 """
 
 import argparse
 import json
-import logging
+import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import quantiles
+from typing import Any, NoReturn
 
 from nanogpt_lit.__main__ import exit_code
-from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning
+from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.loops.contract import LoopSettings
+from nanogpt_lit.loops.journal import next_folder
 from nanogpt_lit.loops.machine import hardware
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity.grid import AXES, Point, case_of, every_combination, every_pair, skipped_steps
-from nanogpt_lit.parity.record import Difference, compare
-from nanogpt_lit.parity.runs import LOOPS, Case, Run
-from nanogpt_lit.parity.settled import SETTLED
+from nanogpt_lit.parity.compare import FRAMEWORKS, Outcome, compare_loops, compare_together, warm_up
+from nanogpt_lit.parity.curves import draw_in_tensorboard
+from nanogpt_lit.parity.grid import AXES, Point, case_of, every_combination, every_pair
+from nanogpt_lit.parity.memory import peak_growth_mib
+from nanogpt_lit.parity.record import Difference
+from nanogpt_lit.parity.report import markdown_table, page
+from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
+from nanogpt_lit.parity.settled import SETTLED, drifts_together
+from nanogpt_lit.parity.size import cap, options_given
 
-FRAMEWORKS = ("lightning", "accelerate")
+OF_A_LAUNCHER = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for axis, values in AXES.items():
-        kind = type(values[0])
-        parser.add_argument(f"--{axis}", nargs="+", type=kind, choices=values, default=values, help="only these")
+        parser.add_argument(f"--{axis}", nargs="+", type=type(values[0]), choices=values, help="only these")
     parser.add_argument("--all", action="store_true", help="every combination, not only enough to have every pair")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each run (8)")
     parser.add_argument("--explain", action="store_true", help="turn each settled difference off: what drifts?")
-    parser.add_argument("--out", type=Path, help="the report to write (report.json in trainer.default_root_dir)")
+    parser.add_argument("--steps", type=at_least_one, default=8, help="optimizer steps of each run (8)")
+    parser.add_argument("--full-size", action="store_true", help="keep the YAML's network and batches, however large")
+    parser.add_argument("--skip-memory", action="store_true", help="do not start processes to measure their memory")
+    parser.add_argument("--out", type=Path, help="the folder to write (trainer.default_root_dir/parity_N)")
     options, of_the_yaml = parser.parse_known_args(arguments)
+    chosen = {axis: tuple(getattr(options, axis)) for axis in AXES if getattr(options, axis) is not None}
+    if options.explain and (chosen or options.all):
+        parser.error(f"--explain brings cases of its own; leave out --{next(iter(chosen), 'all')}.")
+    for variable in OF_A_LAUNCHER:
+        if variable in os.environ:
+            parser.error(
+                f"{variable}={os.environ[variable]} is set, as by torchrun or accelerate launch, and would decide over "
+                "the grid; start the script with python alone, it starts its processes itself."
+            )
 
+    quiet_lightning()
     quiet()
     cli = ConfigOnlyCLI(args=of_the_yaml, run=False)
+    made_small = [] if options.full_size else cap(cli.settings, options_given(of_the_yaml))
+    if made_small:
+        print(f"small for the comparison: {', '.join(made_small)} (--full-size, or an option of fit, keeps the YAML's)")
     base, clip, data = from_yaml(cli, options.steps)
-    report: dict[str, Any] = {"hardware": hardware("lightning", "accelerate"), "steps": options.steps}
+    report: dict[str, Any] = {"hardware": hardware("lightning", "accelerate"), "compared": what_is_compared(base, data)}
+    outcomes: list[tuple[Point, Outcome]] = []
     if options.explain:
         report["explained"] = explain(base, data)
-        identical = all(row["drift"] is not None for row in report["explained"])
+        succeeded = all(row["seen"] != "no drift" for row in report["explained"])
     else:
-        axes = {axis: tuple(getattr(options, axis)) for axis in AXES}
-        points = every_combination(axes) if options.all else every_pair(axes)
-        report |= compare_all(points, base, clip, data)
-        identical = report["identical"]
-    out = options.out or Path(cli.settings.trainer.default_root_dir) / "report.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"{out}\n{report['hardware']}")
-    return 0 if identical else 1
+        points = (every_combination if options.all else every_pair)(AXES | chosen)
+        cases = [case_of(point, base, clip) for point in points]
+        for case in cases:
+            loaders_to_deal_out(case, data)  # what is too little text for a case is said before the first
+        outcomes = list(zip(points, compare_all(points, cases, data), strict=True))
+        report |= summary(outcomes, None if options.skip_memory else peak_growth_mib(cases[0], data))
+        succeeded = report["identical"]
+
+    out = options.out or next_folder(Path(cli.settings.trainer.default_root_dir), "parity")
+    write(out, report, outcomes)
+    print(f"{relative_to_here(str(out / 'report.html'))}\n{report['hardware']}; {report['compared']}")
+    return 0 if succeeded else 1
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} should be a whole number, at least 1.")
+    return int(text)
 
 
 def from_yaml(cli: ConfigOnlyCLI, steps: int) -> tuple[Case, float, TokenDataModule]:
     """The case that the grid varies, the limit of clipping, and the data."""
     cli.settings.trainer.precision = "32-true"  # the grid chooses
+    cli.settings.model.compile = False  # the loops are compared, and each case would be compiled anew
     cli.complete_settings()
     module, data = cli.build()
     data.setup()
     schedule = asdict(module.schedule_config) | {"total_steps": steps}
     schedule["warmup_steps"] = min(schedule["warmup_steps"], steps // 4)
     settings = LoopSettings(steps, val_check_interval=2, limit_val_batches=2, seed=cli.seed or 0)
-    case = Case(settings, module.gpt.config, module.optim_config, ScheduleConfig(**schedule))
+    configs = ("gpt", "optim", "schedule")
+    case = Case(
+        settings,
+        module.gpt.config,
+        module.optim_config,
+        ScheduleConfig(**schedule),
+        module_options={name: value for name, value in module.hparams.items() if name not in configs},
+    )
     return case, cli.settings.trainer.gradient_clip_val or 1.0, data
 
 
-def compare_all(points: list[Point], base: Case, clip: float, data: TokenDataModule) -> dict[str, Any]:
-    """Prints a row for each case; what report.json says of them."""
+def what_is_compared(base: Case, data: TokenDataModule) -> str:
+    gpt = base.gpt
+    return (
+        f"{base.settings.max_steps} steps of {data.batch_size} x {data.block_size} tokens per micro-batch, "
+        f"{gpt.n_layer} layers of {gpt.n_embd} channels, vocabulary {gpt.vocab_size:,} ({data.tokenizer.name})"
+    )
+
+
+def compare_all(points: list[Point], cases: list[Case], data: TokenDataModule) -> list[Outcome]:
+    """Prints a row for each case as it is done; those of several processes come last and are done together."""
     widths = {axis: max(len(axis), *(len(str(point[axis])) for point in points)) for axis in AXES}
     heads = [f"{axis:<{width}}" for axis, width in widths.items()]
-    print("  ".join([*heads, "skipped", f"{'lightning':<28}", "accelerate"]))
-    for run in LOOPS.values():  # what happens once only is not counted
-        run(case_of(points[0], base, clip), data)
-    rows, ratios = [], {name: [] for name in FRAMEWORKS}  # type: ignore[var-annotated]
-    for k, point in enumerate(points):
-        case = case_of(point, base, clip)
-        names = list(LOOPS)
-        names = names[k % 3 :] + names[: k % 3]  # each is as often the first
-        runs: dict[str, Run] = {name: LOOPS[name](case, data) for name in names}
-        reference = runs["reference"]
-        differences = {name: compare(reference.entries, runs[name].entries) for name in FRAMEWORKS}
-        skipped = skipped_steps(reference.entries)
-        for name in FRAMEWORKS:
-            ratios[name].append(runs[name].seconds_per_step / reference.seconds_per_step)
-        cells = [f"{point[axis]!s:<{width}}" for axis, width in widths.items()]
-        verdicts = [verdict(differences[name]) for name in FRAMEWORKS]
-        print("  ".join([*cells, f"{skipped:>7}", f"{verdicts[0]:<28}", verdicts[1]]), flush=True)
-        rows.append(
-            point
-            | {"skipped_steps": skipped, "quantities": len(reference.entries)}
-            | {name: as_json(differences[name]) for name in FRAMEWORKS}
-            | {"seconds_per_step": {name: run.seconds_per_step for name, run in runs.items()}}
-        )
-    differing = sum(any(row[name] is not None for name in FRAMEWORKS) for row in rows)
-    ratio = {name: median(ratios[name]) for name in FRAMEWORKS}
-    quantities = sum(row["quantities"] for row in rows)
-    print(
-        f"\n{len(rows)} cases, {quantities:,} quantities in each loop: "
-        + ("all identical" if not differing else f"{differing} cases differ")
-        + "\ntime per step against plain PyTorch, median of paired ratios: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items())
-    )
-    return {"identical": not differing, "time_per_step_against_reference": ratio, "cases": rows}
+    print("  ".join([*heads, "skipped", f"{FRAMEWORKS[0]:<28}", FRAMEWORKS[1]]), flush=True)
+
+    def show(k: int, outcome: Outcome) -> None:
+        cells = [f"{points[k][axis]!s:<{width}}" for axis, width in widths.items()]
+        verdicts = [str(outcome.differences[name] or "identical") for name in FRAMEWORKS]
+        print("  ".join([*cells, f"{outcome.skipped_steps:>7}", f"{verdicts[0]:<28}", verdicts[1]]), flush=True)
+
+    outcomes: dict[int, Outcome] = {}
+    of_one = [k for k, case in enumerate(cases) if case.processes == 1]
+    if of_one:
+        warm_up(cases[of_one[0]], data)
+    for turn, k in enumerate(of_one):
+        outcomes[k] = compare_loops(cases[k], data, turn)
+        show(k, outcomes[k])
+    for processes in sorted({case.processes for case in cases} - {1}):
+        together = [k for k, case in enumerate(cases) if case.processes == processes]
+        for k, outcome in zip(together, compare_together(processes, [cases[k] for k in together], data), strict=True):
+            outcomes[k] = outcome
+            show(k, outcome)
+    return [outcomes[k] for k in range(len(cases))]
+
+
+def summary(outcomes: list[tuple[Point, Outcome]], memory: dict[str, float] | None) -> dict[str, Any]:
+    """Prints the verdict and the costs; what report.json says."""
+    differing = sum(not outcome.identical for _, outcome in outcomes)
+    quantities = sum(outcome.quantities for _, outcome in outcomes)
+    verdict = "all identical" if not differing else f"{differing} cases differ"
+    print(f"\n{len(outcomes)} cases, {quantities:,} quantities in each loop: {verdict}")
+    ratios = {}
+    for name in FRAMEWORKS:
+        of_cases = [o.seconds_per_step[name] / o.seconds_per_step["reference"] for _, o in outcomes]
+        ratios[name] = quantiles(of_cases, n=4) if len(of_cases) > 1 else of_cases * 3
+    middles = ", ".join(f"{name} {ratio[1]:.2f}" for name, ratio in ratios.items())
+    print(f"time per step against plain PyTorch, median of {len(outcomes)} paired ratios: {middles}")
+    if memory is not None:
+        grown = ", ".join(f"{name} {memory[name]:.0f} MiB" for name in LOOPS)
+        print(f"peak memory that a run adds to a process of its own: {grown}")
+    rows = [
+        point
+        | {"skipped_steps": outcome.skipped_steps, "quantities": outcome.quantities}
+        | {name: as_json(outcome.differences[name]) for name in FRAMEWORKS}
+        | {"seconds_per_step": outcome.seconds_per_step}
+        for point, outcome in outcomes
+    ]
+    return {
+        "identical": not differing,
+        "time_per_step_against_reference": ratios,
+        "peak_memory_growth_mib": memory,
+        "cases": rows,
+    }
 
 
 def explain(base: Case, data: TokenDataModule) -> list[dict[str, Any]]:
-    """Prints what drifts when a settled difference is turned off."""
+    """Prints, as a table in Markdown, what drifts when a settled difference is turned off."""
+    seen = drifts_together(2, base, data)
     rows = []
     for settled in SETTLED:
-        drift = settled.drift(base, data)
-        print(
-            f"{settled.name}\n  {settled.breaks}\n  {settled.loop} without it: {drift or 'no drift here'}", flush=True
-        )
+        drift = seen[settled.name] if settled.name in seen else settled.drift(base, data)
         rows.append(
-            {
-                "difference": settled.name,
-                "breaks": settled.breaks,
-                "loop": settled.loop,
-                "drift": as_json(drift) if isinstance(drift, Difference) else drift,
-            }
+            {"difference": settled.name, "breaks": settled.breaks, "loop": settled.loop, "seen": str(drift)}
+            | asdict(drift)
         )
+    heads = ["not settled", "what happens", "in", "first difference from plain PyTorch"]
+    print(markdown_table(heads, [[row["difference"], row["breaks"], row["loop"], row["seen"]] for row in rows]))
     return rows
-
-
-def verdict(difference: Difference | None) -> str:
-    return "identical" if difference is None else str(difference)
 
 
 def as_json(difference: Difference | None) -> dict[str, Any] | None:
     return None if difference is None else asdict(difference)
 
 
-def quiet() -> None:
-    quiet_lightning()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+def write(out: Path, report: dict[str, Any], outcomes: list[tuple[Point, Outcome]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (out / "report.html").write_text(page(report, outcomes), encoding="utf-8")
+    for k, (_, outcome) in enumerate(outcomes, start=1):
+        for loop, curves in outcome.curves.items():
+            draw_in_tensorboard(curves, out / f"case_{k:02}" / loop)
 
 
 if __name__ == "__main__":

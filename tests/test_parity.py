@@ -1,14 +1,19 @@
 """Three loops, the same bits; and the comparison sees every bit."""
 
 import importlib.util
+import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nanogpt_lit.__main__ import exit_code
 from nanogpt_lit.cli import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
@@ -16,10 +21,12 @@ from nanogpt_lit.loops import accelerate_loop
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.parity.compare import compare_cases, of_all_ranks
 from nanogpt_lit.parity.grid import AXES, every_combination, every_pair, pairs
+from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.record import FINAL, Difference, compare, same
 from nanogpt_lit.parity.runs import LOOPS, Case
-from nanogpt_lit.parity.settled import OVERFLOWS, SETTLED
+from nanogpt_lit.parity.settled import OVERFLOWS, SETTLED, drifts
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,12 +83,64 @@ def test_the_three_loops_give_the_same_bits(name, data):
     assert compare(runs["reference"], runs["accelerate"]) is None
 
 
-@pytest.mark.parametrize("settled", SETTLED, ids=lambda settled: settled.name)
+OF_ONE = [settled for settled in SETTLED if settled.case(case()).processes == 1]
+OF_TWO = [settled for settled in SETTLED if settled not in OF_ONE]
+
+
+@pytest.mark.parametrize("settled", OF_ONE, ids=lambda settled: settled.name)
 def test_a_settled_difference_drifts_when_it_is_taken_out_and_only_then(settled, data):
     base = case()
     it = settled.case(base)
     assert compare(LOOPS["reference"](it, data).entries, LOOPS[settled.loop](it, data).entries) is None
-    assert settled.drift(base, data) is not None
+    assert settled.drift(base, data)
+
+
+ON_TWO = {
+    "float32, a ragged last window": case(accumulate=4, ragged=6, processes=2),
+    "bfloat16, nothing clipped": case("bf16-mixed", clip=None, processes=2),
+    "float16, accumulation, steps skipped and scale grown": case("16-mixed", 4, scaler=OVERFLOWS, processes=2),
+}
+
+
+def compare_then_take_out(cases, settled, base, data):
+    """In each of two processes."""
+    return compare_cases(cases, data), drifts(settled, base, data), compare_cases(cases[:1], data)
+
+
+@pytest.fixture(scope="module")
+def on_two(data):
+    """Of each rank: the outcomes, the drifts, and the outcome of the first case once more."""
+    cases = [*ON_TWO.values(), *(settled.case(case()) for settled in OF_TWO)]
+    data.position = None
+    return run_together(2, compare_then_take_out, cases, [settled.name for settled in OF_TWO], case(), data)
+
+
+@pytest.mark.parametrize("name", ON_TWO)
+def test_two_processes_give_the_same_bits_in_each_of_the_three_loops(name, on_two):
+    outcomes = [compared[list(ON_TWO).index(name)] for compared, _, _ in on_two]
+    assert [outcome.differences for outcome in outcomes] == [{"lightning": None, "accelerate": None}] * 2
+    losses = [[curves["train/loss"] for _, curves in o.curves["reference"] if "train/loss" in curves] for o in outcomes]
+    assert losses[0] != losses[1]  # each has samples of its own
+    assert outcomes[0].skipped_steps == (2 if ON_TWO[name].scaler else 0)
+
+
+@pytest.mark.parametrize("settled", OF_TWO, ids=lambda settled: settled.name)
+def test_a_settled_difference_of_two_processes_drifts_when_it_is_taken_out_and_only_then(settled, on_two):
+    k = OF_TWO.index(settled)
+    for compared, drift, afterwards in on_two:
+        assert compared[len(ON_TWO) + k].differences[settled.loop] is None
+        assert drift[k]
+        assert afterwards[0].identical
+
+
+def test_the_processes_speak_with_one_voice_the_earliest_difference_first(on_two):
+    outcomes = [replace(compared[0], differences=dict(compared[0].differences)) for compared, _, _ in on_two]
+    late, early = Difference("step 2", "gradient norm", 0.1, 9), Difference("step 1", "loss", 0.2, 3)
+    outcomes[0].differences["accelerate"], outcomes[1].differences["accelerate"] = late, early
+    together = of_all_ranks(outcomes)
+    assert together.differences == {"lightning": None, "accelerate": early}
+    assert not together.identical
+    assert together.quantities == 2 * outcomes[0].quantities
 
 
 def test_a_scaler_that_overflows_is_really_tried():
@@ -149,26 +208,128 @@ def options(tmp_path, data):
     return [
         f"--config={ROOT / 'configs' / 'parity.yaml'}", f"--trainer.default_root_dir={tmp_path}", "--steps=4",
         f"--data.source={data.folder.parent / 'text.txt'}", "--data.val_fraction=0.1", "--data.block_size=8",
-        "--model.gpt.n_embd=8", "--accumulate=4", "--dropout=0.1", "--optimizer=fused", "--ragged=yes",
+        "--model.gpt.n_embd=8",
     ]  # fmt: skip
 
 
+ONE_POINT = ["--accumulate=4", "--dropout=0.1", "--optimizer=fused", "--ragged=yes", "--clip=on"]
+
+
+def run(script, *arguments):
+    """The exit code, as the command line would have it."""
+    try:
+        return exit_code(lambda: script.main(list(arguments)))
+    except SystemExit as exit:
+        return exit.code
+
+
 def test_the_script_compares_reports_and_leaves_with_0(script, options, tmp_path, capsys):
-    assert script.main([*options, "--clip=on", "--precision", "32-true", "16-mixed overflow"]) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
+    precisions = ["--precision", "32-true", "16-mixed overflow"]
+    assert run(script, *options, *ONE_POINT, *precisions) == 0
+    report = json.loads((tmp_path / "parity_0" / "report.json").read_text())
     assert report["identical"]
-    assert [row["precision"] for row in report["cases"]] == ["32-true", "16-mixed overflow"]
-    assert [row["skipped_steps"] > 0 for row in report["cases"]] == [False, True]
-    assert set(report["time_per_step_against_reference"]) == {"lightning", "accelerate"}
+    rows = [(row["precision"], row["processes"], row["skipped_steps"] > 0) for row in report["cases"]]
+    assert rows == [
+        ("32-true", 1, False), ("32-true", 2, False), ("16-mixed overflow", 1, True), ("16-mixed overflow", 2, True),
+    ]  # fmt: skip
+    assert all(quartiles == sorted(quartiles) for quartiles in report["time_per_step_against_reference"].values())
+    assert min(report["peak_memory_growth_mib"].values()) > 0
     out = capsys.readouterr().out
-    assert out.count("identical  ") == 2
+    assert out.count("identical  ") == 4
+    assert "4 cases" in out
     assert "all identical" in out
+    assert_readable((tmp_path / "parity_0" / "report.html").read_text(), len(rows))
+    for case_, loop in itertools.product(range(1, 5), LOOPS):
+        events = EventAccumulator(str(tmp_path / "parity_0" / f"case_{case_:02}" / loop))
+        events.Reload()
+        assert set(TAGS) <= set(events.Tags()["scalars"])
+        assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+TAGS = (
+    "train/loss", "train/lr", "train/grad_norm", "train/skipped_steps", "train/tokens", "throughput/tokens_per_s",
+    "val/loss", "val/perplexity",
+)  # fmt: skip
+
+
+def assert_readable(html, cases):
+    assert html.count("<figure>") == cases
+    for drawing in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
+        ElementTree.fromstring(drawing)  # well-formed
+    panel = re.search(r"<figure>(<svg.*?</svg>)", html, flags=re.DOTALL)[1]
+    lines = re.findall(r'points="([^"]+)"', panel)
+    assert len(lines) == 3
+    assert len(set(lines)) == 1  # over each other
+    assert "http" not in html  # needs nothing else
 
 
 def test_the_script_names_the_first_difference_and_leaves_with_1(script, options, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(accelerate_loop, "clipping_order", lambda optimizer: [])  # clips nothing
-    assert script.main([*options, "--clip=on", "--precision=32-true"]) == 1
-    (row,) = json.loads((tmp_path / "report.json").read_text())["cases"]
+    out = tmp_path / "elsewhere"
+    alone = ["--processes=1", "--precision=32-true", "--skip-memory", f"--out={out}"]
+    assert run(script, *options, *ONE_POINT, *alone) == 1
+    report = json.loads((out / "report.json").read_text())
+    (row,) = report["cases"]
     assert row["lightning"] is None
     assert (row["accelerate"]["when"], row["accelerate"]["quantity"]) == ("step 1", "gradient norm")
+    assert report["peak_memory_growth_mib"] is None
     assert "step 1: gradient norm by" in capsys.readouterr().out
+    html = (out / "report.html").read_text()
+    assert "1 differ" in html
+    assert "<td class=differs>step 1: gradient norm by" in html
+    assert 'stroke="#d00"' in html  # the mark at the step
+
+
+def test_explain_prints_a_table_of_every_settled_difference(script, options, tmp_path, capsys, monkeypatch):
+    few = [settled for settled in SETTLED if settled.name in ("order of clipping", OF_TWO[0].name)]
+    monkeypatch.setattr(script, "SETTLED", few)
+    assert run(script, *options, "--explain") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {settled.name}" for settled in few]
+    assert all(re.search(r"step \d: [a-z ]+ by \d\.\de-\d\d; weights at the end by", row) for row in rows[2:])
+    report = json.loads((tmp_path / "parity_0" / "report.json").read_text())
+    assert [row["difference"] for row in report["explained"]] == [settled.name for settled in few]
+    assert few[0].name in (tmp_path / "parity_0" / "report.html").read_text()
+
+
+def test_a_large_network_is_made_small_unless_it_is_asked_for(script, options, tmp_path, capsys):
+    large = options[:2] + options[3:5]
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text("model: {gpt: {n_layer: 3, n_head: 3, n_embd: 96}}\ndata: {tokenizer: char, batch_size: 3}\n")
+    few = [*large, f"--config={yaml}", "--precision=32-true", "--accumulate=1", "--processes=1", "--skip-memory"]
+    few += ["--clip=on", "--dropout=0.1", "--optimizer=fused", "--ragged=yes", "--steps=1"]
+    assert run(script, *few, "--data.batch_size=3") == 0
+    out = capsys.readouterr().out
+    assert "small for the comparison: n_layer 3 -> 2, n_embd 96 -> 64, n_head 3 -> 2 (--full-size" in out
+    assert "1 steps of 3 x 32 tokens per micro-batch, 2 layers of 64 channels, vocabulary " in out
+    assert "(char)" in out
+    assert run(script, *few, "--full-size") == 0
+    out = capsys.readouterr().out
+    assert "small for" not in out
+    assert "1 steps of 3 x 32 tokens per micro-batch, 3 layers of 96 channels" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--steps=0", "argument --steps: 0 should be a whole number, at least 1"),
+        ("--precision=8-bit", "argument --precision: invalid choice: '8-bit'"),
+        ("--model.gpt.n_head=3", "model.gpt.n_embd=8 does not divide into n_head=3 equal heads"),
+        ("--model.gpt.n_heads=4", "no option model.gpt.n_heads; did you mean model.gpt.n_head?"),
+        ("--data.block_size=5000", "data.block_size=5000 is a block longer than the shards"),
+        ("--data.block_size=150", "'val' has 1 windows of data.block_size=150, fewer than the 2 processes"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_starts_nothing(script, options, option, sentence, capsys, tmp_path):
+    assert run(script, *options, *ONE_POINT, option) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert sentence in line
+    assert not list(tmp_path.glob("parity_*"))
+
+
+def test_explain_and_a_launcher_refuse_what_they_would_ignore(script, options, capsys, monkeypatch):
+    assert run(script, *options, "--explain", "--clip=on") == 2
+    assert "--explain brings cases of its own; leave out --clip." in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert run(script, *options) == 2
+    assert "ACCELERATE_MIXED_PRECISION=no is set" in capsys.readouterr().err

@@ -39,8 +39,10 @@ class Observed(Callback):
         self._hook = module.register_forward_hook(self._note_loss)
         self.observer.on_train_start(Parts(module, trainer.optimizers[0], schedule, scaler))
 
-    def _note_loss(self, module: nn.Module, batch: Any, loss: Tensor) -> None:
-        self._loss = loss.detach()
+    def _note_loss(self, module: nn.Module, batch: Any, loss: Tensor | None) -> None:
+        # Under DDP Lightning calls validation_step in the place of forward, and it returns nothing.
+        if module.training and loss is not None:
+            self._loss = loss.detach()
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         self._lr = optimizer.param_groups[0]["lr"]  # the schedule has moved on before on_train_batch_end

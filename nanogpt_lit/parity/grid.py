@@ -1,7 +1,7 @@
 """The cases that the loops are compared in."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "dropout": (0.0, 0.1),
     "optimizer": ("for-loop", "foreach", "fused"),
     "ragged": ("no", "yes"),
+    "processes": (1, 2),
 }
 """overflow: the scaler skips its first steps and grows its scale later   ragged: the loader ends inside a window"""
 
@@ -60,8 +61,5 @@ def case_of(point: Point, base: Case, clip: float) -> Case:
         optim=replace(base.optim, implementation=point["optimizer"]),
         scaler=OVERFLOWS if overflow else {},
         batches_per_epoch=2 * accumulate + max(1, accumulate // 2) if point["ragged"] == "yes" else None,
+        processes=point["processes"],
     )
-
-
-def skipped_steps(entries: Sequence[Any]) -> int:
-    return next((entry.value for entry in entries if entry.quantity == "schedule skipped_steps"), 0)

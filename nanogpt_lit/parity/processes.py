@@ -56,6 +56,7 @@ def in_a_group(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",  # not used, and asked for
         # Or each would choose a number of threads of its own, and sums depend on it.
         "OMP_NUM_THREADS": str(threads),
     }

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Difference:
     quantity: str
     size: float | None
     """Largest absolute difference; None where there is no number to take."""
+    position: int = field(default=0, compare=False)
+    """Of the entry, counted from the start of the run."""
 
     def __str__(self) -> str:
         return f"{self.when}: {self.quantity}" + (f" by {self.size:.1e}" if self.size is not None else "")
@@ -77,14 +79,25 @@ class Recorder(Observer):
 
 def compare(first: Sequence[Entry], second: Sequence[Entry]) -> Difference | None:
     """The first entry of `first` that `second` has not bit for bit in the same place; None when all are the same."""
-    for a, b in itertools.zip_longest(first, second):
+    for k, (a, b) in enumerate(itertools.zip_longest(first, second)):
         if a is None or b is None or (a.when, a.quantity) != (b.when, b.quantity):
             present, absent = (a, b) if a is not None else (b, a)
             other = "nothing" if absent is None else f"{absent.quantity} of {absent.when}"
-            return Difference(present.when, f"{present.quantity} against {other}", None)
+            return Difference(present.when, f"{present.quantity} against {other}", None, k)
         if not same(a.value, b.value):
-            return Difference(a.when, a.quantity, distance(a.value, b.value))
+            return Difference(a.when, a.quantity, distance(a.value, b.value), k)
     return None
+
+
+def distance_of_weights(first: Sequence[Entry], second: Sequence[Entry]) -> float | None:
+    """The largest difference between the parameters that two runs ended with; None when they are not the same ones."""
+    of_both = [
+        {e.quantity: e.value for e in entries if e.when == FINAL and e.quantity.startswith("parameter ")}
+        for entries in (first, second)
+    ]
+    if of_both[0].keys() != of_both[1].keys():
+        return None
+    return max((distance(value, of_both[1][name]) or 0.0 for name, value in of_both[0].items()), default=None)
 
 
 def same(first: Any, second: Any) -> bool:

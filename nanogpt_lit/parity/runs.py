@@ -1,25 +1,28 @@
 """One case of the grid, run by each of the three loops from the same start."""
 
 import itertools
-import time
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState, GradientState  # type: ignore[import-untyped]
 from accelerate.utils import GradScalerKwargs  # type: ignore[import-untyped]
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import Precision
 from torch.amp import GradScaler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate_loop, reference
-from nanogpt_lit.loops.contract import LoopSettings, Parts
+from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
 from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, Observed
@@ -27,7 +30,8 @@ from nanogpt_lit.loops.lightning_precision import MixedPrecision, precision_plug
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity.record import Entry, Recorder
+from nanogpt_lit.parity.curves import CurveRecorder, Curves
+from nanogpt_lit.parity.record import Entry
 
 
 @dataclass(frozen=True)
@@ -40,48 +44,73 @@ class Case:
     """Arguments of GradScaler that differ from its defaults: a scale that overflows, or one that grows soon."""
     batches_per_epoch: int | None = None
     """Ends the training loader there, inside an accumulation window; None leaves it endless."""
-    module: Callable[[GPTConfig, AdamWConfig, ScheduleConfig], LitNanoGPT] = LitNanoGPT
+    processes: int = 1
+    """More than one train together under DistributedDataParallel, inside processes.run_together."""
+    module: type[LitNanoGPT] = LitNanoGPT
+    module_options: dict[str, Any] = field(default_factory=dict)
+    """Its other arguments."""
 
     def make_module(self) -> LitNanoGPT:
         torch.manual_seed(self.settings.seed or 0)
-        return self.module(self.gpt, self.optim, self.schedule)
-
-    def loaders(self, data: TokenDataModule) -> tuple[DataLoader, DataLoader]:
-        data.position = Position()
-        train, val = data.train_dataloader(), data.val_dataloader()
-        if self.batches_per_epoch is not None:
-            assert train.batch_sampler is not None
-            batches = list(itertools.islice(train.batch_sampler, self.batches_per_epoch))
-            train = DataLoader(
-                train.dataset, batch_sampler=batches, collate_fn=train.collate_fn, generator=train.generator
-            )
-        return train, val
+        return self.module(self.gpt, self.optim, self.schedule, **self.module_options)
 
 
 @dataclass(frozen=True)
 class Run:
     entries: list[Entry]
+    curves: Curves
     seconds_per_step: float
 
+    @classmethod
+    def of(cls, recorder: CurveRecorder) -> "Run":
+        return cls(recorder.entries, recorder.curves, recorder.elapsed_s / recorder.settings.max_steps)
 
-class TimedRecorder(Recorder):
-    def on_train_start(self, parts: Parts) -> None:
-        super().on_train_start(parts)
-        self._started_s = time.perf_counter()
 
-    def on_train_end(self) -> None:
-        self.elapsed_s = time.perf_counter() - self._started_s
-        super().on_train_end()
+def quiet() -> None:
+    """Leaves out what the frameworks say of themselves at every run."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
-    def run(self) -> Run:
-        return Run(self.entries, self.elapsed_s / max(1, self._step))
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def loaders_of(case: Case, data: TokenDataModule, rank: int) -> tuple[DataLoader, DataLoader]:
+    """The training and the validation loader of one process: its share of the one global order."""
+    data.position = Position(rank, case.processes)
+    train, val = data.train_dataloader(), data.val_dataloader()
+    if case.batches_per_epoch is not None:
+        assert train.batch_sampler is not None
+        train = with_batches(train, list(itertools.islice(train.batch_sampler, case.batches_per_epoch)))
+    return train, val
+
+
+def loaders_to_deal_out(case: Case, data: TokenDataModule) -> tuple[DataLoader, DataLoader]:
+    """The loaders whose batches accelerate deals out, one to each process in turn: each then gets its share."""
+    train, val = zip(*(loaders_of(case, data, rank) for rank in range(case.processes)), strict=True)
+    return with_batches(train[0], InTurns(train)), with_batches(val[0], InTurns(val))
+
+
+class InTurns(Sampler[list[int]]):
+    def __init__(self, loaders: Sequence[DataLoader]) -> None:
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for turn in zip(*(loader.batch_sampler for loader in self.loaders), strict=True):
+            yield from turn
+
+
+def with_batches(loader: DataLoader, batches: Any) -> DataLoader:
+    return DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn, generator=loader.generator)
 
 
 def run_reference(case: Case, data: TokenDataModule) -> Run:
-    recorder = TimedRecorder()
+    recorder = CurveRecorder(case.settings, case.processes)
     scaler = GradScaler("cpu", **case.scaler) if case.settings.precision == "16-mixed" else None
-    reference.train(case.make_module(), *case.loaders(data), case.settings, recorder, scaler)
-    return recorder.run()
+    reference.train(case.make_module(), *loaders_of(case, data, rank()), case.settings, recorder, scaler)
+    return Run.of(recorder)
 
 
 def run_accelerate(case: Case, data: TokenDataModule) -> Run:
@@ -89,13 +118,13 @@ def run_accelerate(case: Case, data: TokenDataModule) -> Run:
     # another accumulation goes on with the loaders of the first.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    recorder = TimedRecorder()
+    recorder = CurveRecorder(case.settings, case.processes)
     options = accelerate_loop.accelerator_options(case.settings, "cpu")
     if case.settings.precision == "16-mixed":
         options["kwargs_handlers"].append(GradScalerKwargs(**case.scaler))
     accelerator = HalfOnProcessors(**options)
-    accelerate_loop.train(accelerator, case.make_module(), *case.loaders(data), case.settings, recorder)
-    return recorder.run()
+    accelerate_loop.train(accelerator, case.make_module(), *loaders_to_deal_out(case, data), case.settings, recorder)
+    return Run.of(recorder)
 
 
 class HalfOnProcessors(Accelerator):
@@ -110,35 +139,43 @@ class HalfOnProcessors(Accelerator):
 
 
 def run_lightning(case: Case, data: TokenDataModule) -> Run:
-    recorder = TimedRecorder()
-    settings = case.settings
-    validates = settings.val_check_interval is not None
+    recorder = CurveRecorder(case.settings, case.processes)
     trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=settings.max_steps,
-        accumulate_grad_batches=settings.accumulate_grad_batches,
-        gradient_clip_val=settings.gradient_clip_val,
-        plugins=[lightning_precision(settings.precision, case.scaler)],
-        val_check_interval=settings.val_check_interval,
-        check_val_every_n_epoch=None,
-        limit_val_batches=settings.limit_val_batches if validates else 0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
+        **trainer_options(case),
         callbacks=[
             # As in fit: it makes the Trainer validate after the last step.
             TrainingCurves(StepMeter(), ValidationRecord()),
-            DropoutSeed(settings.seed),
+            DropoutSeed(case.settings.seed),
             Observed(recorder),
         ],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
-    train_loader, val_loader = case.loaders(data)
-    trainer.fit(case.make_module(), train_loader, val_loader)
-    return recorder.run()
+    trainer.fit(case.make_module(), *loaders_of(case, data, rank()))
+    return Run.of(recorder)
+
+
+def trainer_options(case: Case) -> dict[str, Any]:
+    settings = case.settings
+    validates = settings.val_check_interval is not None
+    return {
+        "accelerator": "cpu",
+        "devices": case.processes,
+        "strategy": "auto" if case.processes == 1 else "ddp",
+        # Named, or a cluster's job that this happens to run in would be taken for the launcher.
+        "plugins": [lightning_precision(settings.precision, case.scaler), LightningEnvironment()],
+        "max_steps": settings.max_steps,
+        "accumulate_grad_batches": settings.accumulate_grad_batches,
+        "gradient_clip_val": settings.gradient_clip_val,
+        "val_check_interval": settings.val_check_interval,
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": settings.limit_val_batches if validates else 0,
+        "num_sanity_val_steps": 0,
+        # It would shuffle anew what is dealt out already.
+        "use_distributed_sampler": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
 
 
 def lightning_precision(precision: str, scaler: dict[str, Any]) -> Precision:

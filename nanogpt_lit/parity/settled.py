@@ -4,13 +4,14 @@ A difference is turned off in one loop, and that loop is compared with the refer
 of that framework would have got.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.scheduler import AcceleratedScheduler  # type: ignore[import-untyped]
 from accelerate.utils import AutocastKwargs  # type: ignore[import-untyped]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision as LightningMixedPrecision
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.loops import accelerate_loop, lightning_observer
@@ -27,11 +29,32 @@ from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import WarmupCosine
 from nanogpt_lit.parity import runs
-from nanogpt_lit.parity.record import Difference, compare
-from nanogpt_lit.parity.runs import LOOPS, Case
+from nanogpt_lit.parity.compare import earliest
+from nanogpt_lit.parity.processes import run_together
+from nanogpt_lit.parity.record import Difference, compare, distance_of_weights
+from nanogpt_lit.parity.runs import LOOPS, Case, loaders_of, quiet, trainer_options
 
 OVERFLOWS = {"init_scale": 2.0**26, "backoff_factor": 2.0**-4, "growth_interval": 2}
 """A GradScaler that skips its first steps, then finds a scale that works and soon grows it."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    first: Difference | None
+    weights: float | None
+    """How far apart the weights are at the end, at most."""
+    refused: str | None = None
+    """The framework's error, where it runs nothing."""
+
+    def __bool__(self) -> bool:
+        return self.first is not None or self.refused is not None
+
+    def __str__(self) -> str:
+        if self.refused is not None:
+            return f"refused: {self.refused}"
+        if self.first is None:
+            return "no drift"
+        return str(self.first) + (f"; weights at the end by {self.weights:.1e}" if self.weights else "")
 
 
 @dataclass(frozen=True)
@@ -46,19 +69,49 @@ class Settled:
     off: Callable[[], Any]
     """A context without it."""
 
-    def drift(self, base: Case, data: TokenDataModule) -> Difference | str | None:
-        """The first difference without it; the error where nothing runs; None if it made none."""
+    def drift(self, base: Case, data: TokenDataModule) -> Drift:
+        """What happens without it. A case of several processes is for `drifts_together`."""
         case = self.case(base)
         expected = LOOPS["reference"](case, data).entries
         try:
             with self.off():
-                return compare(expected, LOOPS[self.loop](case, data).entries)
+                found = LOOPS[self.loop](case, data).entries
         except RuntimeError as error:
-            return f"refused: {str(error).split('.')[0]}"
+            return Drift(None, None, str(error).split(".")[0])
+        return Drift(compare(expected, found), distance_of_weights(expected, found))
+
+
+def drifts_together(processes: int, base: Case, data: TokenDataModule) -> dict[str, Drift]:
+    """What happens without each settled difference that takes several processes to be seen, by its name."""
+    data.position = None
+    names = [settled.name for settled in SETTLED if settled.case(base).processes == processes]
+    of_ranks = run_together(processes, drifts, names, base, data)
+    return {name: of_all_ranks(drift) for name, *drift in zip(names, *of_ranks, strict=True)}
+
+
+def drifts(names: Sequence[str], base: Case, data: TokenDataModule) -> list[Drift]:
+    quiet()
+    by_name = {settled.name: settled for settled in SETTLED}
+    return [by_name[name].drift(base, data) for name in names]
+
+
+def of_all_ranks(drifts: Sequence[Drift]) -> Drift:
+    return replace(drifts[0], first=earliest([drift.first for drift in drifts]))
 
 
 def with_settings(base: Case, /, scaler: Mapping[str, Any] | None = None, **changes: Any) -> Case:
     return replace(base, settings=replace(base.settings, **changes), scaler=dict(scaler or {}))
+
+
+@contextmanager
+def swapped(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+    """What was settled is one name in a loop: for a while it means what a framework would do by itself."""
+    settled = getattr(owner, name)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(owner, name, settled)
 
 
 @contextmanager
@@ -74,8 +127,8 @@ def parameters_in_the_order_of_the_module() -> Iterator[None]:
         return list(module.parameters())
 
     with (
-        patch.object(accelerate_loop, "optimizer_and_schedule", remember),
-        patch.object(accelerate_loop, "clipping_order", usual_order),
+        swapped(accelerate_loop, "optimizer_and_schedule", remember),
+        swapped(accelerate_loop, "clipping_order", usual_order),
     ):
         yield
 
@@ -102,6 +155,43 @@ def stock_precision(precision: str, scaler: dict[str, Any]) -> LightningMixedPre
     return LightningMixedPrecision("16-mixed", "cpu", GradScaler("cpu", **scaler))
 
 
+def prepared_schedule(module: nn.Module) -> tuple[Optimizer, LRScheduler]:
+    """What accelerator.prepare makes of a schedule."""
+    optimizer, schedule = optimizer_and_schedule(module)
+    return optimizer, AcceleratedScheduler(schedule, [])
+
+
+@contextmanager
+def usual_schedule() -> Iterator[None]:
+    with (
+        swapped(accelerate_loop, "optimizer_and_schedule", prepared_schedule),
+        swapped(WarmupCosine, "step", LambdaLR.step),  # ours moves once for each step of the optimizer, whoever calls
+    ):
+        yield
+
+
+def the_share_of_this_process(case: Case, data: TokenDataModule) -> tuple[DataLoader, DataLoader]:
+    return loaders_of(case, data, runs.rank())
+
+
+def a_plain_loader(case: Case, data: TokenDataModule, rank: int) -> tuple[DataLoader, DataLoader]:
+    """The same samples in the same order, as a data set of one sample each that nobody has dealt out."""
+    train, val = loaders_of(replace(case, processes=1), data, rank)
+    turns = case.settings.max_steps * case.settings.accumulate_grad_batches
+    batches = itertools.islice(train, turns * case.processes)
+    samples: Any = [sample for tokens, targets in batches for sample in zip(tokens, targets, strict=True)]
+    return DataLoader(samples, batch_size=data.batch_size), val
+
+
+@contextmanager
+def library_sampler() -> Iterator[None]:
+    def options(case: Case) -> dict[str, Any]:
+        return trainer_options(case) | {"use_distributed_sampler": True}
+
+    with swapped(runs, "loaders_of", a_plain_loader), swapped(runs, "trainer_options", options):
+        yield
+
+
 def without_reseeding(seed: int | None, rank: int = 0) -> None: ...
 
 
@@ -119,28 +209,28 @@ SETTLED = [
         "accelerate leaves it on: the gradients of a weight that is used twice are added in 16 bits",
         "accelerate",
         lambda base: replace(with_settings(base, precision="bf16-mixed"), module=LossInTwoHalves),
-        lambda: patch.object(accelerate_loop, "AUTOCAST", AutocastKwargs()),
+        lambda: swapped(accelerate_loop, "AUTOCAST", AutocastKwargs()),
     ),
     Settled(
         "schedule on a skipped step",
         "Lightning moves the learning rate on although the scaler skipped the step, accelerate does not",
         "lightning",
         lambda base: with_settings(base, precision="16-mixed", scaler=OVERFLOWS),
-        lambda: patch.object(WarmupCosine, "step", LambdaLR.step),
+        lambda: swapped(WarmupCosine, "step", LambdaLR.step),
     ),
     Settled(
         "float16 without a GPU (accelerate)",
         "Accelerator(mixed_precision='fp16') trains in float32 there, without a word",
         "accelerate",
         lambda base: with_settings(base, precision="16-mixed"),
-        lambda: patch.object(runs, "HalfOnProcessors", Accelerator),
+        lambda: swapped(runs, "HalfOnProcessors", Accelerator),
     ),
     Settled(
         "float16 without a GPU (Lightning)",
         "Trainer(precision='16-mixed') trains in bfloat16 there",
         "lightning",
         lambda base: with_settings(base, precision="16-mixed"),
-        lambda: patch.object(runs, "lightning_precision", lambda *_: precision_plugin("bf16-mixed", "cpu")),
+        lambda: swapped(runs, "lightning_precision", lambda *_: precision_plugin("bf16-mixed", "cpu")),
     ),
     Settled(
         "clipping with a fused optimizer",
@@ -150,21 +240,21 @@ SETTLED = [
             with_settings(base, precision="16-mixed", gradient_clip_val=1.0),
             optim=replace(base.optim, implementation="fused"),
         ),
-        lambda: patch.object(runs, "lightning_precision", stock_precision),
+        lambda: swapped(runs, "lightning_precision", stock_precision),
     ),
     Settled(
         "start of dropout's random state",
         "the masks depend on what was drawn while a framework set up",
         "lightning",
         lambda base: replace(with_settings(base, precision="32-true"), gpt=replace(base.gpt, dropout=0.1)),
-        lambda: patch.object(lightning_observer, "seed_dropout", without_reseeding),
+        lambda: swapped(lightning_observer, "seed_dropout", without_reseeding),
     ),
     Settled(
         "a ragged last window",
         "accelerate sees the end of a loader that it prepared only: the window runs on into the next epoch",
         "accelerate",
         lambda base: replace(with_settings(base, precision="32-true", accumulate_grad_batches=4), batches_per_epoch=6),
-        lambda: patch.object(Accelerator, "prepare_data_loader", lambda self, loader, **options: loader),
+        lambda: swapped(Accelerator, "prepare_data_loader", lambda self, loader, **options: loader),
     ),
     Settled(
         "a validation that stops half-way",
@@ -176,13 +266,34 @@ SETTLED = [
             ),
             batches_per_epoch=6,
         ),
-        lambda: patch.object(accelerate_loop, "end", lambda loader: None),
+        lambda: swapped(accelerate_loop, "end", lambda loader: None),
     ),
     Settled(
         "the loss that is reported",
         "Lightning hands callbacks the loss divided by the accumulation",
         "lightning",
         lambda base: with_settings(base, precision="32-true", accumulate_grad_batches=4),
-        lambda: patch.object(Observed, "on_train_batch_end", told_the_divided_loss),
+        lambda: swapped(Observed, "on_train_batch_end", told_the_divided_loss),
+    ),
+    Settled(
+        "steps of the schedule on two processes",
+        "accelerate steps a prepared schedule once per process: the rate rises and falls twice as fast",
+        "accelerate",
+        lambda base: replace(with_settings(base, precision="32-true"), processes=2),
+        usual_schedule,
+    ),
+    Settled(
+        "batches of each process (accelerate)",
+        "accelerate deals out every loader that it prepares, also one that is a process's share: half goes unread",
+        "accelerate",
+        lambda base: replace(with_settings(base, precision="32-true"), processes=2),
+        lambda: swapped(runs, "loaders_to_deal_out", the_share_of_this_process),
+    ),
+    Settled(
+        "batches of each process (Lightning)",
+        "Lightning puts its own sampler into a loader, which shuffles also where shuffle=False was asked for",
+        "lightning",
+        lambda base: replace(with_settings(base, precision="32-true", val_check_interval=None), processes=2),
+        library_sampler,
     ),
 ]

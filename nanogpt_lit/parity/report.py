@@ -1,0 +1,133 @@
+"""The comparison as one HTML file that needs nothing else: a verdict, a picture and a table that explain themselves."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from nanogpt_lit.parity.compare import FRAMEWORKS, Outcome
+from nanogpt_lit.parity.curves import points
+from nanogpt_lit.parity.grid import Point
+from nanogpt_lit.parity.memory import WHAT_IT_IS
+from nanogpt_lit.parity.pictures import legend, overlaid
+from nanogpt_lit.parity.record import FINAL, Difference
+
+COLUMNS = {
+    "precision": "Lightning's names; accelerate's are no, bf16 and fp16. overflow: fp16 whose loss scale starts so "
+    "high that steps are skipped, and grows again later.",
+    "accumulate": "Micro-batches per optimizer step: accumulate_grad_batches, gradient_accumulation_steps.",
+    "clip": "Gradients clipped by their global norm: gradient_clip_val, accelerator.clip_grad_norm_.",
+    "dropout": "Its probability: with it, random states are compared too.",
+    "optimizer": "The implementation of torch's AdamW.",
+    "ragged": "The training loader ends inside an accumulation window, and starts again.",
+    "processes": "Two train together under DistributedDataParallel (gloo), each with its share of the batches.",
+    "skipped": "Optimizer steps that the loss scaler skipped because gradients overflowed.",
+    "compared": "Quantities compared bit for bit, over all processes.",
+}
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse;font-size:13px}td,th{padding:3px 10px;border-bottom:1px solid #ddd;text-align:left}"
+    "figure{display:inline-block;margin:0 8px 14px 0;width:270px;vertical-align:top}"
+    "figcaption{font-size:12px;line-height:1.3;padding-left:44px}dt{font-weight:600;float:left;clear:left;width:7em}"
+    "dd{margin-left:7.5em}.differs{color:#c00;font-weight:600}"
+)
+
+
+def page(report: Mapping[str, Any], outcomes: Sequence[tuple[Point, Outcome]]) -> str:
+    """report: what report.json holds"""
+    parts = comparison(report, outcomes) if outcomes else explanation(report["explained"])
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>Parity of the loops</title>'
+        f"<style>{STYLE}</style>\n"
+        + "\n".join(parts)
+        + f"\n<h2>How it was run</h2><p>{escape(report['hardware'])}.</p><p>{escape(report['compared'])}</p></html>\n"
+    )
+
+
+def comparison(report: Mapping[str, Any], outcomes: Sequence[tuple[Point, Outcome]]) -> Iterable[str]:
+    differing = sum(not outcome.identical for _, outcome in outcomes)
+    verdict = "all identical" if not differing else f"{differing} differ"
+    yield f"<h1>Lightning, accelerate and plain PyTorch: {len(outcomes)} cases, {verdict}</h1>"
+    yield (
+        "<p>Each case trains the same module from the same weights, on the same batches, in three loops: Lightning's "
+        "Trainer, raw accelerate, and a loop of plain PyTorch. Identical means the same bits, not close: the loss of "
+        "every micro-batch, the gradient norm, learning rate and loss scale of every step, every validation loss, and "
+        "at the end every parameter, the states of optimizer, schedule and scaler, and the random state.</p>"
+    )
+    yield "<h2>The training loss of each case</h2><p>Dots are validation losses. A line that hides another lies on it; "
+    yield f"a red mark is the first step where a loop differs from plain PyTorch.</p>{legend()}<div>"
+    for point, outcome in outcomes:
+        yield f"<figure>{panel(outcome)}<figcaption>{escape(named(point))}</figcaption></figure>"
+    yield "</div><h2>The cases</h2>"
+    heads = [*outcomes[0][0], "skipped", "compared", *FRAMEWORKS]
+    rows = [
+        [*point.values(), outcome.skipped_steps, f"{outcome.quantities:,}"]
+        + [outcome.differences[name] for name in FRAMEWORKS]
+        for point, outcome in outcomes
+    ]
+    yield table(heads, rows)
+    yield "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(meaning)}</dd>" for name, meaning in COLUMNS.items()) + "</dl>"
+    yield "<h2>What each loop costs</h2>"
+    yield from costs(report)
+
+
+def costs(report: Mapping[str, Any]) -> Iterable[str]:
+    times, memory = report["time_per_step_against_reference"], report["peak_memory_growth_mib"]
+    rows = [["plain PyTorch", "1", f"{memory['reference']:.0f} MiB" if memory else "not measured"]]
+    for name in FRAMEWORKS:
+        low, middle, high = times[name]
+        rows.append(
+            [name, f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{memory[name]:.0f} MiB" if memory else "not measured"]
+        )
+    yield table(["loop", "time per step", "peak memory"], rows)
+    yield (
+        "<p>Time: the ratio to plain PyTorch in the same case, its median over the cases and in brackets its "
+        "quartiles; recording is in it, the same in each loop. The networks compared are small, so that this is mostly "
+        f"what a framework spends per step, not what it adds to a real run. Memory: {escape(WHAT_IT_IS)}</p>"
+    )
+
+
+def explanation(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    yield "<h1>What would differ between the loops if it were not settled</h1>"
+    yield (
+        "<p>Each row turns one settled difference off, in one loop, and compares that loop with plain PyTorch: what is "
+        "seen is what a user of that framework gets by default.</p>"
+    )
+    yield table(
+        ["difference", "what breaks without it", "loop", "what is seen"],
+        [[row["difference"], row["breaks"], row["loop"], row["seen"]] for row in rows],
+    )
+
+
+def panel(outcome: Outcome) -> str:
+    lines = {loop: points(curves, "train/loss") for loop, curves in outcome.curves.items()}
+    dots = {loop: points(curves, "val/loss") for loop, curves in outcome.curves.items()}
+    steps = [step_of(difference, lines) for difference in outcome.differences.values() if difference is not None]
+    return overlaid(lines, dots, min(steps, default=None))
+
+
+def step_of(difference: Difference, lines: Mapping[str, Sequence[tuple[int, float]]]) -> int:
+    return lines["reference"][-1][0] if difference.when == FINAL else int(difference.when.removeprefix("step "))
+
+
+def named(point: Point) -> str:
+    words = [str(point["precision"]), f"accumulate {point['accumulate']}", f"clip {point['clip']}"]
+    words += [f"dropout {point['dropout']}", str(point["optimizer"])]
+    words += ["ragged"] if point["ragged"] == "yes" else []
+    words += [f"{point['processes']} processes"] if point["processes"] > 1 else []
+    return ", ".join(words)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    def cell(value: Any) -> str:
+        if value is None:
+            return "<td>identical</td>"
+        return f"<td{' class=differs' if isinstance(value, Difference) else ''}>{escape(str(value))}</td>"
+
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows) + "</table>"
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
