@@ -103,7 +103,8 @@ class NanoGPTCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         inherited = LightningCLI.subcommands()
-        return {name: inherited[name] for name in ("fit", "validate", "test")}
+        # Without it, Lightning unpickles nothing but tensors and plain values; with it, --weights_only=false would.
+        return {name: inherited[name] | {"weights_only"} for name in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.block_size", "model.gpt.block_size")
