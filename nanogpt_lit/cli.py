@@ -19,12 +19,14 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
+from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, with_run_files
 from nanogpt_lit.loops.lightning_observer import DropoutSeed
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.strategies import DDP, FSDP2, SINGLE
 from nanogpt_lit.loops.strategy_check import check_strategy, complete_sizes, named_strategy
+from nanogpt_lit.loops.trainer_section import check_saves_whole_steps
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -138,6 +140,8 @@ class NanoGPTCLI(LightningCLI):
         GPTConfig(**settings.model.gpt)
         AdamWConfig(**settings.model.optim)
         ScheduleConfig(**settings.model.schedule)
+        if self.subcommand in (None, "fit"):
+            check_saves_whole_steps(vars(settings.trainer))
         if sentence := unused_card():
             rank_zero_print(sentence)
         self.device = device_type(settings.trainer.accelerator)
@@ -167,6 +171,9 @@ class NanoGPTCLI(LightningCLI):
         # FSDPStrategy and DeepSpeedStrategy bring precision plugins of their own.
         if plugin is not None and named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2) and not trainer.plugins:
             kwargs |= {"plugins": [plugin], "precision": None}
+        # A sharded strategy writes a folder, each process its share.
+        if named_strategy(trainer.strategy) in (SINGLE, DDP):
+            kwargs["plugins"] = with_run_files(kwargs.get("plugins", trainer.plugins))
         if self.subcommand != "fit":
             # Only a fit makes a run: the others leave no folder behind.
             self.save_config_callback = None
@@ -180,15 +187,13 @@ class NanoGPTCLI(LightningCLI):
         """The YAML's callbacks and those of every run; one of the YAML's takes the place of ours of the same kind."""
         callbacks: list[Callback] = list(trainer.callbacks or [])
         callbacks.append(TrainingCurves(self.meter, self.validations))
-        callbacks.append(DropoutSeed(self.seed))
+        callbacks += [DropoutSeed(self.seed), ExactResume()]
         if not any(isinstance(callback, TextSamples) for callback in callbacks):
             callbacks.append(TextSamples())
         if trainer.enable_progress_bar is not False:
             callbacks.append(StepProgressBar(self.meter, self.validations))
         if trainer.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-            at_validation: dict[str, Any] = {"save_on_train_epoch_end": False, "enable_version_counter": False}
-            callbacks.append(ModelCheckpoint(filename="best", monitor="val/loss", **at_validation))
-            callbacks.append(ModelCheckpoint(filename="last", **at_validation))
+            callbacks += [RunCheckpoint("best", self.validations), RunCheckpoint("last", self.validations)]
         return callbacks
 
     # What the user reads.

@@ -11,21 +11,21 @@ is nanogpt_lit/loops/accelerate_loop.py.
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
 from nanogpt_lit.__main__ import exit_code
-from nanogpt_lit.checkpoint.save import save_checkpoint
+from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position
 from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes, launched_processes
 from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
-from nanogpt_lit.loops.contract import Observer, Parts
-from nanogpt_lit.loops.journal import Journal, next_folder
+from nanogpt_lit.loops.contract import Observer
+from nanogpt_lit.loops.journal import Journal, RandomStateShare, next_folder
 from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.machine import device_type
 from nanogpt_lit.loops.report import closing_table, opening_lines
@@ -36,12 +36,19 @@ from nanogpt_lit.loops.trainer_section import (
     loop_settings,
     text_samples,
 )
-from nanogpt_lit.module import LitNanoGPT
+
+
+class AccelerateCLI(ConfigOnlyCLI):
+    """The options of fit, with its --ckpt_path."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint to go on from.")
 
 
 def main(arguments: list[str]) -> int:
     quiet_lightning()
-    cli = ConfigOnlyCLI(args=arguments, run=False)
+    cli = AccelerateCLI(args=arguments, run=False)
     trainer = cli.settings.trainer
     remark = check_environment(
         full_precision_name(trainer.precision),
@@ -53,8 +60,11 @@ def main(arguments: list[str]) -> int:
     cli.complete_settings()
     module, data = cli.build()
     data.setup()
+    start = load_run(Path(cli.settings.ckpt_path)) if cli.settings.ckpt_path else None
+    if start is not None:
+        data.load_state_dict(dict(start.data))
     processes = launched_processes(os.environ)
-    train_loader, val_loader = loaders(data, processes)
+    train_loader, val_loader = loaders(data, processes, start.batches * start.processes if start is not None else 0)
     settings = loop_settings(vars(trainer), val_batches=len(val_loader) // processes, seed=cli.seed)
 
     accelerator = Accelerator(**accelerator_options(settings, cli.device))
@@ -63,7 +73,9 @@ def main(arguments: list[str]) -> int:
         accelerator.print(remark)
 
     samples = TextSamples(**text_samples(vars(trainer)))
-    observer, folder = Observer(), next_folder(Path(trainer.default_root_dir), "accelerate")
+    saves = trainer.enable_checkpointing is not False
+    observer: Observer = RandomStateShare(accelerator.device) if saves else Observer()
+    folder = next_folder(Path(trainer.default_root_dir), "accelerate")
     if accelerator.is_main_process:
         observer = journal = Journal(
             folder,
@@ -73,7 +85,8 @@ def main(arguments: list[str]) -> int:
             device=accelerator.device,
             show_progress=trainer.enable_progress_bar is not False,
             write_sample=lambda: samples.write(module, data),
-            save=checkpoint_writer(module, data) if trainer.enable_checkpointing is not False else None,
+            data_state=data.state_dict if saves else None,
+            start=start,
         )
         config = cli.parser.dump(cli.config)
         (folder / "config.yaml").write_text(config, encoding="utf-8")
@@ -92,7 +105,7 @@ def main(arguments: list[str]) -> int:
     )
     started_s = time.monotonic()
     try:
-        train(accelerator, module, train_loader, val_loader, settings, observer)
+        train(accelerator, module, train_loader, val_loader, settings, observer, start)
     finally:
         if isinstance(observer, Journal):
             observer.close()
@@ -112,16 +125,15 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def loaders(data: TokenDataModule, processes: int) -> tuple[DataLoader, DataLoader]:
+def loaders(data: TokenDataModule, processes: int, batches_done: int) -> tuple[DataLoader, DataLoader]:
     """The loaders of one process, whose batches accelerate deals out to the processes by turns: each process then reads
-    what it reads under Lightning."""
-    data.position = Position()
+    what it reads under Lightning. batches_done: of all processes together, before the first one that is read"""
+    data.position = Position(batches_done=lambda: batches_done)
     train_loader = data.train_dataloader()
     shares = []
     for rank in range(processes):
         data.position = Position(rank, processes)
         shares.append(data.val_dataloader())
-    data.position = Position()
     # Validation is one list: its last turn is shared out evenly (ValidationOrder), and its batches are smaller.
     turns = zip(*(share.batch_sampler for share in shares), strict=True)
     batches = [batch for turn in turns for batch in turn]
@@ -134,22 +146,6 @@ def loaders(data: TokenDataModule, processes: int) -> tuple[DataLoader, DataLoad
         generator=first.generator,
     )
     return train_loader, val_loader
-
-
-def checkpoint_writer(module: LitNanoGPT, data: TokenDataModule) -> Callable[[Path, Parts, int], None]:
-    def save(path: Path, parts: Parts, step: int) -> None:
-        save_checkpoint(
-            path,
-            state_dict=module.state_dict(),
-            hyper_parameters=dict(module.hparams),
-            data=data.state_dict(),
-            optimizer=parts.optimizer.state_dict(),
-            schedule=parts.schedule.state_dict(),
-            scaler=None if parts.scaler is None else parts.scaler.state_dict(),
-            step=step,
-        )
-
-    return save
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradScalerKwargs
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.amp import GradScaler
 
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
@@ -20,7 +19,7 @@ from nanogpt_lit.loops import accelerate_loop, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
 from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
-from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunFileIO, use_suffix
+from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, RunFileIO
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, Observed
 from nanogpt_lit.loops.resume import capture, random_states
 from nanogpt_lit.module import LitNanoGPT
@@ -163,6 +162,9 @@ def by_accelerate(setup, shards, path, until):
 
 def by_lightning(setup, shards, path, until):
     diary, settings = Diary(load_run(path).step if path.exists() else 0), setup.settings(until)
+    record = ValidationRecord()
+    last = RunCheckpoint("last", record)
+    last.dirpath = str(path.parent)
     trainer = Trainer(
         accelerator="cpu", devices=1, max_steps=until, accumulate_grad_batches=setup.accumulate,
         gradient_clip_val=settings.gradient_clip_val,
@@ -171,11 +173,7 @@ def by_lightning(setup, shards, path, until):
         num_sanity_val_steps=0, use_distributed_sampler=False, logger=False, enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            TrainingCurves(StepMeter(), ValidationRecord()), DropoutSeed(settings.seed), ExactResume(),
-            Observed(diary),
-            use_suffix(ModelCheckpoint(
-                path.parent, path.stem, save_on_train_epoch_end=False, enable_version_counter=False
-            )),
+            TrainingCurves(StepMeter(), record), DropoutSeed(settings.seed), ExactResume(), Observed(diary), last
         ],
     )  # fmt: skip
     data = setup.data(shards)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt_lit.__main__ import main
+from nanogpt_lit.__main__ import COMMANDS, main
+from nanogpt_lit.checkpoint.run_file import load_run
 
 TAGS = {
     "train/loss", "train/lr", "train/grad_norm", "train/skipped_steps", "train/tokens",
@@ -95,7 +96,7 @@ def test_fit_leaves_one_folder_with_curves_checkpoints_and_configuration(options
     assert run("fit", *options) == 0
     root = tmp_path / "root"
     assert {p.name for p in root.iterdir() if p.suffix != ".lock"} == {"shards", "version_0"}
-    assert {p.name for p in (root / "version_0" / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.stem for p in (root / "version_0" / "checkpoints").iterdir()} == {"best", "last", "previous"}
     assert "block_size: 16" in (root / "version_0" / "config.yaml").read_text()
     assert not list(here.iterdir())
 
@@ -117,8 +118,7 @@ def test_the_last_step_is_validated_and_saved_also_off_the_interval(options, tmp
     assert run("fit", *options, "--trainer.max_steps=5") == 0
     events = curves(tmp_path / "root" / "version_0")
     assert [e.step for e in events.Scalars("val/loss")] == [3, 5]
-    last = torch.load(tmp_path / "root/version_0/checkpoints/last.ckpt", weights_only=True)
-    assert last["global_step"] == 5
+    assert load_run(tmp_path / "root/version_0/checkpoints/last.safetensors").step == 5
 
 
 def test_the_closing_table_says_what_came_of_it_and_where_it_is(options, capsys):
@@ -143,7 +143,7 @@ def test_a_second_fit_is_a_run_of_its_own_on_the_same_shards(more, tmp_path, cap
     assert run("fit", *more) == 0
     assert "preparing" not in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()} == before
-    assert (trained.parent / "version_1" / "checkpoints" / "last.ckpt").is_file()
+    assert (trained.parent / "version_1" / "checkpoints" / "last.safetensors").is_file()
 
 
 def test_shards_are_made_anew_when_the_text_or_the_tokenizer_differs(options, text, capsys):
@@ -160,15 +160,12 @@ def test_samples_leave_the_training_bit_for_bit_the_same(options, tmp_path):
     without = ["--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1"]
     dropout = "--model.gpt.dropout=0.1"
     assert run("fit", *options, dropout) == run("fit", *options, dropout, *without) == 0
-    first, second = (
-        torch.load(tmp_path / f"root/version_{n}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for n in (0, 1)
-    )
+    first, second = (load_run(tmp_path / f"root/version_{n}/checkpoints/last.safetensors").weights for n in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_continued_run_takes_the_rest_of_the_steps_and_the_command_lines_word(trained, more, tmp_path):
-    last = trained / "checkpoints" / "last.ckpt"
+    last = trained / "checkpoints" / "last.safetensors"
     rest = [f"--ckpt_path={last}", "--trainer.max_steps=8", "--model.optim.beta2=0.5"]
     assert run("fit", *more, *rest) == 0
     events = curves(tmp_path / "root" / "version_1")
@@ -179,14 +176,14 @@ def test_a_continued_run_takes_the_rest_of_the_steps_and_the_command_lines_word(
 
 def test_validate_repeats_the_validation_loss_of_the_run(trained, more, tmp_path, capsys):
     expected = curves(trained).Scalars("val/loss")[-1].value
-    assert run("validate", *more, f"--ckpt_path={trained / 'checkpoints' / 'last.ckpt'}") == 0
+    assert run("validate", *more, f"--ckpt_path={trained / 'checkpoints' / 'last.safetensors'}") == 0
     printed = re.search(r"validation loss (\d+\.\d+), perplexity", capsys.readouterr().out)
     assert printed[1] == f"{expected:.4f}"
     assert [p.name for p in (tmp_path / "root").glob("version_*")] == ["version_0"]
 
 
 def test_generate_decodes_with_the_tokenizer_of_the_checkpoint(trained, tmp_path, capsys):
-    alone = shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path)
+    alone = shutil.copy(trained / "checkpoints" / "best.safetensors", tmp_path)
     checkpoint = f"--ckpt={alone}"
     assert run("generate", checkpoint, "--prompt=9 bottles", "--max-new-tokens=20") == 0
     first = capsys.readouterr().out
@@ -304,21 +301,22 @@ def test_a_damaged_shard_is_refused_by_name(more, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_name(trained, more, capsys):
-    last = trained / "checkpoints" / "last.ckpt"
+    last = trained / "checkpoints" / "last.safetensors"
     sentence = refusal(capsys, "fit", *more, "--model.gpt.n_embd=16", f"--ckpt_path={last}")
     assert "model.gpt.n_embd is 8 there and 16 here" in sentence
 
 
 def test_generate_refuses_what_is_no_checkpoint_of_ours(tmp_path, capsys):
-    assert "does not exist" in refusal(capsys, "generate", "--ckpt=nowhere.ckpt")
-    (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
-    assert "is damaged or is not a checkpoint" in refusal(capsys, "generate", f"--ckpt={tmp_path / 'x.ckpt'}")
-    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    assert "is damaged or is not a checkpoint" in refusal(capsys, "generate", f"--ckpt={tmp_path / 'foreign.ckpt'}")
+    assert "nowhere.safetensors does not exist" in refusal(capsys, "generate", "--ckpt=nowhere.safetensors")
+    foreign = tmp_path / "foreign.safetensors"
+    foreign.write_bytes(b"not a checkpoint")
+    assert f"{foreign} is not a checkpoint" in refusal(capsys, "generate", f"--ckpt={foreign}")
+    torch.save({"state_dict": {}}, foreign)  # a pickle under our name
+    assert f"{foreign} is not a checkpoint" in refusal(capsys, "generate", f"--ckpt={foreign}")
 
 
 def test_an_unknown_command_is_refused_with_those_there_are(capsys):
-    assert "there are fit, validate, test, prepare, generate" in refusal(capsys, "fti")
+    assert f"there are {', '.join(COMMANDS)}" in refusal(capsys, "fti")
 
 
 def test_an_error_that_is_no_users_mistake_keeps_its_traceback(monkeypatch):

@@ -2,23 +2,29 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from nanogpt_lit.checkpoint.run_file import SUFFIX, save_run
+from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, is_drawn, perplexity
 from nanogpt_lit.loops.machine import peak_flops_of
 from nanogpt_lit.loops.progress import Progress
+from nanogpt_lit.loops.resume import capture, random_states
 
 
 class Journal(Observer):
-    """Keeps a run's folder: TensorBoard curves over optimizer steps, text samples, checkpoints/best.ckpt and last.ckpt.
+    """Keeps a run's folder: TensorBoard curves over optimizer steps, text samples, checkpoints/best and checkpoints/last.
 
     processes: whose tokens and floating-point operations are counted   device: of this one
-    write_sample: a text by the network as it is   save: writes a checkpoint of the given step to a path
+    write_sample: a text by the network as it is
+    data_state: what a checkpoint keeps of the data; None saves none. Where there are several processes, the others have
+    to observe with a RandomStateShare then.   start: the checkpoint that the run goes on from
     """
 
     def __init__(
@@ -31,7 +37,8 @@ class Journal(Observer):
         device: torch.device,
         show_progress: bool,
         write_sample: Callable[[], str],
-        save: Callable[[Path, Parts, int], None] | None,
+        data_state: Callable[[], dict[str, Any]] | None,
+        start: RunState | None = None,
     ) -> None:
         self.folder = folder
         self.settings = settings
@@ -41,12 +48,18 @@ class Journal(Observer):
         self.meter = StepMeter()
         self.validations = ValidationRecord()
         self.step = 0
+        self.batches = 0
+        if start is not None:
+            self.step = start.step
+            self.batches = start.batches * start.processes // processes
+            self.meter.tokens = start.tokens
+            self.validations.load_state_dict(dict(start.validations))
         self.sample: str | None = None
         self.checkpoints: dict[str, str] = {}
         """What each is ("best", "last") and its file."""
         self._write_sample = write_sample
-        self._save = save
-        self._progress = Progress(settings.max_steps) if show_progress else None
+        self._data_state = data_state
+        self._progress = Progress(settings.max_steps, self.step) if show_progress else None
         self._writer = SummaryWriter(str(folder))
 
     def on_train_start(self, parts: Parts) -> None:
@@ -58,6 +71,7 @@ class Journal(Observer):
         self.meter.start()
 
     def on_batch_end(self, loss: Tensor, tokens: int) -> None:
+        self.batches += 1
         self.meter.add_batch(loss / self.settings.accumulate_grad_batches, tokens * self.processes)
 
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
@@ -87,9 +101,8 @@ class Journal(Observer):
         self.add_text("sample", self.sample)
         if self._progress is not None:
             self._progress.say(self.validations.sentence())
-        if self.validations.best == self.validations.latest:
-            self._checkpoint("best")
-        self._checkpoint("last")
+        if self._data_state is not None:
+            self._save(self._data_state())
         self.meter.start()
 
     def close(self) -> None:
@@ -105,11 +118,31 @@ class Journal(Observer):
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, self.step)
 
-    def _checkpoint(self, name: str) -> None:
-        if self._save is not None:
-            path = self.folder / "checkpoints" / f"{name}.ckpt"
-            self._save(path, self._parts, self.step)
+    def _save(self, data_state: dict[str, Any]) -> None:
+        state = capture(
+            self._parts,
+            step=self.step,
+            batches=self.batches,
+            accumulate_grad_batches=self.settings.accumulate_grad_batches,
+            random=random_states(self.device),
+            data=data_state,
+            tokens=self.meter.tokens,
+            validations=self.validations.state_dict(),
+        )
+        for name in ("best", "last") if self.validations.best == self.validations.latest else ("last",):
+            path = self.folder / "checkpoints" / f"{name}{SUFFIX}"
+            save_run(path, state)
             self.checkpoints[name] = str(path)
+
+
+class RandomStateShare(Observer):
+    """Observes on every process but the first, whose Journal asks all of them for their random states."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def on_validation_end(self, step: int, loss: Tensor) -> None:
+        random_states(self.device)
 
 
 def next_folder(root: Path, name: str) -> Path:

@@ -1,16 +1,18 @@
 """Checkpoints under Lightning in the format of every loop, and what Lightning leaves out of them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from nanogpt_lit.checkpoint.durable import sweep
 from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, to_lightning
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, save_run
 from nanogpt_lit.checkpoint.state import RandomState
+from nanogpt_lit.loops.curves import ValidationRecord
 from nanogpt_lit.loops.resume import batches_done, random_states, restore_random_state
 
 
@@ -31,16 +33,47 @@ class RunFileIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+def with_run_files(plugins: Any) -> list[Any]:
+    """A Trainer's plugins, and the one above where none of them writes checkpoints."""
+    given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
+    return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, RunFileIO()]
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Writes `best` or `last` after validations: of the whole run, also where it goes on in another folder."""
+
+    def __init__(self, name: Literal["best", "last"], validations: ValidationRecord) -> None:
+        super().__init__(
+            filename=name,
+            monitor="val/loss" if name == "best" else None,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self._validations = validations
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        # Lightning's own record ends with the folder, and is unknown to the other loops.
+        return self._validations.best == self._validations.latest
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_model_path = state_dict["best_model_path"]
+
+
 class ExactResume(Callback):
     """Keeps the random state of every process in checkpoints, and goes on from it. Place it after DropoutSeed."""
 
     def __init__(self) -> None:
         self._random: list[RandomState] = []
 
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy.checkpoint_io, RunFileIO):
+            for callback in trainer.checkpoint_callbacks:
+                callback.FILE_EXTENSION = SUFFIX  # type: ignore[attr-defined]  # ModelCheckpoint's
+
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                check_saves_whole_steps(callback, trainer.accumulate_grad_batches)
+                check_trigger(callback, trainer.accumulate_grad_batches)
                 if callback.dirpath and trainer.is_global_zero:
                     sweep(Path(callback.dirpath))
 
@@ -53,7 +86,8 @@ class ExactResume(Callback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = from_lightning(checkpoint)
+        # A sharded strategy has weights and moments elsewhere; they are not looked at here.
+        state = from_lightning({**checkpoint, "state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [{}]})
         batches = batches_done(state, module, trainer.accumulate_grad_batches, trainer.world_size)
         if batches != state.batches:
             checkpoint["loops"] = loops(state.step, batches)  # Lightning reads its counters after this
@@ -63,7 +97,7 @@ class ExactResume(Callback):
         restore_random_state(self._random, trainer.global_rank, trainer.strategy.root_device)
 
 
-def check_saves_whole_steps(callback: ModelCheckpoint, accumulate_grad_batches: int) -> None:
+def check_trigger(callback: ModelCheckpoint, accumulate_grad_batches: int) -> None:
     """Raises ValueError for a ModelCheckpoint that saves at any moment.
 
     Gradients are in no checkpoint: one made between two micro-batches of a step goes on to other weights than its run.
@@ -78,9 +112,3 @@ def check_saves_whole_steps(callback: ModelCheckpoint, accumulate_grad_batches: 
             "trainer.callbacks holds a ModelCheckpoint with train_time_interval, which may save half a step of "
             f"trainer.accumulate_grad_batches={accumulate_grad_batches}; every_n_train_steps counts whole steps."
         )
-
-
-def use_suffix(callback: ModelCheckpoint) -> ModelCheckpoint:
-    """The same callback, writing files that say what they are."""
-    callback.FILE_EXTENSION = SUFFIX
-    return callback

@@ -1,9 +1,10 @@
 """The YAML's trainer section, for a loop that is not Lightning's Trainer."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanogpt_lit.loops.contract import AUTOCAST_DTYPES, LoopSettings
+if TYPE_CHECKING:  # whose torch takes a second to import, and the section can be read without
+    from nanogpt_lit.loops.contract import LoopSettings
 
 FOLLOWED = {
     "accelerator", "strategy", "devices", "num_nodes", "precision", "max_steps", "accumulate_grad_batches",
@@ -22,6 +23,8 @@ def full_precision_name(precision: Any) -> str:
 
 def check_followed(trainer: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raises ValueError for a key that is set and that only Lightning's Trainer follows: it would be ignored."""
+    from nanogpt_lit.loops.contract import AUTOCAST_DTYPES
+
     foreign = [c["class_path"] for c in trainer["callbacks"] or [] if not c["class_path"].endswith(TEXT_SAMPLES)]
     if foreign:
         raise ValueError(
@@ -47,8 +50,27 @@ def check_followed(trainer: Mapping[str, Any], defaults: Mapping[str, Any]) -> N
         )
 
 
-def loop_settings(trainer: Mapping[str, Any], val_batches: int, seed: int | None) -> LoopSettings:
+def check_saves_whole_steps(trainer: Mapping[str, Any]) -> None:
+    """Raises ValueError when checkpoints, which are made at validations, would be made inside a step.
+
+    Gradients are in no checkpoint: one of half a step would go on to other weights than the run it was made in.
+    """
+    interval, accumulate = trainer["val_check_interval"], trainer["accumulate_grad_batches"]
+    if trainer["enable_checkpointing"] is False or trainer["limit_val_batches"] == 0 or not isinstance(interval, int):
+        return
+    below = interval // accumulate * accumulate
+    if interval != below:
+        works = " or ".join(str(n) for n in (below, below + accumulate) if n)
+        raise ValueError(
+            f"trainer.val_check_interval={interval} would save a checkpoint inside a step of "
+            f"trainer.accumulate_grad_batches={accumulate} micro-batches; {works} works."
+        )
+
+
+def loop_settings(trainer: Mapping[str, Any], val_batches: int, seed: int | None) -> "LoopSettings":
     """The settings of a run. val_batches: that there are, of which limit_val_batches may be a share"""
+    from nanogpt_lit.loops.contract import LoopSettings
+
     interval, limit = trainer["val_check_interval"], trainer["limit_val_batches"]
     if isinstance(limit, float):  # a share, as Lightning counts it
         limit = int(val_batches * limit)
