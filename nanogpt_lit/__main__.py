@@ -11,6 +11,7 @@ COMMANDS = {
     "validate": ("nanogpt_lit.cli:run", "validation loss and perplexity of a checkpoint"),
     "test": ("nanogpt_lit.cli:run", "the same on the test set, which is the validation set unless you bring one"),
     "prepare": ("nanogpt_lit.commands:prepare", "text to token shards; fit does it by itself when they are missing"),
+    "plan": ("nanogpt_lit.commands:plan", "whether a run fits a card, and what to change when it does not"),
     "generate": ("nanogpt_lit.commands:generate", "text from a checkpoint, streamed as it is made"),
 }
 

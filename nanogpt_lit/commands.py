@@ -1,6 +1,7 @@
 """The commands that need no Trainer: their arguments, and what they print. They import torch late."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -52,6 +53,44 @@ def generate(arguments: list[str]) -> int:
             sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
             sys.stdout.flush()
         print()
+    return 0
+
+
+def plan(arguments: list[str]) -> int:
+    """`plan --config FILE`: whether a run fits a card, before it runs, on any machine."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanogpt_lit plan",
+        usage="python -m nanogpt_lit plan --config FILE [--card NAME | --vram SIZE] [...] [--SECTION.KEY VALUE ...]",
+        description="Whether a run fits a card, where its memory goes, and what to change when it does not. Needs no "
+        "card and trains nothing. Takes every option of fit besides these.",
+        allow_abbrev=False,
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--card", metavar="NAME", help="rtx2050 (the default where torch sees no card), t4, a100, ...")
+    which.add_argument("--vram", metavar="SIZE", help="the memory of another card, such as 6GiB")
+    parser.add_argument("--usable", metavar="SIZE", help="how much of it you found free, in place of an estimate")
+    parser.add_argument("--os", choices=["linux", "windows"], help="what the card's machine runs (either)")
+    parser.add_argument("--desktop-on-card", action="store_true", help="the screen is drawn by this card")
+    parser.add_argument("--loop", choices=["lightning", "accelerate"], default="lightning", help="what drives the run")
+    parser.add_argument("--json", action="store_true", help="print the plan for a program")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the memory of one step")
+    parser.add_argument("--largest", action="store_true", help="also say what is the largest of its kind that fits")
+    options, settings_of_fit = parser.parse_known_args(arguments[1:])
+
+    from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning
+    from nanogpt_lit.memory.budget import choose_budget
+    from nanogpt_lit.memory.picture import write_picture
+    from nanogpt_lit.memory.report import report
+    from nanogpt_lit.planning import plan_run
+
+    quiet_lightning()
+    budget = choose_budget(options.card, options.vram, options.usable, options.os, options.desktop_on_card)
+    cli = ConfigOnlyCLI(args=settings_of_fit, run=False)
+    title = ", ".join(str(path) for path in cli.config.get("config") or []) or "the defaults"
+    planned = plan_run(cli.settings, budget, lightning=options.loop == "lightning")
+    print(json.dumps(planned.as_json(), indent=1) if options.json else report(planned, title))
+    if options.picture is not None:
+        write_picture(planned, title, options.picture)
     return 0
 
 

@@ -23,7 +23,8 @@ ALLOWED = {
     "parser": {"allowlist", "places"},
     "cli": {"module", "gpt", "optim", "data", "loops", "parser"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
-    "commands": {"cli", "checkpoint", "sampling"},
+    "planning": {"module", "gpt", "optim", "data", "loops", "memory"},
+    "commands": {"cli", "checkpoint", "sampling", "memory", "planning"},
     "__main__": {"commands", "cli"},
     "__init__": {"module", "gpt", "data"},
 }

@@ -1,9 +1,9 @@
 """What PyTorch would do on a CUDA card, done by tensors that say they are on a processor.
 
-A build of PyTorch without CUDA cannot run a backward pass on fake CUDA tensors, so the trace uses fake CPU ones. Three
-things then differ from the card and change memory: autocast's lists of operations, attention, and dropout. Each is
-replaced in the dispatcher for as long as `cuda_paths` is open; composite operations (a cross-entropy, a layer norm) run
-PyTorch's own code and meet the replacements on their way, also when a checkpoint recomputes them in the backward pass.
+A build of PyTorch without CUDA cannot run a backward pass on fake CUDA tensors, so the trace uses fake CPU ones. A few
+things then differ from the card and change memory: autocast's lists of operations, attention, dropout and softmax. Each
+is replaced in the dispatcher for as long as `cuda_paths` is open. Composite operations (a cross-entropy, a layer norm)
+run PyTorch's own code and meet the replacements on their way, also when a checkpoint recomputes them.
 """
 
 import warnings
@@ -60,6 +60,8 @@ def cuda_paths() -> Iterator[None]:
             library.impl("scaled_dot_product_attention", _attention_below_autocast, "AutocastCPU")
         library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
         library.impl("dropout", _dropout, "AutogradCPU")
+        library.impl("softmax.int", _softmax(aten.softmax.int, aten._softmax), "AutogradCPU")
+        library.impl("log_softmax.int", _softmax(aten.log_softmax.int, aten._log_softmax), "AutogradCPU")
         yield
     finally:
         library._destroy()
@@ -114,6 +116,17 @@ def _in_autocast_dtype(operation: Any) -> Callable[..., Any]:
 def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
     """CUDA keeps a mask of one byte an element, a processor the noise as floats."""
     return torch.native_dropout(x, p, True)[0] if train and 0 < p < 1 else x
+
+
+def _softmax(operation: Any, in_one_kernel: Any) -> Callable[..., Tensor]:
+    """From float16 to float32 CUDA needs no float32 copy of the input."""
+
+    def kernel(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        if x.dtype == torch.float16 and dtype == torch.float32:
+            return in_one_kernel(x, dim, True)
+        return operation.decompose(x, dim, dtype)
+
+    return kernel
 
 
 def _attention_below_autocast(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:

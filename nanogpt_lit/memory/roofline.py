@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+import nanogpt_lit.gpt.loss  # noqa: F401 - defines the operator that is counted below
 from nanogpt_lit.memory.cards import Card
 
 MATRIX_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.65, 0.45, 0.80
@@ -24,6 +25,13 @@ VIEWS = {
     "select", "slice", "detach", "permute", "unbind", "split_with_sizes", "empty", "empty_like", "empty_strided",
     "reshape",
 }  # fmt: skip
+
+
+@register_flop_formula(torch.ops.nanogpt_lit.add_product_)
+def _add_product_flops(
+    total: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return 2 * a[0] * a[1] * b[1]
 
 
 class Roofline:
@@ -51,7 +59,7 @@ class Roofline:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
             self.flops += flops * self.weight
             share = ATTENTION_SHARE if "attention" in name else MATRIX_SHARE
-            work_s = max(work_s, flops / (self._peak(outputs[0].dtype) * share))
+            work_s = max(work_s, flops / (self._peak(inputs[-1].dtype) * share))
         self._work_s += work_s * self.weight
         self._launches_s += LAUNCH_S * self.weight
 
