@@ -19,7 +19,7 @@ from nanogpt_lit.loops.resume import capture, random_states
 
 
 class Journal(Observer):
-    """Keeps a run's folder: TensorBoard curves over optimizer steps, text samples, checkpoints/best and checkpoints/last.
+    """Keeps a run's folder: TensorBoard curves over optimizer steps, text samples, the checkpoints best and last.
 
     processes: whose tokens and floating-point operations are counted   device: of this one
     write_sample: a text by the network as it is
