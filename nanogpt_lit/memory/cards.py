@@ -11,6 +11,8 @@ highest boost clock that NVIDIA publishes for them; one that is limited in power
 import re
 from dataclasses import dataclass
 
+PCIE_3_X8, PCIE_4_X8 = 6.2e9, 12.4e9
+
 
 @dataclass(frozen=True)
 class Card:
@@ -22,6 +24,8 @@ class Card:
     multiprocessors: int
     bandwidth: float
     """Bytes per second to and from its memory."""
+    host_bandwidth: float
+    """Bytes per second each way between it and the host: what PCIe leaves of its nominal rate, about four fifths."""
     fp32: float
     """Dense FLOP/s by numeric format; None where the card has no unit for it."""
     tf32: float | None
@@ -30,29 +34,37 @@ class Card:
 
 
 def _geforce_rtx(
-    name: str, pattern: str, vram_gib: int, multiprocessors: int, boost_ghz: float, bandwidth: float
+    name: str,
+    pattern: str,
+    vram_gib: int,
+    multiprocessors: int,
+    boost_ghz: float,
+    bandwidth: float,
+    host_bandwidth: float = PCIE_4_X8,
 ) -> Card:
     clocks = multiprocessors * boost_ghz * 1e9
     return Card(
-        name, pattern, vram_gib * 1024, multiprocessors, bandwidth,
+        name, pattern, vram_gib * 1024, multiprocessors, bandwidth, host_bandwidth,
         fp32=256 * clocks, tf32=256 * clocks, fp16=512 * clocks, bf16=512 * clocks,
     )  # fmt: skip
 
 
 CARDS = (
-    _geforce_rtx("rtx2050", r"\brtx 2050$", 4, 16, 1.477, 112e9),
+    _geforce_rtx("rtx2050", r"\brtx 2050$", 4, 16, 1.477, 112e9, PCIE_3_X8),
     _geforce_rtx("rtx3050-laptop", r"\brtx 3050 laptop gpu$", 4, 16, 1.740, 192e9),
     _geforce_rtx("rtx3050ti-laptop", r"\brtx 3050 ti laptop gpu$", 4, 20, 1.695, 192e9),
     _geforce_rtx("rtx4050-laptop", r"\brtx 4050 laptop gpu$", 6, 20, 2.370, 192e9),
     _geforce_rtx("rtx4060-laptop", r"\brtx 4060 laptop gpu$", 8, 24, 2.370, 256e9),
     # Turing without tensor cores: half precision at twice the float32 rate (TU117).
-    Card("gtx1650", r"\bgtx 1650$", 4096, 14, 128e9, fp32=2.98e12, tf32=None, fp16=5.97e12, bf16=None),
-    Card("t4", r"\btesla t4$", 15360, 40, 320e9, fp32=8.1e12, tf32=None, fp16=65e12, bf16=None),
+    Card("gtx1650", r"\bgtx 1650$", 4096, 14, 128e9, 2 * PCIE_3_X8, fp32=2.98e12, tf32=None, fp16=5.97e12, bf16=None),
+    Card("t4", r"\btesla t4$", 15360, 40, 320e9, 2 * PCIE_3_X8, fp32=8.1e12, tf32=None, fp16=65e12, bf16=None),
     # The smaller of the two that bear the name.
-    Card("a100", r"\ba100\b", 40960, 108, 1555e9, fp32=19.5e12, tf32=156e12, fp16=312e12, bf16=312e12),
-    Card("h100-pcie", r"\bh100 pcie$", 81559, 114, 2.0e12, fp32=51e12, tf32=378e12, fp16=756e12, bf16=756e12),
-    Card("h100", r"\bh100 80gb hbm3$", 81559, 132, 3.35e12, fp32=67e12, tf32=494.7e12, fp16=989.4e12, bf16=989.4e12),
-)
+    Card("a100", r"\ba100\b", 40960, 108, 1555e9, 2 * PCIE_4_X8, fp32=19.5e12, tf32=156e12, fp16=312e12, bf16=312e12),
+    Card("h100-pcie", r"\bh100 pcie$", 81559, 114, 2.0e12, 4 * PCIE_4_X8,
+         fp32=51e12, tf32=378e12, fp16=756e12, bf16=756e12),
+    Card("h100", r"\bh100 80gb hbm3$", 81559, 132, 3.35e12, 4 * PCIE_4_X8,
+         fp32=67e12, tf32=494.7e12, fp16=989.4e12, bf16=989.4e12),
+)  # fmt: skip
 
 
 def card_of(device_name: str) -> Card | None:

@@ -5,6 +5,7 @@ well-tuned kernels reach; launching it takes its time too, and many small operat
 two ways to train the same network are worth more than the seconds.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import nanogpt_lit.gpt.loss  # noqa: F401 - defines the operator that is counted below
 from nanogpt_lit.memory.cards import Card
+from nanogpt_lit.memory.trace import CARD, HOST
 
 MATRIX_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.65, 0.45, 0.80
 """Of the peaks: large matrix products, FlashAttention, and streaming through memory."""
 LAUNCH_S = 8e-6
+HOST_BANDWIDTH = 14.4e9
+"""Bytes per second of a processor's own arithmetic: what fused AdamW reached on one core of an AMD EPYC."""
 
 # Operations that move nothing.
 VIEWS = {
@@ -35,18 +39,20 @@ def _add_product_flops(
 
 
 class Roofline:
-    """Adds up operations; `seconds` is the estimate."""
+    """Adds up operations; `seconds` is the estimate. `phase` and `weight` are set before the operations they are of."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
+        self.phase = ""
+        """Copies to and from the host run beside the computation of their phase, as far as that lasts."""
         self.weight = 1
         """How often the operations that follow count."""
         self.flops = 0
-        self._work_s = self._launches_s = 0.0
+        self._phases: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))  # seconds, by what is busy
 
     @property
     def seconds(self) -> float:
-        return max(self._work_s, self._launches_s)
+        return sum(max(busy.values(), default=0.0) for busy in self._phases.values())
 
     def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name = func._schema.name.partition("::")[2]
@@ -54,14 +60,23 @@ class Roofline:
             return
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        work_s = sum(map(_traffic, inputs + outputs)) / (self.card.bandwidth * BANDWIDTH_SHARE)
+        busy, traffic = self._phases[self.phase], sum(map(_traffic, inputs + outputs))
+        places = {tensor.device.type for tensor in inputs + outputs}
+        if places == {HOST}:
+            busy["host"] += traffic / HOST_BANDWIDTH * self.weight
+            return
+        if HOST in places:
+            direction = "arriving" if outputs[0].device.type == CARD else "leaving"
+            busy[direction] += _traffic(outputs[0]) / self.card.host_bandwidth * self.weight
+            return
+        work_s = traffic / (self.card.bandwidth * BANDWIDTH_SHARE)
         if func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
             self.flops += flops * self.weight
             share = ATTENTION_SHARE if "attention" in name else MATRIX_SHARE
             work_s = max(work_s, flops / (self._peak(inputs[-1].dtype) * share))
-        self._work_s += work_s * self.weight
-        self._launches_s += LAUNCH_S * self.weight
+        busy["work"] += work_s * self.weight
+        busy["launches"] += LAUNCH_S * self.weight
 
     def _peak(self, dtype: torch.dtype) -> float:
         by_dtype = {torch.float16: self.card.fp16, torch.bfloat16: self.card.bf16}

@@ -72,6 +72,7 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
                     if step == 1 and roofline is not None:
                         # The last of two stands for all that accumulate onto gradients that are there.
                         roofline.weight = shape.accumulate_grad_batches - 1 if micro_batch else 1
+                        roofline.phase = "forward and backward"
                         trace.watch = roofline.add
                     if micro_batch == 1:
                         trace.mark("micro-batch")
@@ -88,7 +89,7 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
                 trace.mark("optimizer")
                 trace.phase = "optimizer"
                 if roofline is not None:
-                    roofline.weight = 1
+                    roofline.weight, roofline.phase = 1, "optimizer"
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, 1.0 if shape.clips else math.inf, foreach=True)
                 optimizer.step()
