@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from nanogpt_lit.data.inside import file_inside
 from nanogpt_lit.data.shard_file import ShardFile, ShardWriter, is_llmc, token_dtype
 
 __all__ = ["MANIFEST", "MANIFEST_FORMAT", "ShardWriter", "TokenShards", "read_manifest", "ready_format", "token_dtype"]
@@ -35,22 +36,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); prepare the data again.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); prepare the data again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise ValueError(f'{path} is no manifest of ours ("format": {MANIFEST_FORMAT}); prepare the data again.')
     try:
-        for split in manifest["splits"].values():
-            int(split["tokens"])
-            for shard in split["shards"]:
-                name = shard["file"]
-                # A manifest may come from elsewhere; it must not make us read outside its folder.
-                if name in ("", ".", "..") or set(name) & set("/\\:"):
-                    raise ValueError(f"{path} names the shard {name!r}; a shard is a plain file name in that folder.")
-                int(shard["tokens"])
+        _check_manifest(manifest, folder)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} lacks or garbles {error}; prepare the data again.") from error
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
+    for part in ("request", "tokenizer"):
+        if not isinstance(manifest.get(part, {}), dict):
+            raise TypeError(f"{part}={manifest[part]!r}")
+    for split in manifest["splits"].values():
+        tokens = [shard["tokens"] for shard in split["shards"]]
+        for count in (split["tokens"], *tokens):
+            if type(count) is not int or count < 0:
+                raise TypeError(f"tokens={count!r}")
+        if split["tokens"] != sum(tokens):
+            raise TypeError(f"tokens={split['tokens']}, whose shards have {sum(tokens)}")
+        for shard in split["shards"]:
+            file_inside(folder, shard["file"], MANIFEST)
 
 
 def ready_format(folder: Path) -> Literal["ours", "nanogpt", "llm.c"] | None:
@@ -109,7 +118,7 @@ class TokenShards:
         shards = read_manifest(folder)["splits"].get(split, {}).get("shards", [])
         if not shards:
             raise ValueError(f"{folder / MANIFEST} lists no shards of the split {split!r}; prepare the data again.")
-        files = [ShardFile.open(folder / shard["file"]) for shard in shards]
+        files = [ShardFile.open(file_inside(folder, shard["file"], MANIFEST)) for shard in shards]
         for file, shard in zip(files, shards, strict=True):
             if file.n_tokens != shard["tokens"]:
                 raise ValueError(

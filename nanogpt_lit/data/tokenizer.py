@@ -16,6 +16,7 @@ import numpy as np
 import tiktoken
 
 from nanogpt_lit.data.bpe import Ranks, dump_ranks, gpt2_ranks, parse_ranks
+from nanogpt_lit.data.inside import file_inside
 from nanogpt_lit.data.shard_file import token_dtype
 
 EOT = "<|endoftext|>"
@@ -28,6 +29,9 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_RANKS = "tokenizer.tiktoken"
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # what an id beyond the tokenizer decodes to (padded vocabularies)
+
+ID_LIMIT = 1 << 24
+"""Far beyond any vocabulary: a table of all ids is held, and a file must not be able to ask for all memory."""
 
 WHAT_WORKS = "gpt2, byte, char, bpe:N (bpe:32000 trains one on the source) or the path of a .tiktoken file"
 
@@ -136,9 +140,12 @@ class BytePairTokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, name: str, ranks: Ranks, pattern: str, specials: Mapping[str, int]) -> None:
-        if EOT not in specials:
+        if not isinstance(specials, Mapping) or EOT not in specials:
             raise ValueError(f"the tokenizer {name} has no special token {EOT}; documents are separated by it.")
         ids = [*ranks.values(), *specials.values()]
+        for token_id in ids:
+            if type(token_id) is not int or not 0 <= token_id < ID_LIMIT:
+                raise ValueError(f"the tokenizer {name} has the token id {token_id!r}; 0 to {ID_LIMIT - 1:,} work.")
         if len(set(ids)) != len(ids):
             raise ValueError(f"the tokenizer {name} gives a special token the id of another token.")
         token_bytes = [UNKNOWN] * (max(ids) + 1)
@@ -152,7 +159,7 @@ class BytePairTokenizer(Tokenizer):
             self._encoding = tiktoken.Encoding(
                 name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: self.eot}
             )
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"the tokenizer {name} has a pattern that is not a regular expression: {error}") from error
 
     def _encode(self, text: str) -> np.ndarray:
@@ -227,7 +234,7 @@ def tokenizer_from_file(path: Path) -> BytePairTokenizer:
         ranks = parse_ranks(path.read_text(encoding="utf-8"), name=f"data.tokenizer={path}")
         beside = path.with_suffix(".json")
         described = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"data.tokenizer={path} cannot be read: {error}.") from error
     if not isinstance(described, dict):
         raise ValueError(f"{beside} must hold an object with `pattern` and `specials`.")
@@ -239,11 +246,17 @@ def tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
     """The tokenizer that `files()` described. Raises ValueError when a file is missing or altered."""
     try:
         described = json.loads(files[TOKENIZER_JSON])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{TOKENIZER_JSON} is missing or no JSON ({error}); prepare the data again.") from error
+    try:
         match described["kind"]:
             case "byte":
                 return ByteTokenizer()
             case "char":
-                return CharTokenizer(described["characters"])
+                characters = described["characters"]
+                if not isinstance(characters, str):
+                    raise TypeError(f"characters, as one text, and hold {characters!r:.40}")
+                return CharTokenizer(characters)
             case "gpt2":
                 return gpt2_tokenizer()
             case "bpe":
@@ -261,9 +274,10 @@ def tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
 def read_tokenizer_files(folder: Path) -> dict[str, str]:
     """The tokenizer files in a folder of prepared shards. Raises ValueError without a tokenizer.json there."""
     try:
-        files = {TOKENIZER_JSON: _read_exactly(folder / TOKENIZER_JSON)}
-        if (folder / TOKENIZER_RANKS).is_file():
-            files[TOKENIZER_RANKS] = _read_exactly(folder / TOKENIZER_RANKS)
+        files = {TOKENIZER_JSON: _read_exactly(file_inside(folder, TOKENIZER_JSON))}
+        ranks = file_inside(folder, TOKENIZER_RANKS)
+        if ranks.is_file():
+            files[TOKENIZER_RANKS] = _read_exactly(ranks)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} holds no readable {TOKENIZER_JSON}: {error}.") from error
     return files
