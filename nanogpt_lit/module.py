@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.optim import AdamW
 
 from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.memory.host_optimizer import HostAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine
@@ -46,6 +48,7 @@ class LitNanoGPT(LightningModule):
         self.save_hyperparameters({name: asdict(config) for name, config in configs.items()} | {"compile": compile})
         self.optim_config = optim
         self.schedule_config = schedule
+        self.memory_config = memory
         self.gpt = GPT(gpt)
         apply_techniques(self.gpt, memory)
         self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
@@ -69,7 +72,8 @@ class LitNanoGPT(LightningModule):
         self.log("test/loss", self(*batch), batch_size=batch[0].size(0), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        optimizer = build_optimizer(self.named_parameters(), self.optim_config)
+        adamw = HostAdamW if self.memory_config.optimizer_state == "host" else AdamW
+        optimizer = build_optimizer(self.named_parameters(), self.optim_config, adamw)
         schedule = WarmupCosine(optimizer, self.schedule_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -89,8 +93,13 @@ class LitNanoGPT(LightningModule):
         tensor_parallel_size = self.device_mesh["tensor_parallel"].size()
         if tensor_parallel_size > 1:
             raise ValueError(
-                f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} would divide single matrices, which this "
-                "network does not; set tensor_parallel_size=1 and data_parallel_size to the number of processes."
+                f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} would divide single matrices, which "
+                "this network does not; set tensor_parallel_size=1 and data_parallel_size to the number of processes."
+            )
+        if self.memory_config.optimizer_state == "host":
+            raise ValueError(
+                "model.memory.optimizer_state=host streams whole tensors and does not go with ModelParallelStrategy, "
+                "which shards them over the processes; set model.memory.optimizer_state=card, or trainer.strategy=ddp."
             )
         mesh = self.device_mesh["data_parallel"]
         for block in self.gpt.transformer.h:

@@ -34,6 +34,10 @@ class MemoryConfig:
     recompute_every: int = 1
     """Recompute in every k-th block only, beginning with the first."""
 
+    optimizer_state: Literal["card", "host"] = "card"
+    """host: the optimizer's moments, 8 bytes a parameter, live in host memory and visit the card at the step, where the
+    same kernels work on them. Same bits."""
+
     def __post_init__(self) -> None:
         if self.loss_chunk_tokens is not None and self.loss_chunk_tokens < 1:
             raise ValueError(
@@ -49,6 +53,8 @@ class MemoryConfig:
                 f"model.memory.recompute_every={self.recompute_every} does nothing while recompute is none; "
                 "set model.memory.recompute to selective or full."
             )
+        if self.optimizer_state not in ("card", "host"):
+            raise ValueError(f"model.memory.optimizer_state={self.optimizer_state!r} is not known; use card or host.")
 
 
 def apply_techniques(gpt: GPT, memory: MemoryConfig) -> None:

@@ -43,8 +43,11 @@ def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
     ]
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: AdamWConfig) -> Optimizer:
-    return AdamW(
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: AdamWConfig, adamw: type[AdamW] = AdamW
+) -> Optimizer:
+    """adamw: a class that does the same with its state elsewhere"""
+    return adamw(
         param_groups(named_parameters, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),

@@ -1,0 +1,220 @@
+"""AdamW whose moments live in host memory and visit the card at the step, a bucket at a time.
+
+8 of the 16 bytes that a parameter costs leave the card. The arithmetic stays on it, with the kernels of
+torch.optim.AdamW on slices of the same tensors: the same bits. A step moves the moments to the card and back, 16 bytes
+a parameter, while it computes; gradients stay on the card, so that clipping, accumulation and a GradScaler see nothing.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import AdamW, adamw
+
+from nanogpt_lit.memory.host import Lane, Mark, host_of, page_lock
+
+BUCKET_ELEMENTS = 2**22
+"""Parameters whose moments visit the card together: 32 MiB of float32 moments."""
+SLOTS = 3
+"""One bucket arrives, one is computed with, one leaves."""
+ALIGNMENT = 64
+"""Elements: slices begin where vectors do, so that kernels treat each element as they would in the whole tensor."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Elements of a parameter, and where its moments lie in a bucket."""
+
+    parameter: Tensor
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def here(self) -> slice:
+        """In the bucket."""
+        return slice(self.offset, self.offset + self.stop - self.start)
+
+    @property
+    def there(self) -> slice:
+        """In the parameter, and whatever has its shape."""
+        return slice(self.start, self.stop)
+
+
+@dataclass
+class _Bucket:
+    group: dict[str, Any]
+    slices: list[_Slice] = field(default_factory=list)
+    elements: int = 0
+
+
+@dataclass
+class _Slot:
+    """Room on the card for the moments of one bucket."""
+
+    moments: Tensor  # (2, elements)
+    emptied: Mark
+
+
+class HostAdamW(AdamW):
+    """torch.optim.AdamW, to the bit, with its moments in host memory. It reads and writes AdamW's state_dict.
+
+    For contiguous, dense parameters of one device; no amsgrad, no capturable.
+    """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        # Not in self.state: what is there, Lightning moves to the card when it loads a checkpoint.
+        self._moments: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._left = Mark()  # when the last moments have left the card
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._make_state()
+        by_place: dict[tuple[torch.device, torch.dtype], list[_Bucket]] = defaultdict(list)
+        for bucket in self._buckets():
+            parameter = bucket.slices[0].parameter
+            by_place[parameter.device, parameter.dtype].append(bucket)
+        for (device, dtype), buckets in by_place.items():
+            self._stream(buckets, device, dtype)
+        return loss
+
+    def _make_state(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or p in self._moments:
+                    continue
+                if not p.is_contiguous():
+                    raise ValueError(
+                        f"model.memory.optimizer_state=host takes contiguous parameters and met one of strides "
+                        f"{p.stride()}; card takes any."
+                    )
+                self._moments[p] = self._to_host(p, torch.zeros), self._to_host(p, torch.zeros)
+                # A fused kernel reads the count where it runs; the others read it in Python.
+                device = p.device if group["fused"] else torch.device("cpu")
+                self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+
+    @staticmethod
+    def _to_host(p: Tensor, make: Callable[..., Tensor]) -> Tensor:
+        moment = make(p.shape, dtype=p.dtype, device=host_of(p))
+        if p.is_cuda:
+            page_lock(moment)
+        return moment
+
+    def _buckets(self) -> Iterator[_Bucket]:
+        """Slices of parameters that have a gradient; each bucket is of one group and one dtype."""
+        for group in self.param_groups:
+            bucket = _Bucket(group)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                for start in range(0, p.numel(), BUCKET_ELEMENTS):
+                    stop = min(start + BUCKET_ELEMENTS, p.numel())
+                    first = bucket.slices[0].parameter if bucket.slices else p
+                    alike = (first.device, first.dtype) == (p.device, p.dtype)
+                    if bucket.slices and (bucket.elements + stop - start > BUCKET_ELEMENTS or not alike):
+                        yield bucket
+                        bucket = _Bucket(group)
+                    bucket.slices.append(_Slice(p, start, stop, bucket.elements))
+                    bucket.elements += -(-(stop - start) // ALIGNMENT) * ALIGNMENT
+            if bucket.slices:
+                yield bucket
+
+    def _stream(self, buckets: list[_Bucket], device: torch.device, dtype: torch.dtype) -> None:
+        arriving, leaving = Lane(device), Lane(device)
+        size = max(bucket.elements for bucket in buckets)
+        slots = [
+            _Slot(torch.empty(2, size, dtype=dtype, device=device), Mark.now(device))
+            for _ in range(min(SLOTS, len(buckets)))
+        ]
+        for k, bucket in enumerate(buckets):
+            slot = slots[k % len(slots)]
+            views = [
+                [moments[s.offset : s.offset + s.stop - s.start] for s in bucket.slices] for moments in slot.moments
+            ]
+            with arriving.open(after=slot.emptied):
+                for on_card, on_host in self._pairs(bucket, views):
+                    on_card.copy_(on_host, non_blocking=True)
+            arriving.mark().hold_computation()
+            self._update(bucket, *views)
+            with leaving.open(after=Mark.now(device)):
+                for on_card, on_host in self._pairs(bucket, views):
+                    on_host.copy_(on_card, non_blocking=True)
+            slot.emptied = leaving.mark()
+        self._left = leaving.mark()
+        self._left.hold_computation()  # or its next tensors would be laid over slots that are still read
+
+    def _pairs(self, bucket: _Bucket, views: list[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for which, on_card in enumerate(views):
+            for s, view in zip(bucket.slices, on_card, strict=True):
+                yield view, self._moments[s.parameter][which].view(-1)[s.there]
+
+    def _update(self, bucket: _Bucket, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> None:
+        group = bucket.group
+        # Each call counts a step: of a parameter in several slices, only that of the last is the parameter's own.
+        counts = [
+            count if s.stop == s.parameter.numel() else count.clone()
+            for s in bucket.slices
+            for count in (self.state[s.parameter]["step"],)
+        ]
+        adamw(
+            [s.parameter.view(-1)[s.there] for s in bucket.slices],
+            [s.parameter.grad.view(-1)[s.there] for s in bucket.slices],  # type: ignore[union-attr]
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            counts,
+            foreach=group["foreach"],
+            fused=group["fused"],
+            # A fused optimizer is handed these by GradScaler, and skips an overflow inside its kernel.
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's. The moments in it are the optimizer's own, in host memory."""
+        self._left.wait()
+        state_dict = super().state_dict()
+        for index, p in enumerate(self._parameters()):
+            if p in self._moments:
+                state_dict["state"][index] |= dict(zip(MOMENTS, self._moments[p], strict=True))
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes AdamW's too. No moment touches the card."""
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        moments = {index: [state.get(name) for name in MOMENTS] for index, state in state_dict["state"].items()}
+        counts = {index: {"step": state["step"]} for index, state in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": counts})
+        self._left.wait()
+        self._moments = {
+            p: tuple(self._loaded(p, moment) for moment in moments[index])  # type: ignore[misc]
+            for index, p in zip(indices, self._parameters(), strict=True)
+            if index in moments
+        }
+
+    @staticmethod
+    def _loaded(p: Tensor, moment: Tensor) -> Tensor:
+        on_host = moment.detach().to(host_of(p), p.dtype).contiguous()
+        if p.is_cuda:
+            page_lock(on_host)
+        return on_host
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
