@@ -113,16 +113,16 @@ class TensorFile:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of these names, on the processor, each compared with its checksum."""
         try:
-            # Copies, not views of the file: Windows lets nobody replace a file that somebody has mapped.
-            tensors = {name: self._file.get_tensor(name).clone() for name in names}
+            mapped = {name: self._file.get_tensor(name) for name in names}
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise self._damaged("its tensors") from error
         with ThreadPoolExecutor() as hashing:
-            digests = hashing.map(lambda tensor: sha256(content_of(tensor)), tensors.values())
-            for name, digest in zip(tensors, digests, strict=True):
+            digests = hashing.map(lambda tensor: sha256(content_of(tensor)), mapped.values())
+            for name, digest in zip(mapped, digests, strict=True):
                 if digest != self._digests.get(name):
                     raise self._damaged(name)
-        return tensors
+        # Copies, not views of the file: Windows lets nobody replace a file that somebody has mapped.
+        return {name: tensor.clone() for name, tensor in mapped.items()}
 
     def __enter__(self) -> Self:
         return self

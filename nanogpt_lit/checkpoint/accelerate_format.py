@@ -1,0 +1,148 @@
+"""The folder that accelerate's save_state writes and its load_state reads, to and from a RunState.
+
+It needs no accelerate: the folder is safetensors and torch.save. What accelerate has no place for lies beside its
+files, in nanogpt_lit.json, which load_state leaves alone.
+"""
+
+import codecs
+import json
+import pickle
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nanogpt_lit.checkpoint.durable import PARTIAL
+from nanogpt_lit.checkpoint.run_file import stored_once
+from nanogpt_lit.checkpoint.state import RandomState, RunState
+from nanogpt_lit.checkpoint.tree import put_together, take_apart
+
+WEIGHTS, OPTIMIZER, SCALER = "model.safetensors", "optimizer.bin", "scaler.pt"
+RANDOM = "random_states_{}.pkl"
+SCHEDULE = "custom_checkpoint_0.pkl"
+"""The first object of register_for_checkpointing: a prepared schedule would step once per process."""
+PREPARED_SCHEDULE = "scheduler.bin"
+BESIDE = "nanogpt_lit.json"
+KEPT_BESIDE = ("hyper_parameters", "data", "batches", "processes", "accumulate_grad_batches", "tokens", "validations")
+
+# What NumPy's random state is pickled with. They build arrays, and run nothing.
+NUMPY_TYPES = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType, codecs.encode]  # type: ignore[attr-defined]
+
+
+def write_folder(folder: Path, state: RunState) -> None:
+    """For `Accelerator.load_state`, after `prepare(module, optimizer)` and `register_for_checkpointing(schedule)`."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    partial.mkdir(parents=True)
+    save_file(stored_once(state.weights)[0], partial / WEIGHTS, metadata={"format": "pt"})
+    torch.save(state.optimizer, partial / OPTIMIZER)
+    torch.save(state.schedule, partial / SCHEDULE)
+    if state.scaler is not None:
+        torch.save(state.scaler, partial / SCALER)
+    for rank, random_state in enumerate(state.random):
+        torch.save(with_accelerates_names(random_state, state.batches), partial / RANDOM.format(rank))
+    beside = {name: take_apart(getattr(state, name), name, {}) for name in KEPT_BESIDE}
+    (partial / BESIDE).write_text(json.dumps(beside, indent=1), encoding="utf-8")
+    partial.replace(folder)
+
+
+def with_accelerates_names(state: RandomState, batches: int) -> dict[str, Any]:
+    """load_state restores all of them or, without a word, none: so those of Python and NumPy, from which nothing here
+    draws, are there too."""
+    names = {"cpu": "torch_manual_seed", "cuda": "torch_cuda_manual_seed"}
+    return {
+        "step": batches,
+        "random_state": random.Random(0).getstate(),
+        "numpy_random_seed": np.random.RandomState(0).get_state(),
+        **{names[kind]: [tensor] if kind == "cuda" else tensor for kind, tensor in state.items() if kind in names},
+    }
+
+
+def read_folder(folder: Path) -> RunState:
+    """The run of a folder by `write_folder`, or by save_state when nanogpt_lit.json was copied into it.
+
+    Raises ValueError, naming the file, for one that is missing, damaged, or holds more than data.
+    """
+    beside = read_beside(folder)
+    schedule = read_schedule(folder)
+    random_states = list(read_random_states(folder))
+    if not random_states:
+        raise ValueError(
+            f"{folder / RANDOM.format(0)} is missing: it says after how many micro-batches the run stands."
+        )
+    batches = random_states[0]["step"]
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
+    data, gpt = beside["data"], beside["hyper_parameters"].get("gpt", {})
+    if gpt.get("tied_head") and "gpt.lm_head.weight" not in weights:
+        weights["gpt.lm_head.weight"] = weights["gpt.transformer.wte.weight"]
+    since = (batches - beside.pop("batches")) * beside["processes"]
+    beside["tokens"] += since * data.get("batch_size", 0) * data.get("block_size", 0)
+    return RunState(
+        weights=weights,
+        optimizer=read_pickle(folder / OPTIMIZER),
+        schedule=schedule,
+        scaler=read_pickle(folder / SCALER) if (folder / SCALER).is_file() else None,
+        random=[with_our_names(state) for state in random_states],
+        # The schedule counts the steps that happened and those that the scaler skipped.
+        step=schedule["last_epoch"] + schedule["skipped_steps"],
+        batches=batches,
+        **beside,
+    )
+
+
+def read_beside(folder: Path) -> dict[str, Any]:
+    path = folder / BESIDE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no {BESIDE}, which says what network and data it belongs to; copy it from the folder that "
+            "`python -m nanogpt_lit convert` made for this run."
+        )
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {name: put_together(kept[name], {}) for name in KEPT_BESIDE}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not as `python -m nanogpt_lit convert` wrote it ({error}).") from error
+
+
+def read_schedule(folder: Path) -> dict[str, Any]:
+    for path in (folder / SCHEDULE, folder / PREPARED_SCHEDULE):
+        if path.is_file():
+            schedule = read_pickle(path)
+            if "last_epoch" in schedule and "skipped_steps" in schedule:
+                return schedule
+    raise ValueError(
+        f"{folder} holds no state of the schedule; register it first: accelerator.register_for_checkpointing(schedule)."
+    )
+
+
+def read_random_states(folder: Path) -> Iterator[dict[str, Any]]:
+    rank = 0
+    while (path := folder / RANDOM.format(rank)).is_file():
+        yield read_pickle(path)
+        rank += 1
+
+
+def with_our_names(state: dict[str, Any]) -> RandomState:
+    cuda = state.get("torch_cuda_manual_seed")
+    return {"cpu": state["torch_manual_seed"], **({"cuda": cuda[0]} if cuda else {})}
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """A dictionary of tensors and plain values; anything else in the file is refused before it can run."""
+    try:
+        with torch.serialization.safe_globals(NUMPY_TYPES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"a {type(content).__name__}")
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged, missing, or holds more than tensors and numbers ({type(error).__name__})."
+        ) from error
+    return content

@@ -1,0 +1,57 @@
+"""Checkpoints from and to the formats of the two frameworks."""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from nanogpt_lit.checkpoint.accelerate_format import read_folder, write_folder
+from nanogpt_lit.checkpoint.durable import durable_file
+from nanogpt_lit.checkpoint.lightning_format import from_lightning, to_lightning
+from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, save_run
+from nanogpt_lit.checkpoint.state import RunState
+
+
+def convert(source: Path, target: Path) -> RunState:
+    """Writes the checkpoint at `source` as what the name of `target` says, and returns it.
+
+    .safetensors is the format of every loop here, .ckpt Lightning's, a name without a suffix accelerate's folder.
+    Raises ValueError for a source that is none of the three, and for a target that is there already.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists already; name another, or remove it first.")
+    if target.suffix not in (SUFFIX, ".ckpt", ""):
+        raise ValueError(
+            f"{target} names no format; FILE{SUFFIX} is nanogpt_lit's, FILE.ckpt Lightning's, and a name without a "
+            "suffix accelerate's folder."
+        )
+    state = read(source)
+    if target.suffix == SUFFIX:
+        save_run(target, state)
+    elif target.suffix == ".ckpt":
+        with durable_file(target) as file:
+            torch.save(to_lightning(state), file)
+    else:
+        write_folder(target, state)
+    return state
+
+
+def read(source: Path) -> RunState:
+    if source.is_dir():
+        return read_folder(source)
+    if source.is_file() and zipfile.is_zipfile(source):
+        return read_ckpt(source)
+    return load_run(source)
+
+
+def read_ckpt(path: Path) -> RunState:
+    """Of a file that Trainer.save_checkpoint wrote."""
+    try:
+        # weights_only: the file may come from elsewhere, and an ordinary pickle can run code.
+        return from_lightning(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged, or is not a checkpoint that Lightning wrote of one optimizer and one schedule "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})."
+        ) from error

@@ -1,0 +1,191 @@
+"""Checkpoints to the two frameworks and back, read by the frameworks themselves."""
+
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from lightning.pytorch import Trainer
+from torch.amp import GradScaler
+from torch.utils.data import DataLoader, TensorDataset
+
+from nanogpt_lit.checkpoint.convert import convert
+from nanogpt_lit.checkpoint.run_file import load_run, save_run
+from nanogpt_lit.data.tokenizer import ByteTokenizer
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.loops.contract import LoopSettings, Observer, optimizer_and_schedule
+from nanogpt_lit.loops.lightning_precision import MixedPrecision
+from nanogpt_lit.loops.reference import train
+from nanogpt_lit.loops.resume import capture, random_states
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.optim.adamw import AdamWConfig
+from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.parity.record import leaves, same
+
+STEPS, B, T = 4, 2, 8
+CPU = torch.device("cpu")
+
+
+def new_module(**changes):
+    torch.manual_seed(1)
+    config = {"block_size": T, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 8, "dropout": 0.1, **changes}
+    return LitNanoGPT(GPTConfig(**config), AdamWConfig(lr=0.05), ScheduleConfig(warmup_steps=2, total_steps=10))
+
+
+def batches(first=0):
+    windows = torch.randint(0, 11, (10 * B, T + 1), generator=torch.Generator().manual_seed(1))[first * B :]
+    return DataLoader(TensorDataset(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()), batch_size=B)
+
+
+def new_scaler():
+    return GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-12, growth_interval=2)
+
+
+class Catch(Observer):
+    def on_train_start(self, parts):
+        self.parts = parts
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The parts of a run in float16 after 4 steps, some of them skipped."""
+    catch = Catch()
+    settings = LoopSettings(STEPS, precision="16-mixed", seed=5)
+    train(new_module(), batches(), [], settings, catch, new_scaler())
+    assert 0 < catch.parts.schedule.skipped_steps < STEPS
+    return catch.parts
+
+
+@pytest.fixture
+def state(trained):
+    data = {"tokenizer": ByteTokenizer().files(), "seed": 7, "block_size": T, "batch_size": B}
+    return capture(
+        trained, step=STEPS, batches=STEPS, accumulate_grad_batches=1, random=random_states(CPU), data=data,
+        tokens=STEPS * B * T, validations={"latest": (4, 2.5), "best": (2, 2.25)},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(state, tmp_path):
+    save_run(tmp_path / "run.safetensors", state)
+    return tmp_path / "run.safetensors"
+
+
+def different(first, second):
+    a, b = dict(leaves("", vars(first))), dict(leaves("", vars(second)))
+    assert a.keys() == b.keys()
+    return [path for path, value in a.items() if not same(value, b[path])]
+
+
+@pytest.mark.parametrize("name", ["x.ckpt", "folder"])
+def test_nothing_is_lost_on_the_way_to_a_framework_and_back(checkpoint, tmp_path, name):
+    there = tmp_path / name
+    convert(checkpoint, there)
+    convert(there, tmp_path / "back.safetensors")
+    first, second = load_run(checkpoint), load_run(tmp_path / "back.safetensors")
+    # Lightning's counters may have come along on the way.
+    assert not different(replace(first, lightning=None), replace(second, lightning=None))
+
+
+def test_a_stock_trainer_goes_on_from_the_ckpt(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "x.ckpt")
+    here = new_module()
+    scaler = new_scaler()
+    trainer = Trainer(
+        max_steps=STEPS, accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(here, batches(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert trainer.global_step == STEPS
+    expected = load_run(checkpoint)
+    assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in here.state_dict().items())
+    moments = dict(leaves("", trainer.optimizers[0].state_dict()))
+    assert all(same(moments[path], value) for path, value in leaves("", expected.optimizer))
+    assert trainer.lr_scheduler_configs[0].scheduler.state_dict() == expected.schedule
+    assert scaler.state_dict() == expected.scaler
+
+    loaded = LitNanoGPT.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert loaded.gpt.config == here.gpt.config
+    assert all(map(torch.equal, loaded.parameters(), here.parameters()))
+
+
+class AcceleratesOwn:
+    """A script with accelerate's own checkpoints, as its documentation has it."""
+
+    def __init__(self):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        self.accelerator = Accelerator(cpu=True)
+        self.accelerator.scaler = new_scaler()
+        self.raw = new_module()
+        optimizer, self.schedule = optimizer_and_schedule(self.raw)
+        self.module, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
+        self.accelerator.register_for_checkpointing(self.schedule)
+
+    def step(self, first):
+        for tokens, targets in batches(first):
+            with self.accelerator.accumulate(self.module):
+                with torch.autocast("cpu", torch.float16, cache_enabled=False):
+                    loss = self.module(tokens, targets)
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+            return
+
+
+def test_accelerates_own_load_state_goes_on_from_the_folder_and_comes_back(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "folder")
+    script = AcceleratesOwn()
+    script.accelerator.load_state(tmp_path / "folder")
+    expected = load_run(checkpoint)
+    assert all(torch.equal(tensor, expected.weights[name]) for name, tensor in script.raw.state_dict().items())
+    assert script.schedule.state_dict() == expected.schedule
+    assert script.accelerator.scaler.state_dict() == expected.scaler
+    assert torch.equal(torch.get_rng_state(), expected.random[0]["cpu"])
+    assert script.accelerator.step == STEPS
+
+    # One step more there, one step more here.
+    script.step(STEPS)
+    script.accelerator.save_state(tmp_path / "later")
+    (tmp_path / "later" / "nanogpt_lit.json").write_bytes((tmp_path / "folder" / "nanogpt_lit.json").read_bytes())
+    convert(tmp_path / "later", tmp_path / "later.safetensors")
+
+    class Save(Catch):
+        def on_train_end(self):
+            self.end = capture(
+                self.parts, step=5, batches=5, accumulate_grad_batches=1, random=random_states(CPU),
+                data=expected.data, tokens=5 * B * T, validations=expected.validations,
+            )  # fmt: skip
+
+    save = Save()
+    settings = LoopSettings(STEPS + 1, precision="16-mixed", seed=5)
+    train(new_module(), batches(STEPS), [], settings, save, new_scaler(), load_run(checkpoint))
+    assert not different(save.end, load_run(tmp_path / "later.safetensors"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("file", ["x.ckpt", "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl"])
+def test_no_pickle_of_either_framework_runs_code(checkpoint, tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "folder"
+    convert(checkpoint, source)
+    if file.endswith(".ckpt"):
+        source = tmp_path / file
+        torch.save({"state_dict": Bomb()}, source)
+    else:
+        torch.save(Bomb(), source / file)
+    with pytest.raises(ValueError, match=file):
+        convert(source, tmp_path / "out.safetensors")
+    (tmp_path / "plain.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        convert(tmp_path / "plain.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "out.safetensors").exists()

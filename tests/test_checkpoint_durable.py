@@ -1,0 +1,93 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nanogpt_lit.checkpoint.durable import durable_file, sweep
+from nanogpt_lit.checkpoint.run_file import load_run
+
+
+def write(path, content, **options):
+    with durable_file(path, **options) as file:
+        file.write(content)
+
+
+def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "new" / "x"
+    write(path, b"1")
+    write(path, b"2")
+    assert path.read_bytes() == b"2"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x"
+    write(path, b"old")
+    with pytest.raises(ZeroDivisionError), durable_file(path) as file:
+        file.write(b"half" + bytes(1 // 0))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_that_is_replaced_is_kept_under_another_name(tmp_path):
+    last, previous = tmp_path / "last", tmp_path / "previous"
+    for n in range(3):
+        write(last, str(n).encode(), keep_as=previous)
+        assert last.read_bytes() == str(n).encode()
+        assert not n or previous.read_bytes() == str(n - 1).encode()
+    assert {path.name for path in tmp_path.iterdir()} == {"last", "previous"}
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is_theirs(tmp_path, monkeypatch):
+    """After a power loss a name without its bytes would be an empty file."""
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("sync"))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    monkeypatch.setattr("pathlib.os.replace", os.replace)
+    write(tmp_path / "x", b"1")
+    assert done == ["sync", "replace", *(["sync"] if os.name == "posix" else [])]
+
+
+def test_leftovers_are_swept_and_nothing_else(tmp_path):
+    (tmp_path / "last.safetensors.partial").write_bytes(b"half")
+    (tmp_path / "last.safetensors").write_bytes(b"whole")
+    assert [path.name for path in sweep(tmp_path)] == ["last.safetensors.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == ["last.safetensors"]
+    assert sweep(tmp_path / "nowhere") == []
+
+
+WRITER = """
+import sys
+import torch
+from pathlib import Path
+from nanogpt_lit.checkpoint.run_file import save_run
+from nanogpt_lit.checkpoint.state import RunState
+for step in range(1, 10_000):
+    weights = {"w": torch.full((2_000_000,), float(step)), "v": torch.full((500_000,), float(step))}
+    save_run(Path(sys.argv[1]), RunState(weights, {}, {}, {}, {}, None, [], step, step, 1, 1))
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX's")
+@pytest.mark.parametrize("times", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_process_killed_at_any_moment_of_a_write_leaves_a_checkpoint_that_loads(tmp_path, times):
+    last = tmp_path / "last.safetensors"
+    for n in range(times):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(last)], stdout=subprocess.PIPE, text=True)
+        try:
+            saved = [int(writer.stdout.readline()) for _ in range(2)][-1]  # from here on, it is writing all the time
+            time.sleep(0.003 * n)
+        finally:
+            writer.send_signal(signal.SIGKILL)
+        saved = max([saved, *(int(line) for line in writer.stdout)])
+        writer.wait()
+        found = [path for path in (last, tmp_path / "previous.safetensors") if path.exists()]
+        states = [load_run(path) for path in found]  # every one that has its name is whole
+        assert states[0].step >= saved
+        assert all(bool((state.weights["w"] == state.step).all()) for state in states)
+        sweep(tmp_path)

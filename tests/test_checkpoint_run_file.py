@@ -1,0 +1,155 @@
+"""The one file of a checkpoint: all of a run is in it, any reader finds the weights, other files are refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nanogpt_lit.checkpoint.load import load_network
+from nanogpt_lit.checkpoint.run_file import load_run, save_run
+from nanogpt_lit.checkpoint.tensor_file import write_tensors
+from nanogpt_lit.data.tokenizer import CharTokenizer
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.loops.contract import Parts, optimizer_and_schedule
+from nanogpt_lit.loops.resume import capture, random_states, restore
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.parity.record import leaves, same
+
+TOKENIZER = CharTokenizer("héllo wörld")
+
+
+def new_parts(**changes):
+    torch.manual_seed(0)
+    config = GPTConfig(
+        **{"block_size": 8, "vocab_size": TOKENIZER.vocab_size, "n_layer": 1, "n_head": 2, "n_embd": 8, **changes}
+    )
+    module = LitNanoGPT(config, schedule=ScheduleConfig(total_steps=9))
+    optimizer, schedule = optimizer_and_schedule(module)
+    return Parts(module, optimizer, schedule, torch.amp.GradScaler("cpu"))
+
+
+@pytest.fixture
+def state():
+    parts = new_parts()
+    tokens = torch.arange(8)[None]
+    parts.module(tokens, tokens).backward()
+    parts.optimizer.step()
+    parts.schedule.step()
+    return capture(
+        parts, step=1, batches=3, accumulate_grad_batches=3, random=random_states(torch.device("cpu")),
+        data={"tokenizer": TOKENIZER.files(), "seed": 3, "batches": 0}, tokens=24,
+        validations={"latest": (1, float("inf")), "best": None},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def path(state, tmp_path):
+    save_run(tmp_path / "last.safetensors", state)
+    return tmp_path / "last.safetensors"
+
+
+def test_all_of_a_run_comes_back_to_the_bit(state, path):
+    there, back = (dict(leaves("", vars(s))) for s in (state, load_run(path)))
+    assert there.keys() == back.keys()
+    assert not [name for name, value in there.items() if not same(value, back[name])]
+    assert back["tokens"] == 24
+    assert len(back["random 0 cpu"]) > 1000
+
+
+def test_restored_parts_have_every_state_and_share_no_memory_with_what_was_read(state, path):
+    parts, read = new_parts(), load_run(path)
+    with torch.no_grad():
+        for parameter in parts.module.parameters():
+            parameter.zero_()
+    restore(parts, read)
+    assert parts.module.gpt.lm_head.weight is parts.module.gpt.transformer.wte.weight  # still one matrix
+    again = capture(parts, step=1, batches=3, accumulate_grad_batches=3, random=state.random, data=state.data)
+    for name in ("weights", "optimizer", "schedule", "scaler"):
+        assert all(same(a, b) for (_, a), (_, b) in zip(
+            leaves("", getattr(again, name)), leaves("", getattr(state, name)), strict=True
+        ))  # fmt: skip
+    assert not read.weights  # nothing is held twice
+
+
+def test_any_safetensors_reader_finds_the_weights_by_their_names_and_each_once(state, path):
+    tensors = load_file(path)
+    module = new_parts().module
+    names = set(module.state_dict())
+    weights = {name: tensor for name, tensor in tensors.items() if name in names}
+    assert names - set(weights) == {"gpt.lm_head.weight"}
+    missing = module.load_state_dict(weights, strict=False).missing_keys
+    assert missing == ["gpt.lm_head.weight"]  # the same matrix as gpt.transformer.wte.weight, by another name
+    assert all(torch.equal(tensor, state.weights[name]) for name, tensor in module.state_dict().items())
+    assert "optimizer.state.0.exp_avg" in tensors
+    assert tensors["random.0.cpu"].dtype == tensors["data.tokenizer.tokenizer.json"].dtype == torch.uint8
+
+
+def test_the_rest_is_json_for_anybody_to_read(path):
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["nanogpt_lit"], parse_constant=pytest.fail)
+    assert described["step"] == 1
+    assert described["hyper_parameters"]["gpt"]["n_embd"] == 8
+    assert described["shared_weights"] == {"gpt.lm_head.weight": "gpt.transformer.wte.weight"}
+    assert "torch" in described["written_by"]
+
+
+def test_an_untied_head_is_stored_and_comes_back(tmp_path):
+    parts = new_parts(tied_head=False)
+    state = capture(parts, step=0, batches=0, accumulate_grad_batches=1, random=[{}], data={})
+    save_run(tmp_path / "x.safetensors", state)
+    assert torch.equal(
+        load_run(tmp_path / "x.safetensors").weights["gpt.lm_head.weight"], parts.module.gpt.lm_head.weight
+    )
+
+
+def test_last_leaves_the_one_before_and_others_do_not(state, tmp_path):
+    for name in ("last", "best"):
+        for step in (1, 2, 3):
+            save_run(tmp_path / f"{name}.safetensors", replace(state, step=step))
+    steps = {path.stem: load_run(path).step for path in tmp_path.iterdir()}
+    assert steps == {"last": 3, "previous": 2, "best": 3}
+
+
+def test_the_network_and_its_tokenizer_are_read_without_the_rest(state, path):
+    gpt, tokenizer = load_network(path)
+    assert not gpt.training
+    assert tokenizer.decode(tokenizer.encode("wörld")) == "wörld"
+    tokens = torch.arange(6)[None]
+    module = new_parts().module
+    module.load_state_dict(state.weights)
+    assert torch.equal(gpt(tokens), module.eval().gpt(tokens))
+
+
+def test_another_network_is_refused_as_the_module_says_it(path):
+    with pytest.raises(ValueError, match=r"model.gpt.n_embd is 8 there and 16 here"):
+        restore(new_parts(n_embd=16), load_run(path))
+
+
+def written(path, tensors, description):
+    with path.open("wb") as file:
+        write_tensors(file, tensors, {"nanogpt_lit": json.dumps(description)})
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_sentence_that_names_it(path, tmp_path):
+    cases = {}
+    cases["missing"] = "missing.safetensors does not exist; there are .*last.safetensors"
+    (tmp_path / "folder").mkdir()
+    cases["folder"] = "folder is a folder; .*convert"
+    save_file({"a": torch.zeros(2)}, tmp_path / "others.safetensors")
+    cases["others"] = "others.safetensors is not a checkpoint of nanogpt_lit.*convert"
+    torch.save({"state_dict": {}}, tmp_path / "pickle.safetensors")
+    cases["pickle"] = "pickle.safetensors is not a checkpoint of nanogpt_lit.*convert"
+    written(tmp_path / "newer.safetensors", {}, {"format": 2, "written_by": "nanogpt_lit 9"})
+    cases["newer"] = "newer.safetensors has format 2 and this nanogpt_lit reads 1; it was written by nanogpt_lit 9"
+    written(tmp_path / "hollow.safetensors", {}, {"format": 1})
+    cases["hollow"] = "hollow.safetensors is a checkpoint without all"
+    for name, sentence in cases.items():
+        target = tmp_path / (name if name == "folder" else f"{name}.safetensors")
+        for read in (load_run, load_network):
+            with pytest.raises(ValueError, match=sentence) as error:
+                read(target)
+            assert "\n" not in str(error.value)

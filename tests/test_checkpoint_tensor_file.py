@@ -1,0 +1,93 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from nanogpt_lit.checkpoint.tensor_file import TensorFile, write_tensors
+
+TENSORS = {
+    "weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "transposed": torch.arange(12, dtype=torch.float32).reshape(3, 4).T,
+    "half": torch.randn(5).bfloat16(),
+    "bytes": torch.tensor([1, 2, 3], dtype=torch.uint8),
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "flag": torch.tensor([True, False]),
+    "empty": torch.empty(0, 4),
+    "count": torch.tensor([1, 2**40]),
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        write_tensors(file, TENSORS, {"about": "a test"})
+    return tmp_path / "x.safetensors"
+
+
+def test_the_library_of_the_format_reads_it(path):
+    loaded = load_file(path)
+    assert loaded.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["about"] == "a test"
+
+
+def test_the_checksums_are_those_of_sha256sum(path, tmp_path):
+    with safe_open(path, framework="pt") as file:
+        digests = json.loads(file.metadata()["sha256_tensors"])
+    assert digests["bytes"] == hashlib.sha256(bytes([1, 2, 3])).hexdigest()
+
+
+def test_our_reader_gives_the_same_tensors_and_lets_the_file_go(path):
+    with TensorFile(path) as file:
+        loaded = file.read(file.names)
+    path.unlink()  # on Windows a file that is still mapped cannot go
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(path):
+    content = bytearray(path.read_bytes())
+    for position in range(0, len(content), 3):
+        content[position] ^= 1 << position % 8
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.safetensors is (damaged|not a checkpoint)"), TensorFile(path) as file:
+            file.read(file.names)
+        content[position] ^= 1 << position % 8
+
+
+def test_every_truncation_is_noticed_and_so_is_more_at_the_end(path):
+    content = path.read_bytes()
+    for cut in (content[:n] for n in range(0, len(content), 7)):
+        path.write_bytes(cut)
+        with pytest.raises(ValueError, match=r"x\.safetensors is (damaged|not a checkpoint)"), TensorFile(path) as file:
+            file.read(file.names)
+    path.write_bytes(content + b"0")
+    with pytest.raises(ValueError, match="damaged"), TensorFile(path) as file:
+        file.read(file.names)
+
+
+MEASURE = """
+import resource, sys, torch
+from nanogpt_lit.checkpoint.tensor_file import write_tensors
+tensors = {str(n): torch.ones(5_000_000) for n in range(5)}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with open(sys.argv[1], "wb") as file:
+    write_tensors(file, tensors, {})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has another unit elsewhere")
+def test_writing_holds_no_second_copy_of_the_tensors(tmp_path):
+    answer = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "x")], capture_output=True, text=True, check=True
+    )
+    assert int(answer.stdout) < 10_000  # KiB; the tensors are 100 MB, one of them 20 MB
+    assert (tmp_path / "x").stat().st_size > 100_000_000
