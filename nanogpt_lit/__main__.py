@@ -12,6 +12,11 @@ COMMANDS = {
     "test": ("nanogpt_lit.cli:run", "the same on the test set, which is the validation set unless you bring one"),
     "prepare": ("nanogpt_lit.commands:prepare", "text to token shards; fit does it by itself when they are missing"),
     "plan": ("nanogpt_lit.commands:plan", "whether a run fits a card, and what to change when it does not"),
+    "accelerate-config": (
+        "nanogpt_lit.commands:accelerate_config",
+        "accelerate's default_config.yaml for a YAML of fit, and back",
+    ),
+    "convert": ("nanogpt_lit.commands:convert", "a checkpoint from or to Lightning's .ckpt or accelerate's folder"),
     "generate": ("nanogpt_lit.commands:generate", "text from a checkpoint, streamed as it is made"),
 }
 
@@ -21,7 +26,7 @@ HELP = "\n".join(
         "",
         "Train a GPT-2-class NanoGPT on a 4 GB laptop.",
         "",
-        *(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
+        *(f"  {name:<19}{text}" for name, (_, text) in COMMANDS.items()),
         "",
         "Start with: python -m nanogpt_lit fit --config configs/quickstart.yaml",
     ]

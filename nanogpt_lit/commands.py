@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -91,6 +92,72 @@ def plan(arguments: list[str]) -> int:
     print(json.dumps(planned.as_json(), indent=1) if options.json else report(planned, title))
     if options.picture is not None:
         write_picture(planned, title, options.picture)
+    return 0
+
+
+def accelerate_config(arguments: list[str]) -> int:
+    """`accelerate-config --from FILE` or `--to-trainer FILE`: prints the other framework's file for the same set-up."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanogpt_lit accelerate-config",
+        usage="python -m nanogpt_lit accelerate-config (--from FILE [--option.of.fit VALUE ...] | --to-trainer FILE)",
+        description="Translates between a YAML of fit and the file of `accelerate config`. What has no counterpart is "
+        "listed at the end, as comments, with what to do about it.",
+        allow_abbrev=False,
+    )
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--from", dest="yaml", metavar="FILE", help="a YAML of fit; prints accelerate's file")
+    direction.add_argument(
+        "--to-trainer", type=Path, metavar="FILE", help="accelerate's file; prints the trainer section"
+    )
+    options, settings_of_fit = parser.parse_known_args(arguments[1:])
+
+    from nanogpt_lit.loops.accelerate_file import read_accelerate_file
+    from nanogpt_lit.loops.from_accelerate import to_trainer
+    from nanogpt_lit.loops.into_accelerate import into_accelerate
+
+    if options.to_trainer is not None:
+        if settings_of_fit:
+            parser.error(f"--to-trainer takes no {settings_of_fit[0]}")
+        translation = to_trainer(read_accelerate_file(options.to_trainer))
+        print(translation.text("Without a counterpart in the trainer section:"), end="")
+        return 0
+
+    import yaml  # type: ignore[import-untyped]
+
+    from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning
+
+    quiet_lightning()
+    cli = ConfigOnlyCLI(args=[f"--config={options.yaml}", *settings_of_fit], run=False)
+    whole, changed = (yaml.safe_load(cli.parser.dump(cli.config, skip_default=skip)) for skip in (False, True))
+    translation = into_accelerate(
+        whole["trainer"], changed.get("trainer", {}), whole["model"]["compile"], environ=os.environ
+    )
+    print(translation.text("Without a counterpart in accelerate's file:"), end="")
+    return 0
+
+
+def convert(arguments: list[str]) -> int:
+    """`convert FROM TO`: a checkpoint from or to one of the frameworks'."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanogpt_lit convert",
+        description="Writes the checkpoint FROM anew as TO, with the whole state of its run. FROM is a checkpoint of "
+        "nanogpt_lit, a .ckpt of Lightning's Trainer, or a folder of accelerate's save_state.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", type=Path, metavar="FROM")
+    parser.add_argument(
+        "target",
+        type=Path,
+        metavar="TO",
+        help="FILE.safetensors for nanogpt_lit (all loops), FILE.ckpt for Lightning, a name without suffix for "
+        "accelerate's load_state",
+    )
+    options = parser.parse_args(arguments[1:])
+
+    from nanogpt_lit.checkpoint.convert import convert
+
+    state = convert(options.source, options.target)
+    print(f"{options.target}: step {state.step:,}, {state.tokens:,} tokens")
     return 0
 
 

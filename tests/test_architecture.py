@@ -24,7 +24,7 @@ ALLOWED = {
     "cli": {"module", "gpt", "optim", "data", "loops", "parser"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
     "planning": {"module", "gpt", "optim", "data", "loops", "memory"},
-    "commands": {"cli", "checkpoint", "sampling", "memory", "planning"},
+    "commands": {"cli", "checkpoint", "sampling", "memory", "planning", "loops"},
     "__main__": {"commands", "cli"},
     "__init__": {"module", "gpt", "data"},
 }

@@ -1,7 +1,8 @@
-"""accelerate's default_config.yaml, read with suspicion: somebody else may have written it."""
+"""accelerate's default_config.yaml, read with suspicion (somebody else may have written it), and what is written."""
 
 import difflib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,20 @@ WHOLE_NUMBERS = {
 }  # fmt: skip
 NUMBERS = {"deepspeed_config.gradient_clipping"}
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+@dataclass
+class Translation:
+    content: dict[str, Any]
+    """What goes into the file."""
+    remarks: list[str] = field(default_factory=list)
+    """What has no place in it: `key=value: what to do`."""
+
+    def text(self, title: str) -> str:
+        """YAML, with the remarks as comments at its end, under their title."""
+        text: str = yaml.safe_dump(self.content)
+        comments = [title, *("  " + remark for remark in self.remarks)] if self.remarks else []
+        return text + "".join(f"# {line}\n" for comment in comments for line in comment.splitlines())
 
 
 def read_accelerate_file(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a choice is called in Lightning's Trainer and in accelerate's file, key by key.
 
-Names only: neither framework is imported. `accelerate_config.py` translates with this table, and tests hold it against
-the keys of both installed frameworks. `strategy_check.py` says before a run what a strategy needs.
+Names only: neither framework is imported. `from_accelerate.py` and `into_accelerate.py` translate by this table, tests
+hold it against the keys of both installed frameworks, and `strategy_check.py` says before a run what a strategy needs.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,9 @@ from typing import Any
 LAYER = "nanogpt_lit.gpt.model.Block"  # what FSDP gathers at a time
 
 PRECISIONS = {"32-true": "no", "16-mixed": "fp16", "bf16-mixed": "bf16", "transformer-engine": "fp8"}
+OUR_SCRIPT = "scripts/train_accelerate.py"
+FSDP_STATE_DICTS = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
+RENDEZVOUS = {"machine_rank": "NODE_RANK", "main_process_ip": "MASTER_ADDR", "main_process_port": "MASTER_PORT"}
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,7 @@ TABLE: tuple[Row, ...] = (
     Row("trainer.devices", "num_processes"),
     Row("trainer.devices", "gpu_ids"),
     Row("trainer.num_nodes", "num_machines"),
-    Row("NODE_RANK", "machine_rank"),
-    Row("MASTER_ADDR", "main_process_ip"),
-    Row("MASTER_PORT", "main_process_port"),
+    *(Row(variable, key) for key, variable in RENDEZVOUS.items()),
     Row(None, "rdzv_backend", "static", "start fit by torchrun --rdzv_backend={value}"),
     Row(None, "same_network", True, "start fit by torchrun with --rdzv_endpoint=HOST:PORT, reachable from every node"),
     Row(None, "debug", False, "the nearest is TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment of fit"),
@@ -150,7 +151,7 @@ TABLE: tuple[Row, ...] = (
         "choose FULL_STATE_DICT or SHARDED_STATE_DICT"),
     Row(_ARGUMENT + "activation_checkpointing_policy", _FSDP + "activation_checkpointing", False,
         "FSDP2 leaves it to the module, which keeps its activations"),
-    Row(None, _FSDP + "cpu_ram_efficient_loading", True, "leave it out: only transformers' from_pretrained reads it"),
+    Row(None, _FSDP + "cpu_ram_efficient_loading", False, "leave it out: only transformers' from_pretrained reads it"),
     Row(None, _FSDP + "activation_checkpointing_offload", False, "leave it out: Lightning offloads no activations"),
     *_only_accelerate(
         _PARALLEL,
@@ -173,9 +174,9 @@ TABLE: tuple[Row, ...] = (
     Row(_ARGUMENT + "nvme_path", _DEEPSPEED + "offload_optimizer_nvme_path"),
     Row(_ARGUMENT + "nvme_path", _DEEPSPEED + "offload_param_nvme_path"),
     Row("trainer.accumulate_grad_batches", _DEEPSPEED + "gradient_accumulation_steps", 1,
-        "Accelerator(gradient_accumulation_steps={value}); scripts/train_accelerate.py takes it from the YAML"),
+        f"Accelerator(gradient_accumulation_steps={{value}}); {OUR_SCRIPT} takes it from the YAML"),
     Row("trainer.gradient_clip_val", _DEEPSPEED + "gradient_clipping", None,
-        "accelerator.clip_grad_norm_(parameters, {value}); scripts/train_accelerate.py takes it from the YAML"),
+        f"accelerator.clip_grad_norm_(parameters, {{value}}); {OUR_SCRIPT} takes it from the YAML"),
     Row(None, _DEEPSPEED + "zero3_init_flag", False, "leave it out: fit builds the whole network before it is sharded"),
     Row(None, _DEEPSPEED + "zero3_save_16bit_model", False,
         "afterwards: lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict"),
@@ -217,7 +218,7 @@ TABLE: tuple[Row, ...] = (
     *_only_lightning(
         {"callbacks": None, "default_root_dir": None, "enable_checkpointing": None, "enable_progress_bar": None,
          "limit_val_batches": None, "log_every_n_steps": None, "max_steps": -1, "val_check_interval": None},
-        "scripts/train_accelerate.py takes it from the YAML",
+        f"{OUR_SCRIPT} takes it from the YAML",
     ),
     *_only_lightning(
         dict.fromkeys(("barebones", "enable_model_summary", "num_sanity_val_steps", "use_distributed_sampler")),

@@ -89,6 +89,11 @@ def complete_sizes(trainer: Namespace, environ: Mapping[str, str] = os.environ) 
     arguments = trainer.strategy.init_args
     if arguments.tensor_parallel_size == "auto":
         arguments.tensor_parallel_size = 1
+    if arguments.tensor_parallel_size != 1:
+        raise ValueError(
+            f"trainer.strategy.tensor_parallel_size={arguments.tensor_parallel_size} would divide single matrices, "
+            "which this network does not; leave it out."
+        )
     processes = asked_processes(vars(trainer)) or (int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None)
     if arguments.data_parallel_size == "auto":
         if processes is None:
@@ -97,10 +102,8 @@ def complete_sizes(trainer: Namespace, environ: Mapping[str, str] = os.environ) 
                 "set a number, for example trainer.devices=2."
             )
         arguments.data_parallel_size = processes
-    product = arguments.data_parallel_size * arguments.tensor_parallel_size
-    if processes is not None and product != processes:
+    if processes is not None and arguments.data_parallel_size != processes:
         raise ValueError(
-            f"trainer.strategy.data_parallel_size={arguments.data_parallel_size} times "
-            f"tensor_parallel_size={arguments.tensor_parallel_size} should be the {processes} processes of "
-            "trainer.devices and trainer.num_nodes; leave both out."
+            f"trainer.strategy.data_parallel_size={arguments.data_parallel_size} should be the {processes} processes "
+            "of trainer.devices and trainer.num_nodes; leave it out."
         )

@@ -1,0 +1,241 @@
+"""From accelerate's default_config.yaml to the trainer section, by the table in strategies.py."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanogpt_lit.loops.accelerate_file import Translation, asks_for_nothing
+from nanogpt_lit.loops.strategies import (
+    DDP,
+    DEEPSPEED,
+    FSDP,
+    FSDP2,
+    FSDP_STATE_DICTS,
+    LAYER,
+    PRECISIONS,
+    RENDEZVOUS,
+    ROW_OF,
+    SINGLE,
+    XLA,
+    Strategy,
+)
+from nanogpt_lit.loops.strategy_check import check_combination
+
+SHARDINGS = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
+KEYWORDS = ("forward_prefetch", "use_orig_params", "sync_module_states")
+DEEPSPEED_KEYS = [
+    key.partition(".")[2] for key, row in ROW_OF.items() if key.startswith("deepspeed_config.") and row.lightning
+]
+
+
+class Source:
+    """The keys of accelerate's file; those that nobody took are left over."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.left = dict(values)
+
+    def take(self, key: str, default: Any = None) -> Any:
+        value = self.left.pop(key, None)
+        return default if value is None else value
+
+    def take_if(self, key: str, wanted: Any) -> bool:
+        """Takes the key when it has this value."""
+        return self.left.get(key) == wanted and self.left.pop(key) == wanted
+
+    def remarks(self) -> list[str]:
+        """One for each key left over that asks for something. Raises ValueError where leaving it would train another
+        thing."""
+        remarks = []
+        for key, value in self.left.items():
+            row = ROW_OF[key]
+            if asks_for_nothing(row, value):
+                continue
+            sentence = row.instead.format(value=value) or "leave it out: nothing reads it here"
+            if row.refused:
+                raise ValueError(f"accelerate's {key}={value} has no counterpart: {sentence}.")
+            remarks.append(f"{key}={value}: {sentence}")
+        return remarks
+
+
+def to_trainer(values: Mapping[str, Any]) -> Translation:
+    """The trainer section for what read_accelerate_file read. Raises ValueError for values at odds with each other."""
+    source = Source(values)
+    kind, use_cpu = source.take("distributed_type"), source.take("use_cpu", values["distributed_type"] == "MULTI_CPU")
+    processes, machines = source.take("num_processes", 1), source.take("num_machines", 1)
+    strategy = _strategy(kind, source.take("fsdp_config.fsdp_version", 1), use_cpu)
+    gpu_ids = _gpu_ids(source.take("gpu_ids", "all"))
+    _check_processes(strategy, processes, machines, gpu_ids)
+    remarks = _rendezvous(source, machines)
+
+    trainer: dict[str, Any] = {"accelerator": _accelerator(strategy, use_cpu, gpu_ids)}
+    trainer["devices"] = gpu_ids if gpu_ids and machines == 1 else processes // machines
+    if gpu_ids and machines > 1:
+        remarks.append(f"gpu_ids={','.join(map(str, gpu_ids))}: set CUDA_VISIBLE_DEVICES on every node")
+    trainer["num_nodes"] = machines
+    mixed_precision = source.take("mixed_precision", "no")
+    names = {theirs: ours for ours, theirs in PRECISIONS.items()}
+    if mixed_precision not in names:
+        raise ValueError(f"accelerate's mixed_precision={mixed_precision} is not known; {', '.join(names)} are.")
+    trainer["precision"] = names[mixed_precision]
+    check_combination(strategy, trainer["precision"], None)
+    trainer |= _strategy_section(strategy, source, processes)
+    content: dict[str, Any] = {"trainer": trainer}
+    if str(source.left.get("dynamo_config.dynamo_backend")).upper() == "INDUCTOR":
+        del source.left["dynamo_config.dynamo_backend"]
+        content["model"] = {"compile": True}
+    if not strategy.clips:
+        trainer["gradient_clip_val"] = None
+        remarks.append("trainer.gradient_clip_val: Lightning cannot clip the norm here; fsdp_version: 2 can")
+    return Translation(content, remarks + source.remarks())
+
+
+def _strategy(kind: str, fsdp_version: int, use_cpu: bool) -> Strategy:
+    if kind == "FSDP" and fsdp_version not in (1, 2):
+        raise ValueError(f"accelerate's fsdp_config.fsdp_version={fsdp_version} is not known; 1 and 2 are.")
+    if kind == "FSDP" and use_cpu:
+        raise ValueError(
+            "accelerate's distributed_type=FSDP beside use_cpu=True is trained as DDP without a word; set "
+            "distributed_type: MULTI_CPU for that, or use_cpu: false."
+        )
+    if (use_cpu and kind not in ("NO", "MULTI_CPU")) or (kind == "MULTI_CPU" and not use_cpu):
+        raise ValueError(
+            f"accelerate's use_cpu={use_cpu} contradicts distributed_type={kind}; processors are NO or MULTI_CPU with "
+            "use_cpu: true."
+        )
+    choices = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "DEEPSPEED": DEEPSPEED, "XLA": XLA}
+    return choices[kind] if kind != "FSDP" else (FSDP, FSDP2)[fsdp_version - 1]
+
+
+def _gpu_ids(value: Any) -> list[int]:
+    """[] for all."""
+    if value == "all":
+        return []
+    try:
+        return [int(item) for item in str(value).split(",")]
+    except ValueError:
+        raise ValueError(f"accelerate's gpu_ids={value} should be all, or numbers such as 0,1.") from None
+
+
+def _check_processes(strategy: Strategy, processes: int, machines: int, gpu_ids: list[int]) -> None:
+    if machines < 1 or processes < 1 or processes % machines:
+        raise ValueError(
+            f"accelerate's num_processes={processes} does not divide over num_machines={machines}; it counts the "
+            "processes of all machines together."
+        )
+    if strategy is SINGLE and processes > 1:
+        raise ValueError(
+            f"accelerate's num_processes={processes} contradicts distributed_type=NO, which starts one; "
+            "MULTI_GPU and MULTI_CPU start more."
+        )
+    if gpu_ids and len(gpu_ids) != processes // machines:
+        raise ValueError(
+            f"accelerate's gpu_ids={','.join(map(str, gpu_ids))} contradicts num_processes={processes}: "
+            f"{processes // machines} on each machine; write as many numbers, or all."
+        )
+
+
+def _rendezvous(source: Source, machines: int) -> list[str]:
+    rank, address, port = (source.take(key) for key in RENDEZVOUS)
+    if machines == 1:
+        return []
+    if rank is not None and rank >= machines:
+        raise ValueError(f"accelerate's machine_rank={rank} is not below num_machines={machines}; the first is 0.")
+    if address is None or port is None:
+        raise ValueError(
+            f"accelerate's num_machines={machines} needs main_process_ip and main_process_port, the address of the "
+            "machine whose machine_rank is 0."
+        )
+    where = f"NODE_RANK={rank or 0} MASTER_ADDR={address} MASTER_PORT={port}"
+    return [f"machine_rank, main_process_ip, main_process_port: start this node with {where} python -m nanogpt_lit fit"]
+
+
+def _accelerator(strategy: Strategy, use_cpu: bool, gpu_ids: list[int]) -> str:
+    if use_cpu:
+        return "cpu"
+    if strategy is XLA:
+        return "tpu"
+    return "auto" if strategy is SINGLE and not gpu_ids else "gpu"
+
+
+def _strategy_section(strategy: Strategy, source: Source, processes: int) -> dict[str, Any]:
+    """trainer.strategy, and the keys beside it that accelerate keeps with the strategy."""
+    if strategy in (SINGLE, XLA):
+        return {"strategy": "auto"}
+    if strategy is DDP:
+        return {"strategy": "ddp"}
+    beside: dict[str, Any] = {}
+    section: dict[str, Any] = {"class_path": f"lightning.pytorch.strategies.{strategy.lightning}"}
+    if strategy is DEEPSPEED:
+        section["init_args"], beside = _deepspeed_arguments(source)
+    elif strategy is FSDP:
+        section["init_args"], section["dict_kwargs"] = _fsdp_arguments(source)
+    else:
+        section["init_args"] = _fsdp2_arguments(source, processes)
+    return {"strategy": {key: value for key, value in section.items() if value}, **beside}
+
+
+def _fsdp_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = {str(source.left.get(f"fsdp_config.fsdp_{key}")) for key in ("reshard_after_forward", "sharding_strategy")}
+    named = sorted(names & set(SHARDINGS))
+    if len(named) > 1:
+        raise ValueError(
+            f"accelerate's fsdp_sharding_strategy and fsdp_reshard_after_forward name both {' and '.join(named)}; "
+            "keep one."
+        )
+    for key in ("reshard_after_forward", "sharding_strategy"):
+        if source.left.get(f"fsdp_config.fsdp_{key}") in SHARDINGS:
+            source.take(f"fsdp_config.fsdp_{key}")
+    arguments: dict[str, Any] = {
+        "sharding_strategy": named[0] if named else SHARDINGS[0],
+        "cpu_offload": source.take("fsdp_config.fsdp_offload_params", False),
+    }
+    if source.take_if("fsdp_config.fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"):
+        arguments["auto_wrap_policy"] = [LAYER]
+    else:
+        source.take_if("fsdp_config.fsdp_auto_wrap_policy", "NO_WRAP")
+    if source.take("fsdp_config.fsdp_activation_checkpointing", False):
+        arguments["activation_checkpointing_policy"] = [LAYER]
+    if source.left.get("fsdp_config.fsdp_state_dict_type") in FSDP_STATE_DICTS:
+        arguments["state_dict_type"] = FSDP_STATE_DICTS[source.take("fsdp_config.fsdp_state_dict_type")]
+    given = {name: source.take(f"fsdp_config.fsdp_{name}") for name in KEYWORDS}
+    return arguments, {name: value for name, value in given.items() if value is not None}
+
+
+def _fsdp2_arguments(source: Source, processes: int) -> dict[str, Any]:
+    shards = source.take("parallelism_config.parallelism_config_dp_shard_size", 1)
+    if shards not in (1, processes):
+        raise ValueError(
+            f"accelerate's parallelism_config_dp_shard_size={shards} leaves some of num_processes={processes} "
+            "without a share; set one to the other."
+        )
+    state_dict_type = source.left.get("fsdp_config.fsdp_state_dict_type", "FULL_STATE_DICT")
+    if state_dict_type in FSDP_STATE_DICTS:
+        source.take("fsdp_config.fsdp_state_dict_type")
+    return {
+        "data_parallel_size": processes,
+        "tensor_parallel_size": 1,
+        "save_distributed_checkpoint": state_dict_type == "SHARDED_STATE_DICT",
+    }
+
+
+def _deepspeed_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    given = {name: source.take(f"deepspeed_config.{name}") for name in DEEPSPEED_KEYS}
+    given = {name: value for name, value in given.items() if value not in (None, "none", "")}
+    config = given.pop("deepspeed_config_file", None)
+    if config is not None and given:
+        raise ValueError(
+            f"accelerate's deepspeed_config_file={config} and {', '.join(given)} both configure DeepSpeed; keep one."
+        )
+    paths = {given[name] for name in ("offload_optimizer_nvme_path", "offload_param_nvme_path") if name in given}
+    if len(paths) > 1:
+        raise ValueError(
+            f"accelerate's two nvme paths are {' and '.join(sorted(paths))}, and Lightning has one nvme_path."
+        )
+    arguments: dict[str, Any] = {"config": config} if config is not None else {"stage": given.get("zero_stage", 2)}
+    if "offload_optimizer_device" in given:
+        arguments |= {"offload_optimizer": True, "offload_optimizer_device": given["offload_optimizer_device"]}
+    if "offload_param_device" in given:
+        arguments |= {"offload_parameters": True, "offload_params_device": given["offload_param_device"]}
+    if paths:
+        arguments["nvme_path"] = paths.pop()
+    beside = {"gradient_accumulation_steps": "accumulate_grad_batches", "gradient_clipping": "gradient_clip_val"}
+    return arguments, {ours: given[theirs] for theirs, ours in beside.items() if theirs in given}

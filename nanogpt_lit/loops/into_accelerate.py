@@ -1,0 +1,207 @@
+"""From the trainer section to the file that accelerate config would write, by the table in strategies.py."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanogpt_lit.loops.accelerate_file import Translation
+from nanogpt_lit.loops.strategies import (
+    DDP,
+    DEEPSPEED,
+    FSDP,
+    FSDP2,
+    FSDP_STATE_DICTS,
+    LAYER,
+    OUR_SCRIPT,
+    PRECISIONS,
+    RENDEZVOUS,
+    SHORT_NAMES,
+    SINGLE,
+    TABLE,
+    XLA,
+    Strategy,
+)
+from nanogpt_lit.loops.strategy_check import check_combination, named_strategy
+from nanogpt_lit.loops.trainer_section import asked_processes, full_precision_name
+
+# What accelerate config writes whatever the answers are.
+ALWAYS = {
+    "compute_environment": "LOCAL_MACHINE", "debug": False, "downcast_bf16": "no", "enable_cpu_affinity": False,
+    "machine_rank": 0, "main_training_function": "main", "rdzv_backend": "static", "same_network": True, "tpu_env": [],
+    "tpu_use_cluster": False, "tpu_use_sudo": False,
+}  # fmt: skip
+PLUGINS = {
+    DDP: "DistributedDataParallelKwargs",
+    FSDP: "FullyShardedDataParallelPlugin",
+    FSDP2: "FullyShardedDataParallelPlugin",
+    DEEPSPEED: "DeepSpeedPlugin",
+}
+
+
+def into_accelerate(
+    trainer: Mapping[str, Any], changed: Mapping[str, Any], compiles: bool, environ: Mapping[str, str]
+) -> Translation:
+    """trainer: the whole section, as plain data (null may be left out)   changed: what in it is not fit's default
+
+    compiles: model.compile   environ: where the first node of several is (MASTER_ADDR, MASTER_PORT, NODE_RANK)
+    Raises ValueError for what accelerate has no name for and without which it would train another thing.
+    """
+    remarks: list[str] = []
+    processes = asked_processes(trainer)
+    use_cpu = trainer["accelerator"] == "cpu"
+    strategy = named_strategy(trainer["strategy"], processes or 1)
+    if trainer["accelerator"] == "tpu" and trainer["strategy"] == "auto":
+        strategy = XLA
+    strategy = _checked(strategy, trainer, processes, use_cpu)
+    if processes is None:
+        processes = 1
+        remarks.append(f"trainer.devices={trainer['devices']}: accelerate wants a number, and 1 is written here")
+    if strategy is DDP and processes == 1:
+        strategy = SINGLE  # accelerate starts no group of one
+    content: dict[str, Any] = {
+        **ALWAYS,
+        "distributed_type": strategy.accelerate[-1 if use_cpu else 0],
+        "mixed_precision": PRECISIONS[full_precision_name(trainer.get("precision"))],
+        "num_machines": trainer["num_nodes"],
+        "num_processes": processes,
+        "use_cpu": use_cpu,
+    }
+    if strategy in (SINGLE, DDP) and not use_cpu:
+        devices = trainer["devices"]
+        content["gpu_ids"] = ",".join(map(str, devices)) if isinstance(devices, list) else "all"
+    if compiles:
+        content["dynamo_config"] = {"dynamo_backend": "INDUCTOR"}
+    if trainer["num_nodes"] > 1:
+        remarks += _rendezvous(content, environ)
+    arguments = _arguments(trainer["strategy"])
+    section, carried = _section(strategy, arguments, trainer)
+    content |= section
+    for name in sorted(_arguments(changed.get("strategy", "auto")).keys() - carried):
+        plugin = PLUGINS.get(strategy, "Accelerator")
+        remarks.append(f"trainer.strategy's {name}={arguments[name]}: in code, by accelerate's {plugin}")
+    remarks += _remarks(trainer, changed, strategy)
+    return Translation(content, [*remarks, f"model, data, seed_everything: {OUR_SCRIPT} takes them from the YAML"])
+
+
+def _checked(strategy: Strategy | None, trainer: Mapping[str, Any], processes: int | None, use_cpu: bool) -> Strategy:
+    accelerator, precision = trainer["accelerator"], full_precision_name(trainer.get("precision"))
+    if accelerator not in ("auto", "cpu", "gpu", "cuda", "mps", "tpu"):
+        raise ValueError(f"trainer.accelerator={accelerator} is not translated; auto, cpu, gpu, cuda, mps and tpu are.")
+    if strategy is None:
+        raise ValueError(
+            f"trainer.strategy={trainer['strategy']} has no name in accelerate; auto, ddp, fsdp, ModelParallelStrategy "
+            "and deepspeed have."
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision={precision} has no name in accelerate; {', '.join(PRECISIONS)} have.")
+    check_combination(strategy, precision, trainer.get("gradient_clip_val"))
+    if use_cpu and strategy in (FSDP, FSDP2):
+        raise ValueError(
+            f"trainer.strategy={strategy.lightning} with trainer.accelerator=cpu: accelerate would train DDP without a "
+            "word; set trainer.strategy=ddp, or trainer.accelerator=gpu."
+        )
+    if use_cpu and strategy.needs_cuda:
+        raise ValueError(f"trainer.strategy={strategy.lightning} needs CUDA cards; set trainer.accelerator=gpu.")
+    if processes is None and strategy is not SINGLE:
+        raise ValueError(
+            f"trainer.devices={trainer['devices']} leaves the number of processes open, which accelerate's file "
+            "names; set for example trainer.devices=2."
+        )
+    return strategy
+
+
+def _rendezvous(content: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    for key, variable in RENDEZVOUS.items():
+        if variable in environ:
+            content[key] = environ[variable] if key == "main_process_ip" else int(environ[variable])
+    missing = [key for key, variable in RENDEZVOUS.items() if variable not in environ]
+    return [f"{', '.join(missing)}: add them, on each node its own machine_rank (0 is the first)"] if missing else []
+
+
+def _arguments(strategy: Any) -> dict[str, Any]:
+    """Those of a class, or those that a short name stands for."""
+    if isinstance(strategy, str):
+        return dict(SHORT_NAMES[strategy][1]) if strategy in SHORT_NAMES else {}
+    return {**(strategy.get("init_args") or {}), **(strategy.get("dict_kwargs") or {})}
+
+
+def _section(strategy: Strategy, arguments: Mapping[str, Any], trainer: Mapping[str, Any]) -> tuple[dict, set[str]]:
+    """The section of the file that speaks of the strategy, and the arguments that it carries."""
+    if strategy is DEEPSPEED:
+        return {"deepspeed_config": _deepspeed(arguments, trainer)}, {
+            "config", "stage", "offload_optimizer", "offload_optimizer_device", "offload_parameters",
+            "offload_params_device", "nvme_path",
+        }  # fmt: skip
+    if strategy is FSDP:
+        wrapped = "TRANSFORMER_BASED_WRAP" if arguments.get("auto_wrap_policy") == [LAYER] else "NO_WRAP"
+        state_dicts = {ours: theirs for theirs, ours in FSDP_STATE_DICTS.items()}
+        values = {
+            "version": 1,
+            "reshard_after_forward": arguments.get("sharding_strategy", "FULL_SHARD"),
+            "offload_params": bool(arguments.get("cpu_offload")),
+            "auto_wrap_policy": wrapped,
+            "backward_prefetch": "BACKWARD_PRE",  # torch's, which Lightning keeps
+            "state_dict_type": state_dicts[arguments.get("state_dict_type", "full")],
+            "activation_checkpointing": bool(arguments.get("activation_checkpointing_policy")),
+            "forward_prefetch": arguments.get("forward_prefetch", False),
+            "use_orig_params": arguments.get("use_orig_params", True),  # Lightning's default; accelerate's was false
+            "sync_module_states": arguments.get("sync_module_states", False),
+        }
+        carried = {
+            "sharding_strategy", "cpu_offload", "state_dict_type", "forward_prefetch", "use_orig_params",
+            "sync_module_states", "activation_checkpointing_policy",
+        }  # fmt: skip
+        carried |= {"auto_wrap_policy"} if wrapped != "NO_WRAP" else set()
+    elif strategy is FSDP2:
+        sharded = arguments.get("save_distributed_checkpoint", False)
+        wrapped = "TRANSFORMER_BASED_WRAP"
+        values = {
+            "version": 2,
+            "reshard_after_forward": True,
+            "offload_params": False,
+            "auto_wrap_policy": wrapped,
+            "state_dict_type": "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT",
+            "activation_checkpointing": False,
+        }
+        carried = {"data_parallel_size", "tensor_parallel_size", "save_distributed_checkpoint"}
+    else:
+        return {}, {"start_method"}  # accelerate launch always starts processes anew
+    if wrapped == "TRANSFORMER_BASED_WRAP":
+        values["transformer_layer_cls_to_wrap"] = LAYER.rpartition(".")[2]
+    values["cpu_ram_efficient_loading"] = False
+    return {"fsdp_config": {f"fsdp_{name}": value for name, value in values.items()}}, carried
+
+
+def _deepspeed(arguments: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
+    if arguments.get("config") is not None:
+        return {"deepspeed_config_file": arguments["config"], "zero3_init_flag": False}
+    devices = {
+        "optimizer": arguments.get("offload_optimizer_device", "cpu") if arguments.get("offload_optimizer") else "none",
+        "param": arguments.get("offload_params_device", "cpu") if arguments.get("offload_parameters") else "none",
+    }
+    section = {"zero_stage": arguments.get("stage", 2), "zero3_init_flag": False}
+    section["gradient_accumulation_steps"] = trainer["accumulate_grad_batches"]
+    if clip := trainer.get("gradient_clip_val"):
+        section["gradient_clipping"] = float(clip)
+    if section["zero_stage"] >= 2:
+        section |= {f"offload_{what}_device": device for what, device in devices.items()}
+    for what, device in devices.items():
+        if device == "nvme":
+            section[f"offload_{what}_nvme_path"] = arguments.get("nvme_path", "/local_nvme")
+    return section
+
+
+def _remarks(trainer: Mapping[str, Any], changed: Mapping[str, Any], strategy: Strategy) -> list[str]:
+    """A line for each key of the section without a place in the file, keys with the same answer on one line."""
+    keys_of: dict[str, list[str]] = {}
+    for row in TABLE:
+        section, _, key = (row.lightning or "").partition(".")
+        if section != "trainer" or key not in trainer or not row.instead:
+            continue
+        value = trainer[key]
+        if value == row.default or (row.accelerate is None and key not in changed):
+            continue
+        if row.accelerate is not None and strategy is DEEPSPEED:  # whose section carries them
+            continue
+        sentence = row.instead.format(value=value)
+        keys_of.setdefault(sentence, []).append(f"trainer.{key}")
+    return [f"{', '.join(keys)}: {sentence}" for sentence, keys in keys_of.items()]

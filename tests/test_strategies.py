@@ -1,0 +1,573 @@
+"""The table between Lightning's Trainer and accelerate's file, held against both as they are installed."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config import cluster
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, PrecisionType, constants
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+
+from nanogpt_lit.__main__ import main
+from nanogpt_lit.cli import ConfigOnlyCLI
+from nanogpt_lit.gpt.model import Block
+from nanogpt_lit.loops.accelerate_file import SECTIONS, read_accelerate_file
+from nanogpt_lit.loops.from_accelerate import to_trainer
+from nanogpt_lit.loops.into_accelerate import into_accelerate
+from nanogpt_lit.loops.strategies import LAYER, PRECISIONS, ROW_OF, SHORT_NAMES, STRATEGIES, TABLE
+from nanogpt_lit.loops.strategy_check import check_strategy
+
+THREE_NODES = {
+    "distributed_type": "MULTI_GPU",
+    "num_processes": 6,
+    "num_machines": 3,
+    "main_process_ip": "node0",
+    "main_process_port": 29501,
+}
+ONE = {"distributed_type": "NO", "num_processes": 1}
+RTX2050 = Path(__file__).parents[1] / "configs" / "rtx2050.yaml"
+TWO_CARDS = {"distributed_type": "MULTI_GPU", "num_processes": 2, "mixed_precision": "fp16"}
+FSDP1 = {**TWO_CARDS, "distributed_type": "FSDP", "fsdp_config.fsdp_version": 1}
+FSDP2 = {**FSDP1, "mixed_precision": "bf16", "fsdp_config.fsdp_version": 2}
+DEEPSPEED = {**TWO_CARDS, "distributed_type": "DEEPSPEED"}
+ARGUMENT_GROUPS = {
+    "DeepSpeed Arguments": "deepspeed_config",
+    "FSDP Arguments": "fsdp_config",
+    "Megatron-LM Arguments": "megatron_lm_config",
+    "FP8 Arguments": "fp8_config",
+    "MPI Arguments": "mpirun_config",
+    "ParallelismConfig Arguments": "parallelism_config",
+}
+
+
+def write(folder, values):
+    """An accelerate file from `section.key` values."""
+    content = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (content.setdefault(section, {}) if section else content)[name] = value
+    path = folder / "default_config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def read(folder, **values):
+    return read_accelerate_file(write(folder, values))
+
+
+# The table has every key of both frameworks: a new version with a new key turns these red.
+
+
+def keys_of_accelerates_file():
+    """Those of the file itself, and in its sections what `accelerate launch` takes as arguments from them."""
+    keys = {field.name for field in dataclasses.fields(ClusterConfig)} - set(SECTIONS)
+    parser = launch_command_parser()
+    keys |= {f"dynamo_config.{a.dest}" for a in parser._actions if a.dest.startswith("dynamo_")}
+    for group in parser._action_groups:
+        if group.title in ARGUMENT_GROUPS:
+            keys |= {f"{ARGUMENT_GROUPS[group.title]}.{action.dest}" for action in group._group_actions}
+    return keys
+
+
+def test_the_table_has_every_key_of_accelerates_file_and_no_other():
+    assert set(ROW_OF) == keys_of_accelerates_file()
+    assert set(SECTIONS) == {f.name for f in dataclasses.fields(ClusterConfig) if f.name.endswith("_config")}
+    assert len(ROW_OF) == sum(row.accelerate is not None for row in TABLE)
+
+
+def test_the_table_has_every_argument_of_the_trainer_and_no_other():
+    rows = {row.lightning.split(".")[1] for row in TABLE if (row.lightning or "").startswith("trainer.")}
+    assert rows == set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+
+
+def test_every_key_without_a_counterpart_says_what_to_do():
+    assert [row for row in TABLE if None in (row.lightning, row.accelerate) and not row.instead] == []
+
+
+def test_the_short_names_are_lightnings():
+    installed = {name: StrategyRegistry[name] for name in StrategyRegistry.available_strategies()}
+    assert set(SHORT_NAMES) == set(installed)
+    for name, (strategy, arguments) in SHORT_NAMES.items():
+        assert arguments == installed[name]["init_params"]
+        assert installed[name]["strategy"].__name__ == strategy.lightning or name in ("single_xla", "single_tpu")
+
+
+def test_the_classes_and_their_arguments_are_lightnings():
+    import lightning.pytorch.strategies as installed
+
+    classes = {strategy.lightning: getattr(installed, strategy.lightning) for strategy in STRATEGIES}
+    arguments = {name for cls in classes.values() for name in inspect.signature(cls).parameters}
+    named = {row.lightning.rpartition(".")[2] for row in TABLE if ".init_args." in (row.lightning or "")}
+    assert named <= arguments
+
+
+def test_every_distributed_type_and_precision_is_known_or_refused(tmp_path):
+    known = {name for strategy in STRATEGIES for name in strategy.accelerate}
+    for kind in DistributedType:
+        if kind.value not in known:
+            with pytest.raises(ValueError, match=f"distributed_type={kind.value} is no strategy of Lightning"):
+                read(tmp_path, distributed_type=kind.value)
+    assert set(PRECISIONS.values()) == set(PrecisionType.list())
+
+
+# What is written for a YAML is what accelerate itself would have written.
+
+
+def accelerate_config(monkeypatch, answers):
+    """The file of `accelerate config` for answers to the questions that begin so; others take their default."""
+    asked = set()
+
+    def answer(question, convert, default):
+        for start, value in answers.items():
+            if question.startswith(start):
+                asked.add(start)
+                return value if convert is None else convert(value)
+        return default
+
+    def ask_options(question, options=(), convert=None, default=0):
+        for start, value in answers.items():
+            if question.startswith(start):
+                asked.add(start)
+                return convert([str(o).lower() for o in options].index(str(value).lower())) if convert else value
+        return convert(default) if convert else default
+
+    def ask_field(question, convert=None, default=None, error_message=None):
+        return answer(question, convert, default)
+
+    monkeypatch.setattr(cluster, "_ask_options", ask_options)
+    monkeypatch.setattr(cluster, "_ask_field", ask_field)
+    monkeypatch.setattr(cluster, "is_deepspeed_available", lambda: True)
+    monkeypatch.setattr(cluster, "is_mps_available", lambda: False)
+    config = cluster.get_cluster_input()
+    assert asked == set(answers), "accelerate asks other questions than it did"
+    return config.to_dict()
+
+
+QUESTIONNAIRE = {
+    "one card, fp16": ([], {"Do you wish to use mixed": "fp16"}),
+    "processors": (
+        ["--trainer.accelerator=cpu", "--trainer.precision=32-true"],
+        {"Do you want to run your training on CPU": "yes"},
+    ),
+    "two processes on processors": (
+        ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.precision=bf16-mixed"],
+        {"Which type": "multi-CPU", "How many processes": "2", "Do you wish to use mixed": "bf16"},
+    ),
+    "two cards": (
+        ["--trainer.devices=2"],
+        {"Which type": "multi-GPU", "How many GPU": "2", "Do you wish to use mixed": "fp16"},
+    ),
+    "chosen cards": (
+        ["--trainer.devices=[0,2]", "--trainer.precision=bf16-mixed"],
+        {"Which type": "multi-GPU", "How many GPU": "2", "What GPU": "0,2", "Do you wish to use mixed": "bf16"},
+    ),
+    "compiled": (
+        ["--model.compile=true"],
+        {"Do you wish to use mixed": "fp16", "Do you wish to optimize": "yes", "Which dynamo": "inductor"},
+    ),
+    "two nodes": (
+        ["--trainer.devices=4", "--trainer.num_nodes=2", "--trainer.strategy=ddp"],
+        {"Which type": "multi-GPU", "How many different": "2", "What is the rank": "1", "What is the IP": "10.0.0.1",
+         "What is the port": "29501", "How many GPU": "8", "Do you wish to use mixed": "fp16"},
+    ),
+    "FSDP": (
+        ["--trainer.devices=2", "--trainer.gradient_clip_val=null", "--trainer.strategy=FSDPStrategy",
+         "--trainer.strategy.sharding_strategy=SHARD_GRAD_OP", f"--trainer.strategy.auto_wrap_policy=[{LAYER}]",
+         f"--trainer.strategy.activation_checkpointing_policy=[{LAYER}]", "--trainer.strategy.cpu_offload=true",
+         "--trainer.strategy.dict_kwargs={sync_module_states: true}"],
+        {"Which type": "multi-GPU", "How many GPU": "2", "Do you want to use Fully": "yes",
+         "What should be your FSDP v": "1",
+         "What should be your shard": "SHARD_GRAD_OP", "Do you want to offload": "yes",
+         "Specify the comma-separated": "Block", "Do you want to enable FSDP act": "yes",
+         "Do you want to enable CPU RAM": "no", "Do you want each": "yes", "Do you wish to use mixed": "fp16"},
+    ),
+    "FSDP2": (
+        ["--trainer.devices=2", "--trainer.precision=bf16-mixed", "--trainer.strategy=ModelParallelStrategy",
+         "--trainer.strategy.save_distributed_checkpoint=true"],
+        {"Which type": "multi-GPU", "How many GPU": "2", "Do you want to use Fully": "yes",
+         "Specify the comma-separated": "Block", "Do you want to enable CPU RAM": "no",
+         "Do you wish to use mixed": "bf16"},
+    ),
+    "DeepSpeed": (
+        ["--trainer.devices=2", "--trainer.strategy=deepspeed_stage_2_offload"],
+        {"Which type": "multi-GPU", "How many GPU": "2", "Do you want to use DeepSpeed": "yes",
+         "Where to offload opt": "cpu", "How many gradient": "4", "Do you want to use gradient": "yes",
+         "Do you wish to use mixed": "fp16"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUESTIONNAIRE)
+def test_the_file_is_the_one_that_accelerate_config_writes_for_the_same_answers(name, monkeypatch, capsys):
+    options, answers = QUESTIONNAIRE[name]
+    for variable, value in {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}.items():
+        monkeypatch.setenv(variable, value)
+    assert main(["accelerate-config", f"--from={RTX2050}", *options]) == 0
+    ours = yaml.safe_load(capsys.readouterr().out)
+    theirs = accelerate_config(monkeypatch, answers)
+    assert ours == theirs
+
+
+# There and back: every key with a counterpart keeps its value, every other one is named.
+
+ROUND_TRIPS = [
+    *((ONE, "mixed_precision", value) for value in ("no", "fp16", "bf16", "fp8")),
+    (ONE, "use_cpu", True),
+    (ONE, "use_cpu", False),
+    (ONE, "gpu_ids", "3"),
+    (ONE, "dynamo_config.dynamo_backend", "INDUCTOR"),
+    ({"num_processes": 1}, "distributed_type", "NO"),
+    ({"num_processes": 2}, "distributed_type", "MULTI_GPU"),
+    ({"num_processes": 2, "use_cpu": True}, "distributed_type", "MULTI_CPU"),
+    ({"num_processes": 2}, "distributed_type", "FSDP"),
+    ({"num_processes": 2}, "distributed_type", "DEEPSPEED"),
+    ({"num_processes": 8}, "distributed_type", "XLA"),
+    ({"distributed_type": "MULTI_GPU"}, "num_processes", 8),
+    (TWO_CARDS, "gpu_ids", "0,2"),
+    *(
+        (THREE_NODES, key, value)
+        for key, value in (
+            ("num_machines", 2), ("machine_rank", 1), ("main_process_ip", "10.1.1.1"), ("main_process_port", 12345),
+        )
+    ),
+    *((FSDP1, "fsdp_config.fsdp_reshard_after_forward", value) for value in constants.FSDP_SHARDING_STRATEGY),
+    *(({**FSDP1, "mixed_precision": "bf16"}, "fsdp_config.fsdp_version", value) for value in (1, 2)),
+    *((FSDP1, f"fsdp_config.fsdp_{name}", value) for value in (True, False) for name in (
+        "offload_params", "forward_prefetch", "use_orig_params", "sync_module_states", "activation_checkpointing")),
+    *((FSDP1, "fsdp_config.fsdp_auto_wrap_policy", value) for value in ("TRANSFORMER_BASED_WRAP", "NO_WRAP")),
+    (
+        {**FSDP1, "fsdp_config.fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+        "fsdp_config.fsdp_transformer_layer_cls_to_wrap", "Block",
+    ),
+    (FSDP2, "fsdp_config.fsdp_transformer_layer_cls_to_wrap", "Block"),
+    (FSDP2, "fsdp_config.fsdp_reshard_after_forward", True),
+    *((FSDP1, "fsdp_config.fsdp_state_dict_type", value) for value in ("FULL_STATE_DICT", "SHARDED_STATE_DICT")),
+    *((FSDP2, "fsdp_config.fsdp_state_dict_type", value) for value in constants.FSDP2_STATE_DICT_TYPE),
+    (DEEPSPEED, "deepspeed_config.deepspeed_config_file", "ds.json"),
+    *((DEEPSPEED, "deepspeed_config.zero_stage", stage) for stage in (0, 1, 2, 3)),
+    *(
+        ({**DEEPSPEED, "deepspeed_config.zero_stage": 3}, f"deepspeed_config.offload_{what}_device", device)
+        for what in ("optimizer", "param") for device in ("none", "cpu", "nvme")
+    ),
+    *(
+        ({**DEEPSPEED, "deepspeed_config.zero_stage": 3, f"deepspeed_config.offload_{what}_device": "nvme"},
+         f"deepspeed_config.offload_{what}_nvme_path", "/disk")
+        for what in ("optimizer", "param")
+    ),
+    (DEEPSPEED, "deepspeed_config.gradient_accumulation_steps", 4),
+    (DEEPSPEED, "deepspeed_config.gradient_clipping", 0.5),
+]  # fmt: skip
+OTHER_WORDS = {
+    "fsdp_config.fsdp_sharding_strategy": "an older name of fsdp_reshard_after_forward",
+    "parallelism_config.parallelism_config_dp_shard_size": "the number of processes",
+}
+
+
+@pytest.fixture(scope="module")
+def defaults():
+    """The trainer section of fit, as plain data."""
+    cli = ConfigOnlyCLI(args=[], run=False)
+    return yaml.safe_load(cli.parser.dump(cli.config))["trainer"]
+
+
+def there_and_back(folder, defaults, values):
+    """The flat values of the file that is made from the trainer section that is made from a file."""
+    translation = to_trainer(read(folder, **values))
+    trainer = translation.content["trainer"]
+    words = " ".join(translation.remarks).split()
+    environ = dict(word.split("=") for word in words if word.startswith(("NODE_RANK=", "MASTER_")))
+    compiles = translation.content.get("model", {}).get("compile", False)
+    back = into_accelerate({**defaults, **trainer}, trainer, compiles, environ).content
+    return read_accelerate_file(write(folder, back))
+
+
+@pytest.mark.parametrize(("base", "key", "value"), ROUND_TRIPS, ids=lambda v: str(v) if not isinstance(v, dict) else "")
+def test_a_key_with_a_counterpart_comes_back_with_its_value(base, key, value, defaults, tmp_path):
+    assert there_and_back(tmp_path, defaults, {**base, key: value})[key] == value
+
+
+def test_the_round_trips_leave_out_no_key_that_has_a_counterpart():
+    made = {key for _, key, _ in ROUND_TRIPS} | set(OTHER_WORDS)
+    assert made == {row.accelerate for row in TABLE if row.lightning is not None and row.accelerate is not None}
+
+
+def test_what_is_the_same_in_other_words_comes_back_in_the_usual_ones(defaults, tmp_path):
+    old = {**FSDP1, "fsdp_config.fsdp_sharding_strategy": "SHARD_GRAD_OP"}
+    assert there_and_back(tmp_path, defaults, old)["fsdp_config.fsdp_reshard_after_forward"] == "SHARD_GRAD_OP"
+    sharded = {**FSDP2, "parallelism_config.parallelism_config_dp_shard_size": 2}
+    assert there_and_back(tmp_path, defaults, sharded)["num_processes"] == 2
+
+
+BASE_OF = {"fsdp_config": FSDP1, "parallelism_config": FSDP2, "deepspeed_config": DEEPSPEED,
+           "fp8_config": {**TWO_CARDS, "mixed_precision": "fp8"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [row.accelerate for row in TABLE if row.lightning is None])
+def test_a_key_without_a_counterpart_is_named_or_refused_and_its_default_is_neither(key, tmp_path):
+    row, base = ROW_OF[key], BASE_OF.get(key.partition(".")[0], TWO_CARDS)
+    other = {bool: not row.default, int: 7}.get(type(row.default), "something")
+    if key.startswith("megatron_lm_config"):
+        base = {"distributed_type": "MEGATRON_LM", "num_processes": 2}
+    if row.refused:
+        with pytest.raises(ValueError, match=rf"{key}={other} has no|MEGATRON_LM is no strategy"):
+            to_trainer(read(tmp_path, **{**base, key: other}))
+    else:
+        (remark,) = [
+            line for line in to_trainer(read(tmp_path, **{**base, key: other})).remarks if line.startswith(key)
+        ]
+        assert remark == f"{key}={other}: {row.instead.format(value=other)}"
+    if not key.startswith("megatron_lm_config"):
+        remarks = to_trainer(read(tmp_path, **{**base, key: row.default})).remarks
+        assert [line for line in remarks if line.startswith(key)] == []
+
+
+@pytest.mark.parametrize("key", [row.lightning for row in TABLE if row.accelerate is None])
+def test_a_key_of_the_trainer_without_a_counterpart_is_named_when_it_is_set(key, defaults):
+    name = key.partition(".")[2]
+    remarks = into_accelerate({**defaults, name: "set"}, {name: "set"}, False, {}).remarks
+    assert any(key in line.partition(": ")[0].split(", ") for line in remarks)
+    assert not any(key in line for line in into_accelerate(defaults, {}, False, {}).remarks)
+
+
+# What is written is loaded by the framework it is for.
+
+
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [
+        ([], {"multi_gpu": False, "use_fsdp": False, "mixed_precision": "fp16", "num_processes": 1}),
+        (["--trainer.devices=2"], {"multi_gpu": True, "num_processes": 2}),
+        (["--trainer.devices=2", "--trainer.accelerator=cpu"], {"multi_gpu": False, "use_cpu": True}),
+        (
+            ["--trainer.devices=2", "--trainer.strategy=ModelParallelStrategy", "--trainer.precision=bf16-mixed"],
+            {"use_fsdp": True, "fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": "Block"},
+        ),
+        (
+            ["--trainer.devices=2", "--trainer.strategy=fsdp_cpu_offload", "--trainer.gradient_clip_val=0"],
+            {"use_fsdp": True, "fsdp_version": 1, "fsdp_offload_params": True, "fsdp_use_orig_params": True},
+        ),
+        (
+            ["--trainer.devices=2", "--trainer.strategy=deepspeed_stage_3"],
+            {"use_deepspeed": True, "zero_stage": 3, "gradient_accumulation_steps": 4, "gradient_clipping": 1.0},
+        ),
+    ],
+)
+def test_accelerate_loads_the_file_and_would_launch_what_the_yaml_says(options, launches, tmp_path, capsys):
+    assert main(["accelerate-config", f"--from={RTX2050}", *options]) == 0
+    path = tmp_path / "default_config.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert isinstance(load_config_from_file(str(path)), ClusterConfig)
+    parser = launch_command_parser()
+    args, _, _ = _validate_launch_command(parser.parse_args(["--config_file", str(path), "script.py"]))
+    assert {name: getattr(args, name) for name in launches} == launches
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (ONE, None),
+        ({"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True}, DDPStrategy),
+        (TWO_CARDS, None),
+        ({**FSDP1, "fsdp_config.fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+          "fsdp_config.fsdp_activation_checkpointing": True}, FSDPStrategy),
+        (FSDP2, ModelParallelStrategy),
+        ({**DEEPSPEED, "deepspeed_config.zero_stage": 2, "deepspeed_config.offload_optimizer_device": "cpu"}, None),
+    ],
+)  # fmt: skip
+def test_our_parser_and_lightning_take_the_trainer_section(values, kind, tmp_path, capsys):
+    assert main(["accelerate-config", f"--to-trainer={write(tmp_path, values)}"]) == 0
+    path = tmp_path / "trainer.yaml"
+    path.write_text(capsys.readouterr().out)
+    settings = ConfigOnlyCLI(args=[f"--config={RTX2050}", f"--config={path}"], run=False).settings.trainer
+    assert settings.max_steps == 6000  # the rest of the YAML stays
+    if settings.accelerator != "gpu":
+        trainer = Trainer(
+            accelerator=settings.accelerator, devices=settings.devices, strategy=settings.strategy,
+            precision="32-true", logger=False, enable_checkpointing=False,
+        )  # fmt: skip
+        assert trainer.world_size == values["num_processes"]
+        assert kind is None or isinstance(trainer.strategy, kind)
+    elif kind is not None:
+        parser = ArgumentParser()
+        parser.add_argument("--strategy", type=Strategy)
+        strategy = parser.instantiate(parser.parse_object({"strategy": settings.strategy})).strategy
+        assert isinstance(strategy, kind)
+        if kind is FSDPStrategy:
+            assert strategy.kwargs["auto_wrap_policy"]._module_classes == {Block}
+
+
+def test_reading_accelerates_file_needs_no_torch(tmp_path):
+    code = (
+        "import sys; from nanogpt_lit.__main__ import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "accelerate-config", f"--to-trainer={write(tmp_path, TWO_CARDS)}"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "strategy: ddp" in answer.stdout
+
+
+# Mistakes, one sentence each.
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"distributed_type": "NO", "num_processes": 2}, "contradicts distributed_type=NO"),
+        ({**TWO_CARDS, "num_machines": 3}, "num_processes=2 does not divide over num_machines=3"),
+        ({**TWO_CARDS, "gpu_ids": "0"}, "gpu_ids=0 contradicts num_processes=2"),
+        ({**TWO_CARDS, "gpu_ids": "a,b"}, "gpu_ids=a,b should be all, or numbers"),
+        ({**TWO_CARDS, "use_cpu": True}, "use_cpu=True contradicts distributed_type=MULTI_GPU"),
+        ({**TWO_CARDS, "num_machines": 2}, "num_machines=2 needs main_process_ip and main_process_port"),
+        ({**TWO_CARDS, "num_machines": 2, "machine_rank": 2}, "machine_rank=2 is not below num_machines=2"),
+        ({**TWO_CARDS, "num_processes": "two"}, "num_processes=two should be a number"),
+        ({**TWO_CARDS, "num_processes": -1}, "num_processes=-1 does not divide"),
+        ({**TWO_CARDS, "mixed_precision": "fp4"}, "mixed_precision=fp4 is not known; no, fp16, bf16, fp8 are"),
+        ({**TWO_CARDS, "gradient_accumulation_steps": 4}, "no key gradient_accumulation_steps; did you mean"),
+        ({**TWO_CARDS, "num_proceses": 4}, "no key num_proceses; did you mean num_processes?"),
+        ({**FSDP1, "fsdp_config.fsdp_ofload_params": True}, "did you mean fsdp_config.fsdp_offload_params?"),
+        ({**TWO_CARDS, "fsdp_config.fsdp_version": 2}, "does not read fsdp_config.fsdp_version beside"),
+        ({**TWO_CARDS, "fsdp_config": [1]}, "fsdp_config should hold keys of its own"),
+        ({**TWO_CARDS, "fp8_config.backend": "TE"}, "does not read fp8_config.fp8_backend beside"),
+        ({**FSDP1, "use_cpu": True, "mixed_precision": "no"}, "is trained as DDP without a word"),
+        ({**FSDP2, "mixed_precision": "fp16"}, "precision=16-mixed does not go with ModelParallelStrategy"),
+        ({**FSDP1, "fsdp_config.fsdp_version": 3}, "fsdp_version=3 is not known; 1 and 2 are"),
+        (
+            {**FSDP1, "fsdp_config.fsdp_sharding_strategy": "NO_SHARD",
+             "fsdp_config.fsdp_reshard_after_forward": "FULL_SHARD"},
+            "name both FULL_SHARD and NO_SHARD",
+        ),
+        ({**FSDP2, "parallelism_config.parallelism_config_tp_size": 2}, "tp_size=2 has no counterpart"),
+        ({**FSDP2, "parallelism_config.parallelism_config_dp_shard_size": 4}, "dp_shard_size=4 leaves some"),
+        (
+            {**DEEPSPEED, "deepspeed_config.deepspeed_config_file": "a.json", "deepspeed_config.zero_stage": 2},
+            "deepspeed_config_file=a.json and zero_stage both configure DeepSpeed",
+        ),
+        ({"num_processes": 1}, "distributed_type=None is no strategy"),
+        ({"distributed_type": False}, "YAML reads a bare NO so; write 'NO' in quotes"),
+        ({**TWO_CARDS, "compute_environment": "AMAZON_SAGEMAKER"}, "AMAZON_SAGEMAKER has no Trainer to go to"),
+        ({**TWO_CARDS, "main_process_ip": {"a": 1}}, "main_process_ip should be one value"),
+    ],
+)  # fmt: skip
+def test_an_accelerate_file_at_odds_with_itself_is_refused_in_one_sentence(values, sentence, tmp_path, capsys):
+    assert main(["accelerate-config", f"--to-trainer={write(tmp_path, values)}"]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert sentence in line
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"!!python/object/apply:os.system ['touch pwned']", "is not the plain YAML of"),
+        (b"a: !!python/name:os.system", "could not determine a constructor"),
+        (b"a: [", "is not the plain YAML of"),
+        (b"\xff\xfe\x00", "is not the plain YAML of"),
+        (b"- 1\n- 2", "holds no keys"),
+        (b"", "holds no keys"),
+        (b"num_processes: &a [*a]", "should be one value"),
+        (b"num_processes: 2020-99-99", "is not the plain YAML of"),
+        (b"[" * 5000, "is not the plain YAML of"),
+        (b"? {a: 1}\n: 2", "is not the plain YAML of"),
+        (b"1: 2", "no key 1"),
+    ],
+)
+def test_a_hostile_or_broken_file_is_refused_in_one_sentence_and_runs_nothing(
+    content, sentence, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "default_config.yaml"
+    path.write_bytes(content)
+    assert main(["accelerate-config", f"--to-trainer={path}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert sentence in line
+    assert [p.name for p in tmp_path.iterdir()] == ["default_config.yaml"]
+
+
+def test_aliases_that_would_unfold_to_gigabytes_do_not(tmp_path, capsys):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 12)]
+    path = tmp_path / "default_config.yaml"
+    path.write_text("\n".join(lines))
+    assert main(["accelerate-config", f"--to-trainer={path}"]) == 2
+    assert len(capsys.readouterr().err) < 300
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    assert main(["accelerate-config", f"--to-trainer={tmp_path / 'nowhere.yaml'}"]) == 2
+    assert "nowhere.yaml is no file; `accelerate config` writes one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--trainer.precision=64-true"], "trainer.precision=64-true has no name in accelerate"),
+        (["--trainer.strategy=ddp"], "trainer.devices=auto leaves the number of processes open"),
+        (
+            ["--trainer.strategy=ModelParallelStrategy", "--trainer.accelerator=cpu", "--trainer.devices=2",
+             "--trainer.precision=32-true"],
+            "accelerate would train DDP without a word",
+        ),
+        (["--trainer.strategy=ModelParallelStrategy", "--trainer.devices=2"], "precision=16-mixed does not go with"),
+        (["--trainer.strategy=fsdp", "--trainer.devices=2"], "gradient_clip_val=1.0 does not go with FSDPStrategy"),
+        (["--trainer.accelerator=hpu"], "trainer.accelerator=hpu is not translated"),
+    ],
+)  # fmt: skip
+def test_a_yaml_that_accelerate_has_no_word_for_is_refused_in_one_sentence(options, sentence, capsys):
+    assert main(["accelerate-config", f"--from={RTX2050}", *options]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--trainer.strategy=fsdp"], "trainer.strategy=fsdp needs CUDA cards, and trainer.accelerator comes to cpu"),
+        (
+            ["--trainer.strategy=ModelParallelStrategy", "--trainer.devices=2", "--trainer.precision=16-mixed"],
+            "trainer.precision=16-mixed does not go with ModelParallelStrategy",
+        ),
+        (["--trainer.strategy=ModelParallelStrategy"], "trainer.devices=auto leaves open over how many processes"),
+        (
+            ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.tensor_parallel_size=2",
+             "--trainer.strategy.data_parallel_size=1", "--trainer.devices=2"],
+            "trainer.strategy.tensor_parallel_size=2",
+        ),
+        (
+            ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.data_parallel_size=3",
+             "--trainer.devices=2"],
+            "data_parallel_size=3 should be the 2 processes",
+        ),
+        (["--trainer.strategy=dpp"], "trainer.strategy=dpp is no strategy of Lightning; did you mean ddp?"),
+    ],
+)  # fmt: skip
+def test_fit_says_what_a_strategy_lacks_before_it_makes_anything(options, sentence, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("abc " * 500)
+    fixed = ["--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.precision=32-true",
+             f"--trainer.default_root_dir={tmp_path / 'root'}", f"--data.source={tmp_path / 'text.txt'}"]  # fmt: skip
+    assert main(["fit", *fixed, *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert sentence in line
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_strategy_whose_package_is_missing_says_so(monkeypatch):
+    monkeypatch.setattr("nanogpt_lit.loops.strategy_check.find_spec", lambda name: None)
+    trainer = {"strategy": "deepspeed_stage_2", "precision": "16-mixed", "gradient_clip_val": 1.0}
+    with pytest.raises(
+        ValueError, match=r"trainer.strategy=deepspeed_stage_2 needs the package deepspeed; pip install"
+    ):
+        check_strategy(trainer, "cuda")
+    monkeypatch.setattr("nanogpt_lit.loops.strategy_check.find_spec", lambda name: object())
+    check_strategy(trainer, "cuda")
