@@ -257,7 +257,7 @@ class ConfigOnlyCLI(NanoGPTCLI):
 
     def build(self) -> tuple[LitNanoGPT, TokenDataModule]:
         """The module and the data, as fit builds them, once the settings are complete."""
-        built = self.parser.instantiate_classes(self.config)
+        built = self.parser.instantiate(self.config)
         return built.model, built.data
 
 
