@@ -10,6 +10,20 @@ from nanogpt_lit.loops.accelerate_loop import MIXED_PRECISION
 
 PRECISION_OF = {theirs: ours for ours, theirs in MIXED_PRECISION.items()}
 
+ENGINES = (
+    "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER",
+)  # fmt: skip
+NARROWER_FLOATS = ("ACCELERATE_DOWNCAST_BF16", "XLA_DOWNCAST_BF16", "XLA_USE_BF16")
+"""On a TPU they make float32 mean bfloat16."""
+HEARD = {
+    *ENGINES, *NARROWER_FLOATS, "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_TORCH_DEVICE",
+    "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY",  # these change no number
+}  # fmt: skip
+PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Of torchrun and of three kinds of mpirun."""
+
 
 def check_environment(
     precision: str, accumulate_grad_batches: int, device: str, environ: Mapping[str, str]
@@ -18,12 +32,24 @@ def check_environment(
 
     precision: of the YAML, before any fallback   device: that will be used
     """
-    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+    for variable in ENGINES:
         if is_true(environ.get(variable)):
             raise ValueError(
                 f"accelerate's environment asks for {variable}={environ[variable]}, and this loop runs one device or "
                 "DDP; run `accelerate config` again for distributed_type: NO or MULTI_GPU."
             )
+    for variable in NARROWER_FLOATS:
+        if environ.get(variable, "0") not in ("", "0"):  # accelerate takes "no" for a yes here
+            raise ValueError(
+                f"accelerate's environment asks for {variable}={environ[variable]}, and trainer.precision decides how "
+                "wide numbers are; take downcast_bf16 out of accelerate's file, or unset the variable."
+            )
+    chosen = environ.get("ACCELERATE_TORCH_DEVICE", "")
+    if chosen and chosen.partition(":")[0] != device:
+        raise ValueError(
+            f"accelerate's environment asks for ACCELERATE_TORCH_DEVICE={chosen}, and trainer.accelerator comes to "
+            f"{device}; unset the variable, or set trainer.accelerator."
+        )
     backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise ValueError(
@@ -41,7 +67,11 @@ def check_environment(
             f"accelerate's environment asks for ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps}, and the YAML for "
             f"trainer.accumulate_grad_batches={accumulate_grad_batches}; set one to the other."
         )
-    theirs = environ.get("ACCELERATE_MIXED_PRECISION")
+    remarks = [_precision_remark(precision, environ.get("ACCELERATE_MIXED_PRECISION")), _unheard(environ)]
+    return "\n".join(remark for remark in remarks if remark) or None
+
+
+def _precision_remark(precision: str, theirs: str | None) -> str | None:
     ours = MIXED_PRECISION.get(precision)
     if theirs is None or theirs == ours:
         return None
@@ -49,16 +79,32 @@ def check_environment(
         return (
             f"precision: accelerate's environment says no mixed precision, the YAML says {precision}: {precision} it is"
         )
+    works = f"set trainer.precision={PRECISION_OF[theirs]}, or " if theirs in PRECISION_OF else ""
     raise ValueError(
         f"accelerate's environment asks for ACCELERATE_MIXED_PRECISION={theirs}, and the YAML for "
-        f"trainer.precision={precision}; set trainer.precision={PRECISION_OF.get(theirs, '16-mixed')}, or "
-        f"`accelerate launch --mixed_precision {ours or 'no'}`."
+        f"trainer.precision={precision}; {works}`accelerate launch --mixed_precision {ours or 'no'}`."
     )
 
 
+def _unheard(environ: Mapping[str, str]) -> str | None:
+    """What else accelerate's file or a shell asks for: shown, so that nobody believes that it is obeyed."""
+    asked = [
+        f"{name}={value}"
+        for name, value in sorted(environ.items())
+        # accelerate launch says how to compile also where it says not to.
+        if name.startswith("ACCELERATE_") and name not in HEARD and not name.startswith("ACCELERATE_DYNAMO_")
+    ]
+    return f"accelerate's environment also says {', '.join(asked)}: this loop does not follow that" if asked else None
+
+
 def launched_processes(environ: Mapping[str, str]) -> int:
-    """As many as accelerate launch or torchrun say that they started."""
-    return int(environ.get("WORLD_SIZE", "1"))
+    """As many as accelerate launch, torchrun or mpirun say that they started. Raises ValueError for no number."""
+    name = next((name for name in PROCESSES if name in environ), None)
+    if name is None:
+        return 1
+    if not environ[name].isdecimal() or int(environ[name]) < 1:
+        raise ValueError(f"{name}={environ[name]} in the environment is no number of processes; unset it, or set 1.")
+    return int(environ[name])
 
 
 def check_processes(asked: int | None, launched: int, running: int) -> None:
