@@ -10,8 +10,9 @@ states of optimizer, schedule and scaler, and the random state: bit for bit. Cas
 DistributedDataParallel, in processes that the script starts itself. The network, its optimizer, the text and the
 tokenizer are the YAML's, made small where they are large; every option of fit works here too, and what it sets stays.
 
-Leaves report.html (verdict, curves, table, costs), report.json and TensorBoard runs in a folder parity_N beside the
-runs of fit. The exit code is 0 only when every case is identical, 1 when one differs, 2 for a mistake in the options.
+Leaves report.html (verdict, curves, table, costs), curves.svg, report.json and TensorBoard runs in a folder parity_N
+beside the runs of fit. The exit code is 0 only when every case is identical, 1 when one differs, 2 for a mistake in
+the options.
 """
 
 import argparse
@@ -36,10 +37,10 @@ from nanogpt_lit.parity.curves import draw_in_tensorboard
 from nanogpt_lit.parity.grid import AXES, Point, case_of, every_combination, every_pair
 from nanogpt_lit.parity.memory import peak_growth_mib
 from nanogpt_lit.parity.record import Difference
-from nanogpt_lit.parity.report import markdown_table, page
+from nanogpt_lit.parity.report import markdown_table, page, picture
 from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
 from nanogpt_lit.parity.settled import SETTLED, drifts_together
-from nanogpt_lit.parity.size import cap, options_given
+from nanogpt_lit.parity.size import CAPS, CAPS_OF_A_LARGE_VOCABULARY, LARGE_VOCABULARY, Size, options_given
 
 OF_A_LAUNCHER = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
 
@@ -74,10 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     quiet_lightning()
     quiet()
     cli = ConfigOnlyCLI(args=of_the_yaml, run=False)
-    made_small = [] if options.full_size else cap(cli.settings, options_given(of_the_yaml))
-    if made_small:
-        print(f"small for the comparison: {', '.join(made_small)} (--full-size, or an option of fit, keeps the YAML's)")
-    base, clip, data = from_yaml(cli, options.steps)
+    size = None if options.full_size else Size(cli.settings, options_given(of_the_yaml))
+    base, clip, data = from_yaml(cli, options.steps, size)
     report: dict[str, Any] = {"hardware": hardware("lightning", "accelerate"), "compared": what_is_compared(base, data)}
     outcomes: list[tuple[Point, Outcome]] = []
     if options.explain:
@@ -104,11 +103,18 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def from_yaml(cli: ConfigOnlyCLI, steps: int) -> tuple[Case, float, TokenDataModule]:
-    """The case that the grid varies, the limit of clipping, and the data."""
+def from_yaml(cli: ConfigOnlyCLI, steps: int, size: Size | None) -> tuple[Case, float, TokenDataModule]:
+    """The case that the grid varies, the limit of clipping, and the data. size: makes it small"""
+    if size is not None:
+        size.cap(CAPS)
     cli.settings.trainer.precision = "32-true"  # the grid chooses
     cli.settings.model.compile = False  # the loops are compared, and each case would be compiled anew
     cli.complete_settings()
+    if size is not None:
+        if cli.settings.model.gpt.vocab_size > LARGE_VOCABULARY:
+            size.cap(CAPS_OF_A_LARGE_VOCABULARY)
+        if size.changed:
+            print(f"small for the comparison: {size} (--full-size, or an option of fit, keeps the YAML's)")
     module, data = cli.build()
     data.setup()
     schedule = asdict(module.schedule_config) | {"total_steps": steps}
@@ -212,6 +218,8 @@ def write(out: Path, report: dict[str, Any], outcomes: list[tuple[Point, Outcome
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (out / "report.html").write_text(page(report, outcomes), encoding="utf-8")
+    if outcomes:
+        (out / "curves.svg").write_text(picture(outcomes), encoding="utf-8")
     for k, (_, outcome) in enumerate(outcomes, start=1):
         for loop, curves in outcome.curves.items():
             draw_in_tensorboard(curves, out / f"case_{k:02}" / loop)

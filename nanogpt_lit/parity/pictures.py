@@ -1,6 +1,7 @@
 """Curves as SVG, without a plotting library."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -13,8 +14,25 @@ STYLES = {
 }
 """Colour and width of each loop's line, the widest first: lines that lie over each other stay visible."""
 
-WIDTH, HEIGHT = 270, 150
+COLUMNS, CAPTION = 4, 44
+WIDTH, HEIGHT = 280, 150
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
+
+
+def sheet(panels: Sequence[tuple[str, str]]) -> str:
+    """One picture of (panel, caption), with the legend above."""
+    rows = math.ceil(len(panels) / COLUMNS)
+    width, height = COLUMNS * WIDTH, 30 + rows * (HEIGHT + CAPTION)
+    drawn = [legend()]
+    for k, (panel, caption) in enumerate(panels):
+        x, y = k % COLUMNS * WIDTH, 30 + k // COLUMNS * (HEIGHT + CAPTION)
+        lines = textwrap.wrap(caption, 42)
+        words = "".join(text(LEFT, HEIGHT + 8 + 14 * n, line, "start") for n, line in enumerate(lines))
+        drawn.append(f'<g transform="translate({x} {y})">{panel}{words}</g>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>{"".join(drawn)}</svg>'
+    )
 
 
 def overlaid(lines: Mapping[str, Points], dots: Mapping[str, Points], parted_at: int | None = None) -> str:
@@ -46,17 +64,17 @@ def overlaid(lines: Mapping[str, Points], dots: Mapping[str, Points], parted_at:
             if math.isfinite(y):
                 cx, cy = place(x, y)
                 drawn.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{1 + width / 1.6:.1f}" fill="{colour}"/>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img">{"".join(drawn)}</svg>'
+    return "".join(drawn)
 
 
 def legend() -> str:
     names = {"reference": "plain PyTorch", "lightning": "Lightning", "accelerate": "accelerate"}
     drawn = []
     for k, (loop, (colour, width)) in enumerate(STYLES.items()):
-        x = 130 * k
+        x = LEFT + 130 * k
         drawn.append(f'<path d="M{x} 10H{x + 28}" stroke="{colour}" stroke-width="{width}"/>')
         drawn.append(text(x + 34, 14, names[loop], "start"))
-    return f'<svg viewBox="0 0 390 20" width="390" height="20" role="img">{"".join(drawn)}</svg>'
+    return "".join(drawn)
 
 
 def text(x: float, y: float, words: str, anchor: str) -> str:

@@ -8,7 +8,7 @@ from nanogpt_lit.parity.compare import FRAMEWORKS, Outcome
 from nanogpt_lit.parity.curves import points
 from nanogpt_lit.parity.grid import Point
 from nanogpt_lit.parity.memory import WHAT_IT_IS
-from nanogpt_lit.parity.pictures import legend, overlaid
+from nanogpt_lit.parity.pictures import overlaid, sheet
 from nanogpt_lit.parity.record import FINAL, Difference
 
 COLUMNS = {
@@ -27,9 +27,8 @@ COLUMNS = {
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;font-size:13px}td,th{padding:3px 10px;border-bottom:1px solid #ddd;text-align:left}"
-    "figure{display:inline-block;margin:0 8px 14px 0;width:270px;vertical-align:top}"
-    "figcaption{font-size:12px;line-height:1.3;padding-left:44px}dt{font-weight:600;float:left;clear:left;width:7em}"
-    "dd{margin-left:7.5em}.differs{color:#c00;font-weight:600}"
+    "dt{font-weight:600;float:left;clear:left;width:7em}dd{margin-left:7.5em}.differs{color:#c00;font-weight:600}"
+    "svg{max-width:100%;height:auto}"
 )
 
 
@@ -55,10 +54,8 @@ def comparison(report: Mapping[str, Any], outcomes: Sequence[tuple[Point, Outcom
         "at the end every parameter, the states of optimizer, schedule and scaler, and the random state.</p>"
     )
     yield "<h2>The training loss of each case</h2><p>Dots are validation losses. A line that hides another lies on it; "
-    yield f"a red mark is the first step where a loop differs from plain PyTorch.</p>{legend()}<div>"
-    for point, outcome in outcomes:
-        yield f"<figure>{panel(outcome)}<figcaption>{escape(named(point))}</figcaption></figure>"
-    yield "</div><h2>The cases</h2>"
+    yield f"a red mark is the first step where a loop differs from plain PyTorch.</p>{picture(outcomes)}"
+    yield "<h2>The cases</h2>"
     heads = [*outcomes[0][0], "skipped", "compared", *FRAMEWORKS]
     rows = [
         [*point.values(), outcome.skipped_steps, f"{outcome.quantities:,}"]
@@ -97,6 +94,11 @@ def explanation(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         ["difference", "what breaks without it", "loop", "what is seen"],
         [[row["difference"], row["breaks"], row["loop"], row["seen"]] for row in rows],
     )
+
+
+def picture(outcomes: Sequence[tuple[Point, Outcome]]) -> str:
+    """The curves of every case as one SVG."""
+    return sheet([(panel(outcome), named(point)) for point, outcome in outcomes])
 
 
 def panel(outcome: Outcome) -> str:
