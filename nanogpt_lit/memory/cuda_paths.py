@@ -157,7 +157,7 @@ def _attention(
             scale = D**-0.5 if scale is None else scale
             q, k, v = (F.pad(tensor, (0, 8 - D % 8)) for tensor in (q, k, v))
         out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
-        return out[..., :D]
+        return out[..., :D] if D % 8 else out
     keep_logsumexp = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     return aten._scaled_dot_product_efficient_attention(
         q, k, v, attn_mask, keep_logsumexp, dropout_p, is_causal, scale=scale

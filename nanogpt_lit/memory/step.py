@@ -23,6 +23,10 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype]] = {
     "bf16-true": (None, torch.bfloat16),
 }
 
+TRACED_STEPS = TRACED_MICRO_BATCHES = 2
+"""The second step meets the optimizer's state, the second micro-batch the gradients of the first; more of either would
+repeat itself."""
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -48,12 +52,11 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
     """Two optimizer steps, of two micro-batches each where gradients accumulate, and a batch of validation.
 
     build: makes the module; what it makes is fake, so that no memory is taken for it
-    The second step meets the optimizer's state, the second micro-batch the gradients of the first: more of either
-    would repeat itself. The trace's timeline is of the second step, and roofline gets the operations of it, with
-    `roofline.weight` telling how often each counts.
+    The trace's timeline is of the second step, and so are the operations that roofline is told of.
     """
     autocast_dtype, weight_dtype = PRECISIONS[shape.precision]
-    micro_batches = min(shape.accumulate_grad_batches, 2)
+    last = TRACED_STEPS - 1
+    micro_batches = min(shape.accumulate_grad_batches, TRACED_MICRO_BATCHES)
     trace = MemoryTrace(vocab_size=shape.vocab_size)
     with FakeTensorMode(), cuda_paths():
         with _default_dtype(weight_dtype):
@@ -63,18 +66,18 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
             trace.label_module(module)
             optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[operator]
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            for step in range(2):
-                if step == 1:
+            for step in range(TRACED_STEPS):
+                if step == last:
                     trace.timeline = []
                     trace.mark("step")
                 scaler = GradScaler("cpu", enabled=shape.precision == "16-mixed")
                 for micro_batch in range(micro_batches):
-                    if step == 1 and roofline is not None:
+                    if step == last and roofline is not None:
                         # The last of two stands for all that accumulate onto gradients that are there.
                         roofline.weight = shape.accumulate_grad_batches - 1 if micro_batch else 1
                         roofline.phase = "forward and backward"
                         trace.watch = roofline.add
-                    if micro_batch == 1:
+                    if micro_batch == micro_batches - 1 > 0:
                         trace.mark("micro-batch")
                     trace.phase = "forward"
                     tokens, targets = _batch(trace, shape)

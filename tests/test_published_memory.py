@@ -1,0 +1,127 @@
+"""The trace and the allocator against what others measured on cards.
+
+The networks are written out here as their authors ran them: what is held, in which precision, follows from the code.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanogpt_lit.memory.allocator import replay
+from nanogpt_lit.memory.steady import long_run
+from nanogpt_lit.memory.step import StepShape, trace_steps
+
+# "Reserved memory" in GiB of rasbt/LLMs-from-scratch, ch05/10_llm-training-speed/README.md: an untied GPT-2 small of
+# 163M parameters at 8 x 1024 with dropout 0.1, one A100, torch 2.6. Each row adds to the row above.
+ON_AN_A100 = {
+    "0 baseline": ({}, 26.2617),
+    "3 fused AdamW, and the mask made where it is needed": ({"keeps_mask": False, "fused": True}, 26.2422),
+    "5 bfloat16 weights": ({"keeps_mask": False, "fused": True, "precision": "bf16-true"}, 13.7871),
+    "6 LayerNorm and GELU of PyTorch": (
+        {"keeps_mask": False, "fused": True, "precision": "bf16-true", "own_layers": False},
+        11.5645,
+    ),
+    "7 FlashAttention": (
+        {"keeps_mask": False, "fused": True, "precision": "bf16-true", "own_layers": False, "flash": True},
+        5.9004,
+    ),
+}
+GPT2_VOCAB = 50257
+
+
+@pytest.mark.parametrize("change", ON_AN_A100)
+def test_the_plan_of_a_gpt_is_within_1_percent_of_what_an_a100_reserved(change):
+    options, published_gib = ON_AN_A100[change]
+    options = dict(options)
+    precision = options.pop("precision", "32-true")
+    shape = StepShape(8, 1024, GPT2_VOCAB, precision=precision, clips=False)
+    trace = trace_steps(lambda: Untied(**options), shape)
+    assert replay(long_run(trace, 1)).reserved / 2**30 == pytest.approx(published_gib, rel=0.01)
+
+
+class Untied(nn.Module):
+    def __init__(self, keeps_mask=True, fused=False, own_layers=True, flash=False):
+        super().__init__()
+        self.fused = fused
+        norm = OwnLayerNorm if own_layers else nn.LayerNorm
+        gelu = OwnGELU if own_layers else lambda: nn.GELU(approximate="tanh")
+        attention = FlashAttention if flash else lambda: OwnAttention(keeps_mask)
+        self.tokens, self.positions = nn.Embedding(GPT2_VOCAB, 768), nn.Embedding(1024, 768)
+        self.drop = nn.Dropout(0.1)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    norm(768),
+                    attention(),
+                    norm(768),
+                    nn.Sequential(nn.Linear(768, 3072), gelu(), nn.Linear(3072, 768)),
+                ]
+            )
+            for _ in range(12)
+        )
+        self.norm = norm(768)
+        self.head = nn.Linear(768, GPT2_VOCAB, bias=False)
+
+    def forward(self, tokens, targets):
+        x = self.drop(self.tokens(tokens) + self.positions(torch.arange(tokens.size(1))))
+        for norm1, attention, norm2, mlp in self.blocks:
+            x = self.drop(attention(norm1(x))) + x
+            x = self.drop(mlp(norm2(x))) + x
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self):
+        return {"optimizer": torch.optim.AdamW(self.parameters(), fused=self.fused, foreach=not self.fused)}
+
+
+class OwnLayerNorm(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        return self.scale * ((x - mean) / torch.sqrt(variance + 1e-5)) + self.shift
+
+
+class OwnGELU(nn.Module):
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
+
+
+class OwnAttention(nn.Module):
+    """12 heads of 64 channels; the scores are held."""
+
+    def __init__(self, keeps_mask):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(768, 768, bias=False) for _ in range(3))
+        self.out, self.drop = nn.Linear(768, 768), nn.Dropout(0.1)
+        self.register_buffer("mask", torch.triu(torch.ones(1024, 1024), diagonal=1) if keeps_mask else None)
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        k, q, v = (layer(x).view(B, T, 12, 64).transpose(1, 2) for layer in (self.key, self.query, self.value))
+        scores = q @ k.transpose(2, 3)
+        if self.mask is None:
+            future = torch.triu(torch.ones(T, T, dtype=torch.bool), diagonal=1)
+        else:
+            future = self.mask.bool()[:T, :T]
+        scores.masked_fill_(future, -math.inf)
+        weights = self.drop(torch.softmax(scores / 8, dim=-1))
+        return self.out((weights @ v).transpose(1, 2).reshape(B, T, 768))
+
+
+class FlashAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(768, 3 * 768, bias=False), nn.Linear(768, 768)
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, 12, 64).permute(2, 0, 3, 1, 4)
+        dropout = 0.1 if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.out(y.transpose(1, 2).contiguous().view(B, T, 768))
