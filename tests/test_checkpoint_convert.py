@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader, TensorDataset
 
+from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.data.tokenizer import ByteTokenizer
@@ -112,6 +113,22 @@ def test_a_stock_trainer_goes_on_from_the_ckpt(checkpoint, tmp_path):
     assert all(map(torch.equal, loaded.parameters(), here.parameters()))
 
 
+def test_a_ckpt_of_a_stock_trainer_is_gone_on_from_by_plain_pytorch(tmp_path):
+    ours, theirs = new_module(dropout=0.0), new_module(dropout=0.0)
+    trainer = Trainer(
+        max_steps=STEPS, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(theirs, batches())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    train(ours, batches(STEPS), [], LoopSettings(STEPS + 3), start=load_run(tmp_path / "x.safetensors"))
+
+    undisturbed = new_module(dropout=0.0)
+    train(undisturbed, batches(), [], LoopSettings(STEPS + 3))
+    assert all(map(torch.equal, ours.parameters(), undisturbed.parameters()))
+
+
 class AcceleratesOwn:
     """A script with accelerate's own checkpoints, as its documentation has it."""
 
@@ -189,3 +206,32 @@ def test_no_pickle_of_either_framework_runs_code(checkpoint, tmp_path, monkeypat
         convert(tmp_path / "plain.safetensors", tmp_path / "out.safetensors")
     assert not (tmp_path / "exploded").exists()
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_command_says_what_it_wrote_and_refuses_in_one_sentence(checkpoint, tmp_path, capsys):
+    assert main(["convert", str(checkpoint), str(tmp_path / "x.ckpt")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'x.ckpt'}: step 4, 64 tokens\n"
+    for target, sentence in (
+        ("x.ckpt", "x.ckpt exists already"),
+        ("x.bin", "x.bin names no format; FILE.safetensors is nanogpt_lit's, FILE.ckpt Lightning's"),
+    ):
+        assert main(["convert", str(checkpoint), str(tmp_path / target)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert sentence in line
+
+
+def test_a_folder_without_what_accelerate_has_no_place_for_is_refused_by_the_name_of_what_is_missing(
+    checkpoint, tmp_path
+):
+    for missing, sentence in (
+        ("nanogpt_lit.json", "holds no nanogpt_lit.json"),
+        ("custom_checkpoint_0.pkl", "holds no state of the schedule"),
+        ("random_states_0.pkl", "random_states_0.pkl is missing"),
+        ("model.safetensors", "model.safetensors cannot be read"),
+        ("optimizer.bin", "optimizer.bin is damaged, missing"),
+    ):
+        folder = tmp_path / missing.partition(".")[0]
+        convert(checkpoint, folder)
+        (folder / missing).unlink()
+        with pytest.raises(ValueError, match=sentence):
+            convert(folder, tmp_path / "out.safetensors")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from nanogpt_lit.checkpoint.durable import sweep
 from nanogpt_lit.checkpoint.run_file import SUFFIX, save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.gpt.model import GPT
@@ -57,6 +58,7 @@ class Journal(Observer):
         self.sample: str | None = None
         self.checkpoints: dict[str, str] = {}
         """What each is ("best", "last") and its file."""
+        sweep(folder / "checkpoints")
         self._write_sample = write_sample
         self._data_state = data_state
         self._progress = Progress(settings.max_steps, self.step) if show_progress else None
