@@ -1,6 +1,5 @@
 """Checkpoints from and to the formats of the two frameworks."""
 
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -48,10 +47,17 @@ def read(source: Path) -> RunState:
 def read_ckpt(path: Path) -> RunState:
     """Of a file that Trainer.save_checkpoint wrote."""
     try:
-        # weights_only: the file may come from elsewhere, and an ordinary pickle can run code.
-        return from_lightning(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        with path.open("rb") as file:
+            # torch wrote a checksum of every part, and does not look at it when it reads.
+            if (part := zipfile.ZipFile(file).testzip()) is not None:
+                raise RuntimeError(f"{part} differs from its checksum")
+            file.seek(0)
+            # weights_only: the file may come from elsewhere, and an ordinary pickle can run code. The open file and not
+            # its name, by which torch would choose another reader.
+            return from_lightning(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # what the readers of zip, of pickle and of a dictionary raise is not one family
+        reason = " ".join(str(error).split())[:100]
         raise ValueError(
             f"{path} is damaged, or is not a checkpoint that Lightning wrote of one optimizer and one schedule "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})."
+            f"({type(error).__name__}: {reason})."
         ) from error
