@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from nanogpt_lit.allowlist import TRUST, limit_imports, refusal, split_trusted
-from nanogpt_lit.places import ADDRESS, check_places
+from nanogpt_lit.places import check_arguments, check_places
 
 WORDS = {
     "int": "an integer",
@@ -33,6 +33,7 @@ class Parser(LightningArgumentParser):
         """Raises ValueError for settings that name a place they may not."""
         trusted, args = split_trusted(sys.argv[1:] if args is None else args)
         limit_imports(trusted)
+        check_arguments(args)
         config = super().parse_args(args, *more, **options)
         settings = config[config.subcommand] if config.get("subcommand") else config
         check_places(settings.as_dict())
@@ -55,8 +56,6 @@ def sentence(message: str, options: list[str]) -> str:
     if denied:
         key = (re.findall(r'Parser key "([\w.]+)"', keys) or [None])[-1]
         return refusal(denied.partition("'")[0], key)
-    if address := re.search(rf"""Parser key "([\w.]+)":.*?['"]({ADDRESS.pattern}[^'"]*)""", message):
-        return f"{address[1]}={address[2]} is an address, and only files are read; download it, look at it, name it."
     if unknown := re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.-]+)", message):
         key = unknown[1] or unknown[2]
         nearest = difflib.get_close_matches(key, options, n=1)

@@ -5,7 +5,8 @@ them, and a name that climbs out again says one place and means another.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ NAMES = ("name", "version", "sub_dir", "filename")
 FOLDERS = ("save_dir", "dirpath")
 CLIMBS = re.compile(r"[/\\~]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)|.*[\0$%]", re.DOTALL)
 """Absolute here or on Windows, of another drive, upwards, or expanded by Lightning to what the environment says."""
+SECTIONS = ("c", "config", "trainer", "model", "data")
+"""Options that take a YAML file."""
 KEYWORDS = re.compile(r"(best|last|hpc|registry(:.*)?)")
 
 
@@ -42,6 +45,14 @@ def check_places(settings: Mapping[str, Any]) -> None:
             f"ckpt_path={word} leaves it to Lightning to find a checkpoint, and it may begin anew where it finds none; "
             "name the file."
         )
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raises ValueError for an address where the command line means a YAML, before it is opened."""
+    for argument, following in pairwise([*arguments, ""]):
+        option, equals, value = argument.partition("=")
+        if option.startswith("-") and option.lstrip("-") in SECTIONS:
+            _check_path(option.lstrip("-"), value if equals else following)
 
 
 def _check_path(key: str, value: str) -> None:

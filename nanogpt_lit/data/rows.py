@@ -1,6 +1,7 @@
 """Documents in rows: JSON Lines, Parquet, and data sets of the Hugging Face hub, streamed."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def _parquet(path: Path, key: str) -> Any:
 def hub_documents(name: str, config: str | None, key: str) -> Iterator[TextDocument]:
     """The column `key` of the train split of a hub data set, streamed. Raises ValueError without `datasets`."""
     source = f"data.source=hf:{name}" + (f":{config}" if config else "")
+    # The text is fetched, and nothing is told about this machine.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         from datasets import load_dataset
     except ImportError as error:
