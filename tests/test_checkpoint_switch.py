@@ -1,7 +1,9 @@
 """A run that is stopped, saved and taken up again by whichever loop: the same bits as the one that never stopped."""
 
 import itertools
-from dataclasses import dataclass
+import os
+import random
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -239,3 +241,54 @@ SOME = [
 @pytest.mark.parametrize(("chain", "setup"), SOME, ids=lambda value: value if isinstance(value, str) else None)
 def test_a_run_that_moves_between_loops_has_the_bits_of_one_that_does_not(chain, setup, shards, tmp_path):
     assert_never_switched(chain, setup, shards, tmp_path)
+
+
+CHAINS = ["L", "A", "L3A", "A3L", "L4A", "A4L", "P6L", "L6P", "A6A", "L8L", "L3A6P9L", "A2L4P5A8L11A"]
+GRID = [
+    (chain, Setup(precision, accumulate, scaler))
+    for precision, scaler in (("32-true", ()), ("bf16-mixed", ()), ("16-mixed", ()), ("16-mixed", FLOAT16))
+    for accumulate in (1, 3, 4)
+    for chain in CHAINS
+]
+COUNT = int(os.environ.get("SWITCHES", "6"))
+"""How many cases of the grid to run, spread over it; the whole of it is len(GRID)."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chain", "setup"), random.Random(1).sample(GRID, min(COUNT, len(GRID))))
+def test_the_grid_of_switches(chain, setup, shards, tmp_path):
+    assert_never_switched(chain, setup, shards, tmp_path)
+
+
+def broken(name, load_run):
+    """Reads a checkpoint as if it lacked one thing."""
+
+    def load(path):
+        state = load_run(path)
+        match name:
+            case "random state":
+                return replace(state, random=[])
+            case "growth tracker":
+                return replace(state, scaler={**state.scaler, "_growth_tracker": 0})
+            case "schedule":
+                return replace(state, schedule={**state.schedule, "last_epoch": state.schedule["last_epoch"] + 1})
+            case "position":
+                return replace(state, batches=state.batches + 3)
+            case "a moment's last bit":
+                moment = state.optimizer["state"][0]["exp_avg"]
+                moment.copy_(torch.nextafter(moment, torch.ones_like(moment)))
+            case "a weight's last bit":
+                weight = state.weights["gpt.transformer.ln_f.weight"]
+                weight.copy_(torch.nextafter(weight, torch.zeros_like(weight)))
+        return state
+
+    return load
+
+
+@pytest.mark.parametrize(
+    "name", ["random state", "growth tracker", "schedule", "position", "a moment's last bit", "a weight's last bit"]
+)
+def test_the_comparison_sees_every_part_of_a_checkpoint(name, shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "load_run", broken(name, load_run))
+    with pytest.raises(AssertionError):
+        assert_never_switched("P3P", Setup("16-mixed", 3, FLOAT16), shards, tmp_path)
