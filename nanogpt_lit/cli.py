@@ -25,7 +25,7 @@ from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.strategies import DDP, FSDP2, SINGLE
-from nanogpt_lit.loops.strategy_check import check_strategy, complete_sizes, named_strategy
+from nanogpt_lit.loops.strategy_check import check_started, check_strategy, complete_sizes, named_strategy
 from nanogpt_lit.loops.trainer_section import check_saves_whole_steps
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
@@ -147,6 +147,8 @@ class NanoGPTCLI(LightningCLI):
         self.device = device_type(settings.trainer.accelerator)
         check_strategy(vars(settings.trainer), self.device)
         complete_sizes(settings.trainer)
+        if self.subcommand is not None:  # the accelerate loop asks accelerate itself
+            check_started(vars(settings.trainer))
         precision = settings.trainer.precision or "32-true"
         settings.trainer.precision = usable_precision(precision, self.device)
         if settings.trainer.precision != precision:

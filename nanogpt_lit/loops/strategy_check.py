@@ -59,6 +59,21 @@ def check_strategy(trainer: Mapping[str, Any], device: str) -> None:
     check_combination(strategy, trainer["precision"], trainer["gradient_clip_val"])
 
 
+def check_started(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
+    """Raises ValueError when torchrun or srun has started another number of processes than the section asks for."""
+    asked = asked_processes(trainer)
+    for launcher, sign, count in (
+        ("torchrun", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"),
+        ("srun", "SLURM_STEP_ID", "SLURM_NTASKS"),
+    ):
+        started = environ.get(count)
+        if asked is not None and sign in environ and started is not None and int(started) != asked:
+            raise ValueError(
+                f"trainer.devices={trainer['devices']} and trainer.num_nodes={trainer['num_nodes']} ask for {asked} "
+                f"processes, and {launcher} has started {started}; set one to the other."
+            )
+
+
 def check_combination(strategy: Strategy, precision: Any, gradient_clip_val: float | None) -> None:
     """Raises ValueError for a setting that Lightning refuses together with the strategy, on any machine."""
     precision = full_precision_name(precision)
