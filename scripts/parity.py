@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any, NoReturn
 
+import torch
+
 from nanogpt_lit.__main__ import exit_code
 from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.data.datamodule import TokenDataModule
@@ -76,6 +78,9 @@ def main(arguments: Sequence[str]) -> int:
     quiet()
     cli = ConfigOnlyCLI(args=of_the_yaml, run=False)
     size = None if options.full_size else Size(cli.settings, options_given(of_the_yaml))
+    if size is not None:
+        # A network this small is not faster on more, and on a busy machine they wait for each other many times longer.
+        torch.set_num_threads(1)
     base, clip, data = from_yaml(cli, options.steps, size)
     report: dict[str, Any] = {"hardware": hardware("lightning", "accelerate"), "compared": what_is_compared(base, data)}
     outcomes: list[tuple[Point, Outcome]] = []
