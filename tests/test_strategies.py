@@ -341,29 +341,31 @@ def test_a_key_of_the_trainer_without_a_counterpart_is_named_when_it_is_set(key,
 
 
 @pytest.mark.parametrize(
-    ("options", "launches"),
+    ("changes", "launches"),
     [
-        ([], {"multi_gpu": False, "use_fsdp": False, "mixed_precision": "fp16", "num_processes": 1}),
-        (["--trainer.devices=2"], {"multi_gpu": True, "num_processes": 2}),
-        (["--trainer.devices=2", "--trainer.accelerator=cpu"], {"multi_gpu": False, "use_cpu": True}),
         (
-            ["--trainer.devices=2", "--trainer.strategy=ModelParallelStrategy", "--trainer.precision=bf16-mixed"],
+            {"precision": "16-mixed"},
+            {"multi_gpu": False, "use_fsdp": False, "mixed_precision": "fp16", "num_processes": 1},
+        ),
+        ({"devices": 2}, {"multi_gpu": True, "num_processes": 2}),
+        ({"devices": 2, "accelerator": "cpu"}, {"multi_gpu": False, "use_cpu": True}),
+        (
+            {"devices": 2, "strategy": "ModelParallelStrategy", "precision": "bf16-mixed"},
             {"use_fsdp": True, "fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": "Block"},
         ),
         (
-            ["--trainer.devices=2", "--trainer.strategy=fsdp_cpu_offload", "--trainer.gradient_clip_val=0"],
+            {"devices": 2, "strategy": "fsdp_cpu_offload", "gradient_clip_val": None},
             {"use_fsdp": True, "fsdp_version": 1, "fsdp_offload_params": True, "fsdp_use_orig_params": True},
         ),
         (
-            ["--trainer.devices=2", "--trainer.strategy=deepspeed_stage_3"],
+            {"devices": 2, "strategy": "deepspeed_stage_3", "accumulate_grad_batches": 4},
             {"use_deepspeed": True, "zero_stage": 3, "gradient_accumulation_steps": 4, "gradient_clipping": 1.0},
         ),
     ],
 )
-def test_accelerate_loads_the_file_and_would_launch_what_the_yaml_says(options, launches, tmp_path, capsys):
-    assert main(["accelerate-config", f"--from={RTX2050}", *options]) == 0
+def test_accelerate_loads_the_file_and_would_launch_what_the_trainer_says(changes, launches, tmp_path, defaults):
     path = tmp_path / "default_config.yaml"
-    path.write_text(capsys.readouterr().out)
+    path.write_text(into_accelerate({**defaults, **changes}, changes, False, {}).text("Without a counterpart:"))
     assert isinstance(load_config_from_file(str(path)), ClusterConfig)
     parser = launch_command_parser()
     args, _, _ = _validate_launch_command(parser.parse_args(["--config_file", str(path), "script.py"]))
@@ -508,25 +510,28 @@ def test_a_missing_file_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("changes", "sentence"),
     [
-        (["--trainer.precision=64-true"], "trainer.precision=64-true has no name in accelerate"),
-        (["--trainer.strategy=ddp"], "trainer.devices=auto leaves the number of processes open"),
-        (
-            ["--trainer.strategy=ModelParallelStrategy", "--trainer.accelerator=cpu", "--trainer.devices=2",
-             "--trainer.precision=32-true"],
-            "accelerate would train DDP without a word",
-        ),
-        (["--trainer.strategy=ModelParallelStrategy", "--trainer.devices=2"], "precision=16-mixed does not go with"),
-        (["--trainer.strategy=fsdp", "--trainer.devices=2"], "gradient_clip_val=1.0 does not go with FSDPStrategy"),
-        (["--trainer.accelerator=hpu"], "trainer.accelerator=hpu is not translated"),
+        ({"precision": "64-true"}, "trainer.precision=64-true has no name in accelerate"),
+        ({"strategy": "ddp"}, "trainer.devices=auto leaves the number of processes open"),
+        ({"strategy": "my.Strategy"}, "trainer.strategy=my.Strategy has no name in accelerate"),
+        ({"strategy": "ModelParallelStrategy", "accelerator": "cpu", "devices": 2}, "would train DDP without a word"),
+        ({"strategy": "deepspeed", "accelerator": "cpu", "devices": 2}, "DeepSpeedStrategy needs CUDA cards"),
+        ({"strategy": "ModelParallelStrategy", "precision": "16-mixed", "devices": 2}, "=16-mixed does not go with"),
+        ({"strategy": "fsdp", "devices": 2}, "gradient_clip_val=1.0 does not go with FSDPStrategy"),
+        ({"accelerator": "hpu"}, "trainer.accelerator=hpu is not translated"),
     ],
-)  # fmt: skip
-def test_a_yaml_that_accelerate_has_no_word_for_is_refused_in_one_sentence(options, sentence, capsys):
-    assert main(["accelerate-config", f"--from={RTX2050}", *options]) == 2
+)
+def test_a_trainer_section_that_accelerate_has_no_word_for_is_refused(changes, sentence, defaults):
+    with pytest.raises(ValueError, match=sentence):
+        into_accelerate({**defaults, **changes}, changes, False, {})
+
+
+def test_the_command_refuses_in_one_sentence_and_prints_no_half_of_a_file(capsys):
+    assert main(["accelerate-config", f"--from={RTX2050}", "--trainer.precision=64-true"]) == 2
     captured = capsys.readouterr()
-    assert sentence in captured.err
-    assert len(captured.err.strip().splitlines()) == 1
+    (line,) = captured.err.strip().splitlines()
+    assert "trainer.precision=64-true" in line
     assert captured.out == ""
 
 

@@ -70,6 +70,7 @@ def into_accelerate(
         content["gpu_ids"] = ",".join(map(str, devices)) if isinstance(devices, list) else "all"
     if compiles:
         content["dynamo_config"] = {"dynamo_backend": "INDUCTOR"}
+        remarks.append(f"model.compile=True: {OUR_SCRIPT} compiles by itself; take dynamo_config out for it")
     if trainer["num_nodes"] > 1:
         remarks += _rendezvous(content, environ)
     arguments = _arguments(trainer["strategy"])
