@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from nanogpt_lit.checkpoint.run_file import check_run_file
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
@@ -142,6 +143,8 @@ class NanoGPTCLI(LightningCLI):
         ScheduleConfig(**settings.model.schedule)
         if self.subcommand in (None, "fit"):
             check_saves_whole_steps(vars(settings.trainer))
+        if settings.get("ckpt_path") is not None and writes_run_files(settings.trainer):
+            check_run_file(Path(settings.ckpt_path))
         if sentence := unused_card():
             rank_zero_print(sentence)
         self.device = device_type(settings.trainer.accelerator)
@@ -173,8 +176,7 @@ class NanoGPTCLI(LightningCLI):
         # FSDPStrategy and DeepSpeedStrategy bring precision plugins of their own.
         if plugin is not None and named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2) and not trainer.plugins:
             kwargs |= {"plugins": [plugin], "precision": None}
-        # A sharded strategy writes a folder, each process its share.
-        if named_strategy(trainer.strategy) in (SINGLE, DDP):
+        if writes_run_files(trainer):
             kwargs["plugins"] = with_run_files(kwargs.get("plugins", trainer.plugins))
         if self.subcommand != "fit":
             # Only a fit makes a run: the others leave no folder behind.
@@ -274,6 +276,11 @@ def quiet_lightning() -> None:
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def writes_run_files(trainer: Namespace) -> bool:
+    """Whether checkpoints are in the format of every loop; a sharded strategy writes them its own way."""
+    return named_strategy(trainer.strategy) in (SINGLE, DDP)
 
 
 def callbacks(trainer: Trainer) -> list[Callback]:

@@ -29,6 +29,7 @@ from nanogpt_lit.loops.journal import Journal, RandomStateShare, next_folder
 from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.machine import device_type
 from nanogpt_lit.loops.report import closing_table, opening_lines
+from nanogpt_lit.loops.resume import batches_done, check_network
 from nanogpt_lit.loops.trainer_section import (
     asked_processes,
     check_followed,
@@ -69,6 +70,9 @@ def main(arguments: list[str]) -> int:
 
     accelerator = Accelerator(**accelerator_options(settings, cli.device))
     check_processes(asked_processes(vars(trainer)), processes, accelerator.num_processes)
+    if start is not None:  # before there is a folder
+        check_network(module, start)
+        batches_done(start, module, settings.accumulate_grad_batches, accelerator.num_processes)
     if remark is not None:
         accelerator.print(remark)
 

@@ -112,6 +112,8 @@ def test_what_cannot_go_on_is_refused_in_one_sentence(undisturbed, text, tmp_pat
     assert loop(*small_run(text, tmp_path), f"--ckpt_path={last}", *options.split()) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(sentence, line)
+    if loop is accelerate or "nowhere" in options:
+        assert not [*tmp_path.glob("version_*"), *tmp_path.glob("accelerate_*")]  # no run was begun
 
 
 def test_a_model_checkpoint_of_the_yaml_writes_the_same_format_into_a_swept_folder(undisturbed, text, tmp_path):

@@ -59,6 +59,12 @@ def load_run(path: Path) -> RunState:
     return decoded(path, description, tensors)
 
 
+def check_run_file(path: Path) -> None:
+    """Raises ValueError for a file that is none, by its beginning alone, before anything is built."""
+    with open_run(path) as file:
+        description_of(file)
+
+
 @dataclass(frozen=True)
 class StoredNetwork:
     """As much of a checkpoint as it takes to write text."""

@@ -46,10 +46,9 @@ def restore(parts: Parts, state: RunState) -> None:
     """Puts a run's state into its parts; the random state follows just before the first batch.
 
     Empties the state of weights and moments: whoever still holds it would hold them a second time.
-    Raises ValueError when the checkpoint holds another network, as the module itself says.
+    Raises ValueError when the checkpoint holds another network.
     """
-    if hasattr(parts.module, "on_load_checkpoint"):
-        parts.module.on_load_checkpoint({"hyper_parameters": state.hyper_parameters})  # type: ignore[operator]
+    check_network(parts.module, state)
     parts.module.load_state_dict(state.weights)
     state.weights.clear()
     parts.optimizer.load_state_dict(state.optimizer)
@@ -57,6 +56,12 @@ def restore(parts: Parts, state: RunState) -> None:
     parts.schedule.load_state_dict(state.schedule)
     if parts.scaler is not None and state.scaler is not None:
         parts.scaler.load_state_dict(state.scaler)
+
+
+def check_network(module: nn.Module, state: RunState) -> None:
+    """Raises ValueError when the checkpoint holds another network, in the words of a LightningModule's own hook."""
+    if hasattr(module, "on_load_checkpoint"):
+        module.on_load_checkpoint({"hyper_parameters": state.hyper_parameters})  # type: ignore[operator]
 
 
 def batches_done(state: RunState, module: nn.Module, accumulate_grad_batches: int, processes: int) -> int:
