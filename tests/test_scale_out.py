@@ -1,0 +1,195 @@
+"""The same YAML on one process and on two real ones: the same samples, losses and weights.
+
+Two processes with one micro-batch per step and one process with two see the same global batch. The mean over two is
+half of each in both, and a half is exact in floating point: everything is the same bits. But for one thing: FSDP2 sums
+the gradients' norm shard by shard, in another order. Here it is measured and nothing is clipped by it.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nanogpt_lit.__main__ import main
+from nanogpt_lit.cli import ConfigOnlyCLI
+from nanogpt_lit.loops.strategy_check import check_combination, named_strategy
+
+PAGE = Path(__file__).parents[1] / "docs" / "scale_out.md"
+STEPS, BATCH_SIZE, BLOCK_SIZE = 5, 2, 16
+RECORDED_FIT = '''
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from nanogpt_lit import cli
+from nanogpt_lit.__main__ import main
+
+
+class Recorder(Callback):
+    """Everything that this process trained on, its losses, and the weights at the end."""
+
+    def __init__(self, folder):
+        self.folder, self.tokens, self.losses = Path(folder), [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.tokens.append(batch[0].clone())
+        self.losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
+
+    def on_train_end(self, trainer, module):
+        weights = {n: getattr(p, "full_tensor", lambda p=p: p)().detach() for n, p in module.named_parameters()}
+        shares = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.parameters())
+        record = {"tokens": torch.stack(self.tokens), "losses": torch.stack(self.losses)}
+        torch.save(record | {"weights": weights, "shares": shares}, self.folder / f"rank_{trainer.global_rank}.pt")
+
+
+class RecordedCLI(cli.NanoGPTCLI):
+    def _callbacks(self, trainer):
+        return [*super()._callbacks(trainer), Recorder(trainer.default_root_dir)]
+
+
+cli.NanoGPTCLI = RecordedCLI
+sys.exit(main(["fit", *sys.argv[1:]]))
+'''
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def options(folder):
+    return [
+        f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu", f"--trainer.max_steps={STEPS}",
+        "--trainer.log_every_n_steps=1", "--trainer.gradient_clip_val=100", "--model.gpt.n_layer=2",
+        "--model.gpt.n_head=2", "--model.gpt.n_embd=16", "--model.schedule.warmup_steps=2", "--model.optim.lr=0.003",
+        f"--data.source={folder.parent / 'text.txt'}", "--data.tokenizer=byte", f"--data.block_size={BLOCK_SIZE}",
+        f"--data.batch_size={BATCH_SIZE}", "--data.val_fraction=0.1",
+    ]  # fmt: skip
+
+
+def validation(batches):
+    """After every second step, over 2 batches of all processes together. batches: of each process"""
+    return [f"--trainer.val_check_interval={2 * batches}", f"--trainer.limit_val_batches={batches}"]
+
+
+class Run:
+    def __init__(self, folder, processes):
+        ranks = [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(processes)]
+        # In the order of the endless stream of batches: the processes take turns.
+        self.tokens = torch.stack([rank["tokens"] for rank in ranks], dim=1).flatten(0, 1)
+        self.losses = torch.stack([rank["losses"] for rank in ranks], dim=1).flatten(0, 1)
+        self.weights = ranks[0]["weights"]
+        self.shares = [rank["shares"] for rank in ranks]
+        events = EventAccumulator(str(folder / "version_0"))
+        events.Reload()
+        self.curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("scale_out")
+    # Squares never line up: no two windows of the text are the same.
+    (home / "text.txt").write_text("".join(f"{n * n} is the square of {n}\n" for n in range(300)))
+    (home / "fit.py").write_text(RECORDED_FIT)
+    return home
+
+
+def fit(home, name, launcher, *more):
+    """A run in home/name; the answer of its process."""
+    # Threads are pinned: the sum of a matrix product depends on their number.
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(home / "fit.py"), *options(home / name), *more]
+    return subprocess.run(command, env=environ, capture_output=True, text=True)
+
+
+def recorded(home, name, processes, launcher, *more):
+    answer = fit(home, name, launcher, *more)
+    assert answer.returncode == 0, answer.stderr
+    return Run(home / name, processes)
+
+
+@pytest.fixture(scope="module")
+def one(home):
+    return recorded(home, "one", 1, [], "--trainer.accumulate_grad_batches=2", *validation(2))
+
+
+@pytest.fixture(scope="module")
+def ddp(home):
+    """Started by torchrun."""
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", *validation(1)]
+    return recorded(home, "ddp", 2, TORCHRUN, *more)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(home):
+    """Started by Lightning itself."""
+    more = ["--trainer.devices=2", "--trainer.strategy=ModelParallelStrategy", *validation(1)]
+    return recorded(home, "fsdp2", 2, [], *more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_on_the_samples_of_one_each_once(strategy, one, request):
+    two = request.getfixturevalue(strategy)
+    assert two.tokens.shape == (2 * STEPS, BATCH_SIZE, BLOCK_SIZE)
+    assert torch.equal(two.tokens, one.tokens)
+    windows = two.tokens.flatten(0, 1)
+    assert len(windows.unique(dim=0)) == len(windows)
+    assert two.curves["train/tokens"] == one.curves["train/tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_give_the_losses_and_weights_of_one_bit_for_bit(strategy, one, request):
+    two = request.getfixturevalue(strategy)
+    assert torch.equal(two.losses, one.losses)
+    for name, weight in one.weights.items():
+        assert torch.equal(two.weights[name], weight), name
+    for tag in ("val/loss", "val/perplexity", "train/lr"):
+        assert two.curves[tag] == one.curves[tag], tag
+    # Under FSDP2 a sum of squares in another order: some float32 roundings, 6e-8 each.
+    tolerance = 1e-6 if strategy == "fsdp2" else 0
+    for (step, norm), (_, expected) in zip(two.curves["train/grad_norm"], one.curves["train/grad_norm"], strict=True):
+        assert norm == pytest.approx(expected, rel=tolerance, abs=0), f"step {step}"
+
+
+@pytest.mark.slow
+def test_under_fsdp2_each_process_holds_half_of_the_weights(one, fsdp2):
+    total = sum(weight.numel() for weight in one.weights.values())
+    assert sum(fsdp2.shares) == total
+    assert max(fsdp2.shares) < 0.51 * total
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_than_torchrun_started_is_refused(home, monkeypatch, capsys):
+    started = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for variable, value in {**started, "GROUP_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    assert main(["fit", *options(home / "refused"), "--trainer.devices=3", "--trainer.strategy=ddp"]) == 2
+    assert "devices" in capsys.readouterr().err
+
+
+def commands_of(page):
+    """The commands of its bash blocks, as lists of arguments."""
+    for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "nanogpt_lit" in line and "trainer.yaml" not in line:
+                yield shlex.split(line.partition(" > ")[0], comments=True)
+
+
+def test_every_command_of_the_page_is_one_that_we_understand(capsys, monkeypatch):
+    monkeypatch.chdir(PAGE.parents[1])
+    commands = list(commands_of(PAGE.read_text(encoding="utf-8")))
+    assert len(commands) >= 7
+    for command in commands:
+        arguments = command[command.index("nanogpt_lit") + 1 :]
+        if arguments[0] == "fit":
+            trainer = ConfigOnlyCLI(args=arguments[1:], run=False).settings.trainer
+            check_combination(named_strategy(trainer.strategy), trainer.precision, trainer.gradient_clip_val)
+        else:
+            assert main(arguments) == 0
+            assert "distributed_type: MULTI_GPU" in capsys.readouterr().out
