@@ -40,6 +40,7 @@ WHOLE_NUMBERS = {
     "parallelism_config.parallelism_config_dp_shard_size",
 }  # fmt: skip
 NUMBERS = {"deepspeed_config.gradient_clipping"}
+LISTS = {"commands", "tpu_env", "tpu_vm", "fp8_config.fp8_override_linear_precision"}
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -116,7 +117,7 @@ def _known(key: str) -> str:
 
 def _value(key: str, value: Any) -> Any:
     """The value as a bool, number, string or list of those."""
-    if isinstance(value, list) and all(isinstance(item, str | int | float | bool | None) for item in value):
+    if key in LISTS and isinstance(value, list) and all(isinstance(i, str | int | float | bool | None) for i in value):
         return value
     if not isinstance(value, str | int | float | bool | None):
         raise ValueError(f"accelerate's {key} should be one value; `accelerate config` writes no more.")
