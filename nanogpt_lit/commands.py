@@ -81,17 +81,26 @@ def plan(arguments: list[str]) -> int:
     from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning
     from nanogpt_lit.memory.budget import choose_budget
     from nanogpt_lit.memory.picture import write_picture
-    from nanogpt_lit.memory.report import report
-    from nanogpt_lit.planning import plan_run
+    from nanogpt_lit.memory.report import report, report_largest
+    from nanogpt_lit.planning import largest_that_fits, plan_run
 
     quiet_lightning()
     budget = choose_budget(options.card, options.vram, options.usable, options.os, options.desktop_on_card)
     cli = ConfigOnlyCLI(args=settings_of_fit, run=False)
     title = ", ".join(str(path) for path in cli.config.get("config") or []) or "the defaults"
     planned = plan_run(cli.settings, budget, lightning=options.loop == "lightning")
-    print(json.dumps(planned.as_json(), indent=1) if options.json else report(planned, title))
     if options.picture is not None:
         write_picture(planned, title, options.picture)
+    if options.json:
+        answer = planned.as_json()
+        if options.largest:
+            answer["largest"] = largest_that_fits(cli.settings, planned, lightning=options.loop == "lightning")
+        print(json.dumps(answer, indent=1))
+        return 0
+    print(report(planned, title), flush=True)
+    if options.largest:
+        found = largest_that_fits(cli.settings, planned, lightning=options.loop == "lightning")
+        print("\n" + report_largest(found, planned))
     return 0
 
 

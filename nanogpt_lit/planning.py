@@ -1,18 +1,20 @@
 """From the settings of a run to its plan."""
 
-import inspect
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.data.shards import ready_format
+from nanogpt_lit.data.prepare import stale_reason
 from nanogpt_lit.data.tokenizer import parse_tokenizer, tokenizer_from_file
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.trainer_section import full_precision_name
 from nanogpt_lit.memory.budget import Budget
 from nanogpt_lit.memory.ladder import Rung
-from nanogpt_lit.memory.plan import Plan, make_plan
+from nanogpt_lit.memory.largest import largest
+from nanogpt_lit.memory.plan import Plan, make_plan, measure
 from nanogpt_lit.memory.step import StepShape
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
@@ -22,18 +24,72 @@ from nanogpt_lit.optim.schedule import ScheduleConfig
 TOKENIZER_SIZES = {"gpt2": 50257, "byte": 257}
 
 
+# Layers, heads and channels of the networks that were published as GPT-2.
+FAMILY = {
+    "GPT-2 small": (12, 12, 768),
+    "GPT-2 medium": (24, 16, 1024),
+    "GPT-2 large": (36, 20, 1280),
+    "GPT-2 XL": (48, 25, 1600),
+}
+
+
 def plan_run(settings: Any, budget: Budget, lightning: bool = True) -> Plan:
     """settings: the sections of the YAML, as fit reads them   lightning: whether its Trainer drives, or accelerate
 
     Raises ValueError for settings that cannot be, and where the vocabulary is not known before the text is read.
     """
-    model, trainer, data = settings.model, settings.trainer, settings.data
-    gpt = GPTConfig(**{**model.gpt, "vocab_size": vocab_size(settings)})
-    own = Rung(
-        "as configured", MemoryConfig(**(model.get("memory") or {})), data.batch_size, trainer.accumulate_grad_batches
-    )
-    shape = StepShape(
-        batch_size=data.batch_size,
+    gpt = network(settings)
+    memory = MemoryConfig(**(settings.model.get("memory") or {}))
+    own = Rung("as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches)
+    shape = step_shape(settings, gpt, lightning)
+    return make_plan(lambda memory: module(settings, gpt, memory), own, shape, settings.trainer.max_steps, budget)
+
+
+def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> dict[str, Any]:
+    """What fits plan.budget with the memory techniques of the YAML, or where that does not fit, of the leanest rung.
+
+    The largest batch_size and the longest block_size, each with all else as it is, the latter for a single sequence,
+    and the largest network of GPT-2's family.
+    """
+    rungs = [planned.rung for planned in plan.ladder if planned.rung.batch_size == plan.own.rung.batch_size]
+    rung = plan.own.rung if plan.own.fits else rungs[-1]
+    gpt, usable_mib = network(settings), plan.budget.usable_mib
+
+    def reserved_mib(batch_size: int = rung.batch_size, **changes: Any) -> float:
+        changed = replace(gpt, **changes)
+        shape = step_shape(settings, changed, lightning)
+        resized = replace(rung, batch_size=batch_size)
+        build = partial(module, settings, changed)
+        return measure(build, resized, shape, plan.budget.card).reserved_mib
+
+    networks = {}
+    for name, (n_layer, n_head, n_embd) in FAMILY.items():
+        if reserved_mib(1, n_layer=n_layer, n_head=n_head, n_embd=n_embd) > usable_mib:
+            break
+        networks[name] = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    return {
+        "yaml": rung.yaml(plan.own.rung),
+        "batch_size": largest(lambda size: reserved_mib(size), rung.batch_size, usable_mib),
+        "block_size": largest(lambda size: reserved_mib(1, block_size=size), gpt.block_size, usable_mib, unit=64),
+        "network": list(networks)[-1] if networks else None,
+        "gpt": list(networks.values())[-1] if networks else None,
+    }
+
+
+def network(settings: Any) -> GPTConfig:
+    return GPTConfig(**{**settings.model.gpt, "vocab_size": vocab_size(settings)})
+
+
+def module(settings: Any, gpt: GPTConfig, memory: MemoryConfig) -> LitNanoGPT:
+    # Without torch.compile: a trace sees what the network does, and a compiled one does no more.
+    optim, schedule = AdamWConfig(**settings.model.optim), ScheduleConfig(**settings.model.schedule)
+    return LitNanoGPT(gpt, optim, schedule, memory=memory)
+
+
+def step_shape(settings: Any, gpt: GPTConfig, lightning: bool) -> StepShape:
+    trainer = settings.trainer
+    return StepShape(
+        batch_size=settings.data.batch_size,
         block_size=gpt.block_size,
         vocab_size=gpt.vocab_size or 0,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
@@ -42,13 +98,6 @@ def plan_run(settings: Any, budget: Budget, lightning: bool = True) -> Plan:
         zeroes_after_forward=lightning,
         validates=trainer.limit_val_batches != 0,
     )
-
-    def build(memory: MemoryConfig) -> LitNanoGPT:
-        techniques: dict[str, Any] = {"memory": memory} if "memory" in inspect.signature(LitNanoGPT).parameters else {}
-        # Without torch.compile: a trace sees what the network does, and a compiled one does no more.
-        return LitNanoGPT(gpt, AdamWConfig(**model.optim), ScheduleConfig(**model.schedule), **techniques)
-
-    return make_plan(build, own, shape, trainer.max_steps, budget)
 
 
 def vocab_size(settings: Any) -> int:
@@ -62,12 +111,15 @@ def vocab_size(settings: Any) -> int:
     if kind == "file":
         return tokenizer_from_file(Path(argument)).vocab_size
     shards_dir = data["shards_dir"] or str(Path(settings.trainer.default_root_dir) / "shards")
-    module = TokenDataModule(**{**data, "shards_dir": shards_dir})
-    if ready_format(module.folder):
-        return module.vocab_size
+    datamodule = TokenDataModule(**{**data, "shards_dir": shards_dir})
+    made = datamodule.folder != datamodule.shards_dir or not stale_reason(
+        datamodule.prepare_config, datamodule.shards_dir
+    )
+    if made:
+        return datamodule.vocab_size
     if kind == "bpe":
         return int(argument)  # at most: a short text has fewer pairs to merge
     raise ValueError(
-        f"data.tokenizer={data['tokenizer']} has as many tokens as the text has characters, and {module.folder} has no "
+        f"data.tokenizer={data['tokenizer']} has as many tokens as the text has characters, and {shards_dir} has no "
         "shards yet; run `prepare` with the same YAML first, or give --model.gpt.vocab_size 100."
     )

@@ -37,7 +37,7 @@ class Budget:
         return self.card.vram_mib - context_mib(self.card.multiprocessors) - others
 
     def __post_init__(self) -> None:
-        if self.usable_mib < 256:
+        if self.measured_mib is None and self.usable_mib < 256:
             raise ValueError(
                 f"--vram={self.card.vram_mib}MiB leaves {self.usable_mib} MiB after the driver and the CUDA context; "
                 "a card of 2 GiB or more can train."

@@ -1,5 +1,7 @@
 """The plan as a student reads it: does it fit, what to do, where the memory goes, what else there is."""
 
+from typing import Any
+
 from nanogpt_lit.memory.plan import Plan, PlannedRung
 
 BAR = 40
@@ -18,9 +20,7 @@ def _head(plan: Plan, title: str) -> list[str]:
     system = {"linux": "under Linux", "windows": "under Windows", None: "under any system"}[budget.system]
     desktop = " with the desktop on the card" if budget.desktop_on_card else ""
     usable = f"{budget.usable_mib:,} usable " + ("as you measured" if budget.measured_mib else system + desktop)
-    batches = (
-        f"{shape.accumulate_grad_batches} x {shape.batch_size} x {shape.block_size:,} = {tokens:,} tokens per step"
-    )
+    batches = f"{shape.accumulate_grad_batches} x {shape.batch_size} x {shape.block_size:,} = {tokens:,} tokens a step"
     return [
         f"{title}: {plan.parameters / 1e6:,.0f}M parameters, {shape.precision}, {batches}",
         f"{budget.card.name}: {budget.card.vram_mib:,} MiB, {usable}",
@@ -110,3 +110,16 @@ def _notes(plan: Plan) -> list[str]:
             f"Under Linux, PYTORCH_ALLOC_CONF=expandable_segments:True closes gaps: {saved:,.0f} MiB less for yours."
         )
     return notes
+
+
+def report_largest(found: dict[str, Any], plan: Plan) -> str:
+    """found: what `planning.largest_that_fits` answers"""
+    shape, usable = plan.shape, plan.budget.usable_mib
+    setting = "as configured" if not found["yaml"] else "with these lines in the YAML"
+    lines = [f"the largest that fits {usable:,} MiB, {setting}", *(f"    {line}" for line in found["yaml"])]
+    batch_size, block_size, name = found["batch_size"], found["block_size"], found["network"]
+    lines.append(f"  batch    data.batch_size: {batch_size or 'not even 1'}, at {shape.block_size:,} tokens each")
+    lines.append(f"  block    data.block_size: {f'{block_size:,}' if block_size else 'not even 64'}, at batch_size 1")
+    sizes = ", ".join(f"{key}: {value}" for key, value in (found["gpt"] or {}).items())
+    lines.append(f"  network  {f'{name} ({sizes}), at batch_size 1' if name else 'not even GPT-2 small'}")
+    return "\n".join(lines)

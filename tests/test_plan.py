@@ -1,0 +1,200 @@
+"""What a user types and reads, and what a program gets."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from nanogpt_lit.__main__ import main
+from nanogpt_lit.cli import ConfigOnlyCLI
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.memory import plan as plan_module
+from nanogpt_lit.memory.allocator import MIB, replay
+from nanogpt_lit.memory.budget import choose_budget
+from nanogpt_lit.memory.plan import measure
+from nanogpt_lit.memory.report import report
+from nanogpt_lit.memory.steady import long_run
+from nanogpt_lit.memory.step import StepShape, trace_steps
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.planning import plan_run, vocab_size
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = [
+    "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=64", "--data.tokenizer=byte",
+    "--data.block_size=128", "--data.batch_size=2", "--trainer.precision=16-mixed", "--trainer.max_steps=100",
+    "--trainer.accumulate_grad_batches=2",
+]  # fmt: skip
+KEYS = {
+    "fits", "planned_allocated_mib", "planned_reserved_mib", "usable_mib", "host_memory_mib", "categories_mib",
+    "ladder",
+}  # fmt: skip
+
+
+def settings(*options):
+    return ConfigOnlyCLI(args=[*SMALL, *options], run=False).settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_rung_is_traced_once():
+    """The tests plan one small network for several cards; its traces are the same on all."""
+    traced = {}
+
+    def measure_once(build, rung, shape, card):
+        key = (replace(rung, name=""), shape, card)
+        if key not in traced:
+            traced[key] = measure(build, rung, shape, card)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "measure", measure_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return plan_run(settings(), choose_budget("rtx2050"))
+
+
+@pytest.fixture(scope="module")
+def tight(plan):
+    """The same on a card where the plain step does not fit and some rung does."""
+    sizes = sorted(planned.footprint.reserved_mib for planned in plan.ladder)
+    return plan_run(settings(), choose_budget("rtx2050", usable=f"{(sizes[0] + sizes[-1]) / 2:.0f}MiB"))
+
+
+@pytest.fixture(scope="module")
+def nothing_fits():
+    return plan_run(settings(), choose_budget("rtx2050", usable="20MiB"))
+
+
+def test_json_has_what_a_program_needs(plan):
+    answer = json.loads(json.dumps(plan.as_json()))
+    assert answer.keys() >= KEYS
+    assert answer["fits"] is True
+    assert answer["planned_allocated_mib"] <= answer["planned_reserved_mib"] <= answer["usable_mib"]
+    assert sum(answer["categories_mib"].values()) == pytest.approx(answer["planned_allocated_mib"], abs=0.5)
+    assert answer["phases_mib"].keys() >= {"forward", "backward", "optimizer", "validation"}
+    assert [rung["cheapest"] for rung in answer["ladder"]].count(True) == 1
+    assert [rung["own"] for rung in answer["ladder"]].count(True) == 1
+
+
+def test_the_cheapest_rung_is_the_quickest_that_fits(tight):
+    assert not tight.own.fits
+    cheapest = tight.cheapest
+    assert cheapest.fits
+    assert cheapest.slowdown == min(planned.slowdown for planned in tight.ladder if planned.fits)
+    for planned in tight.ladder:
+        assert planned.fits == (planned.footprint.reserved_mib <= tight.budget.usable_mib)
+
+
+def test_the_lines_it_prints_make_the_run_fit(tight, tmp_path):
+    changes = tmp_path / "changes.yaml"
+    changes.write_text("\n".join(tight.cheapest.yaml))
+    again = plan_run(settings("--config", str(changes), *SMALL), tight.budget)
+    assert again.own.fits
+    assert again.own.footprint.reserved_mib == tight.cheapest.footprint.reserved_mib
+
+
+def test_the_first_screen_says_what_to_do(tight):
+    text = report(tight, "mine.yaml")
+    verdict = text.split("\n\n")[1]
+    assert verdict.startswith("DOES NOT FIT: needs")
+    assert "Put this into the YAML" in verdict
+    for line in tight.cheapest.yaml:
+        assert f"    {line}\n" in text
+    assert "an estimate" in text
+    assert max(map(len, text.splitlines())) <= 180
+
+
+def test_where_nothing_fits_it_goes_down_to_single_sequences_and_says_so(nothing_fits):
+    assert nothing_fits.cheapest is None
+    assert nothing_fits.ladder[-1].rung.batch_size == 1
+    assert "no rung below fits" in report(nothing_fits, "mine.yaml")
+
+
+def test_a_plan_that_fits_needs_no_change(plan):
+    verdict = report(plan, "mine.yaml").split("\n\n")[1]
+    assert verdict.startswith("FITS: needs")
+
+
+def test_gpt2_small_at_4_x_4_x_1024_needs_what_the_traces_of_nanogpt_found():
+    """nanoGPT's loop keeps the logits of the micro-batch before: 5,827 allocated, 6,878 to 7,092 reserved MiB."""
+
+    class NanoGPTLoop(LitNanoGPT):
+        logits = None
+
+        def forward(self, tokens, targets):
+            logits = self.gpt(tokens)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            self.logits = logits  # only now are the former freed
+            return loss
+
+    shape = StepShape(4, 1024, 50304, 4, "16-mixed", validates=False)
+    trace = trace_steps(lambda: NanoGPTLoop(GPTConfig(vocab_size=50304, gelu="erf")), shape)
+    assert trace.peak.bytes / MIB == pytest.approx(5827, rel=0.01)
+    assert 0.99 * 6878 <= replay(long_run(trace, 4)).reserved / MIB <= 1.01 * 7092
+
+
+# The command.
+
+
+def run(capsys, *arguments):
+    code = main(["plan", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_answers_in_json_and_draws(capsys, tmp_path):
+    picture = tmp_path / "step.svg"
+    code, out, _ = run(capsys, *SMALL, "--json", "--vram=4GB", f"--picture={picture}")
+    assert code == 0
+    assert json.loads(out).keys() >= KEYS
+    labels = [text.text for text in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"forward", "backward", "optimizer", "workspace"} <= set(labels)
+
+
+def test_the_command_reads_a_yaml_and_its_overrides(capsys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump({"model": {"gpt": {"n_layer": 3, "n_head": 2, "n_embd": 32}}}))
+    tokens = ["--data.block_size=64", "--data.tokenizer=byte", "--trainer.max_steps=10"]
+    code, out, _ = run(capsys, "--config", str(mine), *tokens, "--model.gpt.n_layer=1")
+    assert code == 0
+    assert out.startswith(f"{mine}: ")
+    assert "1 x 4 x 64 = 256 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--card=voodoo2"], "known are rtx2050"),
+        (["--vram=4TB"], "4GiB or 3200MiB"),
+        (["--picture=step.png"], "must end in .svg"),
+        (["--trainer.precision=64-true"], "trainer.precision=64-true cannot be planned"),
+        (["--data.tokenizer=char"], "--model.gpt.vocab_size"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_2(capsys, arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *SMALL, *arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("tokenizer", "size"), [("gpt2", 50257), ("byte", 257), ("bpe:32000", 32000)])
+def test_the_vocabulary_needs_no_shards(tokenizer, size):
+    assert vocab_size(settings(f"--data.tokenizer={tokenizer}")) == size
+
+
+def test_nothing_is_written_and_no_random_number_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configured = settings("--model.gpt.dropout=0.1", "--data.block_size=32")
+    before = torch.get_rng_state()
+    plan_run(configured, choose_budget("rtx2050"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(tmp_path.iterdir()) == []
