@@ -481,6 +481,8 @@ def test_an_accelerate_file_at_odds_with_itself_is_refused_in_one_sentence(value
         (b"[" * 5000, "is not the plain YAML of"),
         (b"? {a: 1}\n: 2", "is not the plain YAML of"),
         (b"1: 2", "no key 1"),
+        (b'"a\\n\\e[2J": 2', r"no key 'a\n\x1b[2J'"),
+        (b'gpu_ids: "0\\e[2J"', "gpu_ids holds characters that a terminal would obey"),
     ],
 )
 def test_a_hostile_or_broken_file_is_refused_in_one_sentence_and_runs_nothing(

@@ -111,12 +111,16 @@ def _known(key: str) -> str:
     if key not in ROW_OF:
         nearest = difflib.get_close_matches(key, ROW_OF, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "take it out, or ask `accelerate config` for a new file."
-        raise ValueError(f"accelerate knows no key {key[:100]}; {hint}")
+        raise ValueError(f"accelerate knows no key {key[:100] if key.isprintable() else ascii(key[:100])}; {hint}")
     return key
 
 
 def _value(key: str, value: Any) -> Any:
     """The value as a bool, number, string or list of those."""
+    if any(
+        isinstance(item, str) and not item.isprintable() for item in (value if isinstance(value, list) else [value])
+    ):
+        raise ValueError(f"accelerate's {key} holds characters that a terminal would obey; write it in plain ones.")
     if key in LISTS and isinstance(value, list) and all(isinstance(i, str | int | float | bool | None) for i in value):
         return value
     if not isinstance(value, str | int | float | bool | None):
