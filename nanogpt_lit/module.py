@@ -50,7 +50,12 @@ class LitNanoGPT(LightningModule):
         self.schedule_config = schedule
         self.memory_config = memory
         self.gpt = GPT(gpt)
-        apply_techniques(self.gpt, memory)
+        self.host_weights = apply_techniques(self.gpt, memory)
+        if compile and self.host_weights is not None:
+            raise ValueError(
+                f"model.compile=true does not go with model.memory.weights={memory.weights}, whose weights come and "
+                "go; set model.compile=false."
+            )
         self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -72,8 +77,10 @@ class LitNanoGPT(LightningModule):
         self.log("test/loss", self(*batch), batch_size=batch[0].size(0), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        adamw = HostAdamW if self.memory_config.optimizer_state == "host" else AdamW
-        optimizer = build_optimizer(self.named_parameters(), self.optim_config, adamw)
+        on_host = self.memory_config.optimizer_state == "host" and self.host_weights is None
+        optimizer = build_optimizer(self.named_parameters(), self.optim_config, HostAdamW if on_host else AdamW)
+        if self.host_weights is not None:
+            self.host_weights.follow(optimizer)
         schedule = WarmupCosine(optimizer, self.schedule_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -96,11 +103,12 @@ class LitNanoGPT(LightningModule):
                 f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} would divide single matrices, which "
                 "this network does not; set tensor_parallel_size=1 and data_parallel_size to the number of processes."
             )
-        if self.memory_config.optimizer_state == "host":
-            raise ValueError(
-                "model.memory.optimizer_state=host streams whole tensors and does not go with ModelParallelStrategy, "
-                "which shards them over the processes; set model.memory.optimizer_state=card, or trainer.strategy=ddp."
-            )
+        for name in ("optimizer_state", "weights"):
+            if (where := getattr(self.memory_config, name)) != "card":
+                raise ValueError(
+                    f"model.memory.{name}={where} moves whole tensors and does not go with ModelParallelStrategy, "
+                    f"which shards them over the processes; set model.memory.{name}=card, or trainer.strategy=ddp."
+                )
         mesh = self.device_mesh["data_parallel"]
         for block in self.gpt.transformer.h:
             fully_shard(block, mesh=mesh)

@@ -8,6 +8,7 @@ host "meta", and so the fake tensors that stand for the host's lie there.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 def host_of(tensor: Tensor) -> torch.device:
     """The host's device, seen from a tensor on the card."""
     return torch.device("meta" if isinstance(tensor, FakeTensor) else "cpu")
+
+
+def empty_on_host(like: Tensor) -> Tensor:
+    """Room for a copy of a tensor of the card, page-locked, from a cache: for what stays a short time."""
+    return torch.empty_like(like, device=host_of(like), pin_memory=like.is_cuda)
 
 
 def page_lock(tensor: Tensor) -> None:
@@ -51,9 +57,23 @@ class Lane:
         with torch.cuda.stream(self._stream):
             yield
 
+    def copy(self, source: Tensor, target: Tensor, after: "Mark") -> "Mark":
+        """Queues one copy. Its source on the card may be released at once; a source on the host is to stay as it is."""
+        with self.open(after):
+            target.copy_(source, non_blocking=True)
+            if self._stream is not None and source.is_cuda:
+                source.record_stream(self._stream)  # its memory is not given away before
+        return self.mark()
+
     def mark(self) -> "Mark":
         """The end of what is queued so far."""
         return Mark(self._stream)
+
+
+@cache
+def lanes(device: torch.device) -> tuple[Lane, Lane]:
+    """What arrives on the device, and what leaves it: a bus carries both at once."""
+    return Lane(device), Lane(device)
 
 
 class Mark:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import AdamW, adamw
 
-from nanogpt_lit.memory.host import Lane, Mark, host_of, page_lock
+from nanogpt_lit.memory.host import Mark, host_of, lanes, page_lock
 
 BUCKET_ELEMENTS = 2**22
 """Parameters whose moments visit the card together: 32 MiB of float32 moments."""
@@ -130,7 +130,7 @@ class HostAdamW(AdamW):
                 yield bucket
 
     def _stream(self, buckets: list[_Bucket], device: torch.device, dtype: torch.dtype) -> None:
-        arriving, leaving = Lane(device), Lane(device)
+        arriving, leaving = lanes(device)
         size = max(bucket.elements for bucket in buckets)
         slots = [
             _Slot(torch.empty(2, size, dtype=dtype, device=device), Mark.now(device))

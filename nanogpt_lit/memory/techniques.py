@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from nanogpt_lit.gpt.cache import LayerCache
 from nanogpt_lit.gpt.loss import chunked_cross_entropy
 from nanogpt_lit.gpt.model import GPT, Block
+from nanogpt_lit.memory.host_head import HostHead
+from nanogpt_lit.memory.host_inputs import saved_on_host
+from nanogpt_lit.memory.host_weights import HostLinear, HostWeights, keep_on_host
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,18 @@ class MemoryConfig:
     recompute_every: int = 1
     """Recompute in every k-th block only, beginning with the first."""
 
+    block_inputs: Literal["card", "host"] = "card"
+    """host: what recompute=full keeps, the input of each block, waits for backward in host memory. Same bits."""
+
     optimizer_state: Literal["card", "host"] = "card"
     """host: the optimizer's moments, 8 bytes a parameter, live in host memory and visit the card at the step, where the
     same kernels work on them. Same bits."""
+
+    weights: Literal["card", "host", "streamed"] = "card"
+    """host: the float32 weights, their gradients and the optimizer, 16 bytes a parameter, live in host memory; the card
+    keeps the 16-bit copy of the weights that it computes with. streamed: not even that; each matrix is fetched when it
+    is used. Either makes optimizer_state and recast_weights idle. Same bits but for what the processor then rounds in
+    place of the card: AdamW, the norm of the gradients, and the sum of those of the token embedding."""
 
     def __post_init__(self) -> None:
         if self.loss_chunk_tokens is not None and self.loss_chunk_tokens < 1:
@@ -53,12 +65,23 @@ class MemoryConfig:
                 f"model.memory.recompute_every={self.recompute_every} does nothing while recompute is none; "
                 "set model.memory.recompute to selective or full."
             )
+        if self.block_inputs not in ("card", "host"):
+            raise ValueError(f"model.memory.block_inputs={self.block_inputs!r} is not known; use card or host.")
+        if self.block_inputs == "host" and self.recompute != "full":
+            raise ValueError(
+                f"model.memory.block_inputs=host does nothing while recompute is {self.recompute}, which keeps more "
+                "than the inputs of blocks; set model.memory.recompute=full."
+            )
         if self.optimizer_state not in ("card", "host"):
             raise ValueError(f"model.memory.optimizer_state={self.optimizer_state!r} is not known; use card or host.")
+        if self.weights not in ("card", "host", "streamed"):
+            raise ValueError(f"model.memory.weights={self.weights!r} is not known; use card, host or streamed.")
 
 
-def apply_techniques(gpt: GPT, memory: MemoryConfig) -> None:
+def apply_techniques(gpt: GPT, memory: MemoryConfig) -> HostWeights | None:
     """Make gpt use them from now on. Its parameters, their names and its state_dict stay what they are.
+
+    Returns what has to know of every change to the weights, where they are in host memory.
 
     A module takes another class, as under PyTorch's fully_shard: to wrap it in another module would rename its
     parameters.
@@ -68,18 +91,28 @@ def apply_techniques(gpt: GPT, memory: MemoryConfig) -> None:
     for layer, block in enumerate(gpt.transformer.h):
         assert isinstance(block, Block)
         recompute = memory.recompute if layer % memory.recompute_every == 0 else "none"
-        # What is recomputed keeps no 16-bit weights anyway.
+        # What is recomputed keeps no copies of weights anyway.
         recast: list[nn.Linear] = []
         if recompute == "full":
-            block.__class__ = RecomputedBlock
+            block.__class__ = HostInputBlock if memory.block_inputs == "host" else RecomputedBlock
         elif recompute == "selective":
             block.__class__ = SelectiveBlock
             recast = [block.attn.c_proj]
         else:
             recast = [module for module in block.modules() if isinstance(module, nn.Linear)]
-        if memory.recast_weights:
+        if memory.weights == "streamed":
+            for linear in recast:
+                linear.__class__ = RefetchLinear
+        elif memory.recast_weights and memory.weights == "card":
             for linear in recast:
                 linear.__class__ = RecastLinear
+    if memory.weights == "card":
+        return None
+    host = HostWeights()
+    keep_on_host(gpt, host, keep=memory.weights == "host")
+    keep_on_host(gpt.lm_head, host, keep=False)  # it is used once a micro-batch, and large
+    gpt.cross_entropy = HostHead(host, memory.loss_chunk_tokens)
+    return host
 
 
 def recomputed(function: Callable[..., Any], *args: Tensor, with_dropout: bool = False) -> Any:
@@ -98,6 +131,14 @@ class RecomputedBlock(Block):
         if not torch.is_grad_enabled():
             return super().forward(x, cache)
         return recomputed(super().forward, x, with_dropout=self.attn.dropout > 0)
+
+
+class HostInputBlock(RecomputedBlock):
+    """Keeps not even that on the card."""
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        with saved_on_host():
+            return super().forward(x, cache)
 
 
 class SelectiveBlock(Block):
@@ -132,3 +173,14 @@ class RecastLinear(nn.Linear):
         if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type)):
             return super().forward(x)
         return recomputed(super().forward, x.to(torch.get_autocast_dtype(device_type)))
+
+
+class RefetchLinear(HostLinear):
+    """Keeps its input for backward, and fetches its weight from host memory again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return recomputed(super().forward, x)

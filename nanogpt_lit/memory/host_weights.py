@@ -1,0 +1,234 @@
+"""Weights, gradients and the optimizer in host memory; on the card, the copies that it computes with.
+
+The parameters of the network stay in host memory, in float32. Their gradients, the optimizer's state and the
+checkpoint are there with them, and clipping, accumulation, a GradScaler and a schedule meet ordinary tensors. For a
+product of matrices the card gets a copy in the dtype that autocast computes in, the one that autocast would make, and
+the gradient leaves the card as it is made. A copy is kept on the card until the weight changes (2 of 16 bytes a
+parameter), or streamed: fetched when it is used, in forward and in backward, the next one while this one is used.
+
+What stays the same to the bit: losses, activations and every gradient but that of the token embedding, which the
+processor sums in its own order. The global norm and the update are computed by the processor's kernels: the same bits
+as a run on the processor, and up to rounding those of a card.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim import Optimizer
+
+from nanogpt_lit.memory.host import Mark, empty_on_host, lanes, page_lock
+
+Version = tuple[int, int]
+
+
+@dataclass
+class _Copy:
+    tensor: Tensor
+    version: Version
+    """Of the weight that it was made of."""
+    arrived: Mark = field(default_factory=Mark)
+    """When this copy, or the latest one made of it, is on the card."""
+
+    def is_of(self, version: Version, dtype: torch.dtype, device: torch.device) -> bool:
+        return (self.version, self.tensor.dtype, self.tensor.device) == (version, dtype, device)
+
+
+class HostWeights:
+    """The copies on the card of one network's weights."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._kept: dict[nn.Parameter, _Copy] = {}  # on the card
+        self._cast: dict[nn.Parameter, _Copy] = {}  # in host memory, in the dtype that is computed in
+        self._ahead: tuple[nn.Parameter, _Copy] | None = None  # on its way to the card
+        self._follows: dict[tuple[nn.Parameter, bool], nn.Parameter] = {}  # as learnt from the last time
+        self._latest: tuple[nn.Parameter, bool] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are not copied along with a network: its own are made when it computes."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Copies are made anew after each of its steps: a fused one leaves no trace on the weights themselves."""
+        optimizer.register_step_post_hook(lambda *_: self.renew())
+
+    def renew(self) -> None:
+        """The weights have changed."""
+        self._steps += 1
+
+    def fetch(self, weight: nn.Parameter, device: torch.device, keep: bool) -> Tensor:
+        """The weight on the device, in the dtype that autocast computes with; gradients go to the weight.
+
+        keep: leave the copy on the card until the weight changes
+        """
+        dtype = computed_in(weight, device)
+        copy = (self._keep if keep else self._stream)(weight, dtype, device)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return copy
+        return self.bind(weight, copy)
+
+    def bind(self, weight: nn.Parameter, copy: Tensor) -> Tensor:
+        """copy, on the card and of any dtype, as a stage of the graph: its gradient is sent to the weight."""
+        arrival = _Arrival()
+        at_host = _HostEnd.apply(weight, copy.dtype, arrival)
+        return _CardEnd.apply(at_host, copy, arrival)
+
+    def _version(self, weight: nn.Parameter) -> Version:
+        return self._steps, weight._version
+
+    def _keep(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
+        copy = self._kept.get(weight)
+        if copy is None or not copy.is_of(self._version(weight), dtype, device):
+            source = torch.empty_like(weight, dtype=dtype, pin_memory=device.type == "cuda").copy_(weight.detach())
+            alike = copy is not None and (copy.tensor.dtype, copy.tensor.device) == (dtype, device)
+            self._kept[weight] = copy = self._send(
+                source, self._version(weight), device, copy.tensor if copy is not None and alike else None
+            )
+            copy.arrived.hold_computation()
+        return copy.tensor
+
+    def _stream(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
+        copy = self._arriving(weight, dtype, device) or self._depart(weight, dtype, device)
+        copy.arrived.hold_computation()
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self._latest is not None:
+            self._follows[self._latest] = weight
+        self._latest = weight, in_backward
+        if (following := self._follows.get(self._latest)) is not None:
+            self._ahead = following, self._depart(following, computed_in(following, device), device)
+        return copy.tensor
+
+    def _arriving(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> _Copy | None:
+        if self._ahead is None:
+            return None
+        (expected, copy), self._ahead = self._ahead, None
+        if expected is weight and copy.is_of(self._version(weight), dtype, device):
+            return copy
+        copy.arrived.hold_computation()  # or its place on the card would be given away while it is written to
+        return None
+
+    def _depart(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> _Copy:
+        version = self._version(weight)
+        if dtype == weight.dtype:
+            if device.type == "cuda":
+                page_lock(weight)
+            return self._send(weight.detach(), version, device)
+        cast = self._cast.get(weight)
+        if cast is None or cast.tensor.dtype != dtype:
+            cast = self._cast[weight] = _Copy(weight.detach().to(dtype), version)
+            if device.type == "cuda":
+                page_lock(cast.tensor)
+        elif cast.version != version:
+            cast.arrived.wait()  # what was made of it is still being read
+            cast.tensor.copy_(weight.detach())
+            cast.version = version
+        copy = self._send(cast.tensor, version, device)
+        cast.arrived = copy.arrived
+        return copy
+
+    def _send(self, source: Tensor, version: Version, device: torch.device, into: Tensor | None = None) -> _Copy:
+        if into is None:
+            into = torch.empty(source.shape, dtype=source.dtype, device=device)
+        arriving, _ = lanes(device)
+        return _Copy(into, version, arriving.copy(source, into, after=Mark.now(device)))
+
+
+def computed_in(weight: Tensor, device: torch.device) -> torch.dtype:
+    """The dtype that a product on the device takes a matrix in. Vectors are cast on the card: it takes both kinds."""
+    if weight.dim() < 2 or not torch.is_autocast_enabled(device.type):
+        return weight.dtype
+    return torch.get_autocast_dtype(device.type)
+
+
+# The way of a gradient, in two stages of the graph. The engine runs the first on the card's thread, which only sends
+# the gradient off, and the second on the processor's, which waits for it: the card computes on meanwhile.
+
+
+@dataclass
+class _Arrival:
+    mark: Mark = field(default_factory=Mark)
+
+
+class _HostEnd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, arrival: _Arrival) -> Tensor:
+        """Stands for the weight in the graph: its shape, the dtype of its gradient, and no memory."""
+        ctx.arrival, ctx.dtype = arrival, weight.dtype
+        return weight.new_empty((), dtype=dtype).expand(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.arrival.mark.wait()
+        return d_weight.to(ctx.dtype), None, None
+
+
+class _CardEnd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, at_host: Tensor, copy: Tensor, arrival: _Arrival) -> Tensor:
+        ctx.arrival = arrival
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_copy: Tensor) -> tuple[Tensor | None, ...]:
+        at_host = empty_on_host(d_copy)
+        _, leaving = lanes(d_copy.device)
+        ctx.arrival.mark = leaving.copy(d_copy, at_host, after=Mark.now(d_copy.device))
+        return at_host, None, None
+
+
+class _AtHome(nn.Module):
+    """A module whose parameters stay in host memory wherever the network is sent."""
+
+    host: HostWeights
+    keep: bool
+    """Whether copies of its matrix stay on the card."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype), recurse)
+
+    def fetch(self, weight: Tensor, device: torch.device) -> Tensor:
+        assert isinstance(weight, nn.Parameter)
+        return self.host.fetch(weight, device, keep=self.keep or weight.dim() < 2)
+
+
+class HostLinear(_AtHome, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.fetch(self.bias, x.device)
+        return F.linear(x, self.fetch(self.weight, x.device), bias)
+
+
+class HostLayerNorm(_AtHome, nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.fetch(self.bias, x.device)
+        return F.layer_norm(x, self.normalized_shape, self.fetch(self.weight, x.device), bias, self.eps)
+
+
+class HostEmbedding(_AtHome, nn.Embedding):
+    """The rows are looked up in host memory, in float32, and only they travel."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens.to(self.weight.device)).to(tokens.device)
+
+
+AT_HOME = {nn.Linear: HostLinear, nn.LayerNorm: HostLayerNorm, nn.Embedding: HostEmbedding}
+
+
+def keep_on_host(module: nn.Module, host: HostWeights, keep: bool) -> None:
+    """Makes every part of the module compute with copies of its weights; those stay where they are, in host memory."""
+    at_home: dict[nn.Parameter, nn.Parameter] = {}  # a tied matrix stays one
+    for part in module.modules():
+        if type(part) in AT_HOME or isinstance(part, _AtHome):
+            part.__class__ = AT_HOME.get(type(part), type(part))
+            part.host, part.keep = host, keep  # type: ignore[assignment]
+            for name, weight in part.named_parameters(recurse=False):
+                if isinstance(weight, FakeTensor):  # in a trace: see memory/host.py
+                    part.register_parameter(
+                        name, at_home.setdefault(weight, nn.Parameter(weight.detach().to("meta"), weight.requires_grad))
+                    )
