@@ -14,7 +14,7 @@ from nanogpt_lit.checkpoint.tensor_file import write_tensors
 from nanogpt_lit.data.tokenizer import CharTokenizer
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.contract import Parts, optimizer_and_schedule
-from nanogpt_lit.loops.resume import capture, random_states, restore
+from nanogpt_lit.loops.resume import capture, random_states, restore, restore_random_state
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same
@@ -153,3 +153,16 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence_that_names_it(path, tm
             with pytest.raises(ValueError, match=sentence) as error:
                 read(target)
             assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_random_numbers_of_the_card_go_on_where_they_were():
+    card = torch.device("cuda")
+    torch.manual_seed(1)
+    states = random_states(card)
+    expected = torch.rand(3, device=card), torch.rand(3)
+    torch.manual_seed(2)
+    restore_random_state(states, 0, card)
+    assert torch.equal(torch.rand(3, device=card), expected[0])
+    assert torch.equal(torch.rand(3), expected[1])

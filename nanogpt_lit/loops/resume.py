@@ -73,8 +73,10 @@ def batches_done(state: RunState, module: nn.Module, accumulate_grad_batches: in
 def random_state(device: torch.device) -> RandomState:
     """Of the generators that dropout draws from: the processor's, and the device's where it is another."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -96,5 +98,7 @@ def restore_random_state(states: list[RandomState], rank: int, device: torch.dev
     if rank >= len(states) or device.type not in states[rank]:
         return
     torch.set_rng_state(states[rank]["cpu"])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[rank][device.type])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[rank]["cuda"], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states[rank]["mps"])
