@@ -1,9 +1,11 @@
 """The language-modelling loss, from the hidden states to one number: at once, or a chunk of tokens at a time.
 
-Why not torch.nn.functional.linear_cross_entropy, which PyTorch has since 2.13: its chunked path takes the weight in the
-dtype of the states, so that under autocast the gradient of the head is rounded to 16 bits, and it folds 1/N into the
-gradients of the logits before anything is scaled. In float16 those of nearly all tokens are then zero, or with a
-GradScaler's 65536 in reduction "sum" not finite. It also leaves torch.compile. scripts/bench_loss.py compares them.
+Why not torch.nn.functional.linear_cross_entropy, which PyTorch has since 2.13. Its chunked path wants the weight in the
+dtype of the states, so that under autocast the head's gradient is added up in 16 bits, and it returns the loss in them.
+In float16, reduction "mean" folds 1/N into the gradients of the logits before a loss scale is known: those of rare
+tokens are lost, and a scale of 65536 gives NaN. "sum" keeps them, but its loss has steps of 32 at 4096 tokens and is
+infinite at 8192. It also leaves torch.compile, and on a processor it is many times slower (scripts/bench_loss.py
+--torch).
 """
 
 from typing import Any
