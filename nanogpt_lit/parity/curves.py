@@ -38,6 +38,7 @@ class CurveRecorder(Recorder):
         self._meter.add_batch(loss / self.settings.accumulate_grad_batches, tokens * self.processes)
 
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        batches = self._batch
         super().on_step_end(step, lr, grad_norm)
         self._meter.end_step()
         curves = self._meter.curves(
@@ -49,6 +50,8 @@ class CurveRecorder(Recorder):
             peak_flops=None,
             device=next(self._parts.module.parameters()).device,
         )
+        # Every loop divides by the whole accumulation; a window that the loader's end cuts short would seem to dip.
+        curves["train/loss"] *= self.settings.accumulate_grad_batches / batches
         self.curves.append((step, curves))
 
     def on_validation_start(self) -> None:
