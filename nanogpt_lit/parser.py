@@ -34,7 +34,10 @@ class Parser(LightningArgumentParser):
         trusted, args = split_trusted(sys.argv[1:] if args is None else args)
         limit_imports(trusted)
         check_arguments(args)
-        config = super().parse_args(args, *more, **options)
+        try:
+            config = super().parse_args(args, *more, **options)
+        except ImportError as error:  # a class_path where no class is expected is refused past jsonargparse's own net
+            raise ValueError(sentence(str(error), [])) from error
         settings = config[config.subcommand] if config.get("subcommand") else config
         check_places(settings.as_dict())
         return config
