@@ -28,6 +28,7 @@ from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.strategies import DDP, FSDP2, SINGLE
 from nanogpt_lit.loops.strategy_check import check_started, check_strategy, complete_sizes, named_strategy
 from nanogpt_lit.loops.trainer_section import check_saves_whole_steps
+from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -139,6 +140,7 @@ class NanoGPTCLI(LightningCLI):
         settings = self.settings
         # What checks itself at construction is built here first, so that a mistake is named before the data is made.
         GPTConfig(**settings.model.gpt)
+        MemoryConfig(**settings.model.memory)
         AdamWConfig(**settings.model.optim)
         ScheduleConfig(**settings.model.schedule)
         if self.subcommand in (None, "fit"):

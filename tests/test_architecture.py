@@ -21,7 +21,7 @@ ALLOWED = {
     "allowlist": set(),
     "places": set(),
     "parser": {"allowlist", "places"},
-    "cli": {"module", "gpt", "optim", "data", "loops", "parser", "checkpoint"},
+    "cli": {"module", "gpt", "optim", "memory", "data", "loops", "parser", "checkpoint"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
     "planning": {"module", "gpt", "optim", "data", "loops", "memory"},
     "commands": {"cli", "checkpoint", "sampling", "memory", "planning", "loops"},
