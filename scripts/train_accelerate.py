@@ -2,6 +2,7 @@
 
     accelerate launch scripts/train_accelerate.py --config configs/rtx2050.yaml
     python scripts/train_accelerate.py --config configs/quickstart.yaml --trainer.max_steps 100
+    python scripts/train_accelerate.py --config configs/quickstart.yaml --ckpt_path last.safetensors
 
 Every option of fit works here, or is refused when only the Trainer could follow it. The run is
 default_root_dir/accelerate_N, beside fit's version_N, so that TensorBoard lays their curves over each other. The loop
