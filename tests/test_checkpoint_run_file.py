@@ -147,6 +147,10 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence_that_names_it(path, tm
     cases["newer"] = "newer.safetensors has format 2 and this nanogpt_lit reads 1; it was written by nanogpt_lit 9"
     written(tmp_path / "hollow.safetensors", {}, {"format": 1})
     cases["hollow"] = "hollow.safetensors is a checkpoint without all"
+    deep = tmp_path / "deep.safetensors"
+    with deep.open("wb") as file:
+        write_tensors(file, {}, {"nanogpt_lit": "[" * 100_000})
+    cases["deep"] = "deep.safetensors is a checkpoint without all"
     for name, sentence in cases.items():
         target = tmp_path / (name if name == "folder" else f"{name}.safetensors")
         for read in (load_run, load_network):

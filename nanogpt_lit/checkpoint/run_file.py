@@ -87,7 +87,7 @@ def load_stored_network(path: Path) -> StoredNetwork:
             hyper_parameters=put_together(description["hyper_parameters"], tensors),
             tokenizer_files={name: as_text(content) for name, content in files.items()},
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise incomplete(path, error) from error
 
 
@@ -110,7 +110,7 @@ def description_of(file: TensorFile) -> dict[str, Any]:
     try:
         description = json.loads(file.metadata[DESCRIPTION])
         number = description["format"]
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise incomplete(file.path, error) from error
     if number != FORMAT:
         raise ValueError(
@@ -130,7 +130,7 @@ def decoded(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Te
             files = states["data"][TOKENIZER]
             states["data"][TOKENIZER] = {name: as_text(content) for name, content in files.items()}
         return RunState(weights=weights, **states)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise incomplete(path, error) from error
 
 

@@ -85,7 +85,7 @@ class TensorFile:
         try:
             self._digests: dict[str, str] = json.loads(self.metadata[TENSOR_DIGESTS])
             self._file = safe_open(path, framework="pt")
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise self._damaged("what it holds is not what its header says") from error
 
     def _checked_metadata(self) -> dict[str, str]:
@@ -98,7 +98,7 @@ class TensorFile:
         try:
             metadata = json.loads(text)["__metadata__"]
             digest = metadata[HEADER_DIGEST]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             # A header that is ours to see, but cut short or with a flipped bit in it, still bears the mark.
             raise self._damaged("its header") if HEADER_DIGEST.encode() in text else self._foreign() from error
         unsigned = text.replace(header_digest_entry(digest), header_digest_entry(UNKNOWN_DIGEST), 1)
