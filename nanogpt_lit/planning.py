@@ -1,6 +1,6 @@
 """From the settings of a run to its plan."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,20 +57,36 @@ def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> dict
 
     def reserved_mib(batch_size: int = rung.batch_size, **changes: Any) -> float:
         changed = replace(gpt, **changes)
-        shape = step_shape(settings, changed, lightning)
-        resized = replace(rung, batch_size=batch_size)
-        build = partial(module, settings, changed)
-        return measure(build, resized, shape, plan.budget.card).reserved_mib
+        shape, resized = step_shape(settings, changed, lightning), replace(rung, batch_size=batch_size)
+        return measure(partial(module, settings, changed), resized, shape, plan.budget.card).reserved_mib
+
+    def quick_reserved_mib(batch_size: int, **changes: Any) -> float:
+        """Memory grows in a line with depth: two shallow networks tell of the deep one, to a few percent."""
+        if gpt.n_layer <= 4:
+            return reserved_mib(batch_size, **changes)
+        two, four = (reserved_mib(batch_size, n_layer=n_layer, **changes) for n_layer in (2, 4))
+        return two + (four - two) / 2 * (gpt.n_layer - 2)
+
+    def checked(size: int | None, needed: Callable[[int], float], unit: int = 1) -> int | None:
+        """What the quick answer was wrong by is taken off."""
+        while size and (excess := needed(size) / usable_mib) > 1:
+            size = min(size - unit, int(size / excess)) // unit * unit
+        return size or None
+
+    def block_mib(size: int) -> float:
+        return reserved_mib(1, block_size=size)
 
     networks = {}
     for name, (n_layer, n_head, n_embd) in FAMILY.items():
         if reserved_mib(1, n_layer=n_layer, n_head=n_head, n_embd=n_embd) > usable_mib:
             break
         networks[name] = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    batch_size = largest(quick_reserved_mib, rung.batch_size, usable_mib)
+    block_size = largest(lambda size: quick_reserved_mib(1, block_size=size), gpt.block_size, usable_mib, unit=64)
     return {
         "yaml": rung.yaml(plan.own.rung),
-        "batch_size": largest(lambda size: reserved_mib(size), rung.batch_size, usable_mib),
-        "block_size": largest(lambda size: reserved_mib(1, block_size=size), gpt.block_size, usable_mib, unit=64),
+        "batch_size": checked(batch_size, reserved_mib),
+        "block_size": checked(block_size, block_mib, unit=64),
         "network": list(networks)[-1] if networks else None,
         "gpt": list(networks.values())[-1] if networks else None,
     }

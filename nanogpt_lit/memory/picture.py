@@ -61,7 +61,9 @@ def svg(plan: Plan, title: str) -> str:
         below = above
     for mib, label, colour in ((usable, "usable", "#1e8449"), (reserved, "reserved", "#c0392b")):
         parts.append(_line(LEFT, y(mib), right, y(mib), colour, ' stroke-dasharray="6 4"'))
-        parts.append(f'<text x="{right + 4}" y="{y(mib) + 4:.1f}" fill="{colour}">{label} {mib:,.0f}</text>')
+        # A white rim keeps the words readable over any colour.
+        rim = 'stroke="#ffffff" stroke-width="3" paint-order="stroke"'
+        parts.append(f'<text x="{LEFT + 6}" y="{y(mib) - 5:.1f}" fill="{colour}" {rim}>{label} {mib:,.0f}</text>')
     start = 0
     for phase, run in groupby(moments, key=lambda moment: moment.phase):
         length = len(list(run))
