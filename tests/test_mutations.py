@@ -23,7 +23,7 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import write_tensors
 from nanogpt_lit.cli import ConfigOnlyCLI
 from nanogpt_lit.data.prepare import PrepareConfig, prepare, stale_reason
-from nanogpt_lit.data.shards import MANIFEST, TokenShards
+from nanogpt_lit.data.shards import MANIFEST, TokenShards, read_manifest
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, ByteTokenizer, read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.loops.accelerate_file import read_accelerate_file
@@ -158,8 +158,19 @@ def test_a_rewritten_manifest_is_refused_or_reads_the_same(change, prepared, tmp
     manifest = change(json.loads((folder / MANIFEST).read_text()))
     (folder / MANIFEST).write_text(json.dumps(manifest))
     answer(lambda: stale_reason(config, folder))
-    found = answer(lambda: all_tokens(folder))
-    assert found is None or found == all_tokens(shards)
+    found, right = answer(lambda: all_tokens(folder)), all_tokens(shards)
+    if found is not None:
+        assert found == right
+        said = read_manifest(folder)["splits"]  # what the user is told that there is
+        assert all(said[split]["tokens"] == len(tokens) for split, tokens in right.items())
+
+
+def test_a_manifest_whose_counts_do_not_add_up_is_refused(prepared, tmp_path):
+    folder = copy_of(prepared[1], tmp_path)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["splits"]["train"]["tokens"] += 1
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert answer(lambda: all_tokens(folder)) is None
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +243,16 @@ def test_a_checkpoint_written_to_harm_is_refused_or_read(change, saved, tmp_path
         write_tensors(out, tensors, {DESCRIPTION: json.dumps(description)})
     answer(lambda: load_run(path))
     answer(lambda: load_network(path))
+
+
+@pytest.mark.parametrize("change", [{"step": "x"}, {"processes": 0}, {"batches": -4}, {"tokens": 1.5}], ids=str)
+def test_a_checkpoint_whose_counts_cannot_be_is_refused(change, saved, tmp_path):
+    path = tmp_path / "written.safetensors"
+    with open_run(saved) as file:
+        description, tensors = json.loads(file.metadata[DESCRIPTION]) | change, file.read(file.names)
+    with path.open("w+b") as out:
+        write_tensors(out, tensors, {DESCRIPTION: json.dumps(description)})
+    assert answer(lambda: load_run(path)) is None
 
 
 @given(damage=damages())

@@ -27,6 +27,8 @@ SHARED = "shared_weights"
 PREVIOUS = "previous"
 TOKENIZER = "tokenizer"
 """The key of `data` under which the tokenizer's files are: kept as bytes, they may be megabytes."""
+COUNTS = {"step": 0, "batches": 0, "tokens": 0, "processes": 1, "accumulate_grad_batches": 1}
+"""What a run is continued by, and the least that each can be."""
 STATES = [field.name for field in fields(RunState) if field.name != "weights"]
 
 
@@ -129,6 +131,9 @@ def decoded(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Te
         if TOKENIZER in states["data"]:
             files = states["data"][TOKENIZER]
             states["data"][TOKENIZER] = {name: as_text(content) for name, content in files.items()}
+        for name, least in COUNTS.items():
+            if type(states[name]) is not int or states[name] < least:
+                raise TypeError(f"{name}={states[name]!r}")
         return RunState(weights=weights, **states)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise incomplete(path, error) from error
