@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 COMMANDS = {
-    "fit": ("nanogpt_lit.cli:run", "train, from text or from a checkpoint"),
+    "fit": ("nanogpt_lit.cli:run", "train, from text or from a checkpoint; with --keep-alive, again after a crash"),
     "validate": ("nanogpt_lit.cli:run", "validation loss and perplexity of a checkpoint"),
     "test": ("nanogpt_lit.cli:run", "the same on the test set, which is the validation set unless you bring one"),
     "prepare": ("nanogpt_lit.commands:prepare", "text to token shards; fit does it by itself when they are missing"),
@@ -42,16 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"error: there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    if arguments[0] == "fit":
+        from nanogpt_lit.supervised import stop_with_supervisor, supervised
+        from nanogpt_lit.supervisor import KEEP_ALIVE, keep_alive
+
+        if KEEP_ALIVE in arguments:
+            return exit_code(lambda: keep_alive(arguments))
+        if supervised():
+            stop_with_supervisor()
     module_name, _, function_name = COMMANDS[arguments[0]][0].partition(":")
     return exit_code(lambda: getattr(import_module(module_name), function_name)(arguments))
 
 
 def exit_code(command: Callable[[], int]) -> int:
     """Runs a command; what the user can mend becomes one sentence and 2 instead of a traceback."""
+    from nanogpt_lit.supervised import report_error, supervised
+
     try:
         return command()
-    except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) and not raised_by_us(error):
+    except BaseException as error:
+        if supervised():
+            report_error(error)
+        if not isinstance(error, OSError) and not (isinstance(error, ValueError) and raised_by_us(error)):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2

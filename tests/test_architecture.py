@@ -17,7 +17,9 @@ ALLOWED = {
     "checkpoint": {"gpt", "data"},
     "sampling": {"gpt", "data"},
     "module": {"gpt", "optim", "memory"},
-    "loops": {"gpt", "optim", "memory", "sampling", "checkpoint"},
+    "supervised": set(),
+    "supervisor": {"supervised"},
+    "loops": {"gpt", "optim", "memory", "sampling", "checkpoint", "supervised"},
     "allowlist": set(),
     "places": set(),
     "parser": {"allowlist", "places"},
@@ -25,7 +27,7 @@ ALLOWED = {
     "parity": {"loops", "module", "gpt", "optim", "data"},
     "planning": {"module", "gpt", "optim", "data", "loops", "memory"},
     "commands": {"cli", "checkpoint", "sampling", "memory", "planning", "loops"},
-    "__main__": {"commands", "cli"},
+    "__main__": {"commands", "cli", "supervised", "supervisor"},
     "__init__": {"module", "gpt", "data"},
 }
 FRAMEWORKS = {

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanogpt_lit.supervised import Position
+
 MIB = 2**20
 
 
@@ -28,6 +30,7 @@ class StepMeter:
         self.drawn_loss: float | None = None
         """The loss that `curves` read last: reading it again costs no wait."""
         self._window_loss: Tensor | None = None
+        self._position = Position()
         self._clock = clock
         self._counting_since_s: float | None = None
         self._interval_tokens = 0
@@ -51,6 +54,7 @@ class StepMeter:
 
     def end_step(self) -> None:
         self.loss, self._window_loss = self._window_loss, None
+        self._position.write(self.tokens)
 
     def curves(
         self,
