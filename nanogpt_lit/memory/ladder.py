@@ -17,6 +17,9 @@ TECHNIQUES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("+ the optimizer's state in host memory", {"optimizer_state": "host"}),
     ("+ every second block computed again", {"recompute": "full", "recompute_every": 2}),
     ("+ every block computed again", {"recompute_every": 1}),
+    ("+ the inputs of blocks in host memory", {"block_inputs": "host"}),
+    ("+ weights, gradients, optimizer in host memory", {"weights": "host"}),
+    ("+ weights streamed, matrix by matrix", {"weights": "streamed"}),
 )
 
 
@@ -33,8 +36,17 @@ class Rung:
         return replace(self, name="") == replace(other, name="")
 
     def same_bits(self, other: "Rung") -> bool:
-        """Whether both train to the same bits: all but the order in which the loss is summed is exact."""
-        return self.batch_size == other.batch_size and self.memory.loss_chunk_tokens == other.memory.loss_chunk_tokens
+        """Whether both train to the same bits. All is exact but the order in which the loss is summed, and the
+        arithmetic of the processor where the weights live with it."""
+        return (
+            self.batch_size == other.batch_size
+            and self.memory.loss_chunk_tokens == other.memory.loss_chunk_tokens
+            and (self.memory.weights == "card") == (other.memory.weights == "card")
+        )
+
+    def last_resort(self, own: "Rung") -> bool:
+        """Whether it is of use only where nothing else fits: it keeps the card waiting."""
+        return self.memory.weights not in ("card", own.memory.weights) or self.batch_size < own.batch_size
 
     def yaml(self, own: "Rung") -> list[str]:
         """The lines that turn the user's own YAML into this; none when it is the same."""

@@ -121,9 +121,8 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
     rungs: list[Rung] = []
     footprints: list[Footprint] = []
     for rung in ladder(own, shape.block_size, casts_weights=PRECISIONS[shape.precision][0] is not None):
-        # Smaller micro-batches are the last resort.
-        if rung.batch_size < own.batch_size and footprints[-1].reserved_mib <= budget.usable_mib:
-            break
+        if rung.last_resort(own) and any(other.reserved_mib <= budget.usable_mib for other in footprints):
+            continue
         rungs.append(rung)
         footprints.append(measure(build, rung, shape, budget.card))
     plain = next(i for i, rung in enumerate(rungs) if rung.memory == MemoryConfig())
