@@ -10,6 +10,10 @@ COMMANDS = {
     "fit": ("nanogpt_lit.cli:run", "train, from text or from a checkpoint; with --keep-alive, again after a crash"),
     "validate": ("nanogpt_lit.cli:run", "validation loss and perplexity of a checkpoint"),
     "test": ("nanogpt_lit.cli:run", "the same on the test set, which is the validation set unless you bring one"),
+    "keep-alive-unit": (
+        "nanogpt_lit.commands:keep_alive_unit",
+        "what starts fit --keep-alive again after a reboot, for systemd or Windows",
+    ),
     "prepare": ("nanogpt_lit.commands:prepare", "text to token shards; fit does it by itself when they are missing"),
     "plan": ("nanogpt_lit.commands:plan", "whether a run fits a card, and what to change when it does not"),
     "accelerate-config": (

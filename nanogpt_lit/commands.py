@@ -170,6 +170,29 @@ def convert(arguments: list[str]) -> int:
     return 0
 
 
+def keep_alive_unit(arguments: list[str]) -> int:
+    """`keep-alive-unit --config FILE`: prints what starts `fit --keep-alive` again after a reboot."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanogpt_lit keep-alive-unit",
+        usage="python -m nanogpt_lit keep-alive-unit [--systemd | --task-scheduler] [--option.of.fit VALUE ...]",
+        description="Prints a unit for systemd, or a task for the Windows Task Scheduler, which starts "
+        "`fit --keep-alive` with these options in this folder after a reboot. Its beginning says how to install it.",
+        allow_abbrev=False,
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--systemd", action="store_true", help="the default everywhere but on Windows")
+    kind.add_argument("--task-scheduler", action="store_true", help="the default on Windows")
+    options, settings_of_fit = parser.parse_known_args(arguments[1:])
+
+    from nanogpt_lit.supervisor import supervised_fit
+    from nanogpt_lit.units import scheduled_task, systemd_unit
+
+    command = supervised_fit(settings_of_fit)
+    as_task = options.task_scheduler or (os.name == "nt" and not options.systemd)
+    print((scheduled_task if as_task else systemd_unit)(command, Path.cwd()), end="")
+    return 0
+
+
 def prepare(arguments: list[str]) -> int:
     """`prepare --config FILE`: what fit does first, by itself."""
     if set(arguments[1:]) & {"-h", "--help"}:

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,18 +34,31 @@ def keep_alive(arguments: Sequence[str]) -> int:
 
     Returns the exit code of the last fit, as a shell counts it. Raises ValueError for arguments that name a checkpoint.
     """
-    arguments = [argument for argument in arguments if argument != KEEP_ALIVE]
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, equals, value = argument.partition("=")
+    command = fit_command(argument for argument in arguments[1:] if argument != KEEP_ALIVE)
+    check_no_checkpoint(command)
+    if not any(word.partition("=")[0] == "--resume" for word in command):
+        command += ["--resume", "auto"]
+    return Supervisor(command, on_card=["--trainer.accelerator=gpu"]).run()
+
+
+def supervised_fit(options: Sequence[str]) -> list[str]:
+    """The command of `fit --keep-alive` with these options. Raises ValueError as `keep_alive` does."""
+    check_no_checkpoint(options)
+    return fit_command([KEEP_ALIVE, *options])
+
+
+def fit_command(options: Iterable[str]) -> list[str]:
+    # -P keeps what is in the current folder from being imported: see SECURITY.md.
+    return [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "nanogpt_lit", "fit", *options]
+
+
+def check_no_checkpoint(words: Sequence[str]) -> None:
+    for word, following in pairwise([*words, ""]):
+        option, equals, value = word.partition("=")
         if option in ("--ckpt_path", "--resume") and (value if equals else following) != "auto":
             raise ValueError(
                 f"{option} names one checkpoint and {KEEP_ALIVE} goes on from the newest each time; leave {option} out."
             )
-    if not any(argument.partition("=")[0] == "--resume" for argument in arguments):
-        arguments += ["--resume", "auto"]
-    # -P keeps what is in the current folder from being imported: see SECURITY.md.
-    python = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
-    return Supervisor([*python, "-m", "nanogpt_lit", *arguments], on_card=["--trainer.accelerator=gpu"]).run()
 
 
 @dataclass(frozen=True)

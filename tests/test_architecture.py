@@ -19,6 +19,7 @@ ALLOWED = {
     "module": {"gpt", "optim", "memory"},
     "supervised": set(),
     "supervisor": {"supervised"},
+    "units": set(),
     "loops": {"gpt", "optim", "memory", "sampling", "checkpoint", "supervised"},
     "allowlist": set(),
     "places": set(),
@@ -26,14 +27,14 @@ ALLOWED = {
     "cli": {"module", "gpt", "optim", "memory", "data", "loops", "parser", "checkpoint"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
     "planning": {"module", "gpt", "optim", "data", "loops", "memory"},
-    "commands": {"cli", "checkpoint", "sampling", "memory", "planning", "loops"},
+    "commands": {"cli", "checkpoint", "sampling", "memory", "planning", "loops", "supervisor", "units"},
     "__main__": {"commands", "cli", "supervised", "supervisor"},
     "__init__": {"module", "gpt", "data"},
 }
 FRAMEWORKS = {
     "lightning": {
         "cli", "parser", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_checkpoint",
-        "loops.lightning_observer", "loops.lightning_precision", "parity.runs", "parity.settled",
+        "loops.lightning_observer", "loops.lightning_precision", "loops.lightning_stops", "parity.runs", "parity.settled",
     },
     "accelerate": {"loops.accelerate_loop", "parity.runs", "parity.settled"},
 }  # fmt: skip
