@@ -23,6 +23,7 @@ from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position
+from nanogpt_lit.data.turns import in_turns
 from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes, launched_processes
 from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
 from nanogpt_lit.loops.contract import Observer
@@ -139,18 +140,7 @@ def loaders(data: TokenDataModule, processes: int, batches_done: int) -> tuple[D
     for rank in range(processes):
         data.position = Position(rank, processes)
         shares.append(data.val_dataloader())
-    # Validation is one list: its last turn is shared out evenly (ValidationOrder), and its batches are smaller.
-    turns = zip(*(share.batch_sampler for share in shares), strict=True)
-    batches = [batch for turn in turns for batch in turn]
-    first = shares[0]
-    val_loader = DataLoader(
-        first.dataset,
-        batch_sampler=batches,
-        collate_fn=first.collate_fn,
-        pin_memory=first.pin_memory,
-        generator=first.generator,
-    )
-    return train_loader, val_loader
+    return train_loader, in_turns(shares)
 
 
 if __name__ == "__main__":

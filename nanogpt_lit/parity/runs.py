@@ -3,7 +3,7 @@
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,11 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import Precision
 from torch.amp import GradScaler
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position
+from nanogpt_lit.data.turns import in_turns, with_batches
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate_loop, reference
 from nanogpt_lit.loops.contract import LoopSettings
@@ -90,20 +91,7 @@ def loaders_of(case: Case, data: TokenDataModule, rank: int) -> tuple[DataLoader
 def loaders_to_deal_out(case: Case, data: TokenDataModule) -> tuple[DataLoader, DataLoader]:
     """The loaders whose batches accelerate deals out, one to each process in turn: each then gets its share."""
     train, val = zip(*(loaders_of(case, data, rank) for rank in range(case.processes)), strict=True)
-    return with_batches(train[0], InTurns(train)), with_batches(val[0], InTurns(val))
-
-
-class InTurns(Sampler[list[int]]):
-    def __init__(self, loaders: Sequence[DataLoader]) -> None:
-        self.loaders = loaders
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for turn in zip(*(loader.batch_sampler for loader in self.loaders), strict=True):
-            yield from turn
-
-
-def with_batches(loader: DataLoader, batches: Any) -> DataLoader:
-    return DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn, generator=loader.generator)
+    return in_turns(train), in_turns(val)
 
 
 def run_reference(case: Case, data: TokenDataModule) -> Run:
