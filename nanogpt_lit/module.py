@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from nanogpt_lit.gpt.model import GPT, GPTConfig
-from nanogpt_lit.memory.host_optimizer import HostAdamW
+from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine
@@ -77,8 +77,10 @@ class LitNanoGPT(LightningModule):
         self.log("test/loss", self(*batch), batch_size=batch[0].size(0), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        on_host = self.memory_config.optimizer_state == "host" and self.host_weights is None
-        optimizer = build_optimizer(self.named_parameters(), self.optim_config, HostAdamW if on_host else AdamW)
+        adamw = HostAdamW if self.memory_config.optimizer_state == "host" else AdamW
+        if self.host_weights is not None:
+            adamw = StayingAdamW
+        optimizer = build_optimizer(self.named_parameters(), self.optim_config, adamw)
         if self.host_weights is not None:
             self.host_weights.follow(optimizer)
         schedule = WarmupCosine(optimizer, self.schedule_config)

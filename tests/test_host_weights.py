@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.loops.contract import device_of, scaler_beside
 from nanogpt_lit.memory.host_weights import HostWeights
 from nanogpt_lit.memory.step import StepShape, trace_steps
 from nanogpt_lit.memory.techniques import MemoryConfig
-from nanogpt_lit.memory.trace import CUBLAS_WORKSPACE
+from nanogpt_lit.memory.trace import CUBLAS_WORKSPACE, HOST
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -98,8 +101,18 @@ def test_streamed_weights_are_sent_ahead_in_the_order_in_which_they_are_used(rec
     matrices = 4 * tiny_gpt.n_layer
     for asked_for, was_sent in per_batch[2:]:  # the first shows the order, the second its end
         assert len(asked_for) == 2 * matrices + 1  # in forward and in backward; the head once
-        # One ahead, all the time: while the first is used the second travels, and last the first of the next batch.
-        assert was_sent == asked_for[1:] + asked_for[:1]
+        # While one is used the next travels, also the first of the next batch; unless it is the one that is used.
+        first_ahead = asked_for[0] != asked_for[-1]
+        assert first_ahead == (recompute == "full")
+        assert was_sent == (asked_for[1:] + asked_for[:1] if first_ahead else asked_for)
+
+
+@pytest.mark.parametrize("weights", ["host", "streamed"])
+def test_in_a_trace_all_parameters_are_on_its_host_and_a_tied_one_is_one(weights, tiny_gpt):
+    with FakeTensorMode():
+        module = made(tiny_gpt, weights=weights)
+    assert {p.device.type for p in module.parameters()} == {HOST}
+    assert module.gpt.lm_head.weight is module.gpt.transformer.wte.weight
 
 
 def peak(weights, **memory):
@@ -156,6 +169,29 @@ def test_block_inputs_leave_the_card_in_the_plan():
 def test_a_choice_that_cannot_be_is_refused(memory, sentence):
     with pytest.raises(ValueError, match=sentence):
         MemoryConfig(**memory)
+
+
+@pytest.mark.parametrize("weights", ["host", "streamed"])
+def test_lightning_does_not_move_the_state_of_weights_that_stay(weights, tiny_gpt):
+    module = made(tiny_gpt, weights=weights)
+    optimizer = module.configure_optimizers()["optimizer"]
+    module(*batch(0)).backward()
+    optimizer.step()
+    _optimizer_to_device(optimizer, torch.device("meta"))  # as after loading a checkpoint; in place of a card
+    module(*batch(1)).backward()
+    optimizer.step()
+    assert {state["exp_avg"].device.type for state in optimizer.state_dict()["state"].values()} == {"cpu"}
+
+
+def test_a_scaler_is_where_the_gradients_are(tiny_gpt):
+    card = torch.device("meta")  # in place of one
+    ours, plain = made(tiny_gpt, weights="host").to(card), made(tiny_gpt).to(card)
+    scaler = torch.amp.GradScaler("meta", init_scale=2.0**7, growth_interval=5)
+    assert scaler_beside(list(plain.parameters()), scaler, card) is scaler
+    beside = scaler_beside(list(ours.parameters()), scaler, card)
+    assert beside.scale(torch.ones(())).item() == 2.0**7
+    assert beside.state_dict() == scaler.state_dict()
+    assert device_of(ours) == device_of(plain) == card
 
 
 def test_weights_that_come_and_go_are_not_compiled(tiny_gpt):

@@ -23,6 +23,7 @@ from nanogpt_lit.loops.contract import (
     Parts,
     clipping_order,
     optimizer_and_schedule,
+    scaler_beside,
     seed_dropout,
 )
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
@@ -66,6 +67,9 @@ def train(
     optimizer, schedule = optimizer_and_schedule(module)
     # Not module.parameters(): the norm would be summed in another order than Lightning's.
     parameters = clipping_order(optimizer)
+    if accelerator.scaler is not None:
+        module.to(accelerator.device)  # as prepare would; weights that stay in host memory do not follow
+        accelerator.scaler = scaler_beside(parameters, accelerator.scaler, accelerator.device)
     parts = Parts(module, optimizer, schedule, accelerator.scaler)
     # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
     # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.

@@ -98,6 +98,26 @@ def clipping_order(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes. Its parameters may be elsewhere: see model.memory.weights."""
+    device = getattr(module, "device", None)  # a LightningModule's own, which follows module.to()
+    return device if isinstance(device, torch.device) else next(module.parameters()).device
+
+
+def scaler_beside(parameters: list[nn.Parameter], scaler: GradScaler, device: torch.device) -> GradScaler:
+    """The scaler, or one with its settings where the gradients are, when they are not on the device that computes.
+
+    A CUDA scaler sends its scale to gradients in host memory without waiting for the copy: they would be divided by
+    whatever was there before.
+    """
+    beside = parameters[0].device.type
+    if beside == device.type or not scaler.is_enabled():
+        return scaler
+    moved = GradScaler(beside)
+    moved.load_state_dict(scaler.state_dict())
+    return moved
+
+
 def seed_dropout(seed: int | None, rank: int = 0) -> None:
     """Called by every loop just before its first batch; each process gets masks of its own.
 

@@ -10,7 +10,10 @@ from lightning.pytorch.plugins import MixedPrecision as LightningMixedPrecision
 from lightning.pytorch.plugins import Precision as LightningPrecision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
+
+from nanogpt_lit.loops.contract import clipping_order, scaler_beside
 
 
 class MeasuredClipping(LightningPrecision):
@@ -34,6 +37,13 @@ class MixedPrecision(MeasuredClipping, LightningMixedPrecision):
     because a fused optimizer can unscale by itself, after the point where clipping happens. Nothing obliges it to:
     when the gradients are unscaled before clipping, GradScaler hands the fused kernel the overflow flag alone.
     """
+
+    def connect(
+        self, model: Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[Module, list[Optimizer], list[Any]]:
+        if self.scaler is not None and optimizers:
+            self.scaler = scaler_beside(clipping_order(optimizers[0]), self.scaler, torch.device(self.device))
+        return super().connect(model, optimizers, lr_schedulers)
 
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any

@@ -19,7 +19,9 @@ from nanogpt_lit.loops.contract import (
     Observer,
     Parts,
     clipping_order,
+    device_of,
     optimizer_and_schedule,
+    scaler_beside,
     seed_dropout,
 )
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
@@ -43,7 +45,7 @@ def train(
     scaler: in place of the usual one for 16-mixed   start: a checkpoint to go on from; the training loader begins with
     the micro-batch that follows
     """
-    device = next(module.parameters()).device
+    device = device_of(module)
     if scaler is None:
         scaler = GradScaler(device.type, enabled=settings.precision == "16-mixed")
     dtype = AUTOCAST_DTYPES[settings.precision]
@@ -51,6 +53,7 @@ def train(
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
     optimizer, schedule = optimizer_and_schedule(module)
     parameters = clipping_order(optimizer)
+    scaler = scaler_beside(parameters, scaler, device)
     distributed = dist.is_available() and dist.is_initialized()
     replica = DistributedDataParallel(module) if distributed else module
     parts = Parts(module, optimizer, schedule, scaler if scaler.is_enabled() else None)

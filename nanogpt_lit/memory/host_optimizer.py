@@ -218,3 +218,17 @@ class HostAdamW(AdamW):
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+
+class StayingAdamW(HostAdamW):
+    """The same for parameters and gradients that are in host memory themselves: nothing travels.
+
+    Not torch.optim.AdamW, whose state Lightning would move to the card when it loads a checkpoint.
+    """
+
+    def _stream(self, buckets: list[_Bucket], device: torch.device, dtype: torch.dtype) -> None:
+        for bucket in buckets:
+            exp_avgs, exp_avg_sqs = (
+                [self._moments[s.parameter][which].view(-1)[s.there] for s in bucket.slices] for which in (0, 1)
+            )
+            self._update(bucket, exp_avgs, exp_avg_sqs)

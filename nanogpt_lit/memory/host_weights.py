@@ -101,7 +101,8 @@ class HostWeights:
         if self._latest is not None:
             self._follows[self._latest] = weight
         self._latest = weight, in_backward
-        if (following := self._follows.get(self._latest)) is not None:
+        following = self._follows.get(self._latest)
+        if following is not None and following is not weight:  # one that is here need not wait for its next turn
             self._ahead = following, self._depart(following, computed_in(following, device), device)
         return copy.tensor
 
@@ -228,7 +229,7 @@ def keep_on_host(module: nn.Module, host: HostWeights, keep: bool) -> None:
             part.__class__ = AT_HOME.get(type(part), type(part))
             part.host, part.keep = host, keep  # type: ignore[assignment]
             for name, weight in part.named_parameters(recurse=False):
-                if isinstance(weight, FakeTensor):  # in a trace: see memory/host.py
+                if isinstance(weight, FakeTensor) and not weight.is_meta:  # in a trace: see memory/host.py
                     part.register_parameter(
                         name, at_home.setdefault(weight, nn.Parameter(weight.detach().to("meta"), weight.requires_grad))
                     )

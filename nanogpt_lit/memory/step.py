@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from nanogpt_lit.memory.cuda_paths import cuda_paths
 from nanogpt_lit.memory.roofline import Roofline
-from nanogpt_lit.memory.trace import HOST, MemoryTrace
+from nanogpt_lit.memory.trace import CARD, MemoryTrace
 
 # What a Trainer's precision means for the card: (autocast's dtype, the dtype of weights).
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype]] = {
@@ -67,9 +66,7 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
             trace.label_module(module)
             optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[operator]
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            on_host = parameters[0].device.type == HOST
-            if on_host:
-                _make_state(optimizer, parameters)
+            on_card = parameters[0].device.type == CARD
             for step in range(TRACED_STEPS):
                 if step == last:
                     trace.timeline = []
@@ -98,7 +95,7 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
                 if roofline is not None:
                     roofline.weight, roofline.phase = 1, "optimizer"
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(parameters, 1.0 if shape.clips else math.inf, foreach=not on_host)
+                nn.utils.clip_grad_norm_(parameters, 1.0 if shape.clips else math.inf, foreach=on_card)
                 optimizer.step()
                 trace.label(list(optimizer.state.values()), "optimizer")
                 if not shape.zeroes_after_forward:
@@ -111,13 +108,6 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
                 with torch.no_grad(), autocast:
                     module(*_batch(trace, shape))
     return trace
-
-
-def _make_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-    """AdamW's state in host memory. Its fused kind makes it only where there are kernels, and "meta" has none."""
-    for parameter in parameters:
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.zeros((), device=HOST), **moments}
 
 
 def _batch(trace: MemoryTrace, shape: StepShape) -> tuple[Tensor, Tensor]:
