@@ -179,3 +179,13 @@ def test_the_forward_pass_is_operation_for_operation_that_of_cudas_autocast():
     answer = subprocess.run([sys.executable, "-W", "ignore", "-c", ORACLE], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-2000:]
     assert answer.stdout.count("operations alike") == 8
+
+
+@pytest.mark.parametrize("softmax", [F.softmax, F.log_softmax])
+def test_softmax_from_float16_to_float32_is_one_kernel(softmax):
+    with FakeTensorMode(), cuda_paths():
+        x = torch.zeros(8, 16, dtype=torch.float16, requires_grad=True)
+        y = softmax(x, dim=-1, dtype=torch.float32)
+        assert y.dtype == torch.float32
+        (source,) = {node for node, _ in y.grad_fn.next_functions}
+        assert source.name() == "torch::autograd::AccumulateGrad"  # no cast between
