@@ -29,15 +29,22 @@ class Parser(LightningArgumentParser):
     What it parses may come from anywhere: allowlist.py and places.py say what a configuration cannot do.
     """
 
+    _is_parsing = False
+
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Raises ValueError for settings that name a place they may not."""
+        if Parser._is_parsing:  # the parser of a command, called by that of all commands, which knows whom to trust
+            return super().parse_args(args, *more, **options)
         trusted, args = split_trusted(sys.argv[1:] if args is None else args)
         limit_imports(trusted)
         check_arguments(args)
+        Parser._is_parsing = True
         try:
             config = super().parse_args(args, *more, **options)
         except ImportError as error:  # a class_path where no class is expected is refused past jsonargparse's own net
             raise ValueError(sentence(str(error), [])) from error
+        finally:
+            Parser._is_parsing = False
         settings = config[config.subcommand] if config.get("subcommand") else config
         check_places(settings.as_dict())
         return config

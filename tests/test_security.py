@@ -202,6 +202,18 @@ def test_only_the_command_line_trusts_and_only_for_itself(mark, tmp_path, parser
         refusal(*words)
 
 
+def test_a_command_takes_the_word_of_its_own_line(mark, capsys):
+    stopped_early = "--trainer.max_steps=0"  # by the schedule, once everything is parsed
+    assert main(["fit", "--trust", "payload", "--trainer.callbacks=payload.Evil", stopped_early]) == 2
+    assert "trainer.max_steps=0" in capsys.readouterr().err
+    assert mark.exists()
+    mark.unlink()
+    del sys.modules["payload"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--trainer.callbacks=payload.Evil", stopped_early])
+    assert not mark.exists()
+
+
 def test_what_an_allowed_module_has_imported_is_not_allowed_by_that(refusal):
     """model_checkpoint.py imports shutil: its name there is another name of the same function."""
     for function in (f"{PLUGINS}.model_checkpoint.shutil.rmtree", "os.abort", "builtins.exec", "torch.load"):
