@@ -14,6 +14,7 @@ COMMANDS = {
         "nanogpt_lit.commands:keep_alive_unit",
         "what starts fit --keep-alive again after a reboot, for systemd or Windows",
     ),
+    "doctor": ("nanogpt_lit.commands:doctor", "checks this machine, and a run, and says what to do"),
     "prepare": ("nanogpt_lit.commands:prepare", "text to token shards; fit does it by itself when they are missing"),
     "plan": ("nanogpt_lit.commands:plan", "whether a run fits a card, and what to change when it does not"),
     "accelerate-config": (

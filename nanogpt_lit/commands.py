@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 
@@ -191,6 +192,31 @@ def keep_alive_unit(arguments: list[str]) -> int:
     as_task = options.task_scheduler or (os.name == "nt" and not options.systemd)
     print((scheduled_task if as_task else systemd_unit)(command, Path.cwd()), end="")
     return 0
+
+
+def doctor(arguments: list[str]) -> int:
+    """`doctor [--run FOLDER] [--config FILE]`: one line per check. Returns 1 when something is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanogpt_lit doctor",
+        description="Checks this machine, and a run, and says what to do. Each line begins with ok, with look (it may "
+        "cost time or comfort) or with wrong (it fails, or will). Exits with 1 when something is wrong.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="compare its shards and checkpoints, byte by byte")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the same for the run of a YAML of fit")
+    parser.add_argument("--json", action="store_true", help="print a list for a program")
+    options = parser.parse_args(arguments[1:])
+
+    from nanogpt_lit.doctor.examination import examine
+
+    findings = []
+    for finding in examine(options.run, options.config):
+        findings.append(finding)
+        if not options.json:
+            print(finding, flush=True)
+    if options.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    return 1 if any(finding.level == "wrong" for finding in findings) else 0
 
 
 def prepare(arguments: list[str]) -> int:

@@ -20,6 +20,7 @@ ALLOWED = {
     "supervised": set(),
     "supervisor": {"supervised"},
     "units": set(),
+    "doctor": {"data", "checkpoint", "loops"},
     "loops": {"gpt", "optim", "memory", "sampling", "checkpoint", "supervised"},
     "allowlist": set(),
     "places": set(),
@@ -27,7 +28,7 @@ ALLOWED = {
     "cli": {"module", "gpt", "optim", "memory", "data", "loops", "parser", "checkpoint"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
     "planning": {"module", "gpt", "optim", "data", "loops", "memory"},
-    "commands": {"cli", "checkpoint", "sampling", "memory", "planning", "loops", "supervisor", "units"},
+    "commands": {"cli", "checkpoint", "sampling", "memory", "planning", "loops", "supervisor", "units", "doctor"},
     "__main__": {"commands", "cli", "supervised", "supervisor"},
     "__init__": {"module", "gpt", "data"},
 }

@@ -1,0 +1,419 @@
+"""What is wrong is found and named, and what is sound is not complained about."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanogpt_lit.__main__ import main
+from nanogpt_lit.checkpoint.run_file import save_run
+from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.data.prepare import PrepareConfig, prepare
+from nanogpt_lit.doctor import disk, packages
+from nanogpt_lit.doctor.card import advice, check_card
+from nanogpt_lit.doctor.checkpoints import check_checkpoints
+from nanogpt_lit.doctor.disk import check_disk
+from nanogpt_lit.doctor.finding import Finding
+from nanogpt_lit.doctor.packages import check_packages
+from nanogpt_lit.doctor.processor import check_processor
+from nanogpt_lit.doctor.shards import check_shards
+from nanogpt_lit.doctor.sleep import check_sleep
+
+posix = pytest.mark.skipif(os.name != "posix", reason="its programs are shell scripts")
+
+
+def state(step=3, weight=1.0):
+    return RunState(
+        weights={"gpt.wte": torch.full((4, 8), weight)}, hyper_parameters={}, data={}, optimizer={"state": {}},
+        schedule={}, scaler=None, random=[], step=step, batches=step, processes=1, accumulate_grad_batches=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound_run(tmp_path_factory):
+    """A folder of runs, as fit leaves it."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "text.txt").write_text("".join(f"{n} bottles of beer on the wall.\n" for n in range(200)))
+    prepare(PrepareConfig(str(root / "text.txt"), "byte", val_fraction=0.1), root / "shards", show_progress=False)
+    save_run(root / "version_0/checkpoints/last.safetensors", state())
+    save_run(root / "version_0/checkpoints/last.safetensors", state(step=6))
+    return root
+
+
+@pytest.fixture
+def a_run(sound_run, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(sound_run, root)
+    (root / "version_0/config.yaml").write_text(f"data: {{shards_dir: '{root.as_posix()}/shards'}}\n")
+    return root
+
+
+def levels(findings):
+    return [finding.level for finding in findings]
+
+
+def only(findings):
+    (finding,) = findings
+    return finding
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+# The command.
+
+
+@pytest.fixture
+def sound_machine(monkeypatch):
+    """So that what this machine lacks is not what a test sees."""
+    monkeypatch.setattr("nanogpt_lit.doctor.examination.check_card", lambda: iter(()))
+    monkeypatch.setattr("nanogpt_lit.doctor.examination.check_sleep", lambda: iter(()))
+    monkeypatch.setattr(disk, "TRIED_BYTES", 2**20)
+
+
+def test_a_sound_run_passes(sound_machine, a_run, capsys):
+    assert main(["doctor", "--run", str(a_run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.startswith("wrong")]
+    checked = [line for line in lines if "every byte as it was written" in line]
+    for part in ("5,8", "last.safetensors: step 6", "previous.safetensors: step 3"):
+        assert any(part in line for line in checked), part
+
+
+def test_a_yaml_names_its_run(sound_machine, a_run, capsys):
+    path = a_run / "run.yaml"
+    path.write_text(f"trainer: {{default_root_dir: '{a_run.as_posix()}'}}\n")
+    assert main(["doctor", "--config", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [f["level"] for f in found if f["check"] in ("shards", "checkpoint")] == ["ok"] * 3
+    (a_run / "shards/train_000000.bin").unlink()
+    assert main(["doctor", "--config", str(path), "--json"]) == 1
+    wrong = [f for f in json.loads(capsys.readouterr().out) if f["level"] == "wrong"]
+    assert only(wrong)["text"].startswith(str(a_run / "shards/train_000000.bin"))
+
+
+def test_what_is_wrong_is_named_and_exits_with_1(sound_machine, a_run, capsys):
+    flip(a_run / "version_0/checkpoints/last.safetensors", -1)
+    flip(a_run / "shards/val_000000.bin", -1)
+    assert main(["doctor", "--run", str(a_run)]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrong")]
+    assert [path for path in ("val_000000.bin", "last.safetensors") if path not in "".join(wrong)] == []
+    assert len(wrong) == 2
+
+
+@pytest.mark.parametrize("options", [["--run", "nowhere"], ["--config", "nowhere.yaml"]])
+def test_a_run_that_is_not_there_is_a_mistake(capsys, options):
+    assert main(["doctor", *options]) == 2
+    assert f"error: {'--run=nowhere' if '--run' in options else 'nowhere.yaml'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "{" * 1500, "!!python/object/apply:os.abort []", "data: 3\ntrainer: [1]", "\x00"]
+)
+def test_a_yaml_that_is_none_ends_in_a_sentence_or_in_defaults(sound_machine, tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(text)
+    assert main(["doctor", "--config", "a.yaml"]) in (0, 2)
+
+
+def test_a_line_holds_no_sign_that_a_terminal_obeys():
+    assert "\x1b" not in str(Finding("ok", "shards", "a\x1b]0;b"))
+
+
+def test_a_machine_without_a_card_is_examined_without_torch(tmp_path):
+    code = (
+        "import sys; from nanogpt_lit.__main__ import main; main(['doctor']);"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'lightning')))"
+    )
+    without_programs = {**os.environ, "PATH": str(tmp_path)}
+    examined = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=without_programs, capture_output=True)
+    assert examined.returncode == 0, examined.stderr
+
+
+# Packages.
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "said"),
+    [
+        ("lightning", "2.6.3", "malware"),
+        ("lightning", "2.6.5", "CVE-2026-58659"),
+        ("torch", "2.9.1+cu128", "CVE-2026-24747"),
+        ("accelerate", "1.2.0", 'pip install "accelerate'),
+        ("filelock", "3.0", "is not >=3.12"),
+    ],
+)
+def test_a_version_that_is_bad_is_named_with_its_reason(monkeypatch, name, found, said):
+    monkeypatch.setattr(packages, "version", lambda asked: found if asked == name else version(asked))
+    wrong = only(finding for finding in check_packages() if finding.level == "wrong")
+    assert (wrong.check, wrong.text.partition(" ")[0]) == (name, found)
+    assert said in wrong.text
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    def missing(asked):
+        if asked == "tiktoken":
+            raise PackageNotFoundError
+        return version(asked)
+
+    monkeypatch.setattr(packages, "version", missing)
+    assert only(f for f in check_packages() if f.level == "wrong").text.startswith(
+        'is not installed: pip install "tiktoken'
+    )
+
+
+def test_the_folder_of_the_malware_is_found_whatever_the_version_says(monkeypatch, tmp_path):
+    (tmp_path / "_runtime").mkdir()
+    monkeypatch.setattr(packages, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    assert "malware" in only(f for f in check_packages() if f.level == "wrong").text
+
+
+def test_another_python_is_named(monkeypatch):
+    monkeypatch.setattr(packages.platform, "python_version", lambda: "3.10.4")
+    assert next(check_packages()).text.startswith("3.10.4 is not >=3.11")
+
+
+def test_what_is_installed_here_passes():
+    assert set(levels(check_packages())) == {"ok"}
+
+
+# Shards and checkpoints.
+
+
+def test_every_flipped_bit_of_a_shard_is_found(a_run):
+    shard = a_run / "shards/train_000000.bin"
+    for position in (0, 17, 25, 1024, shard.stat().st_size // 2, -1):
+        flip(shard, position)
+        wrong = only(check_shards(a_run / "shards"))
+        assert (wrong.level, str(shard) in wrong.text) == ("wrong", True), position
+        flip(shard, position)
+    assert levels(check_shards(a_run / "shards")) == ["ok"]
+
+
+def test_a_shard_cut_short_and_a_changed_tokenizer_are_found(a_run):
+    folder = a_run / "shards"
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    assert "tokenizer" in only(check_shards(folder)).text
+    shard = folder / "val_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert str(shard) in only(check_shards(folder)).text
+
+
+@pytest.mark.parametrize("change", [{"splits": {}}, {"splits": {"train": 3}}, {"tokenizer": {}}, {"format": 9}])
+def test_a_manifest_of_something_else_is_wrong_and_no_traceback(a_run, change):
+    path = a_run / "shards/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert levels(check_shards(a_run / "shards")) == ["wrong"]
+
+
+def test_shards_without_checksums_and_no_shards_are_told_apart(tmp_path):
+    assert levels(check_shards(tmp_path)) == ["look"]
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.bin").write_bytes(bytes(range(64)))
+    found = only(check_shards(tmp_path))
+    assert (found.level, "keeps no checksums" in found.text) == ("ok", True)
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(a_run):
+    folder = a_run / "version_0/checkpoints"
+    last = folder / "last.safetensors"
+    for position in (0, 9, 200, last.stat().st_size // 2, -1):
+        flip(last, position)
+        found = list(check_checkpoints(a_run))
+        assert levels(found) == ["wrong", "ok"], position
+        assert str(last) in found[0].text
+        flip(last, position)
+    assert levels(check_checkpoints(a_run)) == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_found(tmp_path, weight):
+    save_run(tmp_path / "best.safetensors", state(weight=weight))
+    found = only(check_checkpoints(tmp_path))
+    assert (found.level, "gpt.wte" in found.text) == ("wrong", True)
+
+
+def test_a_write_that_was_cut_short_is_told_and_no_checkpoint_is_no_error(tmp_path):
+    (tmp_path / "last.safetensors.partial").write_bytes(b"cut")
+    assert levels(check_checkpoints(tmp_path)) == ["look", "look"]
+
+
+# The machine.
+
+
+def test_a_disk_too_small_for_the_next_checkpoint_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.setattr(disk, "TRIED_BYTES", 2**20)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    assert levels(check_disk(tmp_path / "not" / "yet", 10**8)) == ["ok", "ok"]
+    assert levels(check_disk(tmp_path, 4 * 10**8)) == ["look", "ok"]
+    assert levels(check_disk(tmp_path, None)) == ["look", "ok"]  # the size is a guess
+    assert levels(check_disk(tmp_path, 95 * 10**7)) == ["wrong", "ok"]
+
+
+def test_a_disk_that_cannot_be_written_or_is_slow_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(disk, "bytes_per_s", lambda folder: 5e6)
+    assert [f.level for f in check_disk(tmp_path, 10**6) if f.check == "disk"] == ["look"]
+
+    def refused(folder):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(disk, "bytes_per_s", refused)
+    assert "Read-only file system" in only(f for f in check_disk(tmp_path, 10**6) if f.level == "wrong").text
+
+
+def files(root, contents):
+    for name, text in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {
+            "proc/self/cgroup": "0::/a/b",
+            "sys/fs/cgroup/a/cpu.max": "150000 100000",
+            "sys/fs/cgroup/a/b/cpu.max": "max 100000",
+        },
+        {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "150000 100000"},
+        {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "150000", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"},
+    ],
+)
+def test_fewer_processors_than_torch_counts_are_told(monkeypatch, tmp_path, contents):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    files(tmp_path, contents)
+    found = only(check_processor(tmp_path))
+    assert found.level == "look"
+    assert "may use 1.5" in found.text
+    assert found.text.endswith("OMP_NUM_THREADS=2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert levels(check_processor(tmp_path)) == ["ok"]
+
+
+def test_a_limit_of_memory_is_told_and_no_limit_is_not(monkeypatch, tmp_path):
+    files(
+        tmp_path,
+        {"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": str(3 * 2**30), "sys/fs/cgroup/cpu.max": "max 1"},
+    )
+    assert "at most 3.0 GiB" in only(check_processor(tmp_path)).text
+    none = {
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+    }
+    files(tmp_path / "1", none)
+    assert "GiB" not in only(check_processor(tmp_path / "1")).text
+
+
+def program(folder, name, script):
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Programs of the system are those of this folder."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+@posix
+@pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="torch can use a card here")
+def test_a_card_that_this_torch_cannot_use_is_wrong(programs):
+    program(programs, "nvidia-smi", "echo 'NVIDIA GeForce RTX 2050, 570.1, 4096, 1500'")
+    card, cuda, *rest = check_card(platform="win32")
+    assert card.level == "look"  # more than a quarter is in use
+    assert "2,596 of 4,096 MiB free" in card.text
+    assert (cuda.level, "was built without CUDA" in cuda.text) == ("wrong", True)
+    assert "Sysmem Fallback" in only(rest).text
+    program(programs, "nvidia-smi", "echo 'NVIDIA GeForce RTX 2050, 570.1, 4096, [N/A]'")
+    assert levels(check_card(platform="linux")) == ["ok", "wrong"]
+
+
+@posix
+@pytest.mark.parametrize(
+    "script", ["echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", "exit 0"]
+)
+def test_a_driver_that_does_not_answer_is_wrong(programs, script):
+    program(programs, "nvidia-smi", script)
+    found = only(check_card())
+    assert (found.level, "reboot" in found.text) == ("wrong", True)
+    assert "mismatch" in found.text or script == "exit 0"
+
+
+def test_a_card_without_a_driver_is_wrong_and_no_card_is_not(programs, tmp_path):
+    sound = {"sys/bus/pci/devices/0/vendor": "0x10de", "sys/bus/pci/devices/0/class": "0x040300"}  # its loudspeaker
+    files(tmp_path, sound)
+    assert levels(check_card(tmp_path)) == ["ok"]
+    files(tmp_path, {"sys/bus/pci/devices/1/vendor": "0x10de", "sys/bus/pci/devices/1/class": "0x030000"})
+    assert levels(check_card(tmp_path)) == ["wrong"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device\nMore", "too new or too old"),
+        ("CUDA unknown error - this may be due to", "nvidia_uvm"),
+        ("The NVIDIA driver on your system is too old (found version 11040).", "update the driver"),
+    ],
+)
+def test_an_error_of_cuda_comes_with_what_mends_it(error, said):
+    assert said in advice(error)
+
+
+LAPTOP = {"sys/class/power_supply/BAT0/type": "Battery", "sys/class/power_supply/AC/type": "Mains"}
+
+
+def test_a_laptop_that_would_sleep_is_told_and_one_that_cannot_is_not(tmp_path):
+    files(tmp_path, {**LAPTOP, "sys/class/power_supply/AC/online": "1"})
+    found = only(check_sleep(tmp_path, "linux"))
+    assert (found.level, "systemd-inhibit" in found.text) == ("look", True)
+    files(
+        tmp_path,
+        {"sys/class/power_supply/AC/online": "0", "proc/driver/nvidia/params": "PreserveVideoMemoryAllocations: 0"},
+    )
+    assert next(check_sleep(tmp_path, "linux")).text.startswith("on battery")
+    assert "NVreg_PreserveVideoMemoryAllocations=1" in list(check_sleep(tmp_path, "linux"))[-1].text
+    files(
+        tmp_path,
+        {"sys/class/power_supply/AC/online": "1", "proc/driver/nvidia/params": "PreserveVideoMemoryAllocations: 1"},
+    )
+    target = tmp_path / "etc/systemd/system/suspend.target"
+    target.parent.mkdir(parents=True)
+    target.symlink_to("/dev/null")
+    assert levels(check_sleep(tmp_path, "linux")) == ["ok"]
+
+
+def test_the_battery_of_a_mouse_makes_no_laptop(tmp_path):
+    files(tmp_path, {"sys/class/power_supply/hid/type": "Battery", "sys/class/power_supply/hid/scope": "Device"})
+    assert levels(check_sleep(tmp_path, "linux")) == ["ok"]
+
+
+ANSWER = """
+echo "  Mögliche Mindesteinstellung: 0x00000000"
+echo "  Aktueller Wechselstrom-Einstellungsindex: $AC"
+echo "  Aktueller Gleichstrom-Einstellungsindex: 0x00000258"
+"""
+
+
+@posix
+def test_windows_that_sleeps_while_plugged_in_is_told(programs, monkeypatch):
+    program(programs, "powercfg", ANSWER)
+    monkeypatch.setenv("AC", "0x00000708")
+    assert ["powercfg /change standby-timeout-ac 0" in f.text for f in check_sleep(platform="win32")] == [True, False]
+    monkeypatch.setenv("AC", "0x00000000")
+    assert levels(check_sleep(platform="win32")) == ["ok"]
+    (programs / "powercfg").unlink()
+    assert levels(check_sleep(platform="win32")) == ["ok"]
