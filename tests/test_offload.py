@@ -1,6 +1,8 @@
 """What is moved to host memory changes no bit of a run: in every loop, with all that a loop does, and across a stop."""
 
+import functools
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,8 @@ from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.loops.resume import capture, random_states
-from nanogpt_lit.memory import host_optimizer
+from nanogpt_lit.memory import host_inputs, host_optimizer, host_weights
+from nanogpt_lit.memory.host import Mark
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -87,6 +90,52 @@ def test_a_run_has_the_bits_of_the_plain_one_with_each_technique_and_in_each_loo
     for (technique, memory), loop in zip(TECHNIQUES.items(), loops, strict=False):
         found = LOOPS[loop](with_memory(GRID[name], **chunks, **memory), data).entries
         assert compare(plain, found) is None, (loop, technique)
+
+
+class LateMark(Mark):
+    def __init__(self, lane, end):
+        super().__init__()
+        self.lane, self.end = lane, end
+
+    def hold_computation(self):
+        self.lane.run_until(self.end)
+
+    wait = hold_computation
+
+
+class LateLane:
+    """Copies as late as it is allowed to: only when somebody waits for them, where a processor's are at once."""
+
+    def __init__(self, device):
+        self.queue, self.done, self.late = [], 0, 0
+
+    def copy(self, source, target, after):
+        if not isinstance(after, LateMark):  # else what it holds may still be on its way elsewhere
+            target.fill_(math.nan)
+        self.queue.append((source, target, after))
+        return LateMark(self, len(self.queue))
+
+    def run_until(self, end):
+        while self.done < end:
+            source, target, after = self.queue[self.done]
+            self.queue[self.done] = None
+            self.done += 1
+            self.late += 1
+            after.wait()
+            target.copy_(source)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_whatever_is_copied_is_waited_for(technique, data, monkeypatch):
+    """As on a card, where copies run beside everything else; on a processor nothing would be too early."""
+    base = case("bf16-mixed")
+    plain = LOOPS["reference"](with_memory(base), data).entries
+    made = functools.cache(lambda device: (LateLane(device), LateLane(device)))
+    for user in (host_inputs, host_optimizer, host_weights):
+        monkeypatch.setattr(user, "lanes", made)
+    found = LOOPS["reference"](with_memory(base, **TECHNIQUES[technique]), data).entries
+    assert compare(plain, found) is None
+    assert sum(lane.late for lane in made(torch.device("cpu"))) > 100
 
 
 class Keep(Observer):

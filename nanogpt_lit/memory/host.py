@@ -6,8 +6,6 @@ host "meta", and so the fake tensors that stand for the host's lie there.
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -46,27 +44,20 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    @contextmanager
-    def open(self, after: "Mark") -> Iterator[None]:
-        """What is copied inside is queued here, to begin when `after` has been reached."""
+    def copy(self, source: Tensor, target: Tensor, after: "Mark") -> "Mark":
+        """Queues a copy, to begin when `after` has been reached, and returns its end.
+
+        A source on the card may be released at once; one on the host is to stay as it is until then.
+        """
         if self._stream is None:
-            yield
-            return
+            target.copy_(source)
+            return Mark()
         if after.event is not None:
             self._stream.wait_event(after.event)
         with torch.cuda.stream(self._stream):
-            yield
-
-    def copy(self, source: Tensor, target: Tensor, after: "Mark") -> "Mark":
-        """Queues one copy. Its source on the card may be released at once; a source on the host is to stay as it is."""
-        with self.open(after):
             target.copy_(source, non_blocking=True)
-            if self._stream is not None and source.is_cuda:
-                source.record_stream(self._stream)  # its memory is not given away before
-        return self.mark()
-
-    def mark(self) -> "Mark":
-        """The end of what is queued so far."""
+        if source.is_cuda:
+            source.record_stream(self._stream)  # its memory is not given away before
         return Mark(self._stream)
 
 

@@ -141,16 +141,13 @@ class HostAdamW(AdamW):
             views = [
                 [moments[s.offset : s.offset + s.stop - s.start] for s in bucket.slices] for moments in slot.moments
             ]
-            with arriving.open(after=slot.emptied):
-                for on_card, on_host in self._pairs(bucket, views):
-                    on_card.copy_(on_host, non_blocking=True)
-            arriving.mark().hold_computation()
+            for on_card, on_host in self._pairs(bucket, views):
+                arrived = arriving.copy(on_host, on_card, after=slot.emptied)
+            arrived.hold_computation()
             self._update(bucket, *views)
-            with leaving.open(after=Mark.now(device)):
-                for on_card, on_host in self._pairs(bucket, views):
-                    on_host.copy_(on_card, non_blocking=True)
-            slot.emptied = leaving.mark()
-        self._left = leaving.mark()
+            updated = Mark.now(device)
+            for on_card, on_host in self._pairs(bucket, views):
+                slot.emptied = self._left = leaving.copy(on_card, on_host, after=updated)
         self._left.hold_computation()  # or its next tensors would be laid over slots that are still read
 
     def _pairs(self, bucket: _Bucket, views: list[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
