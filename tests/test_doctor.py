@@ -117,7 +117,7 @@ def test_a_run_that_is_not_there_is_a_mistake(capsys, options):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [", "{" * 1500, "!!python/object/apply:os.abort []", "data: 3\ntrainer: [1]", "\x00"]
+    "text", ["a: [", "{" * 1100, "!!python/object/apply:os.abort []", "data: 3\ntrainer: [1]", "\x00"]
 )
 def test_a_yaml_that_is_none_ends_in_a_sentence_or_in_defaults(sound_machine, tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanogpt_lit.loops.card_health import CardHealth
 from nanogpt_lit.supervised import Position
 
 MIB = 2**20
@@ -29,12 +30,25 @@ class StepMeter:
         """Over the steps between the last two calls of `curves`, without validation, sampling and saving."""
         self.drawn_loss: float | None = None
         """The loss that `curves` read last: reading it again costs no wait."""
+        self._peak_watch: PeakWatch | None = None
         self._window_loss: Tensor | None = None
         self._position = Position()
+        self._card_health: CardHealth | None = None
         self._clock = clock
         self._counting_since_s: float | None = None
         self._interval_tokens = 0
         self._interval_s = 0.0
+
+    def watch_peak(
+        self, module: nn.Module, optimizer: Optimizer, device: torch.device, processes: int, **shape: Any
+    ) -> None:
+        """Has the peak of a run on one card planned at its first micro-batch, and drawn beside the measured one.
+
+        shape: what the loop knows of memory.step.StepShape. What several processes exchange and shard is in no plan.
+        """
+        if device.type == "cuda" and processes == 1:
+            say = partial(tqdm.write, file=sys.stderr)  # beside a progress bar
+            self._peak_watch = PeakWatch(module, optimizer, partial(StepShape, **shape), say)
 
     def start(self) -> None:
         """The clock of tokens_per_s runs from here until `pause`."""
@@ -51,10 +65,16 @@ class StepMeter:
         self._window_loss = share if self._window_loss is None else self._window_loss + share
         self.tokens += tokens
         self._interval_tokens += tokens
+        if self._peak_watch is not None and not self._peak_watch.is_planned:
+            self.pause()
+            self._peak_watch.plan(tokens)
+            self.start()
 
     def end_step(self) -> None:
         self.loss, self._window_loss = self._window_loss, None
         self._position.write(self.tokens)
+        if self._peak_watch is not None:
+            self._peak_watch.end_step()
 
     def curves(
         self,
@@ -74,6 +94,9 @@ class StepMeter:
         loss_scale: GradScaler's, None without one
         """
         assert self.loss is not None, "curves() before the first end_step()"
+        if self._card_health is None:
+            self._card_health = CardHealth(device)
+        card_health = self._card_health.curves()  # before the wait: the card is still at work
         self.drawn_loss = float(self.loss)
         values = {
             "train/loss": self.drawn_loss,
@@ -81,6 +104,7 @@ class StepMeter:
             "train/grad_norm": float(grad_norm),
             "train/skipped_steps": float(skipped_steps),
             "train/tokens": float(self.tokens),
+            **card_health,
         }
         if loss_scale is not None:
             values["train/loss_scale"] = loss_scale
@@ -93,9 +117,18 @@ class StepMeter:
         self._interval_tokens, self._interval_s = 0, 0.0
         self.start()
         if device.type == "cuda":
-            values["memory/peak_allocated_mib"] = torch.cuda.max_memory_allocated(device) / MIB
-            values["memory/peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / MIB
+            allocated_mib, reserved_mib = peaks_mib(device)
+            values["memory/peak_allocated_mib"] = allocated_mib
+            values["memory/peak_reserved_mib"] = reserved_mib
+            if self._peak_watch is not None and self._peak_watch.planned_mib is not None:
+                values["memory/planned_mib"] = self._peak_watch.planned_mib
+                self._peak_watch.compare(allocated_mib, reserved_mib)
         return values
+
+
+def peaks_mib(device: torch.device) -> tuple[float, float]:
+    """Of the memory that PyTorch has allocated on a CUDA card, and of what it has reserved there."""
+    return torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
 
 
 class ValidationRecord:

@@ -1,0 +1,112 @@
+"""A card that only the driver's library knows is stood in for by what that library answers."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanogpt_lit.loops.card_health import CardHealth
+from nanogpt_lit.loops.curves import StepMeter
+
+CUDA = torch.device("cuda", 1)
+
+
+class NVMLError(Exception):
+    pass
+
+
+def unsupported(*_):
+    raise NVMLError("Not Supported")
+
+
+@pytest.fixture
+def pynvml(monkeypatch):
+    """A card in the second place on the bus, which CUDA counts as cuda:1 and the driver may count otherwise."""
+    real = pytest.importorskip("pynvml")
+    constants = {name: getattr(real, name) for name in dir(real) if name.startswith(("nvmlClocks", "NVML_"))}
+    library = SimpleNamespace(
+        **constants,
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByPciBusId=lambda place: {"00000000:2b:00.0": "card"}[place],
+        nvmlDeviceGetTemperature=lambda card, sensor: {("card", 0): 87}[card, sensor],
+        nvmlDeviceGetPowerUsage=lambda card: 45_500,
+        nvmlDeviceGetClockInfo=lambda card, kind: {1: 1102}[kind],
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda card: 0x20,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    found = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x2B, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: {CUDA: found}[device])
+    monkeypatch.setattr(torch.version, "hip", None)
+    return library
+
+
+def test_the_card_is_read_in_degrees_watts_and_megahertz(pynvml):
+    assert CardHealth(CUDA).curves() == {
+        "card/temperature_c": 87.0,
+        "card/power_w": 45.5,
+        "card/clock_mhz": 1102.0,
+        "card/slowed_by_heat": 1.0,
+        "card/slowed_by_power": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("reasons", "slowed"), [(0, (0, 0)), (0x40, (1, 0)), (0x4 | 0x80, (0, 1)), (0x1 | 0x10, (0, 0))]
+)
+def test_only_heat_and_power_slow_it(pynvml, reasons, slowed):
+    pynvml.nvmlDeviceGetCurrentClocksThrottleReasons = lambda card: reasons
+    values = CardHealth(CUDA).curves()
+    assert (values["card/slowed_by_heat"], values["card/slowed_by_power"]) == slowed
+
+
+def test_what_a_card_does_not_know_is_left_out_and_the_rest_is_not(pynvml):
+    pynvml.nvmlDeviceGetPowerUsage = unsupported
+    assert sorted(set(CardHealth(CUDA).curves())) == [
+        "card/clock_mhz", "card/slowed_by_heat", "card/slowed_by_power", "card/temperature_c",
+    ]  # fmt: skip
+
+
+def test_without_a_driver_there_is_nothing(pynvml):
+    pynvml.nvmlInit = unsupported
+    assert CardHealth(CUDA).curves() == {}
+
+
+def test_without_the_package_there_is_nothing(pynvml, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert CardHealth(CUDA).curves() == {}
+
+
+def test_a_processor_is_not_asked_after(pynvml):
+    pynvml.nvmlInit = lambda: pytest.fail("the driver was asked")
+    assert CardHealth(torch.device("cpu")).curves() == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
+def test_the_real_library_without_a_card_says_nothing(monkeypatch):
+    pytest.importorskip("pynvml")
+    found = SimpleNamespace(pci_domain_id=0, pci_bus_id=1, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert CardHealth(CUDA).curves() == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs an NVIDIA card")
+def test_a_real_card_has_a_temperature():
+    pytest.importorskip("pynvml")
+    values = CardHealth(torch.device("cuda", 0)).curves()
+    assert 0 < values["card/temperature_c"] < 120
+    assert values["card/clock_mhz"] > 0
+
+
+def test_the_curves_of_a_step_have_the_card_in_them(pynvml, monkeypatch):
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    meter = StepMeter()
+    meter.add_batch(torch.tensor(1.0), tokens=8)
+    meter.end_step()
+    values = meter.curves(
+        lr=0.1, grad_norm=1.0, loss_scale=None, skipped_steps=0, flops_per_token=1, peak_flops=None, device=CUDA
+    )
+    assert values["card/temperature_c"] == 87.0
