@@ -1,14 +1,20 @@
 """The numbers behind the curves, counted alike by every loop."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
 
 from nanogpt_lit.loops.card_health import CardHealth
+from nanogpt_lit.memory.peak_watch import PeakWatch
+from nanogpt_lit.memory.step import StepShape
 from nanogpt_lit.supervised import Position
 
 MIB = 2**20

@@ -46,6 +46,17 @@ class TrainingCurves(Callback):
         self._flops_per_token = gpt.flops_per_token(gpt.config.block_size)
         device, precision = trainer.strategy.root_device, str(trainer.precision)
         self._peak_flops = peak_flops_of(device, precision, trainer.world_size)
+        self.meter.watch_peak(
+            module,
+            trainer.optimizers[0],
+            device,
+            trainer.world_size,
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            precision=precision,
+            clips=bool(trainer.gradient_clip_val),
+            zeroes_after_forward=True,
+            validates=trainer.limit_val_batches != 0,
+        )
         self.meter.start()
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:

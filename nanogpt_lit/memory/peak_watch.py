@@ -1,0 +1,131 @@
+"""While a run goes on: the peak that was planned for it, beside the one that the card measures."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from nanogpt_lit.memory.allocator import MIB
+from nanogpt_lit.memory.cards import CARDS
+from nanogpt_lit.memory.ladder import Rung
+from nanogpt_lit.memory.plan import Footprint, measure
+from nanogpt_lit.memory.step import StepShape
+from nanogpt_lit.memory.techniques import MemoryConfig
+
+TOLERANCE = 0.05
+SETTLED_STEPS = 6
+"""By then the allocator has met all that repeats; before, less than planned says nothing."""
+
+
+class PeakWatch:
+    """Plans a run at its first micro-batch, and says once in a run if the card finds something else.
+
+    Trains and touches nothing. A run that cannot be planned goes on without a plan.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, shape: Callable[..., StepShape], say: Callable[[str], None]
+    ) -> None:
+        """module: a LightningModule of ours; its like is built, fake, from its hyperparameters   shape: of the run,
+        given a batch_size, a block_size and a vocab_size   say: where a line goes"""
+        self.is_planned = False
+        """Whether `plan` was called, with success or without."""
+        self.planned_mib: float | None = None
+        """What PyTorch is expected to reserve at most; None where the run cannot be planned."""
+        self._footprint: Footprint | None = None
+        self._module, self._optimizer, self._shape, self._say = module, optimizer, shape, say
+        self._steps = 0
+        self._has_said = False
+
+    def plan(self, tokens: int) -> None:
+        """tokens: of the micro-batch. Takes seconds of a processor."""
+        self.is_planned = True
+        try:
+            footprint = plan_module(self._module, self._shape, tokens)
+            expandable = expandable_segments()
+            self.planned_mib = footprint.expandable_reserved_mib if expandable else footprint.reserved_mib
+            self._footprint = replace(footprint, timeline=(), events=[])  # which are large, and done with
+        except Exception as error:  # a run is worth more than its plan
+            reason = " ".join(str(error).split())[:200]
+            self._say(f"memory/planned_mib is left out, because planning failed: {type(error).__name__}: {reason}")
+
+    def end_step(self) -> None:
+        self._steps += 1
+
+    def compare(self, allocated_mib: float, reserved_mib: float) -> None:
+        """Says so when the peaks so far are not those that were planned."""
+        footprint, planned_mib = self._footprint, self.planned_mib
+        if footprint is None or planned_mib is None or self._has_said or self._runs_in_pieces():
+            return
+        excess = reserved_mib / planned_mib - 1
+        # A validation may be far away.
+        has_settled = self._steps >= SETTLED_STEPS and footprint.fullest_phase != "validation"
+        if excess > TOLERANCE or (excess < -TOLERANCE and has_settled):
+            self._has_said = True
+            name, measured, planned = self._at_fault(footprint, allocated_mib, reserved_mib - allocated_mib)
+            self._say(
+                f"memory: PyTorch reserved {reserved_mib:,.0f} MiB, {planned_mib:,.0f} were planned ({excess:+.0%}); "
+                f"most of the difference is in {name}: {measured:,.0f} for {planned:,.0f} MiB"
+            )
+
+    def _runs_in_pieces(self) -> bool:
+        """Whether memory has ended before, and steps are done in another way since than was planned."""
+        return bool(getattr(getattr(self._module, "elastic", None), "finding", None))
+
+    def _at_fault(self, footprint: Footprint, allocated_mib: float, gaps_mib: float) -> tuple[str, float, float]:
+        """The category that differs most, with its measured and its planned size.
+
+        Weights and the optimizer's state are there all the time: they are counted, tensor by tensor. What is reserved
+        and not allocated are gaps. The rest of the peak cannot be told apart once it is over.
+        """
+        assert self.planned_mib is not None
+        of_plan = footprint.categories_mib
+        weights_mib = on_card_mib([*self._module.parameters(), *self._module.buffers()])
+        optimizer_mib = on_card_mib(tree_leaves(list(self._optimizer.state.values())))
+        passing = {name: size for name, size in of_plan.items() if name not in ("weights", "optimizer")}
+        largest = sorted(passing, key=lambda name: -passing[name])[:3]
+        sizes = {
+            "the weights": (weights_mib, of_plan["weights"]),
+            "the optimizer's state": (optimizer_mib, of_plan["optimizer"]),
+            f"what comes and goes with a step, such as {', '.join(largest)}": (
+                allocated_mib - weights_mib - optimizer_mib,
+                sum(passing.values()),
+            ),
+            "gaps between blocks": (gaps_mib, self.planned_mib - footprint.allocated_mib),
+        }
+        name = max(sizes, key=lambda name: abs(sizes[name][0] - sizes[name][1]))
+        return name, *sizes[name]
+
+
+def plan_module(module: Any, shape: Callable[..., StepShape], tokens: int) -> Footprint:
+    gpt = module.gpt.config
+    batch_size = max(1, tokens // gpt.block_size)
+    of_run = shape(batch_size=batch_size, block_size=gpt.block_size, vocab_size=gpt.vocab_size)
+    rung = Rung("as configured", module.memory_config, batch_size, of_run.accumulate_grad_batches)
+
+    def build(memory: MemoryConfig) -> nn.Module:
+        # As for `plan`, without torch.compile.
+        return type(module)(**{**module.hparams, "memory": memory, "compile": False})
+
+    return measure(build, rung, of_run, CARDS[0])  # the card matters to the estimate of time only
+
+
+def on_card_mib(tensors: list[Any]) -> float:
+    """What tensors hold on a card; a storage that several share counts once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if isinstance(tensor, Tensor) and tensor.is_cuda
+    }
+    return sum(storages.values()) / MIB
+
+
+def expandable_segments() -> bool:
+    """Whether the environment asks PyTorch's allocator for them."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    return any("expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", "") for name in names)
