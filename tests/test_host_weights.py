@@ -1,6 +1,7 @@
 """Weights in host memory: where everything lies, what travels, and when. Bits: tests/test_offload.py."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -115,10 +116,11 @@ def test_in_a_trace_all_parameters_are_on_its_host_and_a_tied_one_is_one(weights
     assert module.gpt.lm_head.weight is module.gpt.transformer.wte.weight
 
 
-def peak(weights, **memory):
-    gpt = GPTConfig(block_size=64, vocab_size=50304, n_layer=6, n_head=4, n_embd=256)
+@functools.cache
+def peak(weights):
+    gpt = GPTConfig(block_size=64, vocab_size=50304, n_layer=4, n_head=4, n_embd=256)
     shape = StepShape(1, 64, 50304, accumulate_grad_batches=2, precision="bf16-mixed")
-    config = MemoryConfig(loss_chunk_tokens=32, recompute="full", weights=weights, **memory)
+    config = MemoryConfig(loss_chunk_tokens=32, recompute="full", weights=weights)
     trace = trace_steps(lambda: LitNanoGPT(gpt, memory=config), shape)
     count = LitNanoGPT(gpt).gpt.parameter_count(non_embedding=False)
     head = 50304 * 256
@@ -139,14 +141,14 @@ def test_the_plan_sees_streamed_weights_come_and_go():
     resident, count, head = peak("host")
     streamed, _, _ = peak("streamed")
     blocks = 2 * (count - head)
-    one_block = blocks / 6
+    one_block = blocks / 4
     # At most a block in its recomputation, and one matrix ahead.
     assert resident.peaks["optimizer"].bytes - streamed.peaks["optimizer"].bytes > blocks - 2 * one_block
     assert streamed.host_peak_bytes - resident.host_peak_bytes == pytest.approx(blocks, rel=0.1)
 
 
 def test_block_inputs_leave_the_card_in_the_plan():
-    gpt = GPTConfig(block_size=512, vocab_size=128, n_layer=8, n_head=4, n_embd=128)
+    gpt = GPTConfig(block_size=512, vocab_size=128, n_layer=5, n_head=4, n_embd=128)
     shape = StepShape(4, 512, 128, accumulate_grad_batches=2, precision="bf16-mixed")
     peaks = {}
     for where in ("card", "host"):
@@ -154,8 +156,8 @@ def test_block_inputs_leave_the_card_in_the_plan():
         trace = trace_steps(lambda memory=memory: LitNanoGPT(gpt, memory=memory), shape)
         peaks[where] = trace.peaks["backward"].bytes, trace.host_peak_bytes
     inputs = 4 * 512 * 128 * 4
-    assert peaks["host"][1] == 8 * inputs
-    assert peaks["card"][0] - peaks["host"][0] >= 6 * inputs
+    assert peaks["host"][1] == 5 * inputs
+    assert peaks["card"][0] - peaks["host"][0] >= 3 * inputs
 
 
 @pytest.mark.parametrize(
