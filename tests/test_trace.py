@@ -126,3 +126,36 @@ def test_the_timeline_begins_when_it_is_asked_for():
         x = x * 2
     assert [moment.phase for moment in trace.timeline] == ["forward", "forward"]
     assert max(moment.bytes for moment in trace.timeline) == trace.peak.bytes == 1024
+
+
+def test_gradients_of_a_tied_matrix_are_added_in_place_as_autograd_does_without_a_trace():
+    # Really: what ends up in .grad is the memory of the first gradient.
+    places = []
+    weight = nn.Parameter(torch.zeros(1000, 32))
+    (F.embedding(torch.arange(8), weight).sum() + _Tied.apply(weight, places)).backward()
+    assert weight.grad.data_ptr() == places[0]
+    # In a trace: two matrices are held at most, and no third for their sum.
+    with FakeTensorMode(), MemoryTrace() as trace:
+        weight = nn.Parameter(torch.zeros(1000, 32))
+        trace.label(weight, "weights")
+        loss = F.embedding(torch.arange(8), weight).sum() + _Tied.apply(weight, None)
+        trace.phase = "backward"
+        loss.backward()
+    matrix = 1000 * 32 * 4
+    assert 2 * matrix <= trace.peaks["backward"].bytes_by_category["temporaries"] < 2.1 * matrix
+
+
+class _Tied(torch.autograd.Function):
+    """Another use of a matrix."""
+
+    @staticmethod
+    def forward(ctx, weight, places):
+        ctx.shape, ctx.places = weight.shape, places
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_weight = torch.ones(ctx.shape)
+        if ctx.places is not None:
+            ctx.places.append(d_weight.data_ptr())
+        return d_weight, None

@@ -53,7 +53,6 @@ class StepMeter:
         shape: what the loop knows of memory.step.StepShape. What several processes exchange and shard is in no plan.
         """
         if device.type == "cuda" and processes == 1:
-            say = partial(tqdm.write, file=sys.stderr)  # beside a progress bar
             self._peak_watch = PeakWatch(module, optimizer, partial(StepShape, **shape), say)
 
     def start(self) -> None:
@@ -130,6 +129,11 @@ class StepMeter:
                 values["memory/planned_mib"] = self._peak_watch.planned_mib
                 self._peak_watch.compare(allocated_mib, reserved_mib)
         return values
+
+
+def say(line: str) -> None:
+    """Beside a progress bar, if there is one."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def peaks_mib(device: torch.device) -> tuple[float, float]:

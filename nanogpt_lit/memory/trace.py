@@ -155,6 +155,8 @@ class MemoryTrace(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in MATRIX_PRODUCTS:
             self._hold_cublas_workspace()
+        if func is torch.ops.aten.add.Tensor and self._adds_gradients(args):
+            func = torch.ops.aten.add_.Tensor
         result = func(*args, **kwargs)
         category = self._category(name, args)
         for tensor in tree_leaves(result):
@@ -167,6 +169,22 @@ class MemoryTrace(TorchDispatchMode):
         if self.watch is not None:
             self.watch(func, args, kwargs, result)
         return result
+
+    def _adds_gradients(self, args: tuple[Any, ...]) -> bool:
+        """Whether autograd adds up the gradients of what was used twice, such as a tied embedding.
+
+        It does so in place where it holds the only reference, but under a dispatch mode it takes new memory. Fake
+        gradients have no values that another reference could miss.
+        """
+        first, second = args[:2]
+        return (
+            self.phase == "backward"
+            and not torch.is_grad_enabled()
+            and isinstance(first, FakeTensor)
+            and isinstance(second, FakeTensor)
+            and (first.shape, first.dtype) == (second.shape, second.dtype)
+            and first.is_contiguous()
+        )
 
     def _category(self, name: str, args: tuple[Any, ...]) -> str:
         if self.phase == "optimizer":

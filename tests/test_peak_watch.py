@@ -1,0 +1,173 @@
+"""The planned peak beside the measured one. The card is played: its device says cuda, its peaks are given."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.loops import curves as curves_module
+from nanogpt_lit.loops.curves import StepMeter
+from nanogpt_lit.memory import peak_watch
+from nanogpt_lit.memory.allocator import MIB
+from nanogpt_lit.memory.cards import CARDS
+from nanogpt_lit.memory.ladder import Rung
+from nanogpt_lit.memory.plan import measure
+from nanogpt_lit.memory.step import StepShape
+from nanogpt_lit.memory.techniques import MemoryConfig
+from nanogpt_lit.module import LitNanoGPT
+
+CARD = torch.device("cuda")
+MEMORY = MemoryConfig(loss_chunk_tokens=16, recompute="selective")
+GPT = GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+SHAPE = {"accumulate_grad_batches": 2, "precision": "16-mixed", "clips": True, "validates": True}
+
+
+class Run:
+    """A loop that trains nothing, with a meter as every loop's."""
+
+    def __init__(self, monkeypatch, capsys, **shape):
+        self.peaks = (0.0, 0.0)
+        monkeypatch.setattr(curves_module, "peaks_mib", lambda device: self.peaks)
+        monkeypatch.setattr(curves_module, "CardHealth", lambda device: SimpleNamespace(curves=dict))
+        # The network is on the processor here; weights that the test asks for are told to be on the card.
+        monkeypatch.setattr(peak_watch, "on_card_mib", lambda tensors: self.on_card.get(len(tensors) > 0, 0.0))
+        self.on_card = {}
+        self.capsys = capsys
+        self.module = LitNanoGPT(GPT, memory=MEMORY)
+        self.optimizer = self.module.configure_optimizers()["optimizer"]
+        self.meter = StepMeter()
+        self.meter.watch_peak(self.module, self.optimizer, CARD, 1, **(SHAPE | shape))
+        self.meter.start()
+
+    def step(self, steps=1, peaks=None):
+        for _ in range(steps):
+            for _ in range(2):
+                self.meter.add_batch(torch.tensor(0.5), tokens=4 * 32)
+            self.meter.end_step()
+        self.peaks = peaks or self.peaks
+        values = self.meter.curves(
+            lr=0.1, grad_norm=1.0, loss_scale=None, skipped_steps=0, flops_per_token=1.0, peak_flops=None, device=CARD
+        )
+        return values, self.capsys.readouterr().err
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return Run(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    shape = StepShape(4, 32, 257, 2, "16-mixed")
+    rung = Rung("", MEMORY, 4, 2)
+    return measure(lambda memory: LitNanoGPT(GPT, memory=memory), rung, shape, CARDS[0])
+
+
+def test_the_planned_peak_is_drawn_beside_the_measured_ones(run, planned):
+    values, err = run.step(peaks=(10.0, planned.reserved_mib))
+    assert values["memory/planned_mib"] == planned.reserved_mib
+    assert values["memory/peak_reserved_mib"] == planned.reserved_mib
+    assert values["memory/peak_allocated_mib"] == 10.0
+    assert err == ""
+
+
+def test_it_is_planned_once_and_not_while_the_clock_runs(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(peak_watch, "measure", lambda *a: calls.append(run.meter._counting_since_s) or 1 / 0)
+    run.step(3)
+    assert calls == [None]
+
+
+def test_expandable_segments_are_planned_as_such(run, planned, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: True")
+    monkeypatch.setattr(peak_watch, "measure", lambda *_: replace(planned, reserved_mib=99.0))
+    assert run.step()[0]["memory/planned_mib"] == planned.expandable_reserved_mib
+
+
+def test_a_difference_within_5_percent_is_none(run, planned):
+    _, err = run.step(10, peaks=(planned.allocated_mib, 1.04 * planned.reserved_mib))
+    assert err == ""
+
+
+def test_more_than_planned_is_one_line_at_once_and_never_again(run, planned):
+    peaks = (planned.allocated_mib + 50, planned.reserved_mib + 60)
+    run.on_card = {True: planned.categories_mib["weights"], False: planned.categories_mib["optimizer"]}
+    _, err = run.step(peaks=peaks)
+    assert len(err.splitlines()) == 1
+    assert f"reserved {planned.reserved_mib + 60:,.0f} MiB, {planned.reserved_mib:,.0f} were planned" in err
+    assert "comes and goes with a step" in err
+    assert run.step(10)[1] == ""
+
+
+def test_less_than_planned_is_said_only_after_the_peak_may_have_come(run, planned):
+    peaks = (0.5 * planned.allocated_mib, 0.5 * planned.reserved_mib)
+    assert run.step(2, peaks)[1] == ""
+    assert run.step(4, peaks)[1].count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "passing", "gaps", "name"),
+    [(50, 0, 0, "the weights"), (0, 50, 0, "comes and goes"), (0, 0, 50, "gaps between blocks")],
+)
+def test_the_category_at_fault_is_named(run, planned, weights, passing, gaps, name):
+    of_plan = planned.categories_mib
+    run.on_card = {True: of_plan["weights"] + weights, False: of_plan["optimizer"]}
+    allocated = planned.allocated_mib + weights + passing
+    _, err = run.step(peaks=(allocated, planned.reserved_mib + weights + passing + gaps))
+    assert name in err
+    assert err.rstrip().endswith("MiB")
+
+
+def test_the_optimizer_is_named_when_its_state_is_not_where_it_was_planned(monkeypatch, capsys, planned):
+    run = Run(monkeypatch, capsys)
+    # Its state fills on the card: there are tensors in it now.
+    state = {p: {"exp_avg": p.detach()} for p in run.module.parameters()}
+    run.optimizer.state.update(state)
+    sizes = iter([planned.categories_mib["weights"], planned.categories_mib["optimizer"] + 50])
+    monkeypatch.setattr(peak_watch, "on_card_mib", lambda tensors: next(sizes))
+    _, err = run.step(peaks=(planned.allocated_mib + 50, planned.reserved_mib + 50))
+    assert "in the optimizer's state: 50 for 0 MiB" in err
+
+
+def test_a_run_whose_steps_are_done_in_pieces_is_not_compared(run, planned):
+    run.module.elastic = SimpleNamespace(finding={"sequences": 2})
+    assert run.step(10, peaks=(10.0, 2 * planned.reserved_mib))[1] == ""
+
+
+def test_a_plan_that_fails_is_one_line_and_the_run_goes_on(monkeypatch, capsys):
+    run = Run(monkeypatch, capsys, precision="transformer-engine")
+    values, err = run.step(peaks=(10.0, 20.0))
+    assert "memory/planned_mib" not in values
+    assert values["memory/peak_reserved_mib"] == 20.0
+    assert err.startswith("memory/planned_mib is left out, because planning failed: ValueError: trainer.precision=")
+    assert len(err.splitlines()) == 1
+    assert run.step(10)[1] == ""
+
+
+def test_planning_draws_no_random_number_and_leaves_the_network_alone(run):
+    before = torch.get_rng_state(), {name: p.clone() for name, p in run.module.named_parameters()}
+    run.step()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    for name, p in run.module.named_parameters():
+        assert torch.equal(p, before[1][name])
+        assert p.grad is None
+
+
+@pytest.mark.parametrize(("device", "processes"), [("cpu", 1), ("cuda", 2)])
+def test_without_a_card_or_among_several_processes_nothing_is_planned(device, processes, monkeypatch):
+    monkeypatch.setattr(peak_watch, "measure", lambda *a: pytest.fail("planned"))
+    module = LitNanoGPT(GPT)
+    meter = StepMeter()
+    meter.watch_peak(module, module.configure_optimizers()["optimizer"], torch.device(device), processes, **SHAPE)
+    meter.add_batch(torch.tensor(0.5), tokens=4 * 32)
+    assert meter._peak_watch is None
+
+
+def test_what_is_on_the_card_is_counted_once():
+    class OnCard(torch.Tensor):
+        is_cuda = True
+
+    tensor = torch.zeros(MIB // 4).as_subclass(OnCard)
+    assert peak_watch.on_card_mib([tensor, tensor.view(2, -1).as_subclass(OnCard), torch.zeros(10), 3]) == 1.0
