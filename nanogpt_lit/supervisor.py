@@ -104,7 +104,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the exit code of the last child, or of the signal that came while none was running."""
-        before = {number: signal.signal(number, self._forward) for number in SIGNALS}
+        # One that is ignored stays so, in the child too: nohup means it.
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._forward) for number in heard}
         try:
             with tempfile.TemporaryDirectory(prefix="nanogpt_lit_") as folder:
                 return self._run(Path(folder))

@@ -1,6 +1,7 @@
 """The supervisor with children that are a few lines of Python, and then with the real fit."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.supervisor import Supervisor, keep_alive
 
 posix = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
@@ -131,9 +134,10 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, _: got.append(number))
 stop_with_supervisor()
 (here / "ready").touch()
-while not got:
+until = time.monotonic() + 60
+while not got and time.monotonic() < until:
     time.sleep(0.01)
-time.sleep(0.3)  # for a second one to arrive
+time.sleep(0.6)  # for a second one to arrive
 (here / "got").write_text(" ".join(str(int(number)) for number in got))
 sys.exit(128 + got[0])
 """
@@ -158,6 +162,16 @@ def test_a_signal_reaches_the_child_once_and_its_exit_code_is_passed_on(child, t
     assert run(child(WAITS_FOR_SIGNALS)) == 128 + number
     assert (tmp_path / "got").read_text() == str(int(number))
     assert signal.getsignal(number) == before
+
+
+@posix
+def test_a_signal_that_is_ignored_stays_so(child):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        code = "os.kill(os.getppid(), signal.SIGHUP)\nos.kill(os.getpid(), signal.SIGHUP)\ntime.sleep(0.2)"
+        assert run(child(code)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 SUPERVISE = "import sys; from nanogpt_lit.supervisor import Supervisor; sys.exit(Supervisor({command!r}).run())"
@@ -218,3 +232,55 @@ def test_the_fit_that_is_started_resumes_by_itself(monkeypatch):
 def test_the_supervisor_holds_no_torch_in_memory():
     code = "import sys, nanogpt_lit.supervisor; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+# The real fit.
+
+RESUMES = """
+import sys
+from pathlib import Path
+from nanogpt_lit.__main__ import main
+saved = sorted(Path({root!r}).rglob("last.safetensors"), key=lambda path: path.stat().st_mtime)
+sys.exit(main(["fit", *sys.argv[1:], *(f"--ckpt_path={{path}}" for path in saved[-1:])]))
+"""
+
+
+def small_fit(folder, root):
+    text = folder / "text.txt"
+    text.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
+    return [
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=42",
+        "--trainer.val_check_interval=6", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=2",
+        "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8", "--model.gpt.dropout=0.1",
+        f"--data.source={text}", f"--data.shards_dir={folder / 'shards'}", "--data.tokenizer=byte",
+        "--data.block_size=16", "--data.batch_size=2", "--data.val_fraction=0.1",
+    ]  # fmt: skip
+
+
+def newest(root):
+    return max((load_run(path) for path in root.rglob("last.safetensors")), key=lambda state: state.step)
+
+
+@posix
+def test_a_fit_that_is_killed_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch, capfd):
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    assert main(["fit", *small_fit(tmp_path, undisturbed)]) == 0
+    script = tmp_path / "fit.py"
+    script.write_text(RESUMES.format(root=str(disturbed)))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # on which the sums of a product depend
+    supervisor = Supervisor([sys.executable, str(script), *small_fit(tmp_path, disturbed)], pause_s=0.01)
+
+    def kill_after_a_checkpoint():
+        while not list(disturbed.rglob("last.safetensors")):
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.05))
+        supervisor._child.kill()
+
+    threading.Thread(target=kill_after_a_checkpoint, daemon=True).start()
+    assert supervisor.run() == 0
+    (line,) = lines(capfd)
+    assert re.fullmatch(r"killed by SIGKILL, after [\d,]+ tokens; starting again in 0.01 s", line)
+    there, here = newest(undisturbed), newest(disturbed)
+    assert here.step == there.step == 42
+    assert not [name for name, weight in there.weights.items() if not torch.equal(weight, here.weights[name])]
