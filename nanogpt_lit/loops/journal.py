@@ -70,6 +70,16 @@ class Journal(Observer):
         assert isinstance(gpt, GPT)
         self._flops_per_token = gpt.flops_per_token(gpt.config.block_size)
         self._peak_flops = peak_flops_of(self.device, self.settings.precision, self.processes)
+        self.meter.watch_peak(
+            parts.module,
+            parts.optimizer,
+            self.device,
+            self.processes,
+            accumulate_grad_batches=self.settings.accumulate_grad_batches,
+            precision=self.settings.precision,
+            clips=bool(self.settings.gradient_clip_val),
+            validates=self.settings.val_check_interval is not None,
+        )
         self.meter.start()
 
     def on_batch_end(self, loss: Tensor, tokens: int) -> None:
