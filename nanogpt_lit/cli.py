@@ -23,8 +23,10 @@ from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, 
 from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, with_run_files
 from nanogpt_lit.loops.lightning_observer import DropoutSeed
 from nanogpt_lit.loops.lightning_precision import precision_plugin
+from nanogpt_lit.loops.lightning_stops import StepStops
 from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
 from nanogpt_lit.loops.report import closing_table, opening_lines
+from nanogpt_lit.loops.stops import Stopped, seconds_of
 from nanogpt_lit.loops.strategies import DDP, FSDP2, SINGLE
 from nanogpt_lit.loops.strategy_check import check_started, check_strategy, complete_sizes, named_strategy
 from nanogpt_lit.loops.trainer_section import check_saves_whole_steps
@@ -53,6 +55,10 @@ def run(arguments: list[str]) -> int:
     quiet_lightning()
     try:
         NanoGPTCLI(args=arguments)
+    except Stopped as stopped:
+        rank_zero_print(str(stopped))
+        # Of Lightning's own processes the first speaks for all: it would take another's code for a crash.
+        return stopped.reason.exit_code if stopped.first_rank else 0
     except MisconfigurationException as error:  # how Lightning says that a setting cannot be
         raise ValueError(" ".join(str(error).split())) from error
     finally:
@@ -145,6 +151,7 @@ class NanoGPTCLI(LightningCLI):
         ScheduleConfig(**settings.model.schedule)
         if self.subcommand in (None, "fit"):
             check_saves_whole_steps(vars(settings.trainer))
+            seconds_of(settings.trainer.max_time)
         if settings.get("ckpt_path") is not None and writes_run_files(settings.trainer):
             check_run_file(Path(settings.ckpt_path))
         if sentence := unused_card():
@@ -187,6 +194,7 @@ class NanoGPTCLI(LightningCLI):
         if trainer.logger in (None, True):
             # An empty name and no version: the run is default_root_dir/version_N, checkpoints and all.
             kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, name="", default_hp_metric=False)
+        kwargs["max_time"] = None  # Lightning's timer ends inside a step; StepStops has it
         return super().instantiate_trainer(**kwargs, callbacks=self._callbacks(trainer))
 
     def _callbacks(self, trainer: Namespace) -> list[Callback]:
@@ -196,6 +204,7 @@ class NanoGPTCLI(LightningCLI):
         callbacks += [DropoutSeed(self.seed), ExactResume()]
         if not any(isinstance(callback, TextSamples) for callback in callbacks):
             callbacks.append(TextSamples())
+        callbacks.append(StepStops(seconds_of(trainer.max_time)))
         if trainer.enable_progress_bar is not False:
             callbacks.append(StepProgressBar(self.meter, self.validations))
         if trainer.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):

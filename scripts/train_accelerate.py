@@ -32,6 +32,7 @@ from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.machine import device_type
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.resume import batches_done, check_network
+from nanogpt_lit.loops.stops import Stopped, Stops, seconds_of
 from nanogpt_lit.loops.trainer_section import (
     asked_processes,
     check_followed,
@@ -111,10 +112,17 @@ def main(arguments: list[str]) -> int:
     )
     started_s = time.monotonic()
     try:
-        train(accelerator, module, train_loader, val_loader, settings, observer, start)
+        with Stops(folder, seconds_of(trainer.max_time)) as stops:
+            train(accelerator, module, train_loader, val_loader, settings, observer, start, stops.asked)
     finally:
         if isinstance(observer, Journal):
             observer.close()
+    if stops.reason is not None:
+        if isinstance(observer, Journal):
+            last = observer.checkpoints.get("last")
+            print(Stopped(stops.reason, observer.step, last and relative_to_here(last)))
+        accelerator.end_training()
+        return stops.reason.exit_code
     if isinstance(observer, Journal):
         print(
             closing_table(

@@ -190,7 +190,7 @@ def test_another_number_of_processes_than_was_asked_for_is_refused():
     ("option", "sentence"),
     [
         ("--trainer.devices=2", "ask for 2 processes, and accelerate runs 1"),
-        ("--trainer.max_time=00:00:01:00", "trainer.max_time is set, and only Lightning's Trainer follows it"),
+        ("--trainer.min_steps=3", "trainer.min_steps is set, and only Lightning's Trainer follows it"),
         ("--trainer.callbacks+=DeviceStatsMonitor", "trainer.callbacks holds lightning.pytorch.callbacks.DeviceStats"),
         ("--trainer.strategy=fsdp", "trainer.strategy=fsdp does not run here"),
         ("--trainer.precision=64-true", "trainer.precision=64-true does not run here"),

@@ -1,5 +1,6 @@
 """Shards to batches, for Lightning's Trainer and for any other loop."""
 
+import signal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ class TokenWindows(Dataset[Batch]):
 def already_stacked(batch: Any) -> Batch:
     """The collate_fn: batches come stacked. A function of the module, because workers receive it by pickle."""
     return batch
+
+
+def leave_signals_to_training(worker: int) -> None:
+    """The worker_init_fn: a Ctrl-C in a terminal reaches all processes, and training needs batches to end its step.
+
+    A worker whose training process is gone ends by itself.
+    """
+    for name in ("SIGINT", "SIGBREAK", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class TokenDataModule(LightningDataModule):
@@ -221,6 +232,7 @@ class TokenDataModule(LightningDataModule):
             batch_sampler=order,
             collate_fn=already_stacked,
             num_workers=num_workers,
+            worker_init_fn=leave_signals_to_training,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Every iterator of a DataLoader draws a number. From a generator of its own, or dropout would depend on

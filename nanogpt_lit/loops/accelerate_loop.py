@@ -6,6 +6,7 @@ what breaks without it.
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from nanogpt_lit.loops.contract import (
     Observer,
     Parts,
     clipping_order,
+    never,
     optimizer_and_schedule,
     scaler_beside,
     seed_dropout,
@@ -57,10 +59,12 @@ def train(
     settings: LoopSettings,
     observer: Observer = Observer(),  # noqa: B008 - has no state
     start: RunState | None = None,
+    should_stop: Callable[[], bool] = never,
 ) -> None:
     """Trains up to settings.max_steps optimizer steps.
 
     start: a checkpoint to go on from; the training loader begins with the micro-batch that follows
+    should_stop: asked after each step; where it is true, observer.on_stop may save
     The loaders are those of one process: accelerate deals their batches out, one to each process in turn. It must come
     out even, or the processes wait for each other for ever.
     """
@@ -108,6 +112,10 @@ def train(
                 observer.on_validation_end(step, validate(accelerator, module, val_loader, settings.limit_val_batches))
             if step == settings.max_steps:
                 break
+            if accelerator.sync_gradients and should_stop():
+                end(train_loader)
+                observer.on_stop(step)
+                return
         if batches == 0:
             raise ValueError("the training loader is empty; its data needs at least one batch.")
     end(train_loader)

@@ -81,7 +81,15 @@ class Observer:
     def on_validation_end(self, step: int, loss: Tensor) -> None:
         """loss: the mean over all that was read, on all processes"""
 
+    def on_stop(self, step: int) -> None:
+        """The run was asked to stop: this is the last thing that is told."""
+
     def on_train_end(self) -> None: ...
+
+
+def never() -> bool:
+    """The should_stop of a run that nothing stops."""
+    return False
 
 
 def optimizer_and_schedule(module: nn.Module) -> tuple[Optimizer, LRScheduler]:

@@ -61,6 +61,7 @@ class Journal(Observer):
         sweep(folder / "checkpoints")
         self._write_sample = write_sample
         self._data_state = data_state
+        self._saved_step: int | None = None
         self._progress = Progress(settings.max_steps, self.step) if show_progress else None
         self._writer = SummaryWriter(str(folder))
 
@@ -114,8 +115,13 @@ class Journal(Observer):
         if self._progress is not None:
             self._progress.say(self.validations.sentence())
         if self._data_state is not None:
-            self._save(self._data_state())
+            is_best = self.validations.best == self.validations.latest
+            self._save(self._data_state(), ["best", "last"] if is_best else ["last"])
         self.meter.start()
+
+    def on_stop(self, step: int) -> None:
+        if self._data_state is not None and self._saved_step != step:
+            self._save(self._data_state(), ["last"])
 
     def close(self) -> None:
         self._writer.close()
@@ -130,7 +136,7 @@ class Journal(Observer):
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, self.step)
 
-    def _save(self, data_state: dict[str, Any]) -> None:
+    def _save(self, data_state: dict[str, Any], names: list[str]) -> None:
         state = capture(
             self._parts,
             step=self.step,
@@ -141,10 +147,11 @@ class Journal(Observer):
             tokens=self.meter.tokens,
             validations=self.validations.state_dict(),
         )
-        for name in ("best", "last") if self.validations.best == self.validations.latest else ("last",):
+        for name in names:
             path = self.folder / "checkpoints" / f"{name}{SUFFIX}"
             save_run(path, state)
             self.checkpoints[name] = str(path)
+        self._saved_step = self.step
 
 
 class RandomStateShare(Observer):
@@ -152,9 +159,15 @@ class RandomStateShare(Observer):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._saved_step: int | None = None
 
     def on_validation_end(self, step: int, loss: Tensor) -> None:
         random_states(self.device)
+        self._saved_step = step
+
+    def on_stop(self, step: int) -> None:
+        if self._saved_step != step:
+            random_states(self.device)
 
 
 def next_folder(root: Path, name: str) -> Path:

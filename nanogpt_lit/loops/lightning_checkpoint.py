@@ -51,6 +51,10 @@ class RunCheckpoint(ModelCheckpoint):
         )
         self._validations = validations
 
+    @property
+    def saved_step(self) -> int:
+        return self._last_global_step_saved
+
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         # Lightning's own record ends with the folder, and is unknown to the other loops.
         return self._validations.best == self._validations.latest
@@ -84,6 +88,9 @@ class ExactResume(Callback):
             "processes": trainer.world_size,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
         }
+        # Lightning's own counters say where inside a batch or a validation it saves; every one of ours is a step's end.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        checkpoint["loops"] = loops(trainer.global_step, batches)
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # A sharded strategy has weights and moments elsewhere; they are not looked at here.

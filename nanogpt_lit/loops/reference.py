@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -20,6 +20,7 @@ from nanogpt_lit.loops.contract import (
     Parts,
     clipping_order,
     device_of,
+    never,
     optimizer_and_schedule,
     scaler_beside,
     seed_dropout,
@@ -37,13 +38,14 @@ def train(
     observer: Observer = Observer(),  # noqa: B008 - has no state
     scaler: GradScaler | None = None,
     start: RunState | None = None,
+    should_stop: Callable[[], bool] = never,
 ) -> None:
     """Trains the module where it is, up to settings.max_steps optimizer steps.
 
     Where torch.distributed has a process group, its processes train together, each on loaders of its own: equally many
     batches, or they wait for each other for ever.
     scaler: in place of the usual one for 16-mixed   start: a checkpoint to go on from; the training loader begins with
-    the micro-batch that follows
+    the micro-batch that follows   should_stop: asked after each step; where it is true, observer.on_stop may save
     """
     device = device_of(module)
     if scaler is None:
@@ -97,6 +99,9 @@ def train(
                 observer.on_validation_end(step, loss)
             if step == settings.max_steps:
                 break
+            if closes_window and should_stop():
+                observer.on_stop(step)
+                return
     observer.on_train_end()
 
 

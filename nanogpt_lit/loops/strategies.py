@@ -217,7 +217,8 @@ TABLE: tuple[Row, ...] = (
     # what only our YAML says, and what it is called in code under accelerate
     *_only_lightning(
         {"callbacks": None, "default_root_dir": None, "enable_checkpointing": None, "enable_progress_bar": None,
-         "limit_val_batches": None, "log_every_n_steps": None, "max_steps": -1, "val_check_interval": None},
+         "limit_val_batches": None, "log_every_n_steps": None, "max_steps": -1, "max_time": None,
+         "val_check_interval": None},
         f"{OUR_SCRIPT} takes it from the YAML",
     ),
     *_only_lightning(
@@ -235,7 +236,7 @@ TABLE: tuple[Row, ...] = (
     *_only_lightning(
         {"check_val_every_n_epoch": None, "enable_autolog_hparams": True, "fast_dev_run": False, "inference_mode": True,
          "limit_predict_batches": None, "limit_test_batches": None, "limit_train_batches": None, "max_epochs": None,
-         "max_time": None, "min_epochs": None, "min_steps": None, "model_registry": None, "overfit_batches": 0.0,
+         "min_epochs": None, "min_steps": None, "model_registry": None, "overfit_batches": 0.0,
          "reload_dataloaders_every_n_epochs": 0},
         _LIGHTNING_ONLY,
     ),

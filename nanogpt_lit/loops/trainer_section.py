@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # whose torch takes a second to import, and the section can b
 FOLLOWED = {
     "accelerator", "strategy", "devices", "num_nodes", "precision", "max_steps", "accumulate_grad_batches",
     "gradient_clip_val", "val_check_interval", "limit_val_batches", "log_every_n_steps", "default_root_dir",
-    "enable_progress_bar", "enable_checkpointing", "callbacks",
+    "enable_progress_bar", "enable_checkpointing", "callbacks", "max_time",
 }  # fmt: skip
 WITHOUT_EFFECT = {"enable_model_summary", "num_sanity_val_steps", "use_distributed_sampler", "barebones"}
 TEXT_SAMPLES = "lightning_callbacks.TextSamples"  # the one callback that has its like here: journal.py

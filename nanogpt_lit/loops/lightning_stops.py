@@ -1,0 +1,61 @@
+"""Stops under Lightning's Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from nanogpt_lit.loops.lightning_checkpoint import RunCheckpoint
+from nanogpt_lit.loops.stops import Stopped, Stops
+
+
+class StepStops(Callback):
+    """Ends a fit that is asked to stop, by raising Stopped, after a whole step and the validation that it may call for.
+
+    In the place of Lightning's own ways, which end after any micro-batch: half a step is lost or, worse, saved; SIGTERM
+    exits with 0, SIGHUP kills. Only the signal that asks SLURM's jobs to queue again stays with Lightning.
+    """
+
+    def __init__(self, max_time_s: float | None = None) -> None:
+        self.max_time_s = max_time_s
+        self._step = 0
+        self._step_ended = False
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir
+        # Entered here, after Lightning has put up its own handlers; it takes all of them down itself.
+        self._stops = Stops(Path(folder), self.max_time_s).__enter__()
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._step_ended = trainer.global_step > self._step
+        self._step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not where the step ends: its validation follows there. trainer.should_stop would validate after any step.
+        if self._step_ended and self._stops.asked():
+            assert self._stops.reason is not None
+            raise Stopped(self._stops.reason, self._step, save_last(trainer))
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._stops.__exit__()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_stops"):
+            self._stops.__exit__()
+
+
+def save_last(trainer: Trainer) -> str | None:
+    """Writes `last` beside the other checkpoints, unless it is of this step already. Returns its path."""
+    kept = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    kept.sort(key=lambda callback: not (isinstance(callback, RunCheckpoint) and callback.filename == "last"))
+    if not kept or kept[0].dirpath is None:
+        return None
+    path = Path(kept[0].dirpath) / f"last{kept[0].FILE_EXTENSION}"
+    last = kept[0] if isinstance(kept[0], RunCheckpoint) else None
+    if last is None or last.saved_step != trainer.global_step:
+        trainer.save_checkpoint(path)
+    return str(path)

@@ -1,0 +1,154 @@
+"""A run that is asked to stop ends between two optimizer steps, with its state saved.
+
+Asked by Ctrl-C, by a signal of the system, by a file called `stop` in the run's folder, or by trainer.max_time.
+"""
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+STOP_FILE = "stop"
+SAME_KEYSTROKE_S = 1.0
+"""torchrun sends its processes a Ctrl-C that the terminal has sent them already."""
+
+
+class Reason(Enum):
+    """What a run is asked to stop by: its name, and the exit code. The later ones outrank the earlier ones."""
+
+    MAX_TIME = ("trainer.max_time", 0)
+    STOP_FILE = ("the stop file", 0)
+    HANGUP = ("SIGHUP", 129)
+    TERMINATE = ("SIGTERM", 143)
+    INTERRUPT = ("Ctrl-C", 130)
+
+    def __init__(self, called: str, exit_code: int) -> None:
+        self.called = called
+        self.exit_code = exit_code
+
+
+RANKED = list(Reason)
+SIGNALS = {
+    getattr(signal, name): reason
+    for name, reason in {
+        "SIGINT": Reason.INTERRUPT,
+        "SIGBREAK": Reason.INTERRUPT,  # Windows: Ctrl-Break, and a console that is closed
+        "SIGTERM": Reason.TERMINATE,
+        "SIGHUP": Reason.HANGUP,
+    }.items()
+    if hasattr(signal, name)
+}
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """Raised between two steps, once the run is saved. saved: the checkpoint, None where none is kept"""
+
+    def __init__(self, reason: Reason, step: int, saved: str | None) -> None:
+        kept = f"saved {saved}; --resume auto goes on from there" if saved else "nothing was saved: checkpoints are off"
+        super().__init__(f"stopped by {reason.called} after step {step:,}; {kept}")
+        self.reason = reason
+        self.first_rank = first_rank()  # while there are processes: they part before this is read
+
+
+class Stops:
+    """Listens while it is entered. A second Ctrl-C ends the process at once; what was saved stays.
+
+    folder: where the stop file is looked for   max_time_s: counted from when it is entered, each time a run is started
+    """
+
+    def __init__(
+        self, folder: Path | None, max_time_s: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.reason: Reason | None = None
+        """What all processes have agreed to stop by."""
+        self._folder = folder
+        self._max_time_s = max_time_s
+        self._clock = clock
+        self._signalled: Reason | None = None
+        self._signalled_s = 0.0
+        self._replaced: dict[int, Any] = {}
+        self._group: dist.ProcessGroup | None = None
+
+    def __enter__(self) -> Self:
+        self._started_s = self._clock()
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread do it
+            self._replaced = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._replaced = {}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        reason, now_s = SIGNALS[signal.Signals(number)], self._clock()
+        if self._signalled is Reason.INTERRUPT is reason and now_s - self._signalled_s > SAME_KEYSTROKE_S:
+            os._exit(Reason.INTERRUPT.exit_code)  # no clearing up, which could wait for a device or a disk
+        if self._signalled is None:
+            self._signalled_s = now_s
+            # Not print, which may be what the signal has interrupted.
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, self._announcement(reason).encode())
+        self._signalled = reason
+
+    def _announcement(self, reason: Reason) -> str:
+        if first_rank():
+            return f"\n{reason.called}: finishing this step, then saving; a second Ctrl-C stops at once\n"
+        return ""
+
+    def asked(self) -> bool:
+        """Whether to stop here. Each process asks after each step, and all get the same answer."""
+        rank = max((RANKED.index(reason) for reason in self._asking()), default=-1)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            rank = self._agreed(rank)
+        if rank < 0:
+            return False
+        self.reason = RANKED[rank]
+        if self._folder is not None and first_rank():
+            (self._folder / STOP_FILE).unlink(missing_ok=True)  # or it would stop the run that goes on
+        return True
+
+    def _asking(self) -> list[Reason]:
+        asking = [] if self._signalled is None else [self._signalled]
+        if self._folder is not None and (self._folder / STOP_FILE).exists():
+            asking.append(Reason.STOP_FILE)
+        if self._max_time_s is not None and self._clock() - self._started_s >= self._max_time_s:
+            asking.append(Reason.MAX_TIME)
+        return asking
+
+    def _agreed(self, rank: int) -> int:
+        if self._group is None:
+            # Between processors: with a card's own group, each step would wait for the card.
+            self._group = dist.new_group(backend="gloo")
+        highest = torch.tensor(rank)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._group)
+        return int(highest)
+
+
+def first_rank() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def seconds_of(max_time: str | timedelta | Mapping[str, int] | None) -> float | None:
+    """trainer.max_time as Lightning reads it: DD:HH:MM:SS, or the arguments of a timedelta."""
+    if max_time is None:
+        return None
+    if isinstance(max_time, str):
+        parts = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time.strip())
+        if parts is None:
+            raise ValueError(f"trainer.max_time={max_time} should be DD:HH:MM:SS; 00:08:00:00 is eight hours.")
+        days, hours, minutes, seconds = map(int, parts.groups())
+        max_time = timedelta(days, hours=hours, minutes=minutes, seconds=seconds)
+    elif isinstance(max_time, Mapping):
+        max_time = timedelta(**max_time)
+    return max_time.total_seconds()
