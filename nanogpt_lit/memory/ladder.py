@@ -7,7 +7,7 @@ from typing import Any
 
 from nanogpt_lit.memory.techniques import MemoryConfig
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 256
 
 # Each adds to those before it: what it does, and the fields of MemoryConfig that do it.
 TECHNIQUES: tuple[tuple[str, dict[str, Any]], ...] = (
