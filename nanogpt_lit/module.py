@@ -111,6 +111,11 @@ class LitNanoGPT(LightningModule):
                     f"model.memory.{name}={where} moves whole tensors and does not go with ModelParallelStrategy, "
                     f"which shards them over the processes; set model.memory.{name}=card, or trainer.strategy=ddp."
                 )
+        if self.optim_config.matrices == "muon":
+            raise ValueError(
+                "model.optim.matrices=muon needs whole matrices and does not go with ModelParallelStrategy, which shards "
+                "them over the processes; set model.optim.matrices=adamw, or trainer.strategy=ddp."
+            )
         mesh = self.device_mesh["data_parallel"]
         for block in self.gpt.transformer.h:
             fully_shard(block, mesh=mesh)
@@ -120,11 +125,12 @@ class LitNanoGPT(LightningModule):
         self.loss = torch.compile(self.gpt.loss) if self.hparams["compile"] else self.gpt.loss
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint["hyper_parameters"]["gpt"]
+        # What a checkpoint does not name was not there to choose when it was made: the default.
+        saved = asdict(GPTConfig()) | checkpoint["hyper_parameters"]["gpt"]
         differing = [
-            f"{name} is {saved.get(name)} there and {value} here"
+            f"{name} is {saved[name]} there and {value} here"
             for name, value in self.hparams["gpt"].items()
-            if saved.get(name) != value and name != "dropout"
+            if saved[name] != value and name != "dropout"
         ]
         if differing:
             raise ValueError(

@@ -1,11 +1,15 @@
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import AdamW
 
 from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer, param_groups
+from nanogpt_lit.optim.muon import MuonBesideAdamW, orthogonalised, together
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine, warmup_cosine
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
@@ -112,6 +116,12 @@ def test_schedule_continues_from_its_saved_state():
         (lambda: AdamWConfig(lr=0.0), "model.optim.lr=0.0"),
         (lambda: AdamWConfig(beta2=1.0), "model.optim.beta2=1.0"),
         (lambda: AdamWConfig(weight_decay=-1.0), "model.optim.weight_decay=-1.0"),
+        (lambda: AdamWConfig(matrices="lion"), "model.optim.matrices='lion'"),
+        (lambda: AdamWConfig(muon_lr=0.1), "model.optim.muon_lr=0.1 does nothing"),
+        (lambda: AdamWConfig(matrices="muon", muon_lr=-0.1), "model.optim.muon_lr=-0.1"),
+        (lambda: AdamWConfig(muon_momentum=1.0), "model.optim.muon_momentum=1.0"),
+        (lambda: ScheduleConfig(decay="linear"), "model.schedule.decay='linear'"),
+        (lambda: ScheduleConfig(cooldown_ratio=0.0), "model.schedule.cooldown_ratio=0.0"),
         (lambda: ScheduleConfig(total_steps=-1), "trainer.max_steps=-1"),
         (lambda: ScheduleConfig(warmup_steps=-5), "model.schedule.warmup_steps=-5"),
         (lambda: ScheduleConfig(min_lr_ratio=2.0), "model.schedule.min_lr_ratio=2.0"),
@@ -120,3 +130,161 @@ def test_schedule_continues_from_its_saved_state():
 def test_values_that_cannot_work_are_refused_by_name(make, sentence):
     with pytest.raises(ValueError, match=sentence.replace(".", r"\.")):
         make()
+
+
+MODERN = AdamWConfig(lr=0.02, matrices="muon", muon_lr=0.03, weight_decay=0.1)
+
+
+def made(config=MODERN, adamw=AdamW):
+    torch.manual_seed(0)
+    gpt = GPT(TINY)
+    return gpt, build_optimizer(gpt.named_parameters(), config, adamw)
+
+
+def take_steps(gpt, optimizer, seeds):
+    for seed in seeds:
+        windows = torch.randint(0, 11, (2, 9), generator=torch.Generator().manual_seed(seed))
+        gpt.loss(windows[:, :-1], windows[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_muon_has_the_blocks_matrices_and_adamw_every_other_parameter():
+    gpt, optimizer = made()
+    groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    assert sorted(i for group in groups for i in group) == sorted(map(id, gpt.parameters()))
+    decayed, plain, muons = groups
+    for name, p in gpt.named_parameters():
+        of_a_block = ".h." in name and p.dim() == 2
+        assert (id(p) in muons) == of_a_block, name
+        assert (id(p) in decayed) == ("wte" in name or "wpe" in name), name
+        assert (id(p) in plain) == (p.dim() < 2), name
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.1]
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_orthogonalising_applies_the_quintic_to_the_singular_values(shape):
+    matrices = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    S = S / S.pow(2).sum(-1, keepdim=True).sqrt()
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        S = a * S + b * S**3 + c * S**5
+    torch.testing.assert_close(orthogonalised(matrices), U * S[:, None] @ Vh, rtol=1e-9, atol=1e-9)
+    # The least of the six was near zero and is on its way up.
+    assert S.min() > 0.3 and S.max() < 1.3
+
+
+def test_three_steps_equal_torchs_own_muon_up_to_its_bfloat16():
+    torch.manual_seed(0)
+    start = [torch.randn(8, 24), torch.randn(24, 8), torch.randn(8, 24)]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    adamw = AdamW([nn.Parameter(torch.zeros(1))])
+    optimizers = (
+        MuonBesideAdamW(ours, adamw, lr=0.1, momentum=0.9, weight_decay=0.2),
+        torch.optim.Muon(theirs, lr=0.1, momentum=0.9, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
+    )
+    for step in range(3):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            for p in pair:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, w in zip(ours, theirs, start, strict=True):
+        # torch orthogonalises in bfloat16, good to 0.4 % an operation, and the five rounds multiply a part of that.
+        assert (p - q).norm() < 0.03 * (q - w).norm()
+        torch.testing.assert_close(optimizers[0].state[p], optimizers[1].state[q])
+
+
+def test_matrices_move_the_same_alone_and_together():
+    torch.manual_seed(0)
+    matrices = torch.randn(5, 8, 8, dtype=torch.float64)
+    alone = torch.cat([orthogonalised(m[None]) for m in matrices])
+    torch.testing.assert_close(orthogonalised(matrices), alone, rtol=1e-12, atol=1e-12)
+    parameters = [
+        nn.Parameter(torch.zeros(shape)) for shape in [(2, 3), (3, 2), (2, 3), (2**12, 2**10), (2**12, 2**10)]
+    ]
+    assert [len(same) for same in together(parameters)] == [2, 1, 1, 1]
+
+
+def test_adamws_part_has_the_bits_of_adamw_alone():
+    gpt, both = made()
+    alone_gpt, _ = made()
+    rest = [(name, p) for name, p in alone_gpt.named_parameters() if not (".h." in name and p.dim() == 2)]
+    alone = build_optimizer(rest, AdamWConfig(lr=0.02, weight_decay=0.1))
+    for step in range(3):
+        for networks in (gpt, alone_gpt):
+            generator = torch.Generator().manual_seed(step)
+            for p in networks.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+        both.step()
+        alone.step()
+    theirs = dict(gpt.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in rest)
+
+
+@pytest.mark.parametrize("there", [AdamW, HostAdamW, StayingAdamW])
+@pytest.mark.parametrize("here", [AdamW, HostAdamW, StayingAdamW])
+def test_a_saved_optimizer_goes_on_bit_for_bit_wherever_its_moments_lie(here, there):
+    whole, optimizer = made()
+    take_steps(whole, optimizer, range(6))
+    half, optimizer = made(adamw=here)
+    take_steps(half, optimizer, range(3))
+    saved = copy.deepcopy((half.state_dict(), optimizer.state_dict()))
+    rest, optimizer = made(adamw=there)
+    take_steps(rest, optimizer, [9])  # what is there already is replaced
+    rest.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    again = optimizer.state_dict()
+    assert again["param_groups"] == saved[1]["param_groups"]
+    for number, state in saved[1]["state"].items():
+        assert all(torch.equal(value, again["state"][number][name]) for name, value in state.items())
+    take_steps(rest, optimizer, range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), rest.parameters(), strict=True))
+
+
+def test_the_schedule_moves_both_rates_and_a_checkpoint_keeps_them():
+    gpt, optimizer = made()
+    schedule = WarmupCosine(optimizer, ScheduleConfig(warmup_steps=1, total_steps=4))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01, 0.015]
+    take_steps(gpt, optimizer, [0])
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02, 0.03]
+    other, second = made()
+    second.load_state_dict(optimizer.state_dict())
+    for group in second.param_groups:
+        group["lr"] = 0.0
+    before = copy.deepcopy(other.state_dict())
+    take_steps(other, second, [1])
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+
+
+def test_a_scaler_that_overflows_skips_the_step_of_both():
+    gpt, optimizer = made()
+    schedule = WarmupCosine(optimizer, ScheduleConfig(warmup_steps=2, total_steps=6))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = copy.deepcopy(gpt.state_dict())
+    for overflow in (True, False):
+        tokens = torch.zeros(1, 8, dtype=torch.int64)
+        scaler.scale(gpt.loss(tokens, tokens) * (float("inf") if overflow else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        optimizer.zero_grad()
+        unchanged = [name for name, value in gpt.state_dict().items() if torch.equal(before[name], value)]
+        assert (len(unchanged) == len(before)) == overflow
+    assert schedule.skipped_steps == 1
+
+
+def test_a_divided_matrix_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match=r"model\.optim\.matrices=muon needs whole matrices .* \(12,\)"):
+        build_optimizer([("gpt.transformer.h.0.attn.c_attn.weight", nn.Parameter(torch.zeros(12)))], MODERN)
+
+
+def test_cooldown_stays_at_the_peak_and_falls_in_a_straight_line():
+    config = ScheduleConfig(warmup_steps=10, min_lr_ratio=0.0, total_steps=100, decay="cooldown", cooldown_ratio=0.4)
+    rates = [warmup_cosine(step, config) for step in range(110)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10:61] == [1.0] * 51
+    assert rates[60:101] == pytest.approx([(100 - step) / 40 for step in range(60, 101)])
+    assert rates[100:] == [0.0] * 10

@@ -33,7 +33,7 @@ def generate(
     vocab_size:  ids from here on are padding of the embedding and are never drawn
 
     When the context is full, its last block_size // 2 tokens become the new context and are read again. (A sliding
-    window would move every token to another learned position at every step, and no key could be kept.) So the cost
+    window would move every token to another position at every step, and no key could be kept.) So the cost
     per token does not grow with the length of the text, and both settings of use_cache see the same contexts.
 
     While the iterator lives the model is in eval mode; when it ends or is closed, each module is as it was before.

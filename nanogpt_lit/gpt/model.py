@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nanogpt_lit.gpt.cache import KeyValueCache, LayerCache
 from nanogpt_lit.gpt.loss import cross_entropy
+from nanogpt_lit.gpt.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class GPTConfig:
     """The shape of the network. The defaults are GPT-2 small, 124M parameters."""
 
     block_size: int = 1024
-    """Longest sequence in tokens; each position has a learned embedding."""
+    """Longest sequence in tokens."""
 
     vocab_size: int | None = None
     """Rows of the token embedding. None takes the tokenizer's size; the CLI fills it in before the model is built."""
@@ -48,6 +49,24 @@ class GPTConfig:
     gelu: Literal["tanh", "erf"] = "tanh"
     """GPT-2 was published with the tanh approximation; nanoGPT trains with the exact (erf) one."""
 
+    activation: Literal["gelu", "relu2"] = "gelu"
+    """Between the two matrices of the MLP. relu2 is the square of ReLU: So et al., Primer (arXiv:2109.08668)."""
+
+    positions: Literal["learned", "rotary"] = "learned"
+    """learned: an embedding per position, as in GPT-2. rotary: queries and keys are turned by their position, and
+    nothing is learned: Su et al., RoFormer (arXiv:2104.09864)."""
+
+    qk_norm: bool = False
+    """Scale each query and key to length sqrt(n_embd / n_head) before they meet, which bounds attention's logits:
+    Henry et al. (arXiv:2010.04245), as Dehghani et al., ViT-22B (arXiv:2302.05442), but with nothing learned."""
+
+    norm: Literal["layer", "rms"] = "layer"
+    """rms leaves out the mean and the bias of a layer norm: Zhang and Sennrich, RMSNorm (arXiv:1910.07467)."""
+
+    zero_init: bool = False
+    """Start the last matrix of each attention and MLP at zero, so that every block begins as the identity: Zhang et
+    al., Fixup (arXiv:1901.09321)."""
+
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             size = getattr(self, name)
@@ -65,6 +84,18 @@ class GPTConfig:
             raise ValueError(f"model.gpt.dropout={self.dropout} is not in [0, 1); 0.0 turns dropout off.")
         if self.gelu not in ("tanh", "erf"):
             raise ValueError(f"model.gpt.gelu={self.gelu!r} is not known; use 'tanh' (GPT-2) or 'erf' (nanoGPT).")
+        for name, known in (
+            ("activation", ("gelu", "relu2")),
+            ("positions", ("learned", "rotary")),
+            ("norm", ("layer", "rms")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"model.gpt.{name}={value!r} is not known; use {known[0]!r} (GPT-2) or {known[1]!r}.")
+        if self.positions == "rotary" and (self.n_embd // self.n_head) % 2 != 0:
+            raise ValueError(
+                f"model.gpt.positions=rotary turns pairs of channels, and n_embd={self.n_embd} over "
+                f"n_head={self.n_head} gives each head {self.n_embd // self.n_head}; n_embd={2 * self.n_embd} gives an even number."
+            )
 
 
 class GPT(nn.Module):
@@ -94,6 +125,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             elif ".ln_" in name:
                 nn.init.ones_(parameter)
+            elif name.endswith("c_proj.weight") and self.config.zero_init:
+                nn.init.zeros_(parameter)
             elif name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
@@ -123,7 +156,7 @@ class GPT(nn.Module):
         """
         count = sum(p.numel() for p in self.parameters())
         if non_embedding:
-            count -= self.transformer.wpe.weight.numel()
+            count -= sum(p.numel() for name, p in self.named_parameters() if "wpe" in name)
             if not self.config.tied_head:
                 count -= self.transformer.wte.weight.numel()
         return count
@@ -145,10 +178,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.block_size = config.block_size
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = norm(config)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
@@ -158,19 +191,27 @@ class Transformer(nn.Module):
                 f"A sequence of {end} tokens is longer than model.gpt.block_size={self.block_size}; "
                 "give shorter sequences or a larger block_size."
             )
-        positions = torch.arange(start, end, device=tokens.device)  # (T,)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
+        x = self.wte(tokens)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(torch.arange(start, end, device=tokens.device))
+        x = self.drop(x)
         for layer, block in enumerate(self.h):
             x = block(x, cache.layers[layer] if cache is not None else None)
         return self.ln_f(x)
 
 
+def norm(config: GPTConfig) -> nn.LayerNorm | nn.RMSNorm:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, eps=1e-5)  # a layer norm's; torch's own default changes with the dtype
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
@@ -183,6 +224,9 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.qk_norm = config.qk_norm
+        D = config.n_embd // config.n_head
+        self.rotary = Rotary(config.block_size, D) if config.positions == "rotary" else None
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -198,6 +242,11 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
+        if self.qk_norm:
+            q, k = (F.rms_norm(x, (D,)) for x in (q, k))
+        if self.rotary is not None:
+            start = cache.length if cache is not None else 0
+            q, k = self.rotary(q, start), self.rotary(k, start)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, tokens so far, D)
         # A single query is the newest token and may see every key. Several are always as many as the keys.
@@ -211,9 +260,15 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
+        gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
+        self.activation = SquaredReLU() if config.activation == "relu2" else gelu
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()

@@ -162,7 +162,7 @@ class SelectiveBlock(Block):
         return x, self.mlp.c_fc(self.ln_2(x))
 
     def _out_of_mlp(self, inside: Tensor) -> Tensor:
-        return self.mlp.c_proj(self.mlp.gelu(inside))
+        return self.mlp.c_proj(self.mlp.activation(inside))
 
 
 class RecastLinear(nn.Linear):

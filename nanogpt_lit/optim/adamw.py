@@ -1,4 +1,4 @@
-"""AdamW as nanoGPT uses it: weight decay on matrices, none on vectors."""
+"""AdamW as nanoGPT uses it, weight decay on matrices and none on vectors; on request with Muon beside it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
+
+from nanogpt_lit.optim.muon import MuonBesideAdamW
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,28 @@ class AdamWConfig:
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """One kernel for all (fused), one per operation (foreach), or one per tensor and operation (for-loop).
     foreach needs a temporary as large as the parameters; the three agree only up to rounding."""
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """What trains the matrices of the blocks. muon: see optim/muon.py; it keeps 4 bytes of state a parameter, not 8."""
+    muon_lr: float | None = None
+    """Muon's peak learning rate, in AdamW's measure; None takes lr."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's running mean of the gradients."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0)):
+        for name, low, high in (("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0), ("muon_momentum", 0.0, 1.0)):
             if not low <= getattr(self, name) < high:
                 raise ValueError(f"model.optim.{name}={getattr(self, name)} is outside [0, 1); 0.9 to 0.99 is usual.")
         if self.lr <= 0:
             raise ValueError(f"model.optim.lr={self.lr} must be positive; GPT-2 124M trains at 6e-4.")
+        if self.matrices not in ("adamw", "muon"):
+            raise ValueError(f"model.optim.matrices={self.matrices!r} is not known; use adamw or muon.")
+        if self.muon_lr is not None and self.muon_lr <= 0:
+            raise ValueError(f"model.optim.muon_lr={self.muon_lr} must be positive; null takes model.optim.lr.")
+        if self.muon_lr is not None and self.matrices != "muon":
+            raise ValueError(
+                f"model.optim.muon_lr={self.muon_lr} does nothing while matrices is {self.matrices}; "
+                "set model.optim.matrices=muon."
+            )
         if self.weight_decay < 0:
             raise ValueError(f"model.optim.weight_decay={self.weight_decay} must not be negative; 0.1 is usual.")
 
@@ -43,15 +60,32 @@ def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
     ]
 
 
+def block_matrices(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+    """What Muon is for: matrices between hidden states. Embeddings and the head are not, their rows are tokens."""
+    return [p for name, p in named_parameters if ".h." in name and name.endswith("weight") and ".ln_" not in name]
+
+
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: AdamWConfig, adamw: type[AdamW] = AdamW
 ) -> Optimizer:
     """adamw: a class that does the same with its state elsewhere"""
-    return adamw(
-        param_groups(named_parameters, config.weight_decay),
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    matrices = block_matrices(named) if config.matrices == "muon" else []
+    muons = {id(p) for p in matrices}
+    optimizer = adamw(
+        param_groups([(name, p) for name, p in named if id(p) not in muons], config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         foreach=config.implementation == "foreach",
         fused=config.implementation == "fused",
+    )
+    if config.matrices == "adamw":
+        return optimizer
+    return MuonBesideAdamW(
+        matrices,
+        optimizer,
+        lr=config.muon_lr or config.lr,
+        momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
     )

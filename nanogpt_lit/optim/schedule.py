@@ -1,8 +1,9 @@
-"""Linear warm-up, then a cosine down to a floor, counted in optimizer steps that really happened."""
+"""Linear warm-up, then a cosine or a late straight line down to a floor, counted in optimizer steps that really
+happened."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -13,7 +14,12 @@ class ScheduleConfig:
     warmup_steps: int = 100
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     min_lr_ratio: float = 0.1
-    """The floor that the cosine ends at, as a fraction of the peak."""
+    """The floor that the decay ends at, as a fraction of the peak."""
+    decay: Literal["cosine", "cooldown"] = "cosine"
+    """cosine: from the end of warm-up on, as nanoGPT. cooldown: at the peak first, then in a straight line: Hu et al.,
+    MiniCPM (arXiv:2404.06395), and Hagele et al. (arXiv:2405.18392)."""
+    cooldown_ratio: float = 0.4
+    """The last share of the run's steps, over which cooldown falls."""
     total_steps: int = 1000
     """Optimizer steps of the whole run: filled in from trainer.max_steps."""
 
@@ -30,12 +36,26 @@ class ScheduleConfig:
                 f"model.schedule.min_lr_ratio={self.min_lr_ratio} is outside [0, 1]; "
                 "0.1 ends at a tenth of the peak, 1 keeps the rate constant after warm-up."
             )
+        if self.decay not in ("cosine", "cooldown"):
+            raise ValueError(f"model.schedule.decay={self.decay!r} is not known; use cosine or cooldown.")
+        if not 0 < self.cooldown_ratio <= 1:
+            raise ValueError(
+                f"model.schedule.cooldown_ratio={self.cooldown_ratio} is outside (0, 1]; 0.4 falls over the last 40 %."
+            )
 
 
 def warmup_cosine(step: int, config: ScheduleConfig) -> float:
-    """Learning rate of the given step (0 is the first) as a fraction of the peak, as in nanoGPT's train.py."""
+    """Learning rate of the given step (0 is the first) as a fraction of the peak, as in nanoGPT's train.py.
+
+    With decay=cooldown it is the lesser of warm-up and cooldown where the two overlap.
+    """
+    warmup = (step + 1) / (config.warmup_steps + 1)
+    if config.decay == "cooldown":
+        # 1 at the first step of the fall, 0 one step after the last.
+        left = max(0.0, config.total_steps - step) / (config.cooldown_ratio * config.total_steps)
+        return min(1.0, warmup, config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
     if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
+        return warmup
     done = min(1.0, (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps))
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
