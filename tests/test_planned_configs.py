@@ -1,0 +1,84 @@
+"""What the headers of the 4 GB configurations say, against the plan."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanogpt_lit.cli import ConfigOnlyCLI
+from nanogpt_lit.memory.budget import card_named
+from nanogpt_lit.memory.ladder import Rung
+from nanogpt_lit.memory.plan import measure
+from nanogpt_lit.memory.techniques import MemoryConfig
+from nanogpt_lit.planning import module, network, step_shape
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+LARGEST_MIB = {"rtx2050": 2450, "rtx2050_medium": 3300, "rtx2050_large": 2900, "rtx2050_xl": 1000}
+"""What each has to stay below: reserved, on a card of 4 GiB with a desktop beside it."""
+PARAMETERS = {"rtx2050": 124e6, "rtx2050_medium": 355e6, "rtx2050_large": 774e6, "rtx2050_xl": 1558e6}
+
+
+def settings_of(name):
+    return ConfigOnlyCLI(args=[f"--config={CONFIGS / name}.yaml"], run=False).settings
+
+
+def header(name):
+    """(reserved MiB, MiB of host memory, seconds per step)"""
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    found = re.search(
+        r"# Planned: ([\d,]+) MiB reserved on the card, ([\d,]+) MiB of host memory, ([\d.]+) s per step", text
+    )
+    return [float(number.replace(",", "")) for number in found.groups()]
+
+
+def planned(name, n_layer=None):
+    """(reserved MiB, MiB of host memory, seconds per step, parameters) of the configured rung, and no other."""
+    settings = settings_of(name)
+    gpt = network(settings)
+    gpt = replace(gpt, n_layer=n_layer or gpt.n_layer)
+    memory = MemoryConfig(**settings.model.memory)
+    rung = Rung("as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches)
+    shape = step_shape(settings, gpt, lightning=True)
+    footprint = measure(lambda memory: module(settings, gpt, memory), rung, shape, card_named("rtx2050"))
+    return footprint.reserved_mib, footprint.host_memory_mib, footprint.step_s, footprint.parameters
+
+
+@pytest.mark.parametrize("name", LARGEST_MIB)
+def test_the_header_keeps_below_the_limit_and_names_its_command(name):
+    assert header(name)[0] <= LARGEST_MIB[name]
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    assert f"python -m nanogpt_lit plan --config configs/{name}.yaml" in text
+
+
+@pytest.mark.parametrize("name", ["rtx2050_medium", "rtx2050_large", "rtx2050_xl"])
+def test_host_memory_and_time_follow_from_networks_of_two_and_four_layers(name):
+    """Each layer takes as much as the one before; what is reserved has gaps, which no line foretells."""
+    n_layer = network(settings_of(name)).n_layer
+    two, four = planned(name, 2), planned(name, 4)
+    _, host_mib, step_s, parameters = (a + (b - a) / 2 * (n_layer - 2) for a, b in zip(two, four, strict=True))
+    assert host_mib == pytest.approx(header(name)[1], rel=0.02)
+    assert step_s == pytest.approx(header(name)[2], rel=0.01)
+    assert parameters == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["rtx2050", *(pytest.param(name, marks=pytest.mark.slow) for name in list(LARGEST_MIB)[1:])]
+)
+def test_the_header_says_what_is_planned(name):
+    reserved_mib, host_mib, step_s, parameters = planned(name)
+    said = header(name)
+    assert reserved_mib == pytest.approx(said[0], abs=1)
+    assert host_mib == pytest.approx(said[1], abs=1)
+    assert step_s == pytest.approx(said[2], abs=0.051)
+    assert parameters == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+def test_the_small_one_costs_little_time():
+    settings = settings_of("rtx2050")
+    settings.model.memory = {}
+    plain = Rung("nothing", MemoryConfig(), settings.data.batch_size, settings.trainer.accumulate_grad_batches)
+    gpt = network(settings)
+    shape = step_shape(settings, gpt, lightning=True)
+    footprint = measure(lambda memory: module(settings, gpt, memory), plain, shape, card_named("rtx2050"))
+    assert header("rtx2050")[2] <= 1.11 * footprint.step_s
