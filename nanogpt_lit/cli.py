@@ -4,7 +4,7 @@ import logging
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import check_run_file
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
@@ -25,6 +26,7 @@ from nanogpt_lit.loops.lightning_observer import DropoutSeed
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
 from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
+from nanogpt_lit.loops.pieces import changed_settings, config_file
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.stops import Stopped, seconds_of
 from nanogpt_lit.loops.strategies import DDP, FSDP2, SINGLE
@@ -94,6 +96,7 @@ class NanoGPTCLI(LightningCLI):
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         self.meter = StepMeter()
         self.validations = ValidationRecord()
+        self.resumed: Newest | None = None
         super().__init__(
             LitNanoGPT,
             TokenDataModule,
@@ -117,6 +120,13 @@ class NanoGPTCLI(LightningCLI):
         return {name: inherited[name] | {"weights_only"} for name in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            default=None,
+            help="auto: go on with the newest run below trainer.default_root_dir, from its newest whole checkpoint; "
+            "without one, start.",
+        )
         parser.link_arguments("data.block_size", "model.gpt.block_size")
         parser.link_arguments("trainer.max_steps", "model.schedule.total_steps")
 
@@ -152,6 +162,7 @@ class NanoGPTCLI(LightningCLI):
         if self.subcommand in (None, "fit"):
             check_saves_whole_steps(vars(settings.trainer))
             seconds_of(settings.trainer.max_time)
+        self._find_resumed()
         if settings.get("ckpt_path") is not None and writes_run_files(settings.trainer):
             check_run_file(Path(settings.ckpt_path))
         if sentence := unused_card():
@@ -169,6 +180,37 @@ class NanoGPTCLI(LightningCLI):
         if settings.model.gpt.vocab_size is None:
             settings.model.gpt.vocab_size = datamodule.vocab_size
         datamodule.check_vocabulary(settings.model.gpt.vocab_size)
+
+    def _find_resumed(self) -> None:
+        """resume=auto: the checkpoint to go on from, as ckpt_path, and the run that it belongs to."""
+        settings = self.settings
+        if settings.get("resume") is None or self.subcommand not in (None, "fit"):
+            return
+        if settings.get("ckpt_path") is not None:
+            raise ValueError(
+                f"resume=auto looks for a checkpoint and ckpt_path={settings.ckpt_path} names one; leave one out."
+            )
+        if not writes_run_files(settings.trainer):
+            raise ValueError(
+                f"resume=auto does not know the checkpoints of trainer.strategy={settings.trainer.strategy}; "
+                "name one with ckpt_path."
+            )
+        root = Path(settings.trainer.default_root_dir)
+        self.resumed = newest_checkpoint(root)
+        if self.resumed is None:
+            rank_zero_print(f"resume: no checkpoint in {root}, starting from the beginning")
+            return
+        for remark in self.resumed.remarks:
+            rank_zero_print(remark)
+        rank_zero_print(f"resume: going on from {self.resumed.path}, step {self.resumed.step:,}")
+        settings.ckpt_path = str(self.resumed.path)
+
+    def say_what_changed(self) -> None:
+        """The command line wins over the checkpoint; the user should see where."""
+        if self.resumed is not None:
+            now = self._parser(self.subcommand).dump(self.settings)
+            for line in changed_settings(self.resumed.run_folder, now):
+                rank_zero_print(f"resume: {line}")
 
     def prepare_data(self) -> TokenDataModule:
         """Text to shards, when they are missing or were made from something else."""
@@ -193,7 +235,13 @@ class NanoGPTCLI(LightningCLI):
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
         if trainer.logger in (None, True):
             # An empty name and no version: the run is default_root_dir/version_N, checkpoints and all.
-            kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, name="", default_hp_metric=False)
+            options: dict[str, Any] = {"name": "", "default_hp_metric": False}
+            if self.resumed is not None:
+                self.say_what_changed()
+                self.save_config_kwargs["config_filename"] = config_file(self.resumed.run_folder)
+                # What the piece before this one drew past its checkpoint is drawn again: TensorBoard forgets it.
+                options |= {"version": self.resumed.run_folder.name, "purge_step": self.resumed.step + 1}
+            kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, **options)
         kwargs["max_time"] = None  # Lightning's timer ends inside a step; StepStops has it
         return super().instantiate_trainer(**kwargs, callbacks=self._callbacks(trainer))
 

@@ -30,6 +30,7 @@ from nanogpt_lit.loops.contract import Observer
 from nanogpt_lit.loops.journal import Journal, RandomStateShare, next_folder
 from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.machine import device_type
+from nanogpt_lit.loops.pieces import config_file
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.resume import batches_done, check_network
 from nanogpt_lit.loops.stops import Stopped, Stops, seconds_of
@@ -82,7 +83,9 @@ def main(arguments: list[str]) -> int:
     samples = TextSamples(**text_samples(vars(trainer)))
     saves = trainer.enable_checkpointing is not False
     observer: Observer = RandomStateShare(accelerator.device) if saves else Observer()
-    folder = next_folder(Path(trainer.default_root_dir), "accelerate")
+    cli.say_what_changed()
+    resumed = cli.resumed.run_folder if cli.resumed is not None else None
+    folder = resumed or next_folder(Path(trainer.default_root_dir), "accelerate")
     if accelerator.is_main_process:
         observer = journal = Journal(
             folder,
@@ -96,7 +99,7 @@ def main(arguments: list[str]) -> int:
             start=start,
         )
         config = cli.parser.dump(cli.config)
-        (folder / "config.yaml").write_text(config, encoding="utf-8")
+        (folder / config_file(folder)).write_text(config, encoding="utf-8")
         journal.add_text("config", config)
     accelerator.print(
         opening_lines(

@@ -63,7 +63,9 @@ class Journal(Observer):
         self._data_state = data_state
         self._saved_step: int | None = None
         self._progress = Progress(settings.max_steps, self.step) if show_progress else None
-        self._writer = SummaryWriter(str(folder))
+        # What the piece before this one drew past its checkpoint is drawn again: TensorBoard forgets it.
+        purge_step = None if start is None else start.step + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def on_train_start(self, parts: Parts) -> None:
         self._parts = parts
@@ -137,6 +139,7 @@ class Journal(Observer):
             self._writer.add_scalar(tag, value, self.step)
 
     def _save(self, data_state: dict[str, Any], names: list[str]) -> None:
+        self._writer.flush()  # or the curves of a run that is killed would end before its checkpoint
         state = capture(
             self._parts,
             step=self.step,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from nanogpt_lit.checkpoint.durable import sweep
@@ -13,7 +14,13 @@ from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, 
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, save_run
 from nanogpt_lit.checkpoint.state import RandomState
 from nanogpt_lit.loops.curves import ValidationRecord
-from nanogpt_lit.loops.resume import batches_done, random_states, restore_random_state
+from nanogpt_lit.loops.resume import (
+    batches_done,
+    choose_again,
+    chosen_settings,
+    random_states,
+    restore_random_state,
+)
 
 
 class RunFileIO(CheckpointIO):
@@ -68,6 +75,7 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._random: list[RandomState] = []
+        self._goes_on = False
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy.checkpoint_io, RunFileIO):
@@ -80,8 +88,12 @@ class ExactResume(Callback):
                 check_trigger(callback, trainer.accumulate_grad_batches)
                 if callback.dirpath and trainer.is_global_zero:
                     sweep(Path(callback.dirpath))
+        self._chosen = [chosen_settings(optimizer) for optimizer in trainer.optimizers]
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()  # or the curves of a run that is killed would end before its checkpoint
         # Lightning calls this on every process, though only the first one writes.
         checkpoint[RUN] = {
             "random": random_states(trainer.strategy.root_device),
@@ -98,10 +110,14 @@ class ExactResume(Callback):
         batches = batches_done(state, module, trainer.accumulate_grad_batches, trainer.world_size)
         if batches != state.batches:
             checkpoint["loops"] = loops(state.step, batches)  # Lightning reads its counters after this
-        self._random = state.random
+        self._random, self._goes_on = state.random, True
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         restore_random_state(self._random, trainer.global_rank, trainer.strategy.root_device)
+        if self._goes_on:
+            schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+            for optimizer, schedule, chosen in zip(trainer.optimizers, schedules, self._chosen, strict=True):
+                choose_again(optimizer, schedule, chosen)
 
 
 def check_trigger(callback: ModelCheckpoint, accumulate_grad_batches: int) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from nanogpt_lit.checkpoint.state import RandomState, RunState
 from nanogpt_lit.loops.contract import Parts
@@ -51,11 +53,34 @@ def restore(parts: Parts, state: RunState) -> None:
     check_network(parts.module, state)
     parts.module.load_state_dict(state.weights)
     state.weights.clear()
+    chosen = chosen_settings(parts.optimizer)
     parts.optimizer.load_state_dict(state.optimizer)
     state.optimizer.clear()
     parts.schedule.load_state_dict(state.schedule)
+    choose_again(parts.optimizer, parts.schedule, chosen)
     if parts.scaler is not None and state.scaler is not None:
         parts.scaler.load_state_dict(state.scaler)
+
+
+SETTINGS = ("initial_lr", "betas", "eps", "weight_decay", "momentum")
+"""What an optimizer keeps beside its state, and the user may have set anew."""
+
+
+def chosen_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Of each group, before a checkpoint is read into the optimizer and brings its own."""
+    return [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
+
+
+def choose_again(optimizer: Optimizer, schedule: LRScheduler, chosen: list[dict[str, Any]]) -> None:
+    """The user's settings win over the checkpoint's. Where they agree, nothing changes by a bit."""
+    for group, settings in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(settings)
+    if isinstance(schedule, LambdaLR):
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        factors = [of_step(schedule.last_epoch) for of_step in schedule.lr_lambdas]
+        for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, factors, strict=True):
+            group["lr"] = base * factor
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def check_network(module: nn.Module, state: RunState) -> None:

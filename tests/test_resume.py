@@ -1,0 +1,200 @@
+"""--resume auto, as a user starts it after a crash: the same run, its folder and its curves, to the same bits."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nanogpt_lit.__main__ import exit_code, main
+from nanogpt_lit.checkpoint.newest import newest_checkpoint
+from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.loops.pieces import changed_settings, config_file
+from nanogpt_lit.loops.resume import choose_again, chosen_settings
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine
+from nanogpt_lit.parity.record import leaves, same
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
+LAST = "checkpoints/last.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    # accelerate keeps its state for the whole process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def fit(*arguments):
+    return main(["fit", *arguments])
+
+
+def accelerate(*arguments):
+    spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return exit_code(lambda: script.main(list(arguments)))
+
+
+LOOPS = {fit: "version_0", accelerate: "accelerate_0"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
+    return path
+
+
+def small_run(text, root, *more):
+    """8 steps of 2 micro-batches, with a validation, and so a checkpoint, after 2, 4 and 6."""
+    return [
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=8",
+        "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1",
+        "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1",
+        "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8", "--model.gpt.dropout=0.1",
+        "--model.schedule.warmup_steps=2", f"--data.source={text}", "--data.tokenizer=byte", "--data.block_size=16",
+        "--data.batch_size=2", "--data.val_fraction=0.1", f"--data.shards_dir={text.parent / 'shards'}", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text, tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert fit(*small_run(text, root)) == 0
+    return root / "version_0"
+
+
+class PowerLoss(Exception):  # noqa: N818
+    pass
+
+
+def crash(loop, text, root, monkeypatch, forward_call):
+    """A run that dies inside the n-th forward, which no loop expects."""
+    forward, calls = LitNanoGPT.forward, iter(range(1, 10**6))
+
+    def failing(self, tokens, targets):
+        if next(calls) == forward_call:
+            raise PowerLoss
+        return forward(self, tokens, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitNanoGPT, "forward", failing)
+        with pytest.raises(PowerLoss):
+            loop(*small_run(text, root))
+
+
+def curves(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = set(events.Tags()["scalars"]) - {"throughput/tokens_per_s"}
+    return sorted((tag, e.step, e.value) for tag in tags for e in events.Scalars(tag))
+
+
+def different(first, second):
+    a, b = (dict(leaves("", vars(replace(load_run(path), lightning=None)))) for path in (first, second))
+    assert a.keys() == b.keys()
+    return [path for path, value in a.items() if not same(value, b[path])]
+
+
+@pytest.mark.parametrize(("before", "after"), [(fit, fit), (accelerate, accelerate), (fit, accelerate)])
+def test_a_crashed_run_goes_on_as_one_run_with_one_curve(
+    before, after, undisturbed, text, tmp_path, monkeypatch, capsys
+):
+    crash(before, text, tmp_path, monkeypatch, forward_call=17)  # in step 8, of 14 micro-batches and 3 validations
+    folder = tmp_path / LOOPS[before]
+    assert load_run(folder / LAST).step == 6
+    capsys.readouterr()
+    assert after(*small_run(text, tmp_path), "--resume=auto") == 0
+    out = capsys.readouterr().out
+    assert f"resume: going on from {folder / LAST}, step 6\n" in out
+    assert "before," not in out
+    assert not different(folder / LAST, undisturbed / LAST)
+    assert curves(folder) == curves(undisturbed)  # step 7 was drawn twice, and is there once
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {folder.name}
+    assert sorted(path.name for path in folder.glob("*.yaml") if "config" in path.name) == [
+        "config.yaml", "config_2.yaml"
+    ]  # fmt: skip
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_two_damaged_ones_stop_the_start(
+    undisturbed, text, tmp_path, monkeypatch, capsys
+):
+    crash(fit, text, tmp_path, monkeypatch, forward_call=17)
+    folder = tmp_path / "version_0"
+    (folder / "checkpoints/best.safetensors").unlink()
+    flip_a_bit(folder / LAST)
+    newest = newest_checkpoint(tmp_path)
+    assert (newest.path, newest.step) == (folder / "checkpoints/previous.safetensors", 4)
+    (remark,) = newest.remarks
+    assert "last.safetensors is damaged" in remark
+    assert remark.endswith(f"Going on from {newest.path}, step 4.")
+    newest.path.write_bytes(newest.path.read_bytes()[:-1])
+    assert fit(*small_run(text, tmp_path), "--resume=auto") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: resume=auto finds no whole checkpoint in")
+    assert not (tmp_path / "version_1").exists()
+
+
+def test_without_a_checkpoint_a_run_starts_and_says_so_and_two_answers_to_one_question_are_refused(
+    text, tmp_path, capsys
+):
+    assert accelerate(*small_run(text, tmp_path), "--resume=auto", "--trainer.max_steps=1") == 0
+    assert f"resume: no checkpoint in {tmp_path}, starting from the beginning" in capsys.readouterr().out
+    last = tmp_path / "accelerate_0" / LAST
+    assert fit(*small_run(text, tmp_path), "--resume=auto", f"--ckpt_path={last}") == 2
+    assert "resume=auto looks for a checkpoint and ckpt_path=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_command_line_wins_over_the_checkpoint_and_what_it_changes_is_said(
+    loop, text, tmp_path, monkeypatch, capsys
+):
+    crash(loop, text, tmp_path, monkeypatch, forward_call=17)
+    capsys.readouterr()
+    more = ("--model.optim.lr=0.5", "--model.optim.weight_decay=0.3", "--model.schedule.min_lr_ratio=1")
+    assert loop(*small_run(text, tmp_path), "--resume=auto", *more) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "from here on" in line] == [
+        "resume: model.optim.lr: 0.0006 before, 0.5 from here on",
+        "resume: model.optim.weight_decay: 0.1 before, 0.3 from here on",
+        "resume: model.schedule.min_lr_ratio: 0.1 before, 1.0 from here on",
+    ]
+    folder = tmp_path / LOOPS[loop]
+    assert [(step, value) for tag, step, value in curves(folder) if tag == "train/lr" and step > 6] == [
+        (7, 0.5), (8, 0.5)
+    ]  # fmt: skip
+    assert [group["weight_decay"] for group in load_run(folder / LAST).optimizer["param_groups"]] == [0.3, 0.0]
+
+
+def test_settings_chosen_again_leave_the_rate_of_an_unchanged_run_alone():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], lr=6e-4)
+    schedule = WarmupCosine(optimizer, ScheduleConfig(warmup_steps=3, total_steps=9))
+    for _ in range(6):
+        rate = optimizer.param_groups[0]["lr"]
+        choose_again(optimizer, schedule, chosen_settings(optimizer))
+        assert optimizer.param_groups[0]["lr"] == rate
+        optimizer.step()
+        schedule.step()
+
+
+def test_each_piece_of_a_run_keeps_its_configuration(tmp_path):
+    names = []
+    for n in range(11):
+        names.append(config_file(tmp_path))
+        (tmp_path / names[-1]).write_text(f"model:\n  lr: {n}\n  deep: {{a: 1}}\n")
+    assert names == ["config.yaml", *(f"config_{n}.yaml" for n in range(2, 12))]
+    now = "model: {lr: 11, deep: {a: 1}, new: 3}\nresume: auto\n"
+    assert changed_settings(tmp_path, now) == ["model.lr: 10 before, 11 from here on"]
