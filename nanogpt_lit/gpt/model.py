@@ -94,7 +94,8 @@ class GPTConfig:
         if self.positions == "rotary" and (self.n_embd // self.n_head) % 2 != 0:
             raise ValueError(
                 f"model.gpt.positions=rotary turns pairs of channels, and n_embd={self.n_embd} over "
-                f"n_head={self.n_head} gives each head {self.n_embd // self.n_head}; n_embd={2 * self.n_embd} gives an even number."
+                f"n_head={self.n_head} gives each head {self.n_embd // self.n_head}; n_embd={2 * self.n_embd} gives an "
+                "even number."
             )
 
 
