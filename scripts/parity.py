@@ -3,11 +3,12 @@
     python scripts/parity.py --config configs/quickstart.yaml
     python scripts/parity.py --config configs/parity.yaml --all --precision bf16-mixed --steps 20
     python scripts/parity.py --config configs/parity.yaml --explain
+    python scripts/parity.py --config configs/parity.yaml --on cuda --precision 16-mixed
 
-Runs a grid of cases in each of the three loops, on the processor, and compares the loss of every micro-batch, the
-gradient norm, learning rate and loss scale of every step, the validation losses, and at the end every parameter, the
-states of optimizer, schedule and scaler, and the random state: bit for bit. Cases of two processes train under
-DistributedDataParallel, in processes that the script starts itself. The network, its optimizer, the text and the
+Runs a grid of cases in each of the three loops, on the processor or on a CUDA card, and compares the loss of every
+micro-batch, the gradient norm, learning rate and loss scale of every step, the validation losses, and at the end every
+parameter, the states of optimizer, schedule and scaler, and the random state: bit for bit. Cases of two processes train
+under DistributedDataParallel, in processes that the script starts itself. The network, its optimizer, the text and the
 tokenizer are the YAML's, made small where they are large; every option of fit works here too, and what it sets stays.
 
 Leaves report.html (verdict, curves, table, costs), curves.svg, report.json and TensorBoard runs in a folder parity_N
@@ -20,7 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NoReturn
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{axis}", nargs="+", type=type(values[0]), choices=values, help="only these")
     parser.add_argument("--all", action="store_true", help="every combination, not only enough to have every pair")
     parser.add_argument("--explain", action="store_true", help="turn each settled difference off: what drifts?")
+    parser.add_argument(
+        "--on", choices=["cpu", "cuda"], default="cpu", help="where: cuda has cases of one process (cpu)"
+    )
     parser.add_argument("--steps", type=at_least_one, default=8, help="optimizer steps of each run (8)")
     parser.add_argument("--full-size", action="store_true", help="keep the YAML's network and batches, however large")
     parser.add_argument("--skip-memory", action="store_true", help="do not start processes to measure their memory")
@@ -67,6 +71,13 @@ def main(arguments: Sequence[str]) -> int:
     chosen = {axis: tuple(getattr(options, axis)) for axis in AXES if getattr(options, axis) is not None}
     if options.explain and (chosen or options.all):
         parser.error(f"--explain brings cases of its own; leave out --{next(iter(chosen), 'all')}.")
+    if options.on == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--on=cuda needs a CUDA card, and torch sees none; cpu needs none.")
+        if options.explain or 2 in chosen.get("processes", ()):
+            parser.error("--on=cuda compares cases of one process; leave out --explain, and 2 from --processes.")
+        chosen["processes"] = (1,)
+        same_sums_every_time()
     for variable in OF_A_LAUNCHER:
         if variable in os.environ:
             parser.error(
@@ -82,6 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         # A network this small is not faster on more, and on a busy machine they wait for each other many times longer.
         torch.set_num_threads(1)
     base, clip, data = from_yaml(cli, options.steps, size)
+    base = replace(base, device=options.on)
     report: dict[str, Any] = {"hardware": hardware("lightning", "accelerate"), "compared": what_is_compared(base, data)}
     outcomes: list[tuple[Point, Outcome]] = []
     if options.explain:
@@ -93,13 +105,22 @@ def main(arguments: Sequence[str]) -> int:
         for case in cases:
             loaders_to_deal_out(case, data)  # what is too little text for a case is said before the first
         outcomes = list(zip(points, compare_all(points, cases, data), strict=True))
-        report |= summary(outcomes, None if options.skip_memory else peak_growth_mib(cases[0], data))
+        report |= summary(
+            outcomes, None if options.skip_memory or options.on == "cuda" else peak_growth_mib(cases[0], data)
+        )
         succeeded = report["identical"]
 
     out = options.out or next_folder(Path(cli.settings.trainer.default_root_dir), "parity")
     write(out, report, outcomes)
     print(f"{relative_to_here(str(out / 'report.html'))}\n{report['hardware']}; {report['compared']}")
     return 0 if succeeded else 1
+
+
+def same_sums_every_time() -> None:
+    """Some kernels of a card add up in whatever order their threads arrive, attention's backward among them: a loop
+    would differ from itself."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def at_least_one(text: str) -> int:

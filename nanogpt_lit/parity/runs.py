@@ -47,6 +47,8 @@ class Case:
     """Ends the training loader there, inside an accumulation window; None leaves it endless."""
     processes: int = 1
     """More than one train together under DistributedDataParallel, inside processes.run_together."""
+    device: str = "cpu"
+    """Or "cuda": one process then."""
     module: type[LitNanoGPT] = LitNanoGPT
     module_options: dict[str, Any] = field(default_factory=dict)
     """Its other arguments."""
@@ -96,8 +98,9 @@ def loaders_to_deal_out(case: Case, data: TokenDataModule) -> tuple[DataLoader, 
 
 def run_reference(case: Case, data: TokenDataModule) -> Run:
     recorder = CurveRecorder(case.settings, case.processes)
-    scaler = GradScaler("cpu", **case.scaler) if case.settings.precision == "16-mixed" else None
-    reference.train(case.make_module(), *loaders_of(case, data, rank()), case.settings, recorder, scaler)
+    scaler = GradScaler(case.device, **case.scaler) if case.settings.precision == "16-mixed" else None
+    module = case.make_module().to(case.device)
+    reference.train(module, *loaders_of(case, data, rank()), case.settings, recorder, scaler)
     return Run.of(recorder)
 
 
@@ -107,7 +110,7 @@ def run_accelerate(case: Case, data: TokenDataModule) -> Run:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     recorder = CurveRecorder(case.settings, case.processes)
-    options = accelerate_loop.accelerator_options(case.settings, "cpu")
+    options = accelerate_loop.accelerator_options(case.settings, case.device)
     if case.settings.precision == "16-mixed":
         options["kwargs_handlers"].append(GradScalerKwargs(**case.scaler))
     accelerator = HalfOnProcessors(**options)
@@ -145,11 +148,11 @@ def trainer_options(case: Case) -> dict[str, Any]:
     settings = case.settings
     validates = settings.val_check_interval is not None
     return {
-        "accelerator": "cpu",
+        "accelerator": case.device,
         "devices": case.processes,
         "strategy": "auto" if case.processes == 1 else "ddp",
         # Named, or a cluster's job that this happens to run in would be taken for the launcher.
-        "plugins": [lightning_precision(settings.precision, case.scaler), LightningEnvironment()],
+        "plugins": [lightning_precision(settings.precision, case.scaler, case.device), LightningEnvironment()],
         "max_steps": settings.max_steps,
         "accumulate_grad_batches": settings.accumulate_grad_batches,
         "gradient_clip_val": settings.gradient_clip_val,
@@ -166,11 +169,11 @@ def trainer_options(case: Case) -> dict[str, Any]:
     }
 
 
-def lightning_precision(precision: str, scaler: dict[str, Any]) -> Precision:
+def lightning_precision(precision: str, scaler: dict[str, Any], device: str = "cpu") -> Precision:
     """fit's plugin; without a GPU Lightning would turn 16-mixed into bf16-mixed, a plugin keeps its word."""
     if precision == "16-mixed":
-        return MixedPrecision("16-mixed", "cpu", GradScaler("cpu", **scaler))
-    plugin = precision_plugin(precision, "cpu")
+        return MixedPrecision("16-mixed", device, GradScaler(device, **scaler))
+    plugin = precision_plugin(precision, device)
     assert plugin is not None
     return plugin
 

@@ -151,8 +151,8 @@ def told_the_divided_loss(
     told(self, trainer, module, outputs, batch, k)
 
 
-def stock_precision(precision: str, scaler: dict[str, Any]) -> LightningMixedPrecision:
-    return LightningMixedPrecision("16-mixed", "cpu", GradScaler("cpu", **scaler))
+def stock_precision(precision: str, scaler: dict[str, Any], device: str) -> LightningMixedPrecision:
+    return LightningMixedPrecision("16-mixed", device, GradScaler(device, **scaler))
 
 
 def prepared_schedule(module: nn.Module) -> tuple[Optimizer, LRScheduler]:
