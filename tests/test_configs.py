@@ -24,6 +24,7 @@ EXPECTED = {
     "course": (12, 768, 256, 4, 4, 32000),
     "shakespeare_char": (6, 384, 256, 64, 1, 66),
     "shakespeare_char_cpu": (4, 128, 64, 12, 1, 66),
+    "modern_char_cpu": (4, 128, 64, 12, 1, 66),
 }
 
 

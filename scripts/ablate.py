@@ -1,0 +1,141 @@
+"""What each option of the modern recipe is worth: the recipe with and without it, on two data sets and three seeds.
+
+    python scripts/ablate.py --source input.txt
+
+The data sets are the characters of that text and the GPT-2 tokens of Python's standard library. Runs of one seed see
+the same batches in the same order, so differences are taken seed by seed. Losses are compared at a
+step and not at a second: they do not depend on the machine's load.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.loops import reference
+from nanogpt_lit.loops.contract import LoopSettings, Observer
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.optim.adamw import AdamWConfig
+from nanogpt_lit.optim.schedule import ScheduleConfig
+
+NANOGPT = (
+    GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False, gelu="erf"),
+    AdamWConfig(lr=2e-3, beta2=0.99),
+    ScheduleConfig(warmup_steps=20),
+)
+MODERN = (
+    replace(NANOGPT[0], positions="rotary", qk_norm=True, norm="rms", activation="relu2", zero_init=True),
+    replace(NANOGPT[1], lr=5e-3, matrices="muon", muon_momentum=0.9),
+    replace(NANOGPT[2], decay="cooldown", cooldown_ratio=0.6, min_lr_ratio=0.0),
+)
+WITHOUT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "muon": ({}, {"matrices": "adamw", "lr": 2e-3}, {}),  # at the rate that serves AdamW
+    "rotary positions": ({"positions": "learned"}, {}, {}),
+    "QK normalisation": ({"qk_norm": False}, {}, {}),
+    "squared ReLU": ({"activation": "gelu"}, {}, {}),
+    "RMSNorm": ({"norm": "layer"}, {}, {}),
+    "zero-initialised projections": ({"zero_init": False}, {}, {}),
+    "cooldown": ({}, {}, {"decay": "cosine", "min_lr_ratio": 0.1}),
+}
+UNTIED = "an untied head in addition"
+
+
+class LastLoss(Observer):
+    loss = float("nan")
+
+    def on_validation_end(self, step: int, loss: Tensor) -> None:
+        self.loss = float(loss)
+
+
+def recipes() -> dict[str, tuple[GPTConfig, AdamWConfig, ScheduleConfig]]:
+    found = {"nanogpt": NANOGPT, "modern": MODERN}
+    for name, (gpt, optim, schedule) in WITHOUT.items():
+        found[f"without {name}"] = (
+            replace(MODERN[0], **gpt),
+            replace(MODERN[1], **optim),
+            replace(MODERN[2], **schedule),
+        )
+    found[UNTIED] = (replace(MODERN[0], tied_head=False), *MODERN[1:])
+    return found
+
+
+def validation_loss(
+    recipe: tuple[GPTConfig, AdamWConfig, ScheduleConfig], network: dict[str, Any], data: TokenDataModule,
+    steps: int, seed: int,
+) -> float:  # fmt: skip
+    gpt, optim, schedule = recipe
+    data.seed = seed
+    torch.manual_seed(seed)
+    module = LitNanoGPT(
+        replace(gpt, vocab_size=data.vocab_size, **network), optim, replace(schedule, total_steps=steps)
+    )
+    settings = LoopSettings(steps, gradient_clip_val=1.0, val_check_interval=steps, limit_val_batches=80, seed=seed)
+    last = LastLoss()
+    reference.train(module, data.train_dataloader(), data.val_dataloader(), settings, last)
+    return last.loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="a text for the characters: char-rnn's input.txt")
+    parser.add_argument("--only", choices=("characters", "tokens"), help="one of the data sets")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run (200)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe (3)")
+    parser.add_argument("--shards", type=Path, default=Path("runs/ablate"), help="where to keep the tokens")
+    parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # a network this small is not faster on more
+    kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "characters": ({"source": str(args.source), "tokenizer": "char", "val_fraction": 0.1, "batch_size": 12}, {}),
+        "tokens": ({"source": "stdlib", "tokenizer": "gpt2", "batch_size": 4}, {"n_embd": 64}),
+    }
+    for kind, (source, network) in kinds.items():
+        if args.only not in (None, kind):
+            continue
+        data = TokenDataModule(**source, block_size=64, shards_dir=str(args.shards / kind))
+        data.prepare_data()
+        data.setup()
+        losses: dict[str, list[float]] = {name: [] for name in recipes()}
+        started_s = time.perf_counter()
+        for seed in range(args.seeds):
+            for name, recipe in recipes().items():
+                losses[name].append(validation_loss(recipe, network, data, args.steps, seed))
+                print(f"{kind}, seed {seed}, {name}: {losses[name][-1]:.4f}", flush=True)
+            write(args.out, kind, data, args.steps, losses, time.perf_counter() - started_s)
+        print(table(losses))
+
+
+def write(
+    out: Path, kind: str, data: TokenDataModule, steps: int, losses: dict[str, list[float]], elapsed_s: float
+) -> None:
+    record = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    record[kind] = {
+        "hardware": f"{platform.machine()}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}",
+        "steps": steps,
+        "tokens_per_step": data.batch_size * data.block_size,
+        "elapsed_s": round(elapsed_s),
+        "validation_loss": losses,
+    }
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def table(losses: dict[str, list[float]]) -> str:
+    """Markdown: the mean loss, and by how much it is above the modern recipe's, at least, in the middle and at most."""
+    rows = ["| recipe | validation loss | above modern, by seed |", "|---|---|---|"]
+    for name, values in losses.items():
+        above = [value - modern for value, modern in zip(values, losses["modern"], strict=True)]
+        rows.append(f"| {name} | {statistics.mean(values):.3f} | {', '.join(f'{a:+.3f}' for a in above)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
