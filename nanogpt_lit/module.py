@@ -113,8 +113,8 @@ class LitNanoGPT(LightningModule):
                 )
         if self.optim_config.matrices == "muon":
             raise ValueError(
-                "model.optim.matrices=muon needs whole matrices and does not go with ModelParallelStrategy, which shards "
-                "them over the processes; set model.optim.matrices=adamw, or trainer.strategy=ddp."
+                "model.optim.matrices=muon needs whole matrices and does not go with ModelParallelStrategy, which "
+                "shards them over the processes; set model.optim.matrices=adamw, or trainer.strategy=ddp."
             )
         mesh = self.device_mesh["data_parallel"]
         for block in self.gpt.transformer.h:
