@@ -236,14 +236,6 @@ def test_the_supervisor_holds_no_torch_in_memory():
 
 # The real fit.
 
-RESUMES = """
-import sys
-from pathlib import Path
-from nanogpt_lit.__main__ import main
-saved = sorted(Path({root!r}).rglob("last.safetensors"), key=lambda path: path.stat().st_mtime)
-sys.exit(main(["fit", *sys.argv[1:], *(f"--ckpt_path={{path}}" for path in saved[-1:])]))
-"""
-
 
 def small_fit(folder, root):
     text = folder / "text.txt"
@@ -266,21 +258,26 @@ def newest(root):
 def test_a_fit_that_is_killed_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch, capfd):
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     assert main(["fit", *small_fit(tmp_path, undisturbed)]) == 0
-    script = tmp_path / "fit.py"
-    script.write_text(RESUMES.format(root=str(disturbed)))
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # on which the sums of a product depend
-    supervisor = Supervisor([sys.executable, str(script), *small_fit(tmp_path, disturbed)], pause_s=0.01)
+    made = []
+
+    def impatient(command, on_card):
+        made.append(Supervisor(command, on_card, pause_s=0.01))
+        return made[0]
+
+    monkeypatch.setattr("nanogpt_lit.supervisor.Supervisor", impatient)
 
     def kill_after_a_checkpoint():
         while not list(disturbed.rglob("last.safetensors")):
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.05))
-        supervisor._child.kill()
+        made[0]._child.kill()
 
     threading.Thread(target=kill_after_a_checkpoint, daemon=True).start()
-    assert supervisor.run() == 0
+    assert main(["fit", "--keep-alive", *small_fit(tmp_path, disturbed)]) == 0
     (line,) = lines(capfd)
     assert re.fullmatch(r"killed by SIGKILL, after [\d,]+ tokens; starting again in 0.01 s", line)
+    assert len(list(disturbed.glob("version_*"))) == 1  # one run, gone on
     there, here = newest(undisturbed), newest(disturbed)
     assert here.step == there.step == 42
     assert not [name for name, weight in there.weights.items() if not torch.equal(weight, here.weights[name])]
