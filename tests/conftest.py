@@ -6,8 +6,8 @@ from nanogpt_lit.gpt.model import GPTConfig
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """The sum of a matrix product depends on the number of threads: bits are compared at one and the same, also those of
-    a module's fixture, which is set up before any other."""
+    """The sum of a matrix product depends on the number of threads: bits are compared at one and the same, also those
+    of a module's fixture, which is set up before any other."""
     torch.set_num_threads(2)
 
 
