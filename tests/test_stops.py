@@ -215,16 +215,11 @@ def test_the_strongest_reason_is_the_one_that_counts(tmp_path):
 
 @posix
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "loop",
-    [
-        pytest.param(loop, marks=[pytest.mark.xfail(reason="saves, then waits for its workers for ever", run=False)])
-        if loop is accelerate
-        else loop
-        for loop in LOOPS
-    ],
-)
-def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_the_step_still_ends(loop, undisturbed, text, tmp_path):
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+def test_a_signal_to_a_whole_process_group_reaches_the_workers_too_and_the_step_still_ends(
+    loop, number, code, text, tmp_path
+):
     options = small_run(text, tmp_path, "--data.num_workers=2")
     program = [str(SCRIPT)] if loop is accelerate else ["-m", "nanogpt_lit", "fit"]
     run = subprocess.Popen(
@@ -236,8 +231,11 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_the_step_still_ends(lo
         assert run.poll() is None
         time.sleep(0.1)
     time.sleep(random.uniform(1.0, 2.0))
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(60) == 130
+    os.killpg(run.pid, number)
+    try:
+        assert run.wait(60) == code
+    finally:
+        run.kill()
     assert load_run(events / "checkpoints/last.safetensors").step > 0
 
 

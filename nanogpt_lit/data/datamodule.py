@@ -1,6 +1,9 @@
 """Shards to batches, for Lightning's Trainer and for any other loop."""
 
+import os
 import signal
+import sys
+import threading
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,11 +62,20 @@ def already_stacked(batch: Any) -> Batch:
 def leave_signals_to_training(worker: int) -> None:
     """The worker_init_fn: a Ctrl-C in a terminal reaches all processes, and training needs batches to end its step.
 
-    A worker whose training process is gone ends by itself.
+    SIGTERM counts from the training process alone: so Python ends its workers, and waits for them at its own end.
     """
-    for name in ("SIGINT", "SIGBREAK", "SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGBREAK", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere nothing says who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with_training, daemon=True).start()
+
+
+def end_with_training() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class TokenDataModule(LightningDataModule):
