@@ -78,7 +78,6 @@ class MuonBesideAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._share()  # Lightning and copy.deepcopy put new dictionaries in their place
         self._adamw.step()
         for group in self.param_groups[self._adamw_groups :]:
             for matrices in together([p for p in group["params"] if p.grad is not None]):
