@@ -22,6 +22,7 @@ from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
 from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, with_run_files
+from nanogpt_lit.loops.lightning_guards import FiniteSteps
 from nanogpt_lit.loops.lightning_observer import DropoutSeed
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
@@ -252,6 +253,7 @@ class NanoGPTCLI(LightningCLI):
         callbacks += [DropoutSeed(self.seed), ExactResume()]
         if not any(isinstance(callback, TextSamples) for callback in callbacks):
             callbacks.append(TextSamples())
+        callbacks.append(FiniteSteps())
         callbacks.append(StepStops(seconds_of(trainer.max_time)))
         if trainer.enable_progress_bar is not False:
             callbacks.append(StepProgressBar(self.meter, self.validations))

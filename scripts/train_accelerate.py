@@ -27,6 +27,7 @@ from nanogpt_lit.data.turns import in_turns
 from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes, launched_processes
 from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
 from nanogpt_lit.loops.contract import Observer
+from nanogpt_lit.loops.guards import NotFinite, give_up
 from nanogpt_lit.loops.journal import Journal, RandomStateShare, next_folder
 from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.machine import device_type
@@ -117,13 +118,16 @@ def main(arguments: list[str]) -> int:
     try:
         with Stops(folder, seconds_of(trainer.max_time)) as stops:
             train(accelerator, module, train_loader, val_loader, settings, observer, start, stops.asked)
+    except NotFinite as error:
+        last = observer.checkpoints.get("last") if isinstance(observer, Journal) else None
+        give_up(error, last and relative_to_here(last))
     finally:
         if isinstance(observer, Journal):
             observer.close()
     if stops.reason is not None:
         if isinstance(observer, Journal):
-            last = observer.checkpoints.get("last")
-            print(Stopped(stops.reason, observer.step, last and relative_to_here(last)))
+            last = observer.checkpoints.get("last") if not observer.saver.failing else None
+            print(Stopped(stops.reason, observer.step, last and relative_to_here(last), saves))
         accelerator.end_training()
         return stops.reason.exit_code
     if isinstance(observer, Journal):

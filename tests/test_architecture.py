@@ -35,8 +35,8 @@ ALLOWED = {
 FRAMEWORKS = {
     "lightning": {
         "cli", "parser", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_checkpoint",
-        "loops.lightning_observer", "loops.lightning_precision", "loops.lightning_stops", "parity.runs",
-        "parity.settled",
+        "loops.lightning_observer", "loops.lightning_precision", "loops.lightning_stops", "loops.lightning_guards",
+        "parity.runs", "parity.settled",
     },
     "accelerate": {"loops.accelerate_loop", "parity.runs", "parity.settled"},
 }  # fmt: skip

@@ -36,7 +36,9 @@ def save_run(path: Path, state: RunState) -> None:
     """Writes a checkpoint, which appears whole and on the disk or not at all.
 
     A file called `last` makes the one that it replaces `previous`, so that there is always one that no write touches.
+    Raises ValueError for weights that are not finite, and leaves the file alone.
     """
+    check_finite(path, state.weights)
     tensors, shared = stored_once(state.weights)
     described: dict[str, Any] = {}
     for name in STATES:
@@ -48,6 +50,15 @@ def save_run(path: Path, state: RunState) -> None:
     keep_as = path.with_stem(PREVIOUS) if path.stem == "last" else None
     with durable_file(path, keep_as) as file:
         write_tensors(file, tensors, {DESCRIPTION: json.dumps(description, allow_nan=False)})
+
+
+def check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{name} holds numbers that are not finite, and {path} is not written with them; go on from a "
+                "checkpoint that was written before, with a lower model.optim.lr."
+            )
 
 
 def load_run(path: Path) -> RunState:

@@ -28,6 +28,7 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
     seed_dropout,
 )
+from nanogpt_lit.loops.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
 
 MIXED_PRECISION = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
@@ -84,6 +85,7 @@ def train(
         restore(parts, start)
         processes, accumulate = accelerator.num_processes, settings.accumulate_grad_batches
         batches, step = batches_done(start, parts.module, accumulate, processes), start.step
+    skipped = SkippedInARow(schedule)
     observer.on_train_start(parts)
     seed_dropout(settings.seed, accelerator.process_index)
     if start is not None:
@@ -97,6 +99,7 @@ def train(
                 if accelerator.sync_gradients:
                     # An infinite limit measures the norm and leaves the gradients alone.
                     grad_norm = accelerator.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf)
+                    drop_unless_finite(parameters, grad_norm)
                     lr = optimizer.param_groups[0]["lr"]
                 optimizer.step()
                 if accelerator.sync_gradients:
@@ -107,6 +110,7 @@ def train(
             if accelerator.sync_gradients:
                 step += 1
                 observer.on_step_end(step, lr, grad_norm)
+                skipped.add(step, parts.loss_scale())
             if settings.validates_after(batches, step):
                 observer.on_validation_start()
                 observer.on_validation_end(step, validate(accelerator, module, val_loader, settings.limit_val_batches))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.durable import sweep
-from nanogpt_lit.checkpoint.run_file import SUFFIX, save_run
+from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
@@ -61,6 +62,7 @@ class Journal(Observer):
         sweep(folder / "checkpoints")
         self._write_sample = write_sample
         self._data_state = data_state
+        self.saver = PatientSaver()
         self._saved_step: int | None = None
         self._progress = Progress(settings.max_steps, self.step) if show_progress else None
         # What the piece before this one drew past its checkpoint is drawn again: TensorBoard forgets it.
@@ -152,8 +154,8 @@ class Journal(Observer):
         )
         for name in names:
             path = self.folder / "checkpoints" / f"{name}{SUFFIX}"
-            save_run(path, state)
-            self.checkpoints[name] = str(path)
+            if self.saver.save(path, state):
+                self.checkpoints[name] = str(path)
         self._saved_step = self.step
 
 

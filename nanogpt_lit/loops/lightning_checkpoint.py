@@ -9,9 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.durable import sweep
 from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, to_lightning
-from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, save_run
+from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run
 from nanogpt_lit.checkpoint.state import RandomState
 from nanogpt_lit.loops.curves import ValidationRecord
 from nanogpt_lit.loops.resume import (
@@ -30,8 +31,11 @@ class RunFileIO(CheckpointIO):
     on another file system: killed there, both are lost.
     """
 
+    def __init__(self) -> None:
+        self.saver = PatientSaver()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        save_run(Path(path), from_lightning(checkpoint))
+        self.saver.save(Path(path), from_lightning(checkpoint))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return to_lightning(load_run(Path(path)))

@@ -1,6 +1,7 @@
 """Lightning's precision plugins, and what every run here needs of them: the gradient norm, and clipping with a fused
 optimizer."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,27 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from nanogpt_lit.loops.contract import clipping_order, scaler_beside
+from nanogpt_lit.loops.guards import drop_unless_finite
 
 
 class MeasuredClipping(LightningPrecision):
-    """Keeps the norm that clipping computes anyway; Lightning throws it away."""
+    """Keeps the norm that clipping computes anyway, and takes gradients away whose norm is not finite."""
 
     grad_norm: Tensor | None = None
-    """Global norm of the gradients before clipping, at the last optimizer step; None when nothing is clipped."""
+    """Global norm of the gradients before clipping, at the last optimizer step."""
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        if clip_val <= 0 or gradient_clip_algorithm != GradClipAlgorithmType.NORM:
+            self.clip_grad_by_norm(optimizer, math.inf)  # measures the norm and leaves the gradients alone
+        # Not super(), whose MixedPrecision refuses every fused optimizer here: see below.
+        LightningPrecision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
+        assert self.grad_norm is not None
+        drop_unless_finite(clipping_order(optimizer), self.grad_norm)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
@@ -55,14 +70,6 @@ class MixedPrecision(MeasuredClipping, LightningMixedPrecision):
             return result
 
         return super().optimizer_step(optimizer, model=model, closure=closure_then_unscale, **kwargs)
-
-    def clip_gradients(
-        self,
-        optimizer: Optimizer,
-        clip_val: int | float = 0.0,
-        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
-    ) -> None:
-        LightningPrecision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
 
 
 # A checkpoint files the scaler's state under the plugin's class name: with Lightning's, a stock Trainer finds it.

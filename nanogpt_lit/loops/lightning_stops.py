@@ -1,12 +1,12 @@
 """Stops under Lightning's Trainer."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from nanogpt_lit.loops.lightning_checkpoint import RunCheckpoint
+from nanogpt_lit.loops.lightning_checkpoint import RunCheckpoint, RunFileIO
 from nanogpt_lit.loops.stops import Stopped, Stops
 
 
@@ -38,7 +38,7 @@ class StepStops(Callback):
         # Not where the step ends: its validation follows there. trainer.should_stop would validate after any step.
         if self._step_ended and self._stops.asked():
             assert self._stops.reason is not None
-            raise Stopped(self._stops.reason, self._step, save_last(trainer))
+            raise Stopped(self._stops.reason, self._step, save_last(trainer), last_path(trainer) is not None)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._stops.__exit__()
@@ -49,13 +49,25 @@ class StepStops(Callback):
 
 
 def save_last(trainer: Trainer) -> str | None:
-    """Writes `last` beside the other checkpoints, unless it is of this step already. Returns its path."""
+    """Writes `last` beside the other checkpoints, unless it is of this step already. Its path, None where it failed."""
+    path = last_path(trainer)
+    if path is None:
+        return None
+    saved = [callback.saved_step for callback in trainer.checkpoint_callbacks if is_last(callback)]
+    if saved != [trainer.global_step]:
+        trainer.save_checkpoint(path)
+    writer = trainer.strategy.checkpoint_io
+    return None if isinstance(writer, RunFileIO) and writer.saver.failing else str(path)
+
+
+def last_path(trainer: Trainer) -> Path | None:
+    """Where `last` is, or would be; None where no checkpoints are kept."""
     kept = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    kept.sort(key=lambda callback: not (isinstance(callback, RunCheckpoint) and callback.filename == "last"))
+    kept.sort(key=lambda callback: not is_last(callback))
     if not kept or kept[0].dirpath is None:
         return None
-    path = Path(kept[0].dirpath) / f"last{kept[0].FILE_EXTENSION}"
-    last = kept[0] if isinstance(kept[0], RunCheckpoint) else None
-    if last is None or last.saved_step != trainer.global_step:
-        trainer.save_checkpoint(path)
-    return str(path)
+    return Path(kept[0].dirpath) / f"last{kept[0].FILE_EXTENSION}"
+
+
+def is_last(callback: Callback) -> TypeGuard[RunCheckpoint]:
+    return isinstance(callback, RunCheckpoint) and callback.filename == "last"

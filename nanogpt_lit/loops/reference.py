@@ -25,6 +25,7 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
     seed_dropout,
 )
+from nanogpt_lit.loops.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
 
 Batch = tuple[Tensor, Tensor]
@@ -64,6 +65,7 @@ def train(
     if start is not None:
         restore(parts, start)
         batches, step = batches_done(start, module, settings.accumulate_grad_batches, processes), start.step
+    skipped = SkippedInARow(schedule)
     observer.on_train_start(parts)
     seed_dropout(settings.seed, rank)
     if start is not None:
@@ -85,6 +87,7 @@ def train(
                 scaler.unscale_(optimizer)
                 # An infinite limit measures the norm and leaves the gradients alone.
                 grad_norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf)
+                drop_unless_finite(parameters, grad_norm)
                 lr = optimizer.param_groups[0]["lr"]
                 scaler.step(optimizer)
                 scaler.update()
@@ -92,6 +95,7 @@ def train(
                 optimizer.zero_grad()
                 step += 1
                 observer.on_step_end(step, lr, grad_norm)
+                skipped.add(step, parts.loss_scale())
             if settings.validates_after(batches, step):
                 observer.on_validation_start()
                 with autocast:

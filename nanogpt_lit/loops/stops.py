@@ -52,10 +52,15 @@ SIGNALS = {
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
-    """Raised between two steps, once the run is saved. saved: the checkpoint, None where none is kept"""
+    """Raised between two steps, once the run is saved. saved: the checkpoint, None where it is not
 
-    def __init__(self, reason: Reason, step: int, saved: str | None) -> None:
-        kept = f"saved {saved}; --resume auto goes on from there" if saved else "nothing was saved: checkpoints are off"
+    keeps: whether the run keeps checkpoints
+    """
+
+    def __init__(self, reason: Reason, step: int, saved: str | None, keeps: bool) -> None:
+        kept = f"saved {saved}; --resume auto goes on from there"
+        if saved is None:
+            kept = "nothing was saved: " + ("the disk took no checkpoint" if keeps else "checkpoints are off")
         super().__init__(f"stopped by {reason.called} after step {step:,}; {kept}")
         self.reason = reason
         self.first_rank = first_rank()  # while there are processes: they part before this is read

@@ -78,7 +78,9 @@ class WarmupCosine(LambdaLR):
         # A scaler that finds an overflow does not call step(), except on a fused optimizer: that one is always
         # called, with the overflow flag beside it, and skips inside its kernel.
         found_inf = getattr(optimizer, "found_inf", None)
-        self._step_happened = found_inf is None or not found_inf.item()
+        # Gradients that are not finite are taken away before the step (loops/guards.py).
+        has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        self._step_happened = has_gradients and (found_inf is None or not found_inf.item())
 
     def step(self, epoch: int | None = None) -> None:
         if self._step_happened:

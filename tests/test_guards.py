@@ -1,0 +1,216 @@
+"""Steps without finite gradients: left out by every loop alike, counted, and the end of a run if they do not cease."""
+
+import copy
+import errno
+import importlib.util
+import math
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nanogpt_lit.__main__ import exit_code, main
+from nanogpt_lit.checkpoint import disk, durable
+from nanogpt_lit.checkpoint.run_file import load_run, save_run
+from nanogpt_lit.loops import guards
+from nanogpt_lit.loops.contract import LoopSettings
+from nanogpt_lit.loops.guards import NotFinite, SkippedInARow, drop_unless_finite
+from nanogpt_lit.loops.reference import train
+from nanogpt_lit.memory.host_optimizer import HostAdamW
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.parity.record import leaves, same
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
+LAST = "checkpoints/last.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    # accelerate keeps its state for the whole process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def fit(*arguments):
+    return main(["fit", *arguments])
+
+
+def accelerate(*arguments):
+    spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return exit_code(lambda: script.main(list(arguments)))
+
+
+LOOPS = {fit: "version_0", accelerate: "accelerate_0"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
+    return path
+
+
+def small_run(text, root, *more):
+    """6 steps of 2 micro-batches, with a validation of one batch, and so a checkpoint, after 2 and 4."""
+    return [
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=6",
+        "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1",
+        "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1",
+        "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8", "--model.gpt.dropout=0.1",
+        "--model.schedule.warmup_steps=2", f"--data.source={text}", "--data.tokenizer=byte", "--data.block_size=16",
+        "--data.batch_size=2", "--data.val_fraction=0.1", f"--data.shards_dir={text.parent / 'shards'}", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """poisoned(ns) makes the loss of the n-th training forwards nan, and with it all their gradients."""
+    forward = LitNanoGPT.forward
+
+    def arrange(ns):
+        calls = iter(range(1, 10**6))
+
+        def failing(self, tokens, targets):
+            loss = forward(self, tokens, targets)
+            return loss * math.nan if self.training and next(calls) in ns else loss
+
+        monkeypatch.setattr(LitNanoGPT, "forward", failing)
+
+    return arrange
+
+
+def different(first, second):
+    a, b = (dict(leaves("", vars(replace(load_run(path), lightning=None)))) for path in (first, second))
+    assert a.keys() == b.keys()
+    return [path for path, value in a.items() if not same(value, b[path])]
+
+
+def test_a_poisoned_step_is_left_out_and_counted_by_fit_and_accelerate_alike(text, tmp_path, poisoned):
+    for loop, name in LOOPS.items():
+        poisoned({3, 8})  # the first micro-batch of step 2, the second of step 4
+        assert loop(*small_run(text, tmp_path)) == 0
+        events = EventAccumulator(str(tmp_path / name)).Reload()
+        assert [e.value for e in events.Scalars("train/skipped_steps")] == [0, 1, 1, 2, 2, 2]
+        state = load_run(tmp_path / name / LAST)
+        assert (state.step, state.schedule["last_epoch"], state.schedule["skipped_steps"]) == (6, 4, 2)
+        assert all(torch.isfinite(weight).all() for weight in state.weights.values())
+    assert not different(tmp_path / "version_0" / LAST, tmp_path / "accelerate_0" / LAST)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_run_that_stays_poisoned_is_given_up_with_its_last_good_checkpoint(
+    loop, text, tmp_path, poisoned, monkeypatch, capsys
+):
+    monkeypatch.setattr(guards, "IN_A_ROW", 3)
+    poisoned(range(5, 99))  # from step 3 on
+    assert loop(*small_run(text, tmp_path)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the gradients of 3 steps in a row, up to step 5, are not finite; a lower")
+    assert error.endswith(f"The last good checkpoint is {tmp_path / LOOPS[loop] / LAST}.")
+    assert all(torch.isfinite(weight).all() for weight in load_run(tmp_path / LOOPS[loop] / LAST).weights.values())
+
+
+@pytest.mark.parametrize("kind", ["for-loop", "foreach", "fused", "host"])
+def test_an_optimizer_without_gradients_changes_neither_weights_nor_state(kind):
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))]
+    options = {"foreach": kind == "foreach", "fused": kind in ("fused", "host")}
+    optimizer = (HostAdamW if kind == "host" else torch.optim.AdamW)(parameters, lr=0.1, **options)
+    for poison in (1.0, math.inf, math.nan):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter) * poison
+        before = copy.deepcopy((parameters, optimizer.state_dict()))
+        drop_unless_finite(parameters, torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+        optimizer.step()
+        unchanged = all(same(a, b) for (_, a), (_, b) in zip(
+            leaves("", before[1]), leaves("", optimizer.state_dict()), strict=False
+        )) and all(torch.equal(a, b) for a, b in zip(before[0], parameters, strict=True))  # fmt: skip
+        assert unchanged == (poison != 1.0)
+
+
+def test_a_scale_that_sinks_to_nothing_is_named(tiny_gpt):
+    class Blowing(LitNanoGPT):
+        def forward(self, tokens, targets):
+            return super().forward(tokens, targets) * math.inf
+
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    with pytest.raises(NotFinite, match=r"20 steps in a row, up to step 20, .*scale has sunk to 0\.0625 and float16"):
+        train(
+            Blowing(tiny_gpt), [(tokens, tokens)], [], LoopSettings(99, precision="16-mixed"),
+            scaler=torch.amp.GradScaler("cpu"),
+        )  # fmt: skip
+
+
+def test_only_steps_left_out_in_a_row_count():
+    class Schedule:
+        skipped_steps = 5
+
+    schedule = Schedule()
+    row = SkippedInARow(schedule)
+    for step in range(1, 100):
+        schedule.skipped_steps += step % guards.IN_A_ROW != 0
+        row.add(step, None)
+    schedule.skipped_steps = 0  # nothing new is skipped
+    row.add(100, None)
+
+
+def test_weights_that_are_not_finite_are_not_saved_over_those_that_are(text, tmp_path):
+    assert fit(*small_run(text, tmp_path, "--trainer.max_steps=2")) == 0
+    path = tmp_path / "version_0" / LAST
+    before, state = path.read_bytes(), load_run(path)
+    state.weights["gpt.transformer.ln_f.weight"][3] = math.inf
+    with pytest.raises(ValueError, match=r"gpt\.transformer\.ln_f\.weight holds numbers that are not finite"):
+        save_run(path, state)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.glob("*.partial")] == []
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize("found_out", ["before writing", "while writing"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_full_disk_does_not_end_the_run_which_saves_again_when_there_is_room(
+    loop, found_out, text, tmp_path, monkeypatch, capsys
+):
+    """Full at the validation after step 4 alone, of those after 2, 4 and 6."""
+    last = tmp_path / LOOPS[loop] / LAST
+
+    usage, fsync = shutil.disk_usage, durable.os.fsync
+
+    def failing_fsync(descriptor):
+        if state_of_disk["full"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    state_of_disk = {"full": False}
+    original = disk.PatientSaver.save
+
+    def at_step_four(self, path, state):
+        state_of_disk["full"] = state.step == 4
+        return original(self, path, state)
+
+    monkeypatch.setattr(disk.PatientSaver, "save", at_step_four)
+    if found_out == "before writing":
+        monkeypatch.setattr(
+            disk.shutil, "disk_usage", lambda folder: Usage(9, 9, 10) if state_of_disk["full"] else usage(folder)
+        )
+    else:
+        monkeypatch.setattr(durable.os, "fsync", failing_fsync)
+    assert loop(*small_run(text, tmp_path)) == 0
+    err = capsys.readouterr().err
+    assert err.count("warning: ") == 1  # though best and last were tried
+    assert "could not be saved at step 4: " in err
+    assert ("MiB left" if found_out == "before writing" else "No space left") in err
+    assert "is saved again, at step 6" in err
+    assert load_run(last).step == 6
+    assert load_run(last.with_stem("previous")).step == 2
+    assert not list(last.parent.glob("*.partial"))
