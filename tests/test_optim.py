@@ -98,12 +98,22 @@ def test_schedule_holds_while_the_grad_scaler_skips(fused):
     assert not torch.equal(weights[3], weights[4])
 
 
+def test_schedule_holds_for_a_step_without_gradients():
+    _, _, schedule = train([False], fused=False)
+    rate = schedule.get_last_lr()
+    schedule.optimizer.step()
+    schedule.step()
+    assert (schedule.get_last_lr(), schedule.skipped_steps) == (rate, 1)
+
+
 def test_schedule_continues_from_its_saved_state():
     _, _, whole = train([False, True, False, False], fused=False)
     _, _, half = train([False, True], fused=False)
     _, _, rest = train([], fused=False)
     rest.load_state_dict(half.state_dict())
     for _ in range(2):
+        for parameter in rest.optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.ones_like(parameter)
         rest.optimizer.step()
         rest.step()
     assert rest.get_last_lr() == whole.get_last_lr()

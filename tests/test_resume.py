@@ -186,8 +186,10 @@ def test_settings_chosen_again_leave_the_rate_of_an_unchanged_run_alone():
         rate = optimizer.param_groups[0]["lr"]
         choose_again(optimizer, schedule, chosen_settings(optimizer))
         assert optimizer.param_groups[0]["lr"] == rate
+        weight.grad = torch.ones(1)
         optimizer.step()
         schedule.step()
+    assert schedule.last_epoch == 6
 
 
 def test_each_piece_of_a_run_keeps_its_configuration(tmp_path):
