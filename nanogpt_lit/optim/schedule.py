@@ -63,8 +63,8 @@ def warmup_cosine(step: int, config: ScheduleConfig) -> float:
 class WarmupCosine(LambdaLR):
     """The schedule of one run. `step()` is called once per optimizer step, by whichever loop runs.
 
-    It holds still for a step that GradScaler skipped, or that had no gradients. Lightning would advance it there and accelerate would not
-    (Lightning #5558), so the decision is taken here, where every loop passes, and not in the loops.
+    It holds still for a step that GradScaler skipped, or that had no gradients. Lightning would advance it there and
+    accelerate would not (Lightning #5558), so it is decided here, where every loop passes, and not in the loops.
     """
 
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig) -> None:
