@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.checkpoint import run_file
 from nanogpt_lit.checkpoint.run_file import save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.prepare import PrepareConfig, prepare
@@ -236,7 +237,8 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(a_run):
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_weights_that_are_not_numbers_are_found(tmp_path, weight):
+def test_weights_that_are_not_numbers_are_found(tmp_path, weight, monkeypatch):
+    monkeypatch.setattr(run_file, "check_finite", lambda path, weights: None)  # as a version before this check wrote it
     save_run(tmp_path / "best.safetensors", state(weight=weight))
     found = only(check_checkpoints(tmp_path))
     assert (found.level, "gpt.wte" in found.text) == ("wrong", True)
