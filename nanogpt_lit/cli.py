@@ -30,14 +30,14 @@ from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
 from nanogpt_lit.loops.pieces import changed_settings, config_file
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.stops import Stopped, seconds_of
-from nanogpt_lit.loops.strategies import DDP, FSDP2, SINGLE
-from nanogpt_lit.loops.strategy_check import check_started, check_strategy, complete_sizes, named_strategy
-from nanogpt_lit.loops.trainer_section import check_saves_whole_steps
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parser import Parser
+from nanogpt_lit.strategies.check import check_started, check_strategy, complete_sizes, named_strategy
+from nanogpt_lit.strategies.table import DDP, FSDP2, SINGLE
+from nanogpt_lit.strategies.trainer_section import check_saves_whole_steps
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",

@@ -121,9 +121,9 @@ def accelerate_config(arguments: list[str]) -> int:
     )
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
 
-    from nanogpt_lit.loops.accelerate_file import read_accelerate_file
-    from nanogpt_lit.loops.from_accelerate import to_trainer
-    from nanogpt_lit.loops.into_accelerate import into_accelerate
+    from nanogpt_lit.strategies.accelerate_file import read_accelerate_file
+    from nanogpt_lit.strategies.from_accelerate import to_trainer
+    from nanogpt_lit.strategies.into_accelerate import into_accelerate
 
     if options.to_trainer is not None:
         if settings_of_fit:

@@ -10,7 +10,6 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.prepare import stale_reason
 from nanogpt_lit.data.tokenizer import parse_tokenizer, tokenizer_from_file
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops.trainer_section import full_precision_name
 from nanogpt_lit.memory.budget import Budget
 from nanogpt_lit.memory.ladder import Rung
 from nanogpt_lit.memory.largest import largest
@@ -20,6 +19,7 @@ from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.strategies.trainer_section import full_precision_name
 
 TOKENIZER_SIZES = {"gpt2": 50257, "byte": 257}
 

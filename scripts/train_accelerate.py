@@ -35,7 +35,7 @@ from nanogpt_lit.loops.pieces import config_file
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.resume import batches_done, check_network
 from nanogpt_lit.loops.stops import Stopped, Stops, seconds_of
-from nanogpt_lit.loops.trainer_section import (
+from nanogpt_lit.strategies.trainer_section import (
     asked_processes,
     check_followed,
     full_precision_name,

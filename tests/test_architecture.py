@@ -22,16 +22,19 @@ ALLOWED = {
     "units": set(),
     "doctor": {"data", "checkpoint", "loops"},
     "loops": {"gpt", "optim", "memory", "sampling", "checkpoint", "supervised"},
+    "strategies": {"loops"},
     "allowlist": set(),
     "places": set(),
     "parser": {"allowlist", "places"},
-    "cli": {"module", "gpt", "optim", "memory", "data", "loops", "parser", "checkpoint"},
+    "cli": {"module", "gpt", "optim", "memory", "data", "loops", "parser", "checkpoint", "strategies"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
-    "planning": {"module", "gpt", "optim", "data", "loops", "memory"},
-    "commands": {"cli", "checkpoint", "sampling", "memory", "planning", "loops", "supervisor", "units", "doctor"},
+    "planning": {"module", "gpt", "optim", "data", "loops", "memory", "strategies"},
+    "commands": {
+        "cli", "checkpoint", "sampling", "memory", "planning", "loops", "strategies", "supervisor", "units", "doctor",
+    },
     "__main__": {"commands", "cli", "supervised", "supervisor"},
     "__init__": {"module", "gpt", "data"},
-}
+}  # fmt: skip
 FRAMEWORKS = {
     "lightning": {
         "cli", "parser", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_checkpoint",

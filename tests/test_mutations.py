@@ -26,8 +26,8 @@ from nanogpt_lit.data.prepare import PrepareConfig, prepare, stale_reason
 from nanogpt_lit.data.shards import MANIFEST, TokenShards, read_manifest
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, ByteTokenizer, read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.gpt.model import GPT, GPTConfig
-from nanogpt_lit.loops.accelerate_file import read_accelerate_file
-from nanogpt_lit.loops.from_accelerate import to_trainer
+from nanogpt_lit.strategies.accelerate_file import read_accelerate_file
+from nanogpt_lit.strategies.from_accelerate import to_trainer
 
 
 def examples(count):

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli import ConfigOnlyCLI
-from nanogpt_lit.loops.strategy_check import check_combination, named_strategy
+from nanogpt_lit.strategies.check import check_combination, named_strategy
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale_out.md"
 STEPS, BATCH_SIZE, BLOCK_SIZE = 5, 2, 16

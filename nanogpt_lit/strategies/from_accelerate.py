@@ -1,10 +1,11 @@
-"""From accelerate's default_config.yaml to the trainer section, by the table in strategies.py."""
+"""From accelerate's default_config.yaml to the trainer section, by table.py."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from nanogpt_lit.loops.accelerate_file import Translation, asks_for_nothing
-from nanogpt_lit.loops.strategies import (
+from nanogpt_lit.strategies.accelerate_file import Translation, asks_for_nothing
+from nanogpt_lit.strategies.check import check_combination
+from nanogpt_lit.strategies.table import (
     DDP,
     DEEPSPEED,
     FSDP,
@@ -18,7 +19,6 @@ from nanogpt_lit.loops.strategies import (
     XLA,
     Strategy,
 )
-from nanogpt_lit.loops.strategy_check import check_combination
 
 SHARDINGS = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 KEYWORDS = ("forward_prefetch", "use_orig_params", "sync_module_states")

@@ -1,7 +1,7 @@
 """What a choice is called in Lightning's Trainer and in accelerate's file, key by key.
 
 Names only: neither framework is imported. `from_accelerate.py` and `into_accelerate.py` translate by this table, tests
-hold it against the keys of both installed frameworks, and `strategy_check.py` says before a run what a strategy needs.
+hold it against the keys of both installed frameworks, and `check.py` says before a run what a strategy needs.
 """
 
 from dataclasses import dataclass

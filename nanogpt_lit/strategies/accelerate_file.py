@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from nanogpt_lit.loops.strategies import ROW_OF, STRATEGIES, Row
+from nanogpt_lit.strategies.table import ROW_OF, STRATEGIES, Row
 
 # Sections of the file, and what their keys begin with; accelerate also takes the keys without that.
 SECTIONS = {

@@ -1,10 +1,11 @@
-"""From the trainer section to the file that accelerate config would write, by the table in strategies.py."""
+"""From the trainer section to the file that accelerate config would write, by table.py."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from nanogpt_lit.loops.accelerate_file import Translation
-from nanogpt_lit.loops.strategies import (
+from nanogpt_lit.strategies.accelerate_file import Translation
+from nanogpt_lit.strategies.check import check_combination, named_strategy
+from nanogpt_lit.strategies.table import (
     DDP,
     DEEPSPEED,
     FSDP,
@@ -20,8 +21,7 @@ from nanogpt_lit.loops.strategies import (
     XLA,
     Strategy,
 )
-from nanogpt_lit.loops.strategy_check import check_combination, named_strategy
-from nanogpt_lit.loops.trainer_section import asked_processes, full_precision_name
+from nanogpt_lit.strategies.trainer_section import asked_processes, full_precision_name
 
 # What accelerate config writes whatever the answers are.
 ALWAYS = {
