@@ -80,9 +80,9 @@ def plan(arguments: list[str]) -> int:
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
 
     from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning
-    from nanogpt_lit.memory.budget import choose_budget
-    from nanogpt_lit.memory.picture import write_picture
-    from nanogpt_lit.memory.report import report, report_largest
+    from nanogpt_lit.plan.budget import choose_budget
+    from nanogpt_lit.plan.picture import write_picture
+    from nanogpt_lit.plan.report import report, report_largest
     from nanogpt_lit.planning import largest_that_fits, plan_run
 
     quiet_lightning()

@@ -10,15 +10,15 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.prepare import stale_reason
 from nanogpt_lit.data.tokenizer import parse_tokenizer, tokenizer_from_file
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.memory.budget import Budget
-from nanogpt_lit.memory.ladder import Rung
-from nanogpt_lit.memory.largest import largest
-from nanogpt_lit.memory.plan import Plan, make_plan, measure
-from nanogpt_lit.memory.step import StepShape
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.plan.budget import Budget
+from nanogpt_lit.plan.ladder import Rung
+from nanogpt_lit.plan.largest import largest
+from nanogpt_lit.plan.plan import Plan, make_plan, measure
+from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.strategies.trainer_section import full_precision_name
 
 TOKENIZER_SIZES = {"gpt2": 50257, "byte": 257}

@@ -1,4 +1,4 @@
-"""Counts the memory of tensors, real or fake, independently of nanogpt_lit.memory."""
+"""Counts the memory of tensors, real or fake, independently of nanogpt_lit.plan."""
 
 import weakref
 

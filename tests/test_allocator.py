@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_lit.memory.allocator import (
+from nanogpt_lit.plan.allocator import (
     MIB,
     CachingAllocator,
     Event,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt_lit.memory import cuda_paths as substitution
-from nanogpt_lit.memory.cuda_paths import cuda_paths
+from nanogpt_lit.plan import cuda_paths as substitution
+from nanogpt_lit.plan.cuda_paths import cuda_paths
 
 HEADER = Path(torch.__path__[0]) / "include/ATen/autocast_mode.h"
 
@@ -113,7 +113,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from nanogpt_lit.gpt.model import GPT, GPTConfig
-from nanogpt_lit.memory.cuda_paths import cuda_paths
+from nanogpt_lit.plan.cuda_paths import cuda_paths
 
 class Log(TorchDispatchMode):
     def __init__(self):

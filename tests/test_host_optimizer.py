@@ -8,11 +8,11 @@ from torch.optim import AdamW
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.memory import host_optimizer
 from nanogpt_lit.memory.host_optimizer import HostAdamW
-from nanogpt_lit.memory.step import StepShape, trace_steps
 from nanogpt_lit.memory.techniques import MemoryConfig
-from nanogpt_lit.memory.trace import CUBLAS_WORKSPACE
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
+from nanogpt_lit.plan.step import StepShape, trace_steps
+from nanogpt_lit.plan.trace import CUBLAS_WORKSPACE
 
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused")
 SHAPES = [(71, 71), (77,), (2500,), (3 * 1024,), (1,), (100, 13)]

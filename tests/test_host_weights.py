@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.contract import device_of, scaler_beside
 from nanogpt_lit.memory.host_weights import HostWeights
-from nanogpt_lit.memory.step import StepShape, trace_steps
 from nanogpt_lit.memory.techniques import MemoryConfig
-from nanogpt_lit.memory.trace import CUBLAS_WORKSPACE, HOST
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.plan.step import StepShape, trace_steps
+from nanogpt_lit.plan.trace import CUBLAS_WORKSPACE, HOST
 
 
 def made(gpt, **memory):

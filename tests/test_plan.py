@@ -13,14 +13,14 @@ import yaml
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli import ConfigOnlyCLI
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.memory import plan as plan_module
-from nanogpt_lit.memory.allocator import MIB, replay
-from nanogpt_lit.memory.budget import choose_budget
-from nanogpt_lit.memory.plan import measure
-from nanogpt_lit.memory.report import report
-from nanogpt_lit.memory.steady import long_run
-from nanogpt_lit.memory.step import StepShape, trace_steps
 from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.plan import plan as plan_module
+from nanogpt_lit.plan.allocator import MIB, replay
+from nanogpt_lit.plan.budget import choose_budget
+from nanogpt_lit.plan.plan import measure
+from nanogpt_lit.plan.report import report
+from nanogpt_lit.plan.steady import long_run
+from nanogpt_lit.plan.step import StepShape, trace_steps
 from nanogpt_lit.planning import plan_run, vocab_size
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from nanogpt_lit.cli import ConfigOnlyCLI
-from nanogpt_lit.memory.budget import card_named
-from nanogpt_lit.memory.ladder import Rung
-from nanogpt_lit.memory.plan import measure
 from nanogpt_lit.memory.techniques import MemoryConfig
+from nanogpt_lit.plan.budget import card_named
+from nanogpt_lit.plan.ladder import Rung
+from nanogpt_lit.plan.plan import measure
 from nanogpt_lit.planning import module, network, step_shape
 
 CONFIGS = Path(__file__).parents[1] / "configs"

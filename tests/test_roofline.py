@@ -5,9 +5,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt_lit.gpt.loss import add_product_
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.memory.budget import card_named
-from nanogpt_lit.memory.cuda_paths import cuda_paths
-from nanogpt_lit.memory.roofline import (
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.plan.budget import card_named
+from nanogpt_lit.plan.cuda_paths import cuda_paths
+from nanogpt_lit.plan.roofline import (
     ATTENTION_SHARE,
     BANDWIDTH_SHARE,
     HOST_BANDWIDTH,
@@ -15,9 +16,8 @@ from nanogpt_lit.memory.roofline import (
     MATRIX_SHARE,
     Roofline,
 )
-from nanogpt_lit.memory.step import StepShape, trace_steps
-from nanogpt_lit.memory.trace import MemoryTrace
-from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.plan.step import StepShape, trace_steps
+from nanogpt_lit.plan.trace import MemoryTrace
 
 CARD = card_named("rtx2050")
 

@@ -1,10 +1,10 @@
 import pytest
 
-from nanogpt_lit.memory import step as traced_step
-from nanogpt_lit.memory.allocator import Event, replay
-from nanogpt_lit.memory.steady import long_run, repeated
-from nanogpt_lit.memory.step import StepShape, trace_steps
 from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.plan import step as traced_step
+from nanogpt_lit.plan.allocator import Event, replay
+from nanogpt_lit.plan.steady import long_run, repeated
+from nanogpt_lit.plan.step import StepShape, trace_steps
 
 
 def test_a_stretch_that_frees_all_it_takes_is_repeated_with_new_blocks():

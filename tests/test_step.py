@@ -14,12 +14,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings
-from nanogpt_lit.memory.cuda_paths import cuda_paths
-from nanogpt_lit.memory.step import StepShape, trace_steps
 from nanogpt_lit.memory.techniques import MemoryConfig
-from nanogpt_lit.memory.trace import MemoryTrace
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
+from nanogpt_lit.plan.cuda_paths import cuda_paths
+from nanogpt_lit.plan.step import StepShape, trace_steps
+from nanogpt_lit.plan.trace import MemoryTrace
 
 GPT = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=64)
 B, T = 4, 64

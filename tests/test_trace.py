@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt_lit.memory.allocator import replay
-from nanogpt_lit.memory.cuda_paths import cuda_paths
-from nanogpt_lit.memory.trace import CUBLAS_WORKSPACE, MemoryTrace
+from nanogpt_lit.plan.allocator import replay
+from nanogpt_lit.plan.cuda_paths import cuda_paths
+from nanogpt_lit.plan.trace import CUBLAS_WORKSPACE, MemoryTrace
 
 KIB = 1024
 

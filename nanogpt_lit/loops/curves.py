@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from nanogpt_lit.loops.card_health import CardHealth
-from nanogpt_lit.memory.peak_watch import PeakWatch
-from nanogpt_lit.memory.step import StepShape
+from nanogpt_lit.plan.peak_watch import PeakWatch
+from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.supervised import Position
 
 MIB = 2**20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt_lit.memory.cards import peak_flops
+from nanogpt_lit.plan.cards import peak_flops
 
 
 def device_type(accelerator: str) -> str:
@@ -62,7 +62,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops_of(device: torch.device, precision: str, processes: int) -> float | None:
-    """FLOP/s of all processes' devices at best, taken to be alike; None where memory/cards.py does not know."""
+    """FLOP/s of all processes' devices at best, taken to be alike; None where plan/cards.py does not know."""
     if device.type != "cuda":
         return None
     one = peak_flops(torch.cuda.get_device_name(device), precision, torch.backends.cuda.matmul.allow_tf32)

@@ -1,7 +1,7 @@
 """Host memory as a place for tensors, and copies between it and the card that run beside the card's computation.
 
 On a CUDA card copies are asynchronous: the host's side is page-locked, they run on streams of their own, and events
-order them. Without a card the same calls copy at once. In a memory trace (memory/trace.py) the card is "cpu" and the
+order them. Without a card the same calls copy at once. In a memory trace (plan/trace.py) the card is "cpu" and the
 host "meta", and so the fake tensors that stand for the host's lie there.
 """
 

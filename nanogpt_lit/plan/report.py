@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nanogpt_lit.memory.plan import Plan, PlannedRung
+from nanogpt_lit.plan.plan import Plan, PlannedRung
 
 BAR = 40
 

@@ -2,8 +2,8 @@
 
 from collections import defaultdict, deque
 
-from nanogpt_lit.memory.allocator import Event
-from nanogpt_lit.memory.trace import MemoryTrace
+from nanogpt_lit.plan.allocator import Event
+from nanogpt_lit.plan.trace import MemoryTrace
 
 MORE_MICRO_BATCHES, MORE_STEPS = 2, 3
 """Beyond those traced. The reserved peaks of GPT-2 small at 4 x 1024 and 1 x 1024 and of smaller networks have all

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp import GradScaler
 
-from nanogpt_lit.memory.cuda_paths import cuda_paths
-from nanogpt_lit.memory.roofline import Roofline
-from nanogpt_lit.memory.trace import CARD, MemoryTrace
+from nanogpt_lit.plan.cuda_paths import cuda_paths
+from nanogpt_lit.plan.roofline import Roofline
+from nanogpt_lit.plan.trace import CARD, MemoryTrace
 
 # What a Trainer's precision means for the card: (autocast's dtype, the dtype of weights).
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype]] = {

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanogpt_lit.memory.allocator import Event, rounded
+from nanogpt_lit.plan.allocator import Event, rounded
 
 CARD, HOST = "cpu", "meta"
 

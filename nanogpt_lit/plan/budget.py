@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from nanogpt_lit.memory.cards import CARDS, Card, card_of
+from nanogpt_lit.plan.cards import CARDS, Card, card_of
 
 System = Literal["linux", "windows"]
 

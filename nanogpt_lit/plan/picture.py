@@ -4,9 +4,9 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from nanogpt_lit.memory.allocator import MIB
-from nanogpt_lit.memory.plan import Plan
-from nanogpt_lit.memory.trace import CATEGORIES, Moment
+from nanogpt_lit.plan.allocator import MIB
+from nanogpt_lit.plan.plan import Plan
+from nanogpt_lit.plan.trace import CATEGORIES, Moment
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 960, 440, 64, 56, 44, 130
 COLOURS = {
