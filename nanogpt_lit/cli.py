@@ -18,12 +18,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import check_run_file
 from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.elastic.step import ElasticConfig
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
 from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, with_run_files
 from nanogpt_lit.loops.lightning_guards import FiniteSteps
-from nanogpt_lit.loops.lightning_observer import DropoutSeed
+from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
 from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
@@ -158,6 +159,7 @@ class NanoGPTCLI(LightningCLI):
         # What checks itself at construction is built here first, so that a mistake is named before the data is made.
         GPTConfig(**settings.model.gpt)
         MemoryConfig(**settings.model.memory)
+        ElasticConfig(**settings.model.elastic)
         AdamWConfig(**settings.model.optim)
         ScheduleConfig(**settings.model.schedule)
         if self.subcommand in (None, "fit"):
@@ -250,7 +252,7 @@ class NanoGPTCLI(LightningCLI):
         """The YAML's callbacks and those of every run; one of the YAML's takes the place of ours of the same kind."""
         callbacks: list[Callback] = list(trainer.callbacks or [])
         callbacks.append(TrainingCurves(self.meter, self.validations))
-        callbacks += [DropoutSeed(self.seed), ExactResume()]
+        callbacks += [DropoutSeed(self.seed), ExactResume(), ElasticSteps()]
         if not any(isinstance(callback, TextSamples) for callback in callbacks):
             callbacks.append(TextSamples())
         callbacks.append(FiniteSteps())

@@ -8,6 +8,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim import AdamW
 
+from nanogpt_lit.elastic.step import Elastic, ElasticConfig
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
@@ -26,6 +27,7 @@ class LitNanoGPT(LightningModule):
         optim: The optimizer.
         schedule: The learning rate over the run.
         memory: Ways to need less memory. Checkpoints are the same with and without.
+        elastic: What to do when memory ends while it trains.
         compile: Compile the network and its loss with torch.compile: slower to start, faster per step.
             Needs a C++ compiler, or Triton on a GPU. Checkpoints are the same with and without.
     """
@@ -37,6 +39,7 @@ class LitNanoGPT(LightningModule):
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
         compile: bool = False,
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008
+        elastic: ElasticConfig = ElasticConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
         # load_from_checkpoint() hands back what is saved here: plain dicts, which torch.load accepts with weights_only.
@@ -44,7 +47,9 @@ class LitNanoGPT(LightningModule):
         optim = AdamWConfig(**optim) if isinstance(optim, dict) else optim
         schedule = ScheduleConfig(**schedule) if isinstance(schedule, dict) else schedule
         memory = MemoryConfig(**memory) if isinstance(memory, dict) else memory
+        elastic = ElasticConfig(**elastic) if isinstance(elastic, dict) else elastic
         configs: dict[str, Any] = {"gpt": gpt, "optim": optim, "schedule": schedule, "memory": memory}
+        configs["elastic"] = elastic
         self.save_hyperparameters({name: asdict(config) for name, config in configs.items()} | {"compile": compile})
         self.optim_config = optim
         self.schedule_config = schedule
@@ -57,13 +62,14 @@ class LitNanoGPT(LightningModule):
                 "go; set model.compile=false."
             )
         self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
+        self.elastic = Elastic(self.gpt, memory, elastic, is_compiled=compile)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, a scalar in float32. tokens, targets: (B, T) int64.
 
         Not logits: accelerate copies every output of forward to float32, which for 4 x 1024 logits of GPT-2 is 0.8 GB.
         """
-        return self.loss(tokens, targets)
+        return self.elastic(self.loss, tokens, targets)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self(*batch)

@@ -41,6 +41,7 @@ def from_lightning(checkpoint: dict[str, Any]) -> RunState:
         accumulate_grad_batches=run.get("accumulate_grad_batches", max(1, batches // max(1, step))),
         tokens=counted.get("tokens", 0),
         validations=counted.get("validations", {"latest": None, "best": None}),
+        elastic=run.get("elastic", {}),
         lightning={**rest, "callbacks": callbacks},
     )
 
@@ -64,6 +65,7 @@ def to_lightning(state: RunState) -> dict[str, Any]:
             "random": [dict(random) for random in state.random],
             "processes": state.processes,
             "accumulate_grad_batches": state.accumulate_grad_batches,
+            "elastic": dict(state.elastic),
         },
     }
     if state.data:

@@ -30,6 +30,8 @@ TOKENIZER = "tokenizer"
 COUNTS = {"step": 0, "batches": 0, "tokens": 0, "processes": 1, "accumulate_grad_batches": 1}
 """What a run is continued by, and the least that each can be."""
 STATES = [field.name for field in fields(RunState) if field.name != "weights"]
+LATER = ("elastic",)
+"""Not in files of an earlier version, which mean the default."""
 
 
 def save_run(path: Path, state: RunState) -> None:
@@ -152,7 +154,8 @@ def decoded(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Te
         elsewhere = tuple(f"{name}." for name in STATES)
         weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(elsewhere)}
         weights |= {name: weights[first] for name, first in description[SHARED].items()}
-        states = {name: put_together(description[name], tensors) for name in STATES}
+        present = [name for name in STATES if name in description or name not in LATER]
+        states = {name: put_together(description[name], tensors) for name in present}
         if TOKENIZER in states["data"]:
             files = states["data"][TOKENIZER]
             states["data"][TOKENIZER] = {name: as_text(content) for name, content in files.items()}

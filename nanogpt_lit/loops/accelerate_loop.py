@@ -28,6 +28,7 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
     seed_dropout,
 )
+from nanogpt_lit.loops.elastic_start import start_elastic, stop_elastic
 from nanogpt_lit.loops.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
 
@@ -76,6 +77,7 @@ def train(
         module.to(accelerator.device)  # as prepare would; weights that stay in host memory do not follow
         accelerator.scaler = scaler_beside(parameters, accelerator.scaler, accelerator.device)
     parts = Parts(module, optimizer, schedule, accelerator.scaler)
+    start_elastic(parts, settings.accumulate_grad_batches, accelerator.device, start)
     # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
     # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.
     module, optimizer, train_loader, val_loader = accelerator.prepare(module, optimizer, train_loader, val_loader)
@@ -118,11 +120,13 @@ def train(
                 break
             if accelerator.sync_gradients and should_stop():
                 end(train_loader)
+                stop_elastic(parts.module)
                 observer.on_stop(step)
                 return
         if batches == 0:
             raise ValueError("the training loader is empty; its data needs at least one batch.")
     end(train_loader)
+    stop_elastic(parts.module)
     observer.on_train_end()
 
 

@@ -15,6 +15,7 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, is_drawn, perplexity
+from nanogpt_lit.loops.elastic_start import share_finding
 from nanogpt_lit.loops.machine import peak_flops_of
 from nanogpt_lit.loops.progress import Progress
 from nanogpt_lit.loops.resume import capture, random_states
@@ -142,6 +143,7 @@ class Journal(Observer):
 
     def _save(self, data_state: dict[str, Any], names: list[str]) -> None:
         self._writer.flush()  # or the curves of a run that is killed would end before its checkpoint
+        share_finding(self._parts.module)
         state = capture(
             self._parts,
             step=self.step,
@@ -160,19 +162,27 @@ class Journal(Observer):
 
 
 class RandomStateShare(Observer):
-    """Observes on every process but the first, whose Journal asks all of them for their random states."""
+    """Observes on every process but the first, whose Journal asks all of them for their random states, and for what did
+    not fit."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._saved_step: int | None = None
 
+    def on_train_start(self, parts: Parts) -> None:
+        self._module = parts.module
+
     def on_validation_end(self, step: int, loss: Tensor) -> None:
-        random_states(self.device)
+        self._share()
         self._saved_step = step
 
     def on_stop(self, step: int) -> None:
         if self._saved_step != step:
-            random_states(self.device)
+            self._share()
+
+    def _share(self) -> None:
+        share_finding(self._module)
+        random_states(self.device)
 
 
 def next_folder(root: Path, name: str) -> Path:

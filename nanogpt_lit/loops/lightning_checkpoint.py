@@ -15,6 +15,7 @@ from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, 
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run
 from nanogpt_lit.checkpoint.state import RandomState
 from nanogpt_lit.loops.curves import ValidationRecord
+from nanogpt_lit.loops.elastic_start import elastic_of, finding_of, share_finding
 from nanogpt_lit.loops.resume import (
     batches_done,
     choose_again,
@@ -99,10 +100,12 @@ class ExactResume(Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()  # or the curves of a run that is killed would end before its checkpoint
         # Lightning calls this on every process, though only the first one writes.
+        share_finding(module)
         checkpoint[RUN] = {
             "random": random_states(trainer.strategy.root_device),
             "processes": trainer.world_size,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "elastic": finding_of(module),
         }
         # Lightning's own counters say where inside a batch or a validation it saves; every one of ours is a step's end.
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
@@ -115,6 +118,9 @@ class ExactResume(Callback):
         if batches != state.batches:
             checkpoint["loops"] = loops(state.step, batches)  # Lightning reads its counters after this
         self._random, self._goes_on = state.random, True
+        elastic = elastic_of(module)
+        if elastic is not None:
+            elastic.restore(state.elastic)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         restore_random_state(self._random, trainer.global_rank, trainer.strategy.root_device)

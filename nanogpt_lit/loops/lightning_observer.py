@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanogpt_lit.loops.contract import Observer, Parts, clipping_order, seed_dropout
 from nanogpt_lit.loops.curves import gradient_norm
+from nanogpt_lit.loops.elastic_start import elastic_of, start_elastic, stop_elastic
 
 
 class DropoutSeed(Callback):
@@ -19,6 +21,32 @@ class DropoutSeed(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         seed_dropout(self.seed, trainer.global_rank)
+
+
+class ElasticSteps(Callback):
+    """Does a step that runs out of memory again, in smaller pieces. Not under strategies that shard the network, whose
+    processes wait for each other inside a forward."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        strategy = trainer.strategy
+        # A DDP that looks for unused parameters, or counts on one and the same graph, looks where gradients are not.
+        replica: Any = strategy.model
+        looks = getattr(replica, "find_unused_parameters", False) or getattr(replica, "static_graph", False)
+        if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not looks:
+            schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+            parts = Parts(module, trainer.optimizers[0], schedule, getattr(trainer.precision_plugin, "scaler", None))
+            start_elastic(parts, trainer.accumulate_grad_batches, strategy.root_device)
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        elastic = elastic_of(module)
+        if elastic is not None and batch_idx % trainer.accumulate_grad_batches == 0:
+            elastic.begin_step()
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        stop_elastic(module)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        stop_elastic(module)
 
 
 class Observed(Callback):

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from nanogpt_lit.checkpoint.state import RandomState, RunState
 from nanogpt_lit.loops.contract import Parts
+from nanogpt_lit.loops.elastic_start import finding_of
 
 
 def capture(
@@ -41,6 +42,7 @@ def capture(
         accumulate_grad_batches=accumulate_grad_batches,
         tokens=tokens,
         validations=validations or {"latest": None, "best": None},
+        elastic=finding_of(parts.module),
     )
 
 

@@ -1,0 +1,121 @@
+"""A micro-batch as a step can do it again: its pieces, its backward, and the state of what dropout draws from."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_lit.gpt.loss import IGNORE_INDEX
+
+RandomState = dict[str, Tensor]
+Piece = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass
+class MicroBatch:
+    tokens: Tensor  # (B, T)
+    targets: Tensor  # (B, T)
+    autocast_dtype: torch.dtype | None
+    """What the loop's autocast casts to; None without one."""
+    pending: Tensor | None = None
+    """The part of the loss that is still to be differentiated; it holds the activations."""
+    d_loss: Tensor | None = None
+    """The gradient that the loop's backward gave the loss: its loss scale over its accumulation."""
+
+    @classmethod
+    def here(cls, tokens: Tensor, targets: Tensor) -> "MicroBatch":
+        kind = tokens.device.type
+        return cls(tokens, targets, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+
+    def autocast(self) -> Any:
+        """As in the loop's forward, wherever this is called."""
+        on = self.autocast_dtype is not None
+        return torch.autocast(self.tokens.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False)
+
+
+def pieces(tokens: Tensor, targets: Tensor, sequences: int | None) -> Iterator[Piece]:
+    """(tokens, targets, share) of at most so many sequences each; None: all at once.
+
+    share: of the piece's targets in all, which its mean loss counts for, a scalar; None for all
+    """
+    if sequences is None or sequences >= tokens.size(0):
+        yield tokens, targets, None
+        return
+    counted = (targets != IGNORE_INDEX).sum()
+    for some, theirs in zip(tokens.split(sequences), targets.split(sequences), strict=True):
+        yield some, theirs, (theirs != IGNORE_INDEX).sum() / counted
+
+
+def share_of(loss: Tensor, share: Tensor | None) -> Tensor:
+    """What a piece adds to the mean; nothing when all its targets are ignored, and its own mean is NaN."""
+    return loss if share is None else torch.where(share == 0, 0.0, loss * share)
+
+
+def random_state(device: torch.device) -> RandomState:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)  # a seed and a count, kept by the host: nobody waits
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state["mps"])
+
+
+def differentiate(part: Tensor, batch: MicroBatch, d_part: Tensor | None = None) -> None:
+    """Backward of a part of the micro-batch's loss."""
+    with torch.autocast(batch.tokens.device.type, enabled=False):  # which loops leave before backward
+        part.backward(d_part)
+
+
+def differentiate_pending(batch: MicroBatch) -> None:
+    part, batch.pending = batch.pending, None
+    assert part is not None
+    part.backward(batch.d_loss)
+
+
+def loss_of(batch: MicroBatch, value: Tensor, finish: Callable[[], None]) -> Tensor:
+    """The loss that a loop gets: its backward notes batch.d_loss and calls finish.
+
+    value: a scalar without a graph. What backward needs is not in the graph of the loss, so that a loop which still
+    holds the loss does not hold it too.
+    """
+    anchor = torch.zeros((), requires_grad=True)
+    return _Value.apply(_Backward.apply(anchor, finish), value, batch)
+
+
+# The way of the loop's backward into finish, in two stages of the graph. The first notes the gradient of the loss. The
+# second belongs to the processor: the engine runs it on the thread that called backward, and what it calls there is
+# shared out between that thread and the card's as if the loop had called it.
+
+
+class _Value(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, value: Tensor, batch: MicroBatch) -> Tensor:
+        ctx.batch = batch
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.batch.d_loss = d_loss
+        return torch.zeros(()), None, None
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, finish: Callable[[], None]) -> Tensor:
+        ctx.finish = finish
+        return anchor.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.finish()
+        return None, None

@@ -1,0 +1,68 @@
+"""Steps that do not run out of memory (elastic/step.py), for every loop."""
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.elastic.shortage import cap_card_memory
+from nanogpt_lit.elastic.step import Elastic
+from nanogpt_lit.loops.contract import Parts
+
+
+def start_elastic(
+    parts: Parts, accumulate_grad_batches: int, device: torch.device, start: RunState | None = None
+) -> None:
+    """Makes a module's steps elastic, if it is one that can be. To be called before a framework wraps the optimizer.
+
+    device: where it will compute   start: the checkpoint that the run goes on from, if nobody has told the module
+    """
+    elastic = elastic_of(parts.module)
+    if elastic is None:
+        return
+    cap_card_memory(device, elastic.config.budget_mib)
+    if start is not None:
+        elastic.restore(start.elastic)
+
+    def scaled(loss: Tensor) -> Tensor:
+        loss = loss / accumulate_grad_batches
+        return loss if parts.scaler is None else parts.scaler.scale(loss)
+
+    elastic.attach(parts.optimizer, scaled, say, exchanges=dist.is_available() and dist.is_initialized())
+
+
+def stop_elastic(module: nn.Module) -> None:
+    elastic = elastic_of(module)
+    if elastic is not None:
+        elastic.detach()
+
+
+def elastic_of(module: nn.Module) -> Elastic | None:
+    elastic = getattr(module, "elastic", None)
+    return elastic if isinstance(elastic, Elastic) else None
+
+
+def finding_of(module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint keeps of it."""
+    elastic = elastic_of(module)
+    return {} if elastic is None else elastic.finding
+
+
+def share_finding(module: nn.Module) -> None:
+    """All processes go on with what each of them has found. Each has to call it."""
+    elastic = elastic_of(module)
+    if elastic is None or not (dist.is_available() and dist.is_initialized()):
+        return
+    findings: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(findings, elastic.finding)
+    for finding in findings:
+        elastic.restore(finding)
+
+
+def say(line: str) -> None:
+    """Beside a progress bar, if there is one."""
+    tqdm.write(line, file=sys.stderr)
