@@ -1,16 +1,42 @@
+import contextlib
+import signal
+import sys
+
 import pytest
 import torch
+from small_runs import BOTTLES
 
 from nanogpt_lit.gpt.model import GPTConfig
 
 
+def pytest_configure():
+    """A suite that is started with nohup, or in the background of a script, has signals ignored; its runs listen."""
+    for name in ("SIGHUP", "SIGINT"):
+        with contextlib.suppress(AttributeError):  # Windows has no SIGHUP
+            number = getattr(signal, name)
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """The sum of a matrix product depends on the number of threads: bits are compared at one and the same, also those
-    of a module's fixture, which is set up before any other."""
+    """What one test leaves to the next in the process, put right before any fixture, also a module's, is set up."""
+    # The sum of a matrix product depends on the number of threads: bits are compared at one and the same.
     torch.set_num_threads(2)
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process
+        GradientState._reset_state()
 
 
 @pytest.fixture
 def tiny_gpt():
     return GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(BOTTLES)
+    return path

@@ -1,84 +1,56 @@
 """The accelerate loop as a user starts it: beside fit, from the same options, to the same files."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+from small_runs import SCRIPT, accelerate, different, small_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt_lit.__main__ import exit_code, main
-from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.__main__ import main
 from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes
-from nanogpt_lit.parity.record import leaves, same
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
+Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerate(monkeypatch):
-    # accelerate keeps its state for the whole process, and refuses a second precision in it.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def _nothing_asked_for(monkeypatch):
     for variable in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
 
 
-def train_accelerate(*arguments):
-    spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    try:
-        return exit_code(lambda: script.main(list(arguments)))
-    except SystemExit as exit:
-        return exit.code
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
-    return path
-
-
-def small_run(text, root):
-    return [
-        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=5",
-        "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=6", "--trainer.log_every_n_steps=1",
-        "--trainer.limit_val_batches=0.5", "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples",
-        "--trainer.callbacks.prompt=9 b", "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8",
-        "--model.gpt.dropout=0.1", "--model.schedule.warmup_steps=2", f"--data.source={text}",
-        "--data.tokenizer=byte", "--data.block_size=16", "--data.batch_size=2", "--data.val_fraction=0.1",
-    ]  # fmt: skip
+def five_steps(text, root):
+    return small_run(
+        text, root, "--trainer.max_steps=5", "--trainer.val_check_interval=6", "--trainer.limit_val_batches=0.5",
+        "--trainer.callbacks.prompt=9 b",
+    )  # fmt: skip
 
 
 @pytest.fixture
 def options(text, tmp_path):
-    return small_run(text, tmp_path / "root")
+    return five_steps(text, tmp_path / "root")
 
 
 @pytest.fixture(scope="module")
 def both(text, tmp_path_factory):
     """The folder of one run by fit and one by accelerate, with bf16 for good measure."""
     root = tmp_path_factory.mktemp("both")
-    assert main(["fit", *small_run(text, root), "--trainer.precision=bf16-mixed"]) == 0
-    assert train_accelerate(*small_run(text, root), "--trainer.precision=bf16-mixed") == 0
+    assert main(["fit", *five_steps(text, root), "--trainer.precision=bf16-mixed"]) == 0
+    assert accelerate(*five_steps(text, root), "--trainer.precision=bf16-mixed") == 0
     return root
 
 
-def curves(folder):
+def events_of(folder):
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     return events
 
 
 def assert_same_curves(root):
-    fit, accelerate = curves(root / "version_0"), curves(root / "accelerate_0")
+    fit, accelerate = events_of(root / "version_0"), events_of(root / "accelerate_0")
     assert set(fit.Tags()["scalars"]) == set(accelerate.Tags()["scalars"])
     assert set(fit.Tags()["tensors"]) == set(accelerate.Tags()["tensors"])
     samples = [
@@ -102,26 +74,22 @@ def test_fit_and_accelerate_save_the_same_weights_and_states(both, name):
 
 
 def assert_same_weights(root, name):
-    fit, accelerate = (load_run(root / run / "checkpoints" / name) for run in ("version_0", "accelerate_0"))
-    assert fit.lightning is not None
-    # The same in all that is portable, to the last bit.
-    states = [dict(leaves("", vars(replace(state, lightning=None)))) for state in (fit, accelerate)]
-    assert states[0].keys() == states[1].keys()
-    assert not [path for path, value in states[0].items() if not same(value, states[1][path])]
+    fit, accelerate = (root / run / "checkpoints" / name for run in ("version_0", "accelerate_0"))
+    assert not different(fit, accelerate)
 
 
 def test_generate_and_validate_read_what_accelerate_saved(both, text, capsys):
     last = both / "accelerate_0" / "checkpoints" / "last.safetensors"
     assert main(["generate", f"--ckpt={last}", "--prompt=9", "--max-new-tokens=5"]) == 0
     assert capsys.readouterr().out.startswith("9")
-    expected = curves(both / "accelerate_0").Scalars("val/loss")[-1].value
+    expected = events_of(both / "accelerate_0").Scalars("val/loss")[-1].value
     bf16 = "--trainer.precision=bf16-mixed"
-    assert main(["validate", *small_run(text, both), bf16, f"--ckpt_path={last}"]) == 0
+    assert main(["validate", *five_steps(text, both), bf16, f"--ckpt_path={last}"]) == 0
     assert f"validation loss {expected:.4f}" in capsys.readouterr().out
 
 
 def test_it_closes_with_the_same_table_and_leaves_the_same_files(options, tmp_path, capsys):
-    assert train_accelerate(*options) == 0
+    assert accelerate(*options) == 0
     out, root = capsys.readouterr().out, tmp_path / "root"
     for expected in (
         r"steps +5\b",
@@ -137,7 +105,7 @@ def test_it_closes_with_the_same_table_and_leaves_the_same_files(options, tmp_pa
 
 
 def test_without_a_gpu_16_mixed_says_what_it_falls_back_to(options, capsys):
-    assert train_accelerate(*options, "--trainer.precision=16-mixed", "--trainer.max_steps=1") == 0
+    assert accelerate(*options, "--trainer.precision=16-mixed", "--trainer.max_steps=1") == 0
     out = capsys.readouterr().out
     assert "16-mixed needs a GPU and there is none, training in 32-true" in out
     assert "32-true on 1 x" in out
@@ -145,7 +113,7 @@ def test_without_a_gpu_16_mixed_says_what_it_falls_back_to(options, capsys):
 
 def test_accelerates_unset_precision_yields_to_the_yaml_and_says_so(options, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch sets when nobody was asked
-    assert train_accelerate(*options, "--trainer.precision=bf16-mixed", "--trainer.max_steps=1") == 0
+    assert accelerate(*options, "--trainer.precision=bf16-mixed", "--trainer.max_steps=1") == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "no mixed precision" in line]
     assert "bf16-mixed it is" in line
 
@@ -200,7 +168,7 @@ def test_another_number_of_processes_than_was_asked_for_is_refused():
     ],
 )
 def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option, sentence, capsys, tmp_path):
-    assert train_accelerate(*options, option) == 2
+    assert accelerate(*options, option) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert sentence in line
     assert not list((tmp_path / "root").glob("accelerate_*"))
@@ -218,7 +186,7 @@ def test_two_processes_give_the_bits_of_lightnings_two(options, tmp_path):
         assert answer.returncode == 0, answer.stderr
     assert_same_curves(tmp_path / "root")
     assert_same_weights(tmp_path / "root", "last.safetensors")
-    tokens = curves(tmp_path / "root" / "accelerate_0").Scalars("train/tokens")
+    tokens = events_of(tmp_path / "root" / "accelerate_0").Scalars("train/tokens")
     assert [e.value for e in tokens] == [128.0 * step for step in range(1, 6)]  # of both processes
 
 

@@ -1,6 +1,5 @@
 """Going on from a checkpoint as a user does it: fit and the accelerate loop, each from what either of them wrote."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -9,78 +8,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from small_runs import SCRIPT, accelerate, curves, different, fit, small_run
 
-from nanogpt_lit.__main__ import exit_code, main
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
-from nanogpt_lit.parity.record import leaves, same
+from nanogpt_lit.parity.record import same
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    # accelerate keeps its state for the whole process.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 
 
-def fit(*arguments):
-    return main(["fit", *arguments])
-
-
-def accelerate(*arguments):
-    spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return exit_code(lambda: script.main(list(arguments)))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
-    return path
-
-
-def small_run(text, root, *more):
-    """6 steps with a validation, and so a checkpoint, after 3."""
-    return [
-        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=6",
-        "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=6", "--trainer.log_every_n_steps=1",
-        "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=2",
-        "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8", "--model.gpt.dropout=0.1",
-        "--model.schedule.warmup_steps=2", f"--data.source={text}", "--data.tokenizer=byte", "--data.block_size=16",
-        "--data.batch_size=2", "--data.val_fraction=0.1", *more,
-    ]  # fmt: skip
+def halves(text, root, *more):
+    """6 steps with a whole validation, and so a checkpoint, after 3."""
+    return small_run(
+        text, root, "--trainer.max_steps=6", "--trainer.val_check_interval=6", "--trainer.limit_val_batches=1.0", *more
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory):
     root = tmp_path_factory.mktemp("undisturbed")
-    assert fit(*small_run(text, root, "--data.num_workers=2")) == 0
+    assert fit(*halves(text, root, "--data.num_workers=2")) == 0
     return root / "version_0"
-
-
-def curves(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = set(events.Tags()["scalars"]) - {"throughput/tokens_per_s"}
-    return {(tag, e.step): e.value for tag in tags for e in events.Scalars(tag)}
-
-
-def different(first, second):
-    a, b = (dict(leaves("", vars(replace(load_run(path), lightning=None)))) for path in (first, second))
-    assert a.keys() == b.keys()
-    return [path for path, value in a.items() if not same(value, b[path])]
 
 
 @pytest.mark.parametrize(("loop", "name"), [(fit, "version_0"), (accelerate, "accelerate_0")])
 def test_a_run_gone_on_from_its_middle_ends_as_if_it_had_never_stopped(undisturbed, text, tmp_path, loop, name):
     middle = undisturbed / "checkpoints" / "previous.safetensors"
     assert load_run(middle).step == 3
-    assert loop(*small_run(text, tmp_path), f"--ckpt_path={middle}") == 0
+    assert loop(*halves(text, tmp_path), f"--ckpt_path={middle}") == 0
     assert not different(tmp_path / name / "checkpoints/last.safetensors", undisturbed / "checkpoints/last.safetensors")
     expected = {point: value for point, value in curves(undisturbed).items() if point[1] > 3}
     assert curves(tmp_path / name) == expected
@@ -92,7 +46,7 @@ def test_the_best_is_of_the_whole_run(undisturbed, text, tmp_path):
         "latest": (3, 0.5), "best": (3, 0.5),
     }))  # fmt: skip
     for loop, name in ((fit, "version_0"), (accelerate, "accelerate_0")):
-        assert loop(*small_run(text, tmp_path), f"--ckpt_path={middle}") == 0
+        assert loop(*halves(text, tmp_path), f"--ckpt_path={middle}") == 0
         assert [path.stem for path in (tmp_path / name / "checkpoints").iterdir()] == ["last"]
         assert load_run(tmp_path / name / "checkpoints/last.safetensors").validations["best"] == (3, 0.5)
 
@@ -109,7 +63,7 @@ def test_the_best_is_of_the_whole_run(undisturbed, text, tmp_path):
 )
 def test_what_cannot_go_on_is_refused_in_one_sentence(undisturbed, text, tmp_path, capsys, loop, options, sentence):
     last = undisturbed / "checkpoints" / "last.safetensors"
-    assert loop(*small_run(text, tmp_path), f"--ckpt_path={last}", *options.split()) == 2
+    assert loop(*halves(text, tmp_path), f"--ckpt_path={last}", *options.split()) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(sentence, line)
     if loop is accelerate or "nowhere" in options:
@@ -122,10 +76,10 @@ def test_a_model_checkpoint_of_the_yaml_writes_the_same_format_into_a_swept_fold
     (folder / "mine.safetensors.partial").write_bytes(b"cut short")
     mine = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={folder}"]
     mine += ["--trainer.callbacks.every_n_train_steps=4", "--trainer.callbacks.filename=mine"]
-    assert fit(*small_run(text, tmp_path, *mine)) == 0
+    assert fit(*halves(text, tmp_path, *mine)) == 0
     assert [path.name for path in folder.iterdir()] == ["mine.safetensors"]
     assert load_run(folder / "mine.safetensors").step == 4
-    assert accelerate(*small_run(text, tmp_path), f"--ckpt_path={folder / 'mine.safetensors'}") == 0
+    assert accelerate(*halves(text, tmp_path), f"--ckpt_path={folder / 'mine.safetensors'}") == 0
     last = "checkpoints/last.safetensors"
     assert not different(tmp_path / "accelerate_0" / last, undisturbed / last)
 
@@ -133,7 +87,7 @@ def test_a_model_checkpoint_of_the_yaml_writes_the_same_format_into_a_swept_fold
 @pytest.mark.parametrize("when", ["save_on_exception=true", "train_time_interval=00:00:01"])
 def test_a_model_checkpoint_that_may_save_half_a_step_is_refused(text, tmp_path, capsys, when):
     mine = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.{when}"]
-    assert fit(*small_run(text, tmp_path, *mine)) == 2
+    assert fit(*halves(text, tmp_path, *mine)) == 2
     assert when.partition("=")[0] in capsys.readouterr().err
 
 
@@ -146,7 +100,7 @@ def torchrun(*command):
 
 @pytest.mark.slow
 def test_two_processes_go_on_as_two_and_as_one_only_without_dropout(text, tmp_path, capsys):
-    options = small_run(text, tmp_path)
+    options = halves(text, tmp_path)
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     assert torchrun("-m", "nanogpt_lit", "fit", *options, *two)[0] == 0
     whole = tmp_path / "version_0" / "checkpoints"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import BOTTLES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import COMMANDS, main
@@ -31,7 +32,7 @@ def here(tmp_path, monkeypatch):
 
 def write_text(folder):
     path = folder / "text.txt"
-    path.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
+    path.write_text(BOTTLES)
     return path
 
 

@@ -2,19 +2,16 @@
 
 import copy
 import errno
-import importlib.util
 import math
 import shutil
 from collections import namedtuple
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from small_runs import LOOPS, different, fit, small_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt_lit.__main__ import exit_code, main
 from nanogpt_lit.checkpoint import disk, durable
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.loops import guards
@@ -25,49 +22,12 @@ from nanogpt_lit.memory.host_optimizer import HostAdamW
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
+Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 LAST = "checkpoints/last.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    # accelerate keeps its state for the whole process.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def fit(*arguments):
-    return main(["fit", *arguments])
-
-
-def accelerate(*arguments):
-    spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return exit_code(lambda: script.main(list(arguments)))
-
-
-LOOPS = {fit: "version_0", accelerate: "accelerate_0"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
-    return path
-
-
-def small_run(text, root, *more):
-    """6 steps of 2 micro-batches, with a validation of one batch, and so a checkpoint, after 2 and 4."""
-    return [
-        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=6",
-        "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1",
-        "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false",
-        "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1",
-        "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8", "--model.gpt.dropout=0.1",
-        "--model.schedule.warmup_steps=2", f"--data.source={text}", "--data.tokenizer=byte", "--data.block_size=16",
-        "--data.batch_size=2", "--data.val_fraction=0.1", f"--data.shards_dir={text.parent / 'shards'}", *more,
-    ]  # fmt: skip
+def six_steps(text, root):
+    return small_run(text, root, "--trainer.max_steps=6")
 
 
 @pytest.fixture
@@ -87,16 +47,10 @@ def poisoned(monkeypatch):
     return arrange
 
 
-def different(first, second):
-    a, b = (dict(leaves("", vars(replace(load_run(path), lightning=None)))) for path in (first, second))
-    assert a.keys() == b.keys()
-    return [path for path, value in a.items() if not same(value, b[path])]
-
-
 def test_a_poisoned_step_is_left_out_and_counted_by_fit_and_accelerate_alike(text, tmp_path, poisoned):
     for loop, name in LOOPS.items():
         poisoned({3, 8})  # the first micro-batch of step 2, the second of step 4
-        assert loop(*small_run(text, tmp_path)) == 0
+        assert loop(*six_steps(text, tmp_path)) == 0
         events = EventAccumulator(str(tmp_path / name)).Reload()
         assert [e.value for e in events.Scalars("train/skipped_steps")] == [0, 1, 1, 2, 2, 2]
         state = load_run(tmp_path / name / LAST)
@@ -111,7 +65,7 @@ def test_a_run_that_stays_poisoned_is_given_up_with_its_last_good_checkpoint(
 ):
     monkeypatch.setattr(guards, "IN_A_ROW", 3)
     poisoned(range(5, 99))  # from step 3 on
-    assert loop(*small_run(text, tmp_path)) == 2
+    assert loop(*six_steps(text, tmp_path)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the gradients of 3 steps in a row, up to step 5, are not finite; a lower")
     assert error.endswith(f"The last good checkpoint is {tmp_path / LOOPS[loop] / LAST}.")
@@ -205,7 +159,7 @@ def test_a_full_disk_does_not_end_the_run_which_saves_again_when_there_is_room(
         )
     else:
         monkeypatch.setattr(durable.os, "fsync", failing_fsync)
-    assert loop(*small_run(text, tmp_path)) == 0
+    assert loop(*six_steps(text, tmp_path)) == 0
     err = capsys.readouterr().err
     assert err.count("warning: ") == 1  # though best and last were tried
     assert "could not be saved at step 4: " in err

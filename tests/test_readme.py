@@ -30,6 +30,10 @@ TINY_RUN = f"{TINY_NETWORK} --data.batch_size=2 --trainer.max_steps=2 --trainer.
 SMALLER = {
     "nanogpt_lit fit --config configs/quickstart.yaml": f"{TINY_RUN} --trainer.default_root_dir=ROOT/runs/quickstart",
     "nanogpt_lit fit": f"{TINY_RUN} --trainer.default_root_dir=ROOT/runs/own --data.tokenizer=byte",
+    "nanogpt_lit plan": "--model.gpt.n_layer=2 --data.block_size=64 --model.gpt.vocab_size=512 --data.tokenizer=byte",
+    "nanogpt_lit doctor": "",
+    "nanogpt_lit keep-alive-unit": "",
+    "nanogpt_lit accelerate-config": "",
     "nanogpt_lit generate": "--max-new-tokens=4",
     "scripts/parity.py": "--steps=2 --precision 32-true --optimizer fused --out=ROOT/parity",
     "scripts/bench_step.py": "--steps=2 --sizes 1M",

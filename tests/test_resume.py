@@ -1,66 +1,20 @@
 """--resume auto, as a user starts it after a crash: the same run, its folder and its curves, to the same bits."""
 
-import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from small_runs import LOOPS, accelerate, curves, different, fit, small_run
 
-from nanogpt_lit.__main__ import exit_code, main
 from nanogpt_lit.checkpoint.newest import newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.loops.pieces import changed_settings, config_file
 from nanogpt_lit.loops.resume import choose_again, chosen_settings
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine
-from nanogpt_lit.parity.record import leaves, same
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
+Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 LAST = "checkpoints/last.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    # accelerate keeps its state for the whole process.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def fit(*arguments):
-    return main(["fit", *arguments])
-
-
-def accelerate(*arguments):
-    spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return exit_code(lambda: script.main(list(arguments)))
-
-
-LOOPS = {fit: "version_0", accelerate: "accelerate_0"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
-    return path
-
-
-def small_run(text, root, *more):
-    """8 steps of 2 micro-batches, with a validation, and so a checkpoint, after 2, 4 and 6."""
-    return [
-        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=8",
-        "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1",
-        "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false",
-        "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1",
-        "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8", "--model.gpt.dropout=0.1",
-        "--model.schedule.warmup_steps=2", f"--data.source={text}", "--data.tokenizer=byte", "--data.block_size=16",
-        "--data.batch_size=2", "--data.val_fraction=0.1", f"--data.shards_dir={text.parent / 'shards'}", *more,
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +41,6 @@ def crash(loop, text, root, monkeypatch, forward_call):
         patch.setattr(LitNanoGPT, "forward", failing)
         with pytest.raises(PowerLoss):
             loop(*small_run(text, root))
-
-
-def curves(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = set(events.Tags()["scalars"]) - {"throughput/tokens_per_s"}
-    return sorted((tag, e.step, e.value) for tag in tags for e in events.Scalars(tag))
-
-
-def different(first, second):
-    a, b = (dict(leaves("", vars(replace(load_run(path), lightning=None)))) for path in (first, second))
-    assert a.keys() == b.keys()
-    return [path for path, value in a.items() if not same(value, b[path])]
 
 
 @pytest.mark.parametrize(("before", "after"), [(fit, fit), (accelerate, accelerate), (fit, accelerate)])
@@ -172,7 +113,7 @@ def test_the_command_line_wins_over_the_checkpoint_and_what_it_changes_is_said(
         "resume: model.schedule.min_lr_ratio: 0.1 before, 1.0 from here on",
     ]
     folder = tmp_path / LOOPS[loop]
-    assert [(step, value) for tag, step, value in curves(folder) if tag == "train/lr" and step > 6] == [
+    assert [(step, value) for (tag, step), value in curves(folder).items() if tag == "train/lr" and step > 6] == [
         (7, 0.5), (8, 0.5)
     ]  # fmt: skip
     assert [group["weight_decay"] for group in load_run(folder / LAST).optimizer["param_groups"]] == [0.3, 0.0]

@@ -1,85 +1,40 @@
 """Runs that are told to stop, by real signals at any moment: saved between two steps, gone on from to the same bits."""
 
-import importlib.util
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from small_runs import LOOPS, SCRIPT, accelerate, different, fit, small_run
 
-from nanogpt_lit.__main__ import exit_code, main
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.loops import stops
 from nanogpt_lit.loops.stops import Reason, Stops, seconds_of
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.processes import run_together
-from nanogpt_lit.parity.record import leaves, same
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
+Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 STEPS = 8
 posix = pytest.mark.skipif(os.name != "posix", reason="a process cannot send itself these signals on Windows")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    # accelerate keeps its state for the whole process.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def fit(*arguments):
-    return main(["fit", *arguments])
-
-
-def accelerate(*arguments):
-    spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return exit_code(lambda: script.main(list(arguments)))
-
-
-LOOPS = {fit: "version_0", accelerate: "accelerate_0"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
-    return path
-
-
-def small_run(text, root, *more):
-    """8 steps of 3 micro-batches, with a validation after 4."""
-    return [
-        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", f"--trainer.max_steps={STEPS}",
-        "--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=12", "--trainer.log_every_n_steps=1",
-        "--trainer.limit_val_batches=4", "--trainer.enable_progress_bar=false",
-        "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1",
-        "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8", "--model.gpt.dropout=0.1",
-        "--model.schedule.warmup_steps=2", f"--data.source={text}", "--data.tokenizer=byte", "--data.block_size=16",
-        "--data.batch_size=2", "--data.val_fraction=0.1", f"--data.shards_dir={text.parent / 'shards'}", *more,
-    ]  # fmt: skip
+def thirds(text, root, *more):
+    """8 steps of 3 micro-batches, with a validation of 4 batches after 4."""
+    split = ("--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=12", "--trainer.limit_val_batches=4")
+    return small_run(text, root, f"--trainer.max_steps={STEPS}", *split, *more)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory):
     root = tmp_path_factory.mktemp("undisturbed")
-    assert fit(*small_run(text, root)) == 0
+    assert fit(*thirds(text, root)) == 0
     return root / "version_0" / "checkpoints" / "last.safetensors"
-
-
-def different(first, second):
-    a, b = (dict(leaves("", vars(replace(load_run(path), lightning=None)))) for path in (first, second))
-    assert a.keys() == b.keys()
-    return [path for path, value in a.items() if not same(value, b[path])]
 
 
 @pytest.fixture
@@ -120,14 +75,14 @@ def test_a_signal_at_any_moment_ends_a_step_saves_and_the_run_gone_on_from_has_t
     moment = random.randint(1, 24)  # of 32, the rest being the last step and the validation after it
     before = signal.getsignal(number)
     at_forward(moment, signal_here(number))
-    assert loop(*small_run(text, tmp_path)) == code, moment
+    assert loop(*thirds(text, tmp_path)) == code, moment
     assert signal.getsignal(number) == before
     last = tmp_path / LOOPS[loop] / "checkpoints" / "last.safetensors"
     assert load_run(last).step == step_of(moment), moment
     out = capsys.readouterr().out
     assert f"after step {step_of(moment)}; saved {last}" in out
     monkeypatch.undo()
-    assert loop(*small_run(text, tmp_path / "on"), f"--ckpt_path={last}") == 0
+    assert loop(*thirds(text, tmp_path / "on"), f"--ckpt_path={last}") == 0
     assert not different(tmp_path / "on" / LOOPS[loop] / "checkpoints/last.safetensors", undisturbed), moment
 
 
@@ -135,7 +90,7 @@ def test_a_signal_at_any_moment_ends_a_step_saves_and_the_run_gone_on_from_has_t
 def test_a_stop_file_ends_the_run_in_peace_and_is_taken_away(loop, moment, text, tmp_path, at_forward, capsys):
     folder = tmp_path / LOOPS[loop]
     at_forward(moment, (folder / "stop").touch)
-    assert loop(*small_run(text, tmp_path)) == 0
+    assert loop(*thirds(text, tmp_path)) == 0
     state = load_run(folder / "checkpoints/last.safetensors")
     assert state.step == step_of(moment)
     assert (state.validations["latest"] is not None) == (state.step == 4)
@@ -150,7 +105,7 @@ def test_max_time_ends_a_whole_step(loop, text, tmp_path, at_forward, monkeypatc
     clock = {"s": 0.0}
     monkeypatch.setattr(stops.Stops.__init__, "__defaults__", (None, lambda: clock["s"]))
     at_forward(8, lambda: clock.update(s=60.0))
-    assert loop(*small_run(text, tmp_path), "--trainer.max_time=00:00:01:00") == 0
+    assert loop(*thirds(text, tmp_path), "--trainer.max_time=00:00:01:00") == 0
     assert load_run(tmp_path / LOOPS[loop] / "checkpoints/last.safetensors").step == 3
 
 
@@ -167,7 +122,7 @@ def test_max_time_is_read_as_lightning_reads_it():
 @pytest.mark.parametrize("loop", LOOPS)
 def test_without_checkpoints_a_stop_says_that_nothing_was_saved(loop, text, tmp_path, at_forward, capsys):
     at_forward(5, signal_here(signal.SIGTERM))
-    assert loop(*small_run(text, tmp_path), "--trainer.enable_checkpointing=false") == 143
+    assert loop(*thirds(text, tmp_path), "--trainer.enable_checkpointing=false") == 143
     assert "after step 2; nothing was saved: checkpoints are off" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -175,7 +130,7 @@ def test_without_checkpoints_a_stop_says_that_nothing_was_saved(loop, text, tmp_
 @posix
 def test_a_signal_in_the_last_step_lets_the_run_end(undisturbed, text, tmp_path, at_forward):
     at_forward(27, signal_here(signal.SIGTERM))
-    assert fit(*small_run(text, tmp_path)) == 0
+    assert fit(*thirds(text, tmp_path)) == 0
     assert not different(tmp_path / "version_0" / "checkpoints/last.safetensors", undisturbed)
 
 
@@ -220,7 +175,7 @@ def test_the_strongest_reason_is_the_one_that_counts(tmp_path):
 def test_a_signal_to_a_whole_process_group_reaches_the_workers_too_and_the_step_still_ends(
     loop, number, code, text, tmp_path
 ):
-    options = small_run(text, tmp_path, "--data.num_workers=2")
+    options = thirds(text, tmp_path, "--data.num_workers=2")
     program = [str(SCRIPT)] if loop is accelerate else ["-m", "nanogpt_lit", "fit"]
     run = subprocess.Popen(
         [sys.executable, *program, *options, "--trainer.max_steps=100000", "--trainer.val_check_interval=300000"],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import BOTTLES
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.run_file import load_run
@@ -239,7 +240,7 @@ def test_the_supervisor_holds_no_torch_in_memory():
 
 def small_fit(folder, root):
     text = folder / "text.txt"
-    text.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120)))
+    text.write_text(BOTTLES)
     return [
         f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=42",
         "--trainer.val_check_interval=6", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false",

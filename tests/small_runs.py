@@ -1,0 +1,62 @@
+"""A run of a second, by fit and by accelerate, for the tests of what a run does and leaves behind."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nanogpt_lit.__main__ import exit_code, main
+from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.parity.record import leaves, same
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
+BOTTLES = "".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120))
+
+
+def fit(*arguments):
+    return main(["fit", *arguments])
+
+
+def accelerate(*arguments):
+    spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    try:
+        return exit_code(lambda: script.main(list(arguments)))
+    except SystemExit as exit:  # argparse's
+        return exit.code
+
+
+LOOPS = {fit: "version_0", accelerate: "accelerate_0"}
+"""The loops, and the folder of the first run of each."""
+
+
+def small_run(text, root, *more):
+    """8 steps of 2 micro-batches with dropout, a validation of one batch, and so a checkpoint, after each second."""
+    return [
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=8",
+        "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1",
+        "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1",
+        "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8", "--model.gpt.dropout=0.1",
+        "--model.schedule.warmup_steps=2", f"--data.source={text}", "--data.tokenizer=byte", "--data.block_size=16",
+        "--data.batch_size=2", "--data.val_fraction=0.1", f"--data.shards_dir={text.parent / 'shards'}", *more,
+    ]  # fmt: skip
+
+
+def curves(folder):
+    """(tag, step) to value, of all that two runs of the same steps have in common: all but their speed."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = set(events.Tags()["scalars"]) - {"throughput/tokens_per_s"}
+    points = [((tag, event.step), event.value) for tag in tags for event in events.Scalars(tag)]
+    assert len(points) == len(dict(points)), "a step is there twice"
+    return dict(points)
+
+
+def different(first, second):
+    """The names of what two checkpoints differ in, of all that every loop goes on from."""
+    a, b = (dict(leaves("", vars(replace(load_run(path), lightning=None)))) for path in (first, second))
+    assert a.keys() == b.keys()
+    return [path for path, value in a.items() if not same(value, b[path])]
