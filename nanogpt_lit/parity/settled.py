@@ -5,9 +5,9 @@ of that framework would have got.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -30,55 +30,12 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import WarmupCosine
 from nanogpt_lit.parity import runs
 from nanogpt_lit.parity.compare import earliest
+from nanogpt_lit.parity.drift import Drift, Settled
 from nanogpt_lit.parity.processes import run_together
-from nanogpt_lit.parity.record import Difference, compare, distance_of_weights
-from nanogpt_lit.parity.runs import LOOPS, Case, loaders_of, quiet, trainer_options
+from nanogpt_lit.parity.runs import Case, loaders_of, quiet, trainer_options
 
 OVERFLOWS = {"init_scale": 2.0**26, "backoff_factor": 2.0**-4, "growth_interval": 2}
 """A GradScaler that skips its first steps, then finds a scale that works and soon grows it."""
-
-
-@dataclass(frozen=True)
-class Drift:
-    first: Difference | None
-    weights: float | None
-    """How far apart the weights are at the end, at most."""
-    refused: str | None = None
-    """The framework's error, where it runs nothing."""
-
-    def __bool__(self) -> bool:
-        return self.first is not None or self.refused is not None
-
-    def __str__(self) -> str:
-        if self.refused is not None:
-            return f"refused: {self.refused}"
-        if self.first is None:
-            return "no drift"
-        return str(self.first) + (f"; weights at the end by {self.weights:.1e}" if self.weights else "")
-
-
-@dataclass(frozen=True)
-class Settled:
-    name: str
-    breaks: str
-    """What happens without it."""
-    loop: str
-    """Where it is turned off."""
-    case: Callable[[Case], Case]
-    """A case in which it matters."""
-    off: Callable[[], Any]
-    """A context without it."""
-
-    def drift(self, base: Case, data: TokenDataModule) -> Drift:
-        """What happens without it. A case of several processes is for `drifts_together`."""
-        case = self.case(base)
-        expected = LOOPS["reference"](case, data).entries
-        try:
-            with self.off():
-                found = LOOPS[self.loop](case, data).entries
-        except RuntimeError as error:
-            return Drift(None, None, str(error).split(".")[0])
-        return Drift(compare(expected, found), distance_of_weights(expected, found))
 
 
 def drifts_together(processes: int, base: Case, data: TokenDataModule) -> dict[str, Drift]:
