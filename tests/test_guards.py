@@ -12,7 +12,8 @@ import torch
 from small_runs import LOOPS, different, fit, small_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt_lit.checkpoint import disk, durable
+from nanogpt_lit import durable
+from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.loops import guards
 from nanogpt_lit.loops.contract import LoopSettings

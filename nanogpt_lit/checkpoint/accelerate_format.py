@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt_lit.checkpoint.durable import PARTIAL
 from nanogpt_lit.checkpoint.run_file import stored_once
 from nanogpt_lit.checkpoint.state import RandomState, RunState
 from nanogpt_lit.checkpoint.tree import put_together, take_apart
+from nanogpt_lit.durable import durable_folder
 
 WEIGHTS, OPTIMIZER, SCALER = "model.safetensors", "optimizer.bin", "scaler.pt"
 RANDOM = "random_states_{}.pkl"
@@ -36,18 +36,16 @@ NUMPY_TYPES = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes
 
 def write_folder(folder: Path, state: RunState) -> None:
     """For `Accelerator.load_state`, after `prepare(module, optimizer)` and `register_for_checkpointing(schedule)`."""
-    partial = folder.with_name(folder.name + PARTIAL)
-    partial.mkdir(parents=True)
-    save_file(stored_once(state.weights)[0], partial / WEIGHTS, metadata={"format": "pt"})
-    torch.save(state.optimizer, partial / OPTIMIZER)
-    torch.save(state.schedule, partial / SCHEDULE)
-    if state.scaler is not None:
-        torch.save(state.scaler, partial / SCALER)
-    for rank, random_state in enumerate(state.random):
-        torch.save(with_accelerates_names(random_state, state.batches), partial / RANDOM.format(rank))
-    beside = {name: take_apart(getattr(state, name), name, {}) for name in KEPT_BESIDE}
-    (partial / BESIDE).write_text(json.dumps(beside, indent=1), encoding="utf-8")
-    partial.replace(folder)
+    with durable_folder(folder) as partial:
+        save_file(stored_once(state.weights)[0], partial / WEIGHTS, metadata={"format": "pt"})
+        torch.save(state.optimizer, partial / OPTIMIZER)
+        torch.save(state.schedule, partial / SCHEDULE)
+        if state.scaler is not None:
+            torch.save(state.scaler, partial / SCALER)
+        for rank, random_state in enumerate(state.random):
+            torch.save(with_accelerates_names(random_state, state.batches), partial / RANDOM.format(rank))
+        beside = {name: take_apart(getattr(state, name), name, {}) for name in KEPT_BESIDE}
+        (partial / BESIDE).write_text(json.dumps(beside, indent=1), encoding="utf-8")
 
 
 def with_accelerates_names(state: RandomState, batches: int) -> dict[str, Any]:

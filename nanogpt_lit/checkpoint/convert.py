@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from nanogpt_lit.checkpoint.accelerate_format import read_folder, write_folder
-from nanogpt_lit.checkpoint.durable import durable_file
 from nanogpt_lit.checkpoint.lightning_format import from_lightning, to_lightning
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.durable import durable_file
 
 
 def convert(source: Path, target: Path) -> RunState:

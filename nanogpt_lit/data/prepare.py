@@ -18,15 +18,7 @@ from tqdm import tqdm
 
 from nanogpt_lit.data.bpe import train_ranks
 from nanogpt_lit.data.encoder import encode_documents
-from nanogpt_lit.data.publish import (
-    check_replaceable,
-    discard,
-    has_leftovers,
-    partial_folder,
-    publish,
-    recover,
-    write_durably,
-)
+from nanogpt_lit.data.publish import check_replaceable, discard, has_leftovers, publish, recover
 from nanogpt_lit.data.shard_series import ShardSeries
 from nanogpt_lit.data.shards import MANIFEST, MANIFEST_FORMAT, TokenShards, read_manifest
 from nanogpt_lit.data.sources import FilesSource, Source, open_source
@@ -44,6 +36,7 @@ from nanogpt_lit.data.tokenizer import (
     read_tokenizer_files,
     tokenizer_from_file,
 )
+from nanogpt_lit.durable import partial_of, write_durably
 
 SAMPLE_CHARS = 1 << 20  # text that is encoded to see how large the shards will be
 ROOM_MARGIN = 1.2  # the rest of the text may be denser, and every document has its end-of-text
@@ -165,7 +158,7 @@ def _prepare(
 ) -> None:
     tokenizer = make_tokenizer(config, source, split, show_progress)
     check_room(folder, source, tokenizer)
-    partial = partial_folder(folder)
+    partial = partial_of(folder)
     partial.mkdir()
     try:
         splits = _write_shards(source, split, tokenizer, partial, show_progress)

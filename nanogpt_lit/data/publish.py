@@ -3,20 +3,16 @@
 FOLDER.partial is being written; FOLDER.old is the previous one between the two renames.
 """
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 from nanogpt_lit.data.shards import MANIFEST
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, TOKENIZER_RANKS
+from nanogpt_lit.durable import partial_of, sync_folder
 
 NAMES = {MANIFEST, TOKENIZER_JSON, TOKENIZER_RANKS}
 SHARD_NAME = re.compile(r"(train|val)_\d+\.bin")
-
-
-def partial_folder(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
 
 
 def old_folder(folder: Path) -> Path:
@@ -25,7 +21,7 @@ def old_folder(folder: Path) -> Path:
 
 def has_leftovers(folder: Path) -> bool:
     """Whether a process was killed while it wrote this folder, or is writing it."""
-    return old_folder(folder).exists() or partial_folder(folder).exists()
+    return old_folder(folder).exists() or partial_of(folder).exists()
 
 
 def recover(folder: Path) -> None:
@@ -36,7 +32,7 @@ def recover(folder: Path) -> None:
             discard(old)
         else:
             old.replace(folder)
-    discard(partial_folder(folder))
+    discard(partial_of(folder))
 
 
 def check_replaceable(folder: Path) -> None:
@@ -69,21 +65,3 @@ def discard(folder: Path) -> None:
         # Without its manifest first: a deletion cut short must not leave something that looks finished.
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """The text as it is (no translation of line ends), on the disk when this returns."""
-    with path.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """The folder's entries on the disk. Windows has no such call and needs none."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

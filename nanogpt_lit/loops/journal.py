@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from nanogpt_lit.checkpoint.disk import PatientSaver
-from nanogpt_lit.checkpoint.durable import sweep
 from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.durable import sweep
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, is_drawn, perplexity

@@ -10,10 +10,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from nanogpt_lit.checkpoint.disk import PatientSaver
-from nanogpt_lit.checkpoint.durable import sweep
 from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, to_lightning
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run
 from nanogpt_lit.checkpoint.state import RandomState
+from nanogpt_lit.durable import sweep
 from nanogpt_lit.loops.curves import ValidationRecord
 from nanogpt_lit.loops.elastic_start import elastic_of, finding_of, share_finding
 from nanogpt_lit.loops.resume import (

@@ -1,12 +1,14 @@
-"""Files that appear whole or not at all, whatever happens to the process, the power or the disk."""
+"""Files and folders that appear whole or not at all, whatever happens to the process, the power or the disk."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL = ".partial"
+"""What is added to the name of a file or folder while it is being written."""
 
 
 @contextmanager
@@ -16,8 +18,7 @@ def durable_file(path: Path, keep_as: Path | None = None) -> Iterator[BinaryIO]:
     keep_as: the name that a file of this name takes first, so that no write puts the only copy at risk
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder: a rename between file systems is a copy, and a copy can be cut short.
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_of(path)
     try:
         with partial.open("w+b") as file:
             yield file
@@ -33,6 +34,36 @@ def durable_file(path: Path, keep_as: Path | None = None) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def durable_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write files into, which takes its name, free until then, once all of them are on the disk."""
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.iterdir():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+        sync_folder(partial)
+        partial.replace(folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_durably(path: Path, text: str) -> None:
+    """The text as it is (no translation of line ends), whole and on the disk when this returns."""
+    with durable_file(path) as file:
+        file.write(text.encode())
+
+
+def partial_of(path: Path) -> Path:
+    # In the same folder: a rename between file systems is a copy, and a copy can be cut short.
+    return path.with_name(path.name + PARTIAL)
+
+
 def sync_folder(folder: Path) -> None:
     """Brings the names in a folder to the disk. Windows has no such call, and writes them through."""
     if os.name == "posix":
@@ -44,7 +75,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Removes what writes that were cut short left behind; call it before the first write of a run."""
+    """Removes files that writes which were cut short left behind; call it before the first write of a run."""
     leftovers = sorted(folder.glob(f"*{PARTIAL}"))
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)

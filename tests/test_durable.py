@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from nanogpt_lit.checkpoint.durable import durable_file, sweep
 from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.durable import durable_file, durable_folder, sweep, write_durably
 
 
 def write(path, content, **options):
@@ -50,6 +50,29 @@ def test_the_bytes_are_on_the_disk_before_the_name_is_theirs(tmp_path, monkeypat
     monkeypatch.setattr("pathlib.os.replace", os.replace)
     write(tmp_path / "x", b"1")
     assert done == ["sync", "replace", *(["sync"] if os.name == "posix" else [])]
+
+
+def test_a_folder_appears_with_all_its_files_on_the_disk_or_not_at_all(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("sync"))
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "of a killed process").write_bytes(b"half")
+    with pytest.raises(ZeroDivisionError), durable_folder(tmp_path / "run") as folder:
+        (folder / "a").write_bytes(bytes(1 // 0))
+    assert list(tmp_path.iterdir()) == []
+    with durable_folder(tmp_path / "run") as folder:
+        (folder / "a").write_bytes(b"1")
+        (folder / "b").write_bytes(b"2")
+        assert not (tmp_path / "run").exists()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["a", "b"]
+    assert len(done) == (4 if os.name == "posix" else 2)
+
+
+def test_text_is_written_as_it_is_in_place_of_what_was_there(tmp_path):
+    for text in ("1\n", "\u0259\r\n"):
+        write_durably(tmp_path / "x", text)
+        assert (tmp_path / "x").read_bytes() == text.encode()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path):
