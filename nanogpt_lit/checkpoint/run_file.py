@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -41,22 +41,44 @@ def save_run(path: Path, state: RunState) -> None:
     Raises ValueError for weights that are not finite, and leaves the file alone.
     """
     check_finite(path, state.weights)
-    tensors, shared = stored_once(state.weights)
-    described: dict[str, Any] = {}
-    for name in STATES:
-        value = getattr(state, name)
-        if name == "data" and TOKENIZER in value:
-            value = {**value, TOKENIZER: {key: as_bytes(text) for key, text in value[TOKENIZER].items()}}
-        described[name] = take_apart(value, name, tensors)
-    description = {"format": FORMAT, "written_by": written_by(), SHARED: shared, **described}
-    keep_as = path.with_stem(PREVIOUS) if path.stem == "last" else None
-    with durable_file(path, keep_as) as file:
-        write_tensors(file, tensors, {DESCRIPTION: json.dumps(description, allow_nan=False)})
+    RunContent.of(state).write(path)
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """What a file will hold. Every number of the run as it was, and its own tensors, which must not change before."""
+
+    tensors: Mapping[str, Tensor]
+    description: str
+    """JSON"""
+
+    @classmethod
+    def of(cls, state: RunState) -> Self:
+        tensors, shared = stored_once(state.weights)
+        described: dict[str, Any] = {}
+        for name in STATES:
+            value = getattr(state, name)
+            if name == "data" and TOKENIZER in value:
+                value = {**value, TOKENIZER: {key: as_bytes(text) for key, text in value[TOKENIZER].items()}}
+            described[name] = take_apart(value, name, tensors)
+        description = {"format": FORMAT, "written_by": written_by(), SHARED: shared, **described}
+        return cls(tensors, json.dumps(description, allow_nan=False))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def write(self, path: Path) -> None:
+        keep_as = path.with_stem(PREVIOUS) if path.stem == "last" else None
+        with durable_file(path, keep_as) as file:
+            write_tensors(file, self.tensors, {DESCRIPTION: self.description})
 
 
 def check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # The two ends tell of all, nan too, and hold no mask the size of the tensor.
+        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             raise ValueError(
                 f"{name} holds numbers that are not finite, and {path} is not written with them; go on from a "
                 "checkpoint that was written before, with a lower model.optim.lr."

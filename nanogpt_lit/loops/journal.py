@@ -58,8 +58,6 @@ class Journal(Observer):
             self.meter.tokens = start.tokens
             self.validations.load_state_dict(dict(start.validations))
         self.sample: str | None = None
-        self.checkpoints: dict[str, str] = {}
-        """What each is ("best", "last") and its file."""
         sweep(folder / "checkpoints")
         self._write_sample = write_sample
         self._data_state = data_state
@@ -72,6 +70,8 @@ class Journal(Observer):
 
     def on_train_start(self, parts: Parts) -> None:
         self._parts = parts
+        self.saver.in_background = True
+        parts.optimizer.register_step_pre_hook(lambda *_: self.saver.wait())
         gpt = parts.module.gpt
         assert isinstance(gpt, GPT)
         self._flops_per_token = gpt.flops_per_token(gpt.config.block_size)
@@ -132,6 +132,17 @@ class Journal(Observer):
         self._writer.close()
         if self._progress is not None:
             self._progress.close()
+        self.saver.wait()
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """What each is ("best", "last") and its file, of those that are there."""
+        self.saver.wait()
+        found = {name: self._checkpoint(name) for name in ("best", "last")}
+        return {name: str(path) for name, path in found.items() if path.exists()}
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.folder / "checkpoints" / f"{name}{SUFFIX}"
 
     def add_text(self, tag: str, text: str) -> None:
         """Into the TEXT tab."""
@@ -155,9 +166,7 @@ class Journal(Observer):
             validations=self.validations.state_dict(),
         )
         for name in names:
-            path = self.folder / "checkpoints" / f"{name}{SUFFIX}"
-            if self.saver.save(path, state):
-                self.checkpoints[name] = str(path)
+            self.saver.save(self._checkpoint(name), state)
         self._saved_step = self.step
 
 

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, to_lightning
@@ -39,9 +40,15 @@ class RunFileIO(CheckpointIO):
         self.saver.save(Path(path), from_lightning(checkpoint))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        self.saver.wait()
         return to_lightning(load_run(Path(path)))
 
+    def teardown(self) -> None:
+        self.saver.in_background = False
+        self.saver.wait()
+
     def remove_checkpoint(self, path: Any) -> None:
+        self.saver.wait()
         Path(path).unlink(missing_ok=True)
 
 
@@ -76,7 +83,10 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class ExactResume(Callback):
-    """Keeps the random state of every process in checkpoints, and goes on from it. Place it after DropoutSeed."""
+    """Keeps the random state of every process in checkpoints, and goes on from it; holds the step while one is written.
+
+    Place it after DropoutSeed.
+    """
 
     def __init__(self) -> None:
         self._random: list[RandomState] = []
@@ -122,7 +132,14 @@ class ExactResume(Callback):
         if elastic is not None:
             elastic.restore(state.elastic)
 
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        # Not by the optimizer's own hook, which comes before the last backward: Lightning runs it inside the step.
+        if isinstance(writer := trainer.strategy.checkpoint_io, RunFileIO):
+            writer.saver.wait()
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if isinstance(writer := trainer.strategy.checkpoint_io, RunFileIO):
+            writer.saver.in_background = True
         restore_random_state(self._random, trainer.global_rank, trainer.strategy.root_device)
         if self._goes_on:
             schedules = [config.scheduler for config in trainer.lr_scheduler_configs]

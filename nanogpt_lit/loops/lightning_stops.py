@@ -57,7 +57,10 @@ def save_last(trainer: Trainer) -> str | None:
     if saved != [trainer.global_step]:
         trainer.save_checkpoint(path)
     writer = trainer.strategy.checkpoint_io
-    return None if isinstance(writer, RunFileIO) and writer.saver.failing else str(path)
+    if isinstance(writer, RunFileIO):
+        writer.saver.wait()
+        return None if writer.saver.failing else str(path)
+    return str(path)
 
 
 def last_path(trainer: Trainer) -> Path | None:

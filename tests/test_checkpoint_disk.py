@@ -1,0 +1,86 @@
+"""A checkpoint that is written beside the training: it is of one step, and what goes wrong with it is not lost."""
+
+import threading
+
+import pytest
+import torch
+from small_runs import LOOPS, different, small_run
+
+from nanogpt_lit.checkpoint import run_file
+from nanogpt_lit.checkpoint.disk import PatientSaver
+from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.module import LitNanoGPT
+
+LAST = "checkpoints/last.safetensors"
+
+
+def run_state(step, **tensors):
+    return RunState(tensors, {}, {}, {}, {}, None, [], step, step, 1, 1)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_batches_that_follow_do_not_wait_for_the_disk_and_the_next_step_does(loop, text, tmp_path, monkeypatch):
+    """The writer here takes nothing until the last micro-batch of the next step has been through the network."""
+    assert loop(*small_run(text, tmp_path / "undisturbed", "--trainer.max_steps=4")) == 0
+
+    went_through, stepped, waits = threading.Event(), threading.Event(), []
+    forward, write_tensors = LitNanoGPT.forward, run_file.write_tensors
+
+    def noted(self, tokens, targets):
+        loss = forward(self, tokens, targets)
+        noted.calls += self.training
+        if noted.calls == 6:  # steps of 2, and that of step 2 is saved
+            went_through.set()
+        if noted.calls == 7:
+            stepped.set()
+        return loss
+
+    noted.calls = 0
+
+    def slow(file, tensors, metadata):
+        waits.append(went_through.wait(20))
+        stepped.wait(0.5)  # in vain: the step waits for us
+        write_tensors(file, tensors, metadata)
+
+    monkeypatch.setattr(LitNanoGPT, "forward", noted)
+    monkeypatch.setattr(run_file, "write_tensors", slow)
+    assert loop(*small_run(text, tmp_path / "slow", "--trainer.max_steps=4")) == 0
+    assert waits
+    assert all(waits)
+    for name in ("last", "previous"):
+        paths = [(tmp_path / root / LOOPS[loop] / LAST).with_stem(name) for root in ("undisturbed", "slow")]
+        assert load_run(paths[0]).step == {"last": 4, "previous": 2}[name]
+        assert not different(*paths)
+
+
+def test_what_is_not_the_disks_fault_comes_to_light_and_the_next_save_goes_on(tmp_path, monkeypatch):
+    saver = PatientSaver()
+    saver.in_background = True
+    monkeypatch.setattr(run_file, "write_tensors", lambda *_: 1 // 0)
+    saver.save(tmp_path / "last.safetensors", run_state(1, w=torch.ones(3)))
+    with pytest.raises(ZeroDivisionError):
+        saver.wait()
+    monkeypatch.undo()
+    saver.save(tmp_path / "last.safetensors", run_state(2, w=torch.ones(3)))
+    saver.wait()
+    assert load_run(tmp_path / "last.safetensors").step == 2
+    assert not saver.failing
+
+
+def test_nobody_has_to_wait_for_a_saver_that_is_not_in_the_background(tmp_path):
+    saver = PatientSaver()
+    for step in (1, 2):
+        saver.save(tmp_path / "last.safetensors", run_state(step, w=torch.full((9,), float(step))))
+        assert load_run(tmp_path / "last.safetensors").step == step
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_path, bad):
+    weights = {"counts": torch.arange(3), "empty": torch.empty(0), "w": torch.zeros(2, 3)}
+    saver = PatientSaver()
+    saver.save(tmp_path / "last.safetensors", run_state(1, **weights))
+    weights["w"][1, 2] = bad
+    with pytest.raises(ValueError, match="w holds numbers that are not finite"):
+        saver.save(tmp_path / "last.safetensors", run_state(2, **weights))
+    assert load_run(tmp_path / "last.safetensors").step == 1
