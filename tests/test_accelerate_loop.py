@@ -25,7 +25,7 @@ def _nothing_asked_for(monkeypatch):
 def five_steps(text, root):
     return small_run(
         text, root, "--trainer.max_steps=5", "--trainer.val_check_interval=6", "--trainer.limit_val_batches=0.5",
-        "--trainer.callbacks.prompt=9 b",
+        "--trainer.callbacks.prompt=9 b", f"--data.shards_dir={root / 'shards'}",
     )  # fmt: skip
 
 
