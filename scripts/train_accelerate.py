@@ -28,7 +28,7 @@ from nanogpt_lit.loops.accelerate_environment import check_environment, check_pr
 from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
 from nanogpt_lit.loops.contract import Observer
 from nanogpt_lit.loops.guards import NotFinite, give_up
-from nanogpt_lit.loops.journal import Journal, RandomStateShare, next_folder
+from nanogpt_lit.loops.journal import Journal, OtherProcess, next_folder
 from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.machine import device_type
 from nanogpt_lit.loops.pieces import config_file
@@ -83,7 +83,8 @@ def main(arguments: list[str]) -> int:
 
     samples = TextSamples(**text_samples(vars(trainer)))
     saves = trainer.enable_checkpointing is not False
-    observer: Observer = RandomStateShare(accelerator.device) if saves else Observer()
+    every = trainer.log_every_n_steps
+    observer: Observer = OtherProcess(settings, log_every_n_steps=every, device=accelerator.device, saves=saves)
     cli.say_what_changed()
     resumed = cli.resumed.run_folder if cli.resumed is not None else None
     folder = resumed or next_folder(Path(trainer.default_root_dir), "accelerate")
@@ -91,7 +92,7 @@ def main(arguments: list[str]) -> int:
         observer = journal = Journal(
             folder,
             settings,
-            log_every_n_steps=trainer.log_every_n_steps,
+            log_every_n_steps=every,
             processes=accelerator.num_processes,
             device=accelerator.device,
             show_progress=trainer.enable_progress_bar is not False,

@@ -151,6 +151,9 @@ def test_two_processes_give_the_losses_and_weights_of_one_bit_for_bit(strategy, 
         assert torch.equal(two.weights[name], weight), name
     for tag in ("val/loss", "val/perplexity", "train/lr"):
         assert two.curves[tag] == one.curves[tag], tag
+    # The losses of a step, summed in another order.
+    for (step, loss), (_, expected) in zip(two.curves["train/loss"], one.curves["train/loss"], strict=True):
+        assert loss == pytest.approx(expected, rel=1e-6, abs=0), f"step {step}"
     # Under FSDP2 a sum of squares in another order: some float32 roundings, 6e-8 each.
     tolerance = 1e-6 if strategy == "fsdp2" else 0
     for (step, norm), (_, expected) in zip(two.curves["train/grad_norm"], one.curves["train/grad_norm"], strict=True):

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -31,7 +32,7 @@ class StepMeter:
         self.tokens = 0
         """Tokens trained on since the run began, over all processes and all resumes."""
         self.loss: Tensor | None = None
-        """Mean loss of the last whole accumulation window, a scalar on the training device."""
+        """Mean loss of this process's share of the last whole accumulation window, a scalar on the training device."""
         self.tokens_per_s: float | None = None
         """Over the steps between the last two calls of `curves`, without validation, sampling and saving."""
         self.drawn_loss: float | None = None
@@ -81,6 +82,15 @@ class StepMeter:
         if self._peak_watch is not None:
             self._peak_watch.end_step()
 
+    def share_loss(self) -> Tensor:
+        """The loss of the last window, as the mean over all processes."""
+        assert self.loss is not None, "share_loss() before the first end_step()"
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.loss
+        loss = self.loss.clone()
+        dist.all_reduce(loss)
+        return loss / dist.get_world_size()
+
     def curves(
         self,
         *,
@@ -92,17 +102,17 @@ class StepMeter:
         peak_flops: float | None,
         device: torch.device,
     ) -> dict[str, float]:
-        """The tags of one step. Reads the loss from the device, so the card is waited for here.
+        """The tags of one step. Reads the loss from the device, so the card is waited for here. Where there are several
+        processes, all call it at the same steps, or `share_loss` in its place: the loss is the mean of theirs.
 
         lr: the rate that the step was taken with   grad_norm: before clipping
         flops_per_token: forward and backward   peak_flops: of all processes' devices together, None when unknown
         loss_scale: GradScaler's, None without one
         """
-        assert self.loss is not None, "curves() before the first end_step()"
         if self._card_health is None:
             self._card_health = CardHealth(device)
         card_health = self._card_health.curves()  # before the wait: the card is still at work
-        self.drawn_loss = float(self.loss)
+        self.drawn_loss = float(self.share_loss())
         values = {
             "train/loss": self.drawn_loss,
             "train/lr": lr,

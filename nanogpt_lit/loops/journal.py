@@ -26,8 +26,8 @@ class Journal(Observer):
 
     processes: whose tokens and floating-point operations are counted   device: of this one
     write_sample: a text by the network as it is
-    data_state: what a checkpoint keeps of the data; None saves none. Where there are several processes, the others have
-    to observe with a RandomStateShare then.   start: the checkpoint that the run goes on from
+    data_state: what a checkpoint keeps of the data; None saves none   start: the checkpoint that the run goes on from
+    Where there are several processes, each of the others observes as an OtherProcess.
     """
 
     def __init__(
@@ -170,28 +170,44 @@ class Journal(Observer):
         self._saved_step = self.step
 
 
-class RandomStateShare(Observer):
-    """Observes on every process but the first, whose Journal asks all of them for their random states, and for what did
-    not fit."""
+class OtherProcess(Observer):
+    """Observes on every process but the first, whose Journal asks them for their losses, and for a checkpoint for their
+    random states and for what did not fit.
 
-    def __init__(self, device: torch.device) -> None:
+    saves: whether the Journal keeps checkpoints
+    """
+
+    def __init__(self, settings: LoopSettings, *, log_every_n_steps: int, device: torch.device, saves: bool) -> None:
+        self.settings = settings
+        self.log_every_n_steps = log_every_n_steps
         self.device = device
+        self.saves = saves
+        self.meter = StepMeter()
         self._saved_step: int | None = None
 
     def on_train_start(self, parts: Parts) -> None:
         self._module = parts.module
 
+    def on_batch_end(self, loss: Tensor, tokens: int) -> None:
+        self.meter.add_batch(loss / self.settings.accumulate_grad_batches, tokens)
+
+    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        self.meter.end_step()
+        if is_drawn(step, self.log_every_n_steps, self.settings.max_steps):
+            self.meter.share_loss()
+
     def on_validation_end(self, step: int, loss: Tensor) -> None:
-        self._share()
-        self._saved_step = step
+        self._share(step)
 
     def on_stop(self, step: int) -> None:
         if self._saved_step != step:
-            self._share()
+            self._share(step)
 
-    def _share(self) -> None:
-        share_finding(self._module)
-        random_states(self.device)
+    def _share(self, step: int) -> None:
+        if self.saves:
+            share_finding(self._module)
+            random_states(self.device)
+            self._saved_step = step
 
 
 def next_folder(root: Path, name: str) -> Path:
