@@ -10,12 +10,11 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 
 def host_of(tensor: Tensor) -> torch.device:
     """The host's device, seen from a tensor on the card."""
-    return torch.device("meta" if isinstance(tensor, FakeTensor) else "cpu")
+    return torch.device("meta" if hasattr(tensor, "fake_device") else "cpu")
 
 
 def empty_on_host(like: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from nanogpt_lit.memory.host import Mark, empty_on_host, lanes, page_lock
@@ -239,7 +238,7 @@ def keep_on_host(module: nn.Module, host: HostWeights, keep: bool) -> None:
             part.__class__ = AT_HOME.get(type(part), type(part))
             part.host, part.keep = host, keep  # type: ignore[assignment]
             for name, weight in part.named_parameters(recurse=False):
-                if isinstance(weight, FakeTensor) and not weight.is_meta:  # in a trace: see memory/host.py
+                if hasattr(weight, "fake_device") and not weight.is_meta:  # in a trace: see memory/host.py
                     part.register_parameter(
                         name, at_home.setdefault(weight, nn.Parameter(weight.detach().to("meta"), weight.requires_grad))
                     )

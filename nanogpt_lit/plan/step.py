@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp import GradScaler
 
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 from nanogpt_lit.plan.roofline import Roofline
+from nanogpt_lit.plan.shape_tensor import ShapeMode
 from nanogpt_lit.plan.trace import CARD, MemoryTrace
 
 # What a Trainer's precision means for the card: (autocast's dtype, the dtype of weights).
@@ -51,14 +51,14 @@ class StepShape:
 def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roofline | None = None) -> MemoryTrace:
     """Two optimizer steps, of two micro-batches each where gradients accumulate, and a batch of validation.
 
-    build: makes the module; what it makes is fake, so that no memory is taken for it
+    build: makes the module; what it makes has no content, so that no memory is taken for it
     The trace's timeline is of the second step, and so are the operations that roofline is told of.
     """
     autocast_dtype, weight_dtype = PRECISIONS[shape.precision]
     last = TRACED_STEPS - 1
     micro_batches = min(shape.accumulate_grad_batches, TRACED_MICRO_BATCHES)
     trace = MemoryTrace(vocab_size=shape.vocab_size)
-    with FakeTensorMode(), cuda_paths():
+    with ShapeMode(), cuda_paths():
         with _default_dtype(weight_dtype):
             module = build()
         autocast = torch.autocast("cpu", dtype=autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False)

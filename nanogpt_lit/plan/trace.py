@@ -1,8 +1,8 @@
 """Where a program's tensors go: every allocation and release on the card, with what it was for.
 
 A `MemoryTrace` is a dispatch mode. It sees each operation that PyTorch runs, forward, backward and in the optimizer,
-and follows the storages of the results until they are freed. Under FakeTensorMode nothing is computed and nothing is
-held: only shapes flow, and a network of any size is traced in seconds.
+and follows the storages of the results until they are freed. Under ShapeMode, or PyTorch's FakeTensorMode, nothing
+is computed and nothing is held: only shapes flow, and a network of any size is traced in seconds.
 
 The card is the device "cpu", whose code paths `cuda_paths` makes those of CUDA. Host memory is the device "meta": a
 technique that moves tensors to the host moves them there while it is traced.
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -145,13 +144,17 @@ class MemoryTrace(TorchDispatchMode):
 
     # Following storages.
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see ShapeMode
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             # Most calls are this question; a fake tensor knows the answer without a dispatch of its own.
-            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+            return args[0].fake_device if hasattr(args[0], "fake_device") else func(*args)
         name = func._schema.name.partition("::")[2]
         if name in MATRIX_PRODUCTS:
             self._hold_cublas_workspace()
@@ -159,7 +162,7 @@ class MemoryTrace(TorchDispatchMode):
             func = torch.ops.aten.add_.Tensor
         result = func(*args, **kwargs)
         category = self._category(name, args)
-        for tensor in tree_leaves(result):
+        for tensor in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
                 wide = self.vocab_size is not None and tensor.dim() > 1 and tensor.size(-1) == self.vocab_size
                 self._follow(tensor, "logits" if wide and category in ("activations", "temporaries") else category)
@@ -180,8 +183,8 @@ class MemoryTrace(TorchDispatchMode):
         return (
             self.phase == "backward"
             and not torch.is_grad_enabled()
-            and isinstance(first, FakeTensor)
-            and isinstance(second, FakeTensor)
+            and hasattr(first, "fake_device")
+            and hasattr(second, "fake_device")
             and (first.shape, first.dtype) == (second.shape, second.dtype)
             and first.is_contiguous()
         )
