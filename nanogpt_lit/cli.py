@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import check_run_file
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.elastic.step import ElasticConfig
+from nanogpt_lit.elastic.elastic import ElasticConfig
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text

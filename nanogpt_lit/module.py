@@ -8,7 +8,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim import AdamW
 
-from nanogpt_lit.elastic.step import Elastic, ElasticConfig
+from nanogpt_lit.elastic.elastic import Elastic, ElasticConfig
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques

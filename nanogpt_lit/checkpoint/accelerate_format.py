@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt_lit.checkpoint.run_file import stored_once
+from nanogpt_lit.checkpoint.run_file import LATER, stored_once
 from nanogpt_lit.checkpoint.state import RandomState, RunState
 from nanogpt_lit.checkpoint.tree import put_together, take_apart
 from nanogpt_lit.durable import durable_folder
@@ -28,7 +28,9 @@ SCHEDULE = "custom_checkpoint_0.pkl"
 """The first object of register_for_checkpointing: a prepared schedule would step once per process."""
 PREPARED_SCHEDULE = "scheduler.bin"
 BESIDE = "nanogpt_lit.json"
-KEPT_BESIDE = ("hyper_parameters", "data", "batches", "processes", "accumulate_grad_batches", "tokens", "validations")
+KEPT_BESIDE = (
+    "hyper_parameters", "data", "batches", "processes", "accumulate_grad_batches", "tokens", "validations", "elastic",
+)  # fmt: skip
 
 # What NumPy's random state is pickled with. They build arrays, and run nothing.
 NUMPY_TYPES = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType, codecs.encode]  # type: ignore[attr-defined]
@@ -104,7 +106,7 @@ def read_beside(folder: Path) -> dict[str, Any]:
         )
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return {name: put_together(kept[name], {}) for name in KEPT_BESIDE}
+        return {name: put_together(kept[name], {}) for name in KEPT_BESIDE if name in kept or name not in LATER}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not as `python -m nanogpt_lit convert` wrote it ({error}).") from error
 

@@ -37,7 +37,7 @@ class RunState:
     validations: Mapping[str, Any] = field(default_factory=lambda: {"latest": None, "best": None})
     """(step, loss) of the latest and of the best validation."""
     elastic: Mapping[str, Any] = field(default_factory=dict)
-    """What did not fit, and how the run went on: see elastic/step.py. Empty while everything fits."""
+    """What did not fit, and how the run went on: see elastic/elastic.py. Empty while everything fits."""
     lightning: Mapping[str, Any] | None = None
     """What Lightning keeps besides: its callbacks' states and its counters. None from the other loops."""
 

@@ -62,7 +62,10 @@ class GuardedOptimizer:
         _, shortage = attempt(self._step)
         if shortage is None:
             return
-        if [count._version for count in counts] != versions:
+        begun = [count._version for count in counts] != versions
+        # A count that was made in this step is 0 until the update of its group.
+        new = [state[p]["step"] for p in set(state).difference(had_state) if "step" in state[p]]
+        if begun or any(float(count) > 0 for count in new):
             raise ValueError(
                 f"memory ended inside an update of the weights ({shortage}), which cannot be done again; go on from "
                 "the last checkpoint with model.optim.implementation=fused, which needs no memory of its own there."

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
 
+Loss = Callable[[Tensor, Tensor], Tensor]
 RandomState = dict[str, Tensor]
 Piece = tuple[Tensor, Tensor, Tensor | None]
 
@@ -19,6 +20,8 @@ class MicroBatch:
     targets: Tensor  # (B, T)
     autocast_dtype: torch.dtype | None
     """What the loop's autocast casts to; None without one."""
+    value: Tensor | None = None
+    """Of the loss, without a graph."""
     pending: Tensor | None = None
     """The part of the loss that is still to be differentiated; it holds the activations."""
     d_loss: Tensor | None = None
@@ -29,10 +32,15 @@ class MicroBatch:
         kind = tokens.device.type
         return cls(tokens, targets, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
 
+    @property
+    def casts_weights(self) -> bool:
+        """Whether autocast copies the weights to 16 bits."""
+        return self.autocast_dtype is not None
+
     def autocast(self) -> Any:
         """As in the loop's forward, wherever this is called."""
-        on = self.autocast_dtype is not None
-        return torch.autocast(self.tokens.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False)
+        kind, on = self.tokens.device.type, self.casts_weights
+        return torch.autocast(kind, dtype=self.autocast_dtype, enabled=on, cache_enabled=False)
 
 
 def pieces(tokens: Tensor, targets: Tensor, sequences: int | None) -> Iterator[Piece]:
@@ -82,14 +90,13 @@ def differentiate_pending(batch: MicroBatch) -> None:
     part.backward(batch.d_loss)
 
 
-def loss_of(batch: MicroBatch, value: Tensor, finish: Callable[[], None]) -> Tensor:
-    """The loss that a loop gets: its backward notes batch.d_loss and calls finish.
+def loss_of(batch: MicroBatch, finish: Callable[[], None]) -> Tensor:
+    """batch.value as the loss that a loop gets: its backward notes batch.d_loss and calls finish.
 
-    value: a scalar without a graph. What backward needs is not in the graph of the loss, so that a loop which still
-    holds the loss does not hold it too.
+    What backward needs is not in the graph of this loss, so that a loop which still holds it does not hold that too.
     """
     anchor = torch.zeros((), requires_grad=True)
-    return _Value.apply(_Backward.apply(anchor, finish), value, batch)
+    return _Value.apply(_Backward.apply(anchor, finish), batch.value, batch)
 
 
 # The way of the loop's backward into finish, in two stages of the graph. The first notes the gradient of the loss. The

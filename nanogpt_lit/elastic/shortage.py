@@ -42,22 +42,26 @@ def attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | Non
         return None, shortage
 
 
-def cap_card_memory(device: torch.device, budget_mib: int | None, system: str = sys.platform) -> None:
-    """Makes PyTorch's allocator fail beyond budget_mib, or under Windows beyond what is free now.
+def cap_card_memory(device: torch.device, budget_mib: int | None, system: str = sys.platform) -> Callable[[], None]:
+    """Makes PyTorch's allocator fail beyond budget_mib, or under Windows beyond what is free now. Returns the way back.
 
-    Windows lends a card that is full memory of the host, some ten times slower, and nobody is told.
-    Raises ValueError for a budget that the card does not have.
+    Windows lends a card that is full memory of the host, some ten times slower, and nobody is told. A tighter limit
+    that somebody else has set stays. Raises ValueError for a budget that the card does not have.
     """
     if device.type != "cuda":
-        return
+        return lambda: None
     free, total = torch.cuda.mem_get_info(device)
     if budget_mib is not None and budget_mib * MIB > total:
         raise ValueError(
             f"model.elastic.budget_mib={budget_mib} is more than the {total // MIB} MiB of the card; leave it out."
         )
     if budget_mib is not None:
-        torch.cuda.set_per_process_memory_fraction(budget_mib * MIB / total, device)
+        usable = budget_mib * MIB
     elif system == "win32":
         # Loaded weights are reserved by this process already, and count.
         usable = min(total, free + torch.cuda.memory_reserved(device))
-        torch.cuda.set_per_process_memory_fraction(usable / total, device)
+    else:
+        return lambda: None
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    torch.cuda.set_per_process_memory_fraction(min(before, usable / total), device)
+    return lambda: torch.cuda.set_per_process_memory_fraction(before, device)

@@ -28,7 +28,7 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
     seed_dropout,
 )
-from nanogpt_lit.loops.elastic_start import start_elastic, stop_elastic
+from nanogpt_lit.loops.elastic_start import agree_on_steps, start_elastic, stop_elastic
 from nanogpt_lit.loops.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
 
@@ -81,6 +81,7 @@ def train(
     # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
     # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.
     module, optimizer, train_loader, val_loader = accelerator.prepare(module, optimizer, train_loader, val_loader)
+    agree_on_steps(parts.module, module)
     batches = step = 0
     if start is not None:
         # Not accelerator.load_state: it reads what only accelerate wrote, and says nothing when a random state is lost.

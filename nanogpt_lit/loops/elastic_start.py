@@ -1,4 +1,4 @@
-"""Steps that do not run out of memory (elastic/step.py), for every loop."""
+"""Steps that do not run out of memory (elastic/elastic.py), for every loop."""
 
 import sys
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.elastic.elastic import Elastic
 from nanogpt_lit.elastic.shortage import cap_card_memory
-from nanogpt_lit.elastic.step import Elastic
 from nanogpt_lit.loops.contract import Parts
 
 
@@ -24,7 +25,6 @@ def start_elastic(
     elastic = elastic_of(parts.module)
     if elastic is None:
         return
-    cap_card_memory(device, elastic.config.budget_mib)
     if start is not None:
         elastic.restore(start.elastic)
 
@@ -32,7 +32,17 @@ def start_elastic(
         loss = loss / accumulate_grad_batches
         return loss if parts.scaler is None else parts.scaler.scale(loss)
 
-    elastic.attach(parts.optimizer, scaled, say, exchanges=dist.is_available() and dist.is_initialized())
+    elastic.attach(parts.optimizer, scaled, say, at_end=cap_card_memory(device, elastic.config.budget_mib))
+
+
+def agree_on_steps(module: nn.Module, replica: nn.Module) -> None:
+    """Has several processes take the same steps. Each calls it, after start_elastic.
+
+    replica: the module as the loop calls it; a module that trains alone is its own
+    """
+    elastic = elastic_of(module)
+    if elastic is not None and isinstance(replica, DistributedDataParallel):
+        elastic.agree_through(replica)
 
 
 def stop_elastic(module: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from nanogpt_lit.loops.contract import Observer, Parts, clipping_order, seed_dropout
 from nanogpt_lit.loops.curves import gradient_norm
-from nanogpt_lit.loops.elastic_start import elastic_of, start_elastic, stop_elastic
+from nanogpt_lit.loops.elastic_start import agree_on_steps, elastic_of, start_elastic, stop_elastic
 
 
 class DropoutSeed(Callback):
@@ -36,6 +36,7 @@ class ElasticSteps(Callback):
             schedule: Any = trainer.lr_scheduler_configs[0].scheduler
             parts = Parts(module, trainer.optimizers[0], schedule, getattr(trainer.precision_plugin, "scaler", None))
             start_elastic(parts, trainer.accumulate_grad_batches, strategy.root_device)
+            agree_on_steps(module, replica)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         elastic = elastic_of(module)

@@ -25,7 +25,7 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
     seed_dropout,
 )
-from nanogpt_lit.loops.elastic_start import start_elastic, stop_elastic
+from nanogpt_lit.loops.elastic_start import agree_on_steps, start_elastic, stop_elastic
 from nanogpt_lit.loops.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
 
@@ -62,6 +62,7 @@ def train(
     replica = DistributedDataParallel(module) if distributed else module
     parts = Parts(module, optimizer, schedule, scaler if scaler.is_enabled() else None)
     start_elastic(parts, settings.accumulate_grad_batches, device, start)
+    agree_on_steps(module, replica)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     batches = step = 0
     if start is not None:
