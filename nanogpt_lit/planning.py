@@ -15,9 +15,10 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.plan.budget import Budget
+from nanogpt_lit.plan.cards import Card
 from nanogpt_lit.plan.ladder import Rung
 from nanogpt_lit.plan.largest import largest
-from nanogpt_lit.plan.plan import Plan, make_plan, measure
+from nanogpt_lit.plan.plan import Footprint, Plan, make_plan, measure
 from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.strategies.trainer_section import full_precision_name
 
@@ -39,10 +40,20 @@ def plan_run(settings: Any, budget: Budget, lightning: bool = True) -> Plan:
     Raises ValueError for settings that cannot be, and where the vocabulary is not known before the text is read.
     """
     gpt = network(settings)
-    memory = MemoryConfig(**(settings.model.get("memory") or {}))
-    own = Rung("as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches)
-    shape = step_shape(settings, gpt, lightning)
+    own, shape = own_rung(settings), step_shape(settings, gpt, lightning)
     return make_plan(lambda memory: module(settings, gpt, memory), own, shape, settings.trainer.max_steps, budget)
+
+
+def plan_rung(settings: Any, rung: Rung, card: Card, lightning: bool = True) -> Footprint:
+    """What one way to train the network of the YAML takes: seconds, where a plan of all takes a minute."""
+    gpt = network(settings)
+    return measure(partial(module, settings, gpt), rung, step_shape(settings, gpt, lightning), card)
+
+
+def own_rung(settings: Any) -> Rung:
+    """The YAML as it is."""
+    memory = MemoryConfig(**(settings.model.get("memory") or {}))
+    return Rung("as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches)
 
 
 def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> dict[str, Any]:

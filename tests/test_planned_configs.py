@@ -9,9 +9,7 @@ import pytest
 from nanogpt_lit.cli import ConfigOnlyCLI
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.budget import card_named
-from nanogpt_lit.plan.ladder import Rung
-from nanogpt_lit.plan.plan import measure
-from nanogpt_lit.planning import module, network, step_shape
+from nanogpt_lit.planning import network, own_rung, plan_rung
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LARGEST_MIB = {"rtx2050": 2450, "rtx2050_medium": 3300, "rtx2050_large": 2900, "rtx2050_xl": 1000}
@@ -35,12 +33,8 @@ def header(name):
 def planned(name, n_layer=None):
     """(reserved MiB, MiB of host memory, seconds per step, parameters) of the configured rung, and no other."""
     settings = settings_of(name)
-    gpt = network(settings)
-    gpt = replace(gpt, n_layer=n_layer or gpt.n_layer)
-    memory = MemoryConfig(**settings.model.memory)
-    rung = Rung("as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches)
-    shape = step_shape(settings, gpt, lightning=True)
-    footprint = measure(lambda memory: module(settings, gpt, memory), rung, shape, card_named("rtx2050"))
+    settings.model.gpt.n_layer = n_layer or settings.model.gpt.n_layer
+    footprint = plan_rung(settings, own_rung(settings), card_named("rtx2050"))
     return footprint.reserved_mib, footprint.host_memory_mib, footprint.step_s, footprint.parameters
 
 
@@ -76,9 +70,6 @@ def test_the_header_says_what_is_planned(name):
 
 def test_the_small_one_costs_little_time():
     settings = settings_of("rtx2050")
-    settings.model.memory = {}
-    plain = Rung("nothing", MemoryConfig(), settings.data.batch_size, settings.trainer.accumulate_grad_batches)
-    gpt = network(settings)
-    shape = step_shape(settings, gpt, lightning=True)
-    footprint = measure(lambda memory: module(settings, gpt, memory), plain, shape, card_named("rtx2050"))
+    plain = replace(own_rung(settings), memory=MemoryConfig())
+    footprint = plan_rung(settings, plain, card_named("rtx2050"))
     assert header("rtx2050")[2] <= 1.11 * footprint.step_s
