@@ -31,6 +31,7 @@ from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
 from nanogpt_lit.loops.pieces import changed_settings, config_file
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.stops import Stopped, seconds_of
+from nanogpt_lit.memory.heap import keep_freed_memory
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
@@ -171,6 +172,8 @@ class NanoGPTCLI(LightningCLI):
         if sentence := unused_card():
             rank_zero_print(sentence)
         self.device = device_type(settings.trainer.accelerator)
+        if self.device == "cpu":
+            keep_freed_memory()
         check_strategy(vars(settings.trainer), self.device)
         complete_sizes(settings.trainer)
         if self.subcommand is not None:  # the accelerate loop asks accelerate itself

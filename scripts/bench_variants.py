@@ -1,0 +1,248 @@
+"""One variant of a training step, in a process of its own: bench.py starts it and says when each step is due.
+
+It reads a line from its standard input before each step and answers with the seconds that the step took: from the
+moment it is handed a batch to the moment it asks for the next one. The loop, its callbacks and its logger are in them.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
+from nanogpt_lit.optim.schedule import ScheduleConfig
+
+if TYPE_CHECKING:
+    from nanogpt_lit.module import LitNanoGPT
+
+FOR_EVER = 10**9
+OURS = {"chunk": 256, "optimizer": "fused", "compile": False, "recast": False, "heap": True}
+"""What the option names below change."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "loss at once": {"chunk": None},
+    "chunks of 64": {"chunk": 64},
+    "chunks of 128": {"chunk": 128},
+    "chunks of 512": {"chunk": 512},
+    "foreach AdamW": {"optimizer": "foreach"},
+    "for-loop AdamW": {"optimizer": "for-loop"},
+    "compiled": {"compile": True},
+    "compiled, loss at once": {"compile": True, "chunk": None},
+    "heap as it comes": {"heap": False},
+    "recast": {"recast": True},
+}
+OTHERS = ("nanogpt", "nanogpt compiled", "lightning", "plain", "transformers", "transformers trainer", "matmul")
+MATMUL_SIDE = 2048
+Batch = tuple[Tensor, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variant", choices=[*OTHERS, *OPTIONS])
+    parser.add_argument("--network", type=int, nargs=5, metavar=("LAYERS", "HEADS", "CHANNELS", "VOCABULARY", "BLOCK"))
+    parser.add_argument("--tokens", type=Path, help="a file of uint16 tokens")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--nanogpt", type=Path, help="a folder with nanoGPT's model.py")
+    args = parser.parse_args()
+    n_layer, n_head, n_embd, vocab_size, block_size = args.network
+    config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=False, gelu="erf")  # as nanoGPT
+    turns = Turns(args.tokens, config, args.batch_size, args.clock)
+    torch.manual_seed(0)
+    with redirect_stdout(sys.stderr):  # libraries print
+        if args.variant.startswith("nanogpt"):
+            drive(nanogpt_step(config, args.nanogpt, "compiled" in args.variant, args.precision), turns)
+        elif args.variant == "matmul":
+            drive(matmul_step(args.precision), turns)
+        elif args.variant == "transformers":
+            drive(transformers_step(config, args.precision), turns)
+        elif args.variant == "transformers trainer":
+            transformers_trainer(config, args.precision, turns)
+        elif args.variant == "lightning":
+            lightning(build(config, OURS), args.precision, turns)
+        else:
+            plain(build(config, OURS | OPTIONS.get(args.variant, {})), args.precision, turns)
+
+
+class Turns(IterableDataset):
+    """Random windows of a file of tokens, each when the parent asks for it; ends the process with the parent."""
+
+    def __init__(self, tokens: Path, config: GPTConfig, batch_size: int, clock: str) -> None:
+        self.data = np.memmap(tokens, dtype=np.uint16, mode="r")
+        self.batch_size, self.block_size = batch_size, config.block_size
+        self.clock = time.perf_counter if clock == "wall" else time.process_time
+        self.answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        self.generator = np.random.default_rng(0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while sys.stdin.readline():
+            started_s = self.clock()
+            yield self.windows()
+            print(self.clock() - started_s, file=self.answers, flush=True)
+        raise SystemExit
+
+    def windows(self) -> Batch:
+        starts = self.generator.integers(len(self.data) - self.block_size, size=self.batch_size)
+        rows = [torch.from_numpy(self.data[i : i + self.block_size + 1].astype(np.int64)) for i in starts]
+        windows = torch.stack(rows)  # (B, T + 1)
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def drive(step: Callable[[Batch], None], turns: Turns) -> None:
+    for batch in turns:
+        step(batch)
+
+
+def build(config: GPTConfig, options: dict[str, Any]) -> "LitNanoGPT":
+    from nanogpt_lit.memory.heap import keep_freed_memory
+    from nanogpt_lit.memory.techniques import MemoryConfig
+    from nanogpt_lit.module import LitNanoGPT
+
+    if options["heap"]:
+        keep_freed_memory()  # as fit does on a processor
+    return LitNanoGPT(
+        config,
+        AdamWConfig(implementation=options["optimizer"]),
+        ScheduleConfig(warmup_steps=10, total_steps=FOR_EVER),
+        compile=options["compile"],
+        memory=MemoryConfig(loss_chunk_tokens=options["chunk"], recast_weights=options["recast"]),
+    )
+
+
+def plain(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
+    from nanogpt_lit.loops import reference
+    from nanogpt_lit.loops.contract import LoopSettings
+
+    reference.train(module, turns, [], LoopSettings(FOR_EVER, gradient_clip_val=1.0, precision=precision))
+
+
+def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
+    """The Trainer with the curves, guards and progress line of `fit`, without validation, samples and checkpoints."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
+    from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TrainingCurves
+    from nanogpt_lit.loops.lightning_guards import FiniteSteps
+    from nanogpt_lit.loops.lightning_precision import precision_plugin
+    from nanogpt_lit.loops.lightning_stops import StepStops
+
+    meter, validations = StepMeter(), ValidationRecord()
+    plugin = precision_plugin(precision, "cpu")
+    assert plugin is not None
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=FOR_EVER,
+            gradient_clip_val=1.0,
+            log_every_n_steps=10,
+            plugins=[plugin],
+            logger=TensorBoardLogger(folder, name=""),
+            callbacks=[
+                TrainingCurves(meter, validations),
+                FiniteSteps(),
+                StepStops(None),
+                StepProgressBar(meter, validations),
+            ],
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(module, turns)
+
+
+def nanogpt_step(config: GPTConfig, folder: Path, compiled: bool, precision: str) -> Callable[[Batch], None]:
+    """What nanoGPT's train.py does in a step on a processor: float32 whatever its dtype says, and no fused AdamW."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    theirs = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = theirs
+    spec.loader.exec_module(theirs)
+    shape = {name: getattr(config, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    model = theirs.GPT(theirs.GPTConfig(**shape, dropout=0.0, bias=False))
+    optimizer = model.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), "cpu")
+    network = torch.compile(model) if compiled else model
+
+    def step(batch: Batch) -> None:
+        _, loss = network(*batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def matmul_step(precision: str) -> Callable[[Batch], None]:
+    """Products of square matrices into memory that is there: what the arithmetic could run at."""
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    a, b, product = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, dtype=torch.float32).to(dtype) for _ in range(3))
+
+    def step(batch: Batch) -> None:
+        torch.mm(a, b, out=product)
+
+    return step
+
+
+def transformers_network(config: GPTConfig) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size or 0, n_positions=config.block_size, n_embd=config.n_embd,
+            n_layer=config.n_layer, n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            use_cache=False, activation_function="gelu",
+        )
+    )  # fmt: skip
+
+
+def transformers_step(config: GPTConfig, precision: str) -> Callable[[Batch], None]:
+    """GPT2LMHeadModel in a plain loop, with our optimizer; it shifts the targets itself and returns the logits."""
+    model = transformers_network(config)
+    optimizer = build_optimizer(model.named_parameters(), AdamWConfig())
+
+    def step(batch: Batch) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = model(input_ids=batch[0], labels=batch[0]).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def transformers_trainer(config: GPTConfig, precision: str, turns: Turns) -> None:
+    """The same network under transformers' Trainer, with its own defaults but for the clock's sake no files."""
+    from transformers import Trainer, TrainingArguments
+
+    class Loaded(Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            def as_named(batch: Batch) -> dict[str, Tensor]:
+                return {"input_ids": batch[0], "labels": batch[0]}
+
+            return DataLoader(turns, batch_size=None, collate_fn=as_named)
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=FOR_EVER, use_cpu=True, report_to=[], save_strategy="no", logging_steps=10,
+            bf16=precision == "bf16-mixed",
+        )  # fmt: skip
+        Loaded(transformers_network(config), arguments, train_dataset=turns).train()
+
+
+if __name__ == "__main__":
+    main()
