@@ -51,7 +51,7 @@ SIZES = {
     "30M": Shape(6, 6, 384, 50304),
     "124M": Shape(12, 12, 768, 50304),
 }
-VARIANTS = ("plain", "lightning", "transformers", "transformers trainer")
+VARIANTS = ("nanogpt", "nanogpt compiled", "plain", "lightning", "transformers", "transformers trainer")
 ABLATION = (
     "heap as it comes",
     "loss at once",
@@ -61,6 +61,8 @@ ABLATION = (
     "for-loop AdamW",
     "compiled",
 )
+SCALED = Shape(4, 4, 256, 257)
+"""What grows, in one direction at a time."""
 START_CONFIG = "configs/quickstart.yaml"
 LIGHT_COMMANDS = ("", "generate", "plan", "convert", "doctor", "prepare", "accelerate-config", "keep-alive-unit")
 
@@ -69,16 +71,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["30M"])
     parser.add_argument("--precision", nargs="+", choices=["32-true", "bf16-mixed"], default=["32-true"])
-    parser.add_argument("--variants", nargs="+", metavar="NAME", default=VARIANTS, help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", default=VARIANTS, help="the others are compared with the first"
+    )
     parser.add_argument("--options", action="store_true", help="also ours with one option changed at a time")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each (20)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before them (3)")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="nanoGPT, with its model.py")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="nanoGPT's folder; without it those are left out")
     parser.add_argument("--scaling", action="store_true", help="instead: cost over model size, block, batch and data")
     parser.add_argument("--start", action="store_true", help="instead: time to the first step of fit, and of --help")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers to this file")
-    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw them")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the curves of --scaling")
     args = parser.parse_args()
     record: dict[str, Any] = {
         "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
@@ -92,7 +96,7 @@ def main() -> None:
     elif args.scaling:
         from bench_scaling import measure_scaling  # type: ignore[import-not-found]
 
-        record |= measure_scaling(args, measure)
+        record |= measure_scaling(args, SCALED, measure, lambda shape: (flops_of_step(shape), flops_of_matmul()))
     else:
         record["runs"] = [side_by_side(args, size, precision) for size in args.sizes for precision in args.precision]
     if args.out:
@@ -100,8 +104,9 @@ def main() -> None:
 
 
 def side_by_side(args: argparse.Namespace, size: str, precision: str) -> dict[str, Any]:
-    theirs = ["nanogpt", "nanogpt compiled"] if args.nanogpt else []
-    names = [*theirs, *args.variants, *(ABLATION if args.options else ())]
+    names = [*args.variants, *(ABLATION if args.options else ())]
+    if not args.nanogpt:
+        names = [name for name in names if not name.startswith("nanogpt")]
     if precision == "bf16-mixed":
         names += ["recast"] if args.options else []
     base = names[0]

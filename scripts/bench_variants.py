@@ -27,7 +27,7 @@ from nanogpt_lit.optim.schedule import ScheduleConfig
 if TYPE_CHECKING:
     from nanogpt_lit.module import LitNanoGPT
 
-FOR_EVER = 10**9
+FOR_EVER = 10**6
 OURS = {"chunk": 256, "optimizer": "fused", "compile": False, "recast": False, "heap": True}
 """What the option names below change."""
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,68 @@
+"""How the cost of a step grows: with the network, the block, the batch and the data. bench.py --scaling runs it."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+GROWTH: dict[str, dict[str, tuple[int, ...]]] = {
+    "network": {"n_embd": (64, 128, 256, 512)},
+    "block": {"block_size": (32, 64, 128, 256, 512)},
+    "batch": {"batch_size": (1, 2, 4, 8, 16)},
+}
+TOKENS = (10_000, 1_000_000, 100_000_000)
+"""Of the data: a step reads its windows out of a memory map, so that this should cost nothing."""
+
+
+def measure_scaling(args: argparse.Namespace, shape: Any, measure: Callable[..., Any], flops: Any) -> dict[str, Any]:
+    """Points of each curve: what grows, seconds a step, and seconds of the same arithmetic as matrix products."""
+    curves: dict[str, list[dict[str, float]]] = {}
+    for name, ((field, sizes),) in ((name, growth.items()) for name, growth in GROWTH.items()):
+        curves[name] = [point(args, replace(shape, **{field: size}), size, measure, flops) for size in sizes]
+    curves["data"] = [point(args, shape, tokens, measure, flops, tokens) for tokens in TOKENS]
+    for name, points in curves.items():
+        print(f"\n{name:<12}{'ms/step':>10}{'matmul ms':>11}{'utilisation':>13}")
+        for p in points:
+            print(f"{p['size']:<12,}{1e3 * p['s']:>10.2f}{1e3 * p['matmul_s']:>11.2f}{p['matmul_s'] / p['s']:>13.0%}")
+    if args.picture:
+        draw(curves, args.picture)
+    return {"shape": vars(shape), "curves": curves}
+
+
+def point(
+    args: argparse.Namespace, shape: Any, size: int, measure: Callable[..., Any], flops: Any, tokens: int = 1_000_000
+) -> dict[str, float]:
+    turns = measure(args, shape, ["plain"], "32-true", tokens)
+    of_step, of_matmul = flops(shape)
+    # Paired, as everywhere: the rate of the moment in which the step was taken.
+    ratio = median(m / s for m, s in zip(turns["matmul"].seconds, turns["plain"].seconds, strict=True))
+    seconds = median(turns["plain"].seconds)
+    return {"size": size, "flops": of_step, "s": seconds, "matmul_s": seconds * ratio * of_step / of_matmul}
+
+
+LABELS = {
+    "network": "channels of the network",
+    "block": "tokens of a block",
+    "batch": "blocks of a batch",
+    "data": "tokens of the data",
+}
+
+
+def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.2 * len(curves), 3.2), sharey=True, layout="constrained")
+    for axis, (name, points) in zip(axes, curves.items(), strict=True):
+        sizes = [p["size"] for p in points]
+        axis.loglog(sizes, [p["s"] for p in points], "o-", label="a step")
+        axis.loglog(sizes, [p["matmul_s"] for p in points], "--", color="gray", label="its arithmetic at matmul's rate")
+        axis.set_xlabel(LABELS[name])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,87 @@
+"""How often a step waits for its device: each reading of a number from a tensor is a wait on a card."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from lightning.pytorch import Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from nanogpt_lit.loops import accelerate_loop, reference
+from nanogpt_lit.loops.contract import LoopSettings
+from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
+from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TrainingCurves
+from nanogpt_lit.loops.lightning_guards import FiniteSteps
+from nanogpt_lit.loops.lightning_observer import DropoutSeed
+from nanogpt_lit.loops.lightning_precision import precision_plugin
+from nanogpt_lit.loops.lightning_stops import StepStops
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.optim.adamw import AdamWConfig
+from nanogpt_lit.optim.schedule import ScheduleConfig
+
+STEPS, ACCUMULATE = 5, 3
+
+
+class Waits(TorchDispatchMode):
+    """Counts what item(), float(), bool() and tolist() of a tensor all come to, by micro-batch."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.by_batch = []
+        module.register_forward_pre_hook(lambda *args: self.by_batch.append(0))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and self.by_batch:
+            self.by_batch[-1] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def plain(module, loader, settings, folder):
+    reference.train(module, loader, [], settings)
+
+
+def accelerated(module, loader, settings, folder):
+    accelerator = Accelerator(**accelerate_loop.accelerator_options(settings, "cpu"))
+    accelerate_loop.train(accelerator, module, loader, loader, settings)
+
+
+def lightning(module, loader, settings, folder):
+    """With what fit has in every run."""
+    meter, validations = StepMeter(), ValidationRecord()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=settings.max_steps,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.gradient_clip_val,
+        log_every_n_steps=100,  # the first and the last step are drawn all the same
+        plugins=[precision_plugin(settings.precision, "cpu")],
+        logger=False,
+        callbacks=[
+            TrainingCurves(meter, validations),
+            DropoutSeed(0),
+            FiniteSteps(),
+            StepStops(),
+            StepProgressBar(meter, validations),
+        ],
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, loader)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("train", [plain, accelerated, lightning])
+def test_a_step_waits_once_to_see_that_its_gradients_are_finite_and_a_micro_batch_never(
+    train, precision, tiny_gpt, tmp_path
+):
+    module = LitNanoGPT(tiny_gpt, AdamWConfig(), ScheduleConfig(warmup_steps=2, total_steps=STEPS))
+    windows = torch.randint(0, 11, (STEPS * ACCUMULATE, 2, 9), generator=torch.Generator().manual_seed(1))
+    loader = DataLoader([(w[:, :-1], w[:, 1:]) for w in windows], batch_size=None)
+    settings = LoopSettings(STEPS, ACCUMULATE, gradient_clip_val=0.5, precision=precision)
+    with Waits(module) as waits:
+        train(module, loader, settings, tmp_path)
+    assert len(waits.by_batch) == STEPS * ACCUMULATE
+    between = waits.by_batch[ACCUMULATE:-ACCUMULATE]  # the first and the last step are drawn
+    assert between == ([0] * (ACCUMULATE - 1) + [1]) * (STEPS - 2)
