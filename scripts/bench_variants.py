@@ -231,7 +231,7 @@ def transformers_trainer(config: GPTConfig, precision: str, turns: Turns) -> Non
 
     class Loaded(Trainer):
         def get_train_dataloader(self) -> DataLoader:
-            def as_named(batch: Batch) -> dict[str, Tensor]:
+            def as_named(batch: Any) -> dict[str, Tensor]:
                 return {"input_ids": batch[0], "labels": batch[0]}
 
             return DataLoader(turns, batch_size=None, collate_fn=as_named)
