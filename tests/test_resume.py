@@ -1,7 +1,5 @@
 """--resume auto, as a user starts it after a crash: the same run, its folder and its curves, to the same bits."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from small_runs import LOOPS, accelerate, curves, different, fit, small_run
@@ -13,7 +11,6 @@ from nanogpt_lit.loops.resume import choose_again, chosen_settings
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine
 
-Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 LAST = "checkpoints/last.safetensors"
 
 

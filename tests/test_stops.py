@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from nanogpt_lit.loops.stops import Reason, Stops, seconds_of
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.processes import run_together
 
-Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 STEPS = 8
 posix = pytest.mark.skipif(os.name != "posix", reason="a process cannot send itself these signals on Windows")
 
@@ -153,6 +151,37 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (answer.returncode, answer.stdout) == (130, "still here\n"), answer.stderr
     assert answer.stderr.count("finishing this step, then saving") == 1
+
+
+@posix
+def test_under_nohup_a_closed_terminal_does_not_stop_a_run_and_ctrl_c_does():
+    program = (
+        "import os, signal\n"
+        "from nanogpt_lit.loops.stops import Stops\n"
+        "with Stops(None) as stops:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    print(stops.asked())\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print(stops.asked(), stops.reason.name)\n"
+        "print(signal.getsignal(signal.SIGHUP).name)\n"
+    )
+    answer = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.stdout.splitlines() == ["False", "True INTERRUPT", "SIG_IGN"], answer.stderr
+
+
+@posix
+@pytest.mark.parametrize(
+    ("loop", "number"), [(fit, signal.SIGTERM), (fit, signal.SIGINT), (accelerate, getattr(signal, "SIGHUP", None))]
+)
+def test_a_signal_that_the_process_ignores_leaves_the_run_alone(
+    loop, number, undisturbed, text, tmp_path, at_forward, request
+):
+    before = signal.signal(number, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(number, before))
+    at_forward(5, signal_here(number))
+    assert loop(*thirds(text, tmp_path)) == 0
+    assert not different(tmp_path / LOOPS[loop] / "checkpoints/last.safetensors", undisturbed)
+    assert signal.getsignal(number) is signal.SIG_IGN
 
 
 def test_the_strongest_reason_is_the_one_that_counts(tmp_path):

@@ -1,5 +1,7 @@
 """Stops under Lightning's Trainer."""
 
+import signal
+import threading
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -7,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nanogpt_lit.loops.lightning_checkpoint import RunCheckpoint, RunFileIO
-from nanogpt_lit.loops.stops import Stopped, Stops
+from nanogpt_lit.loops.stops import Stopped, Stops, ignored_signals
 
 
 class StepStops(Callback):
@@ -22,7 +24,13 @@ class StepStops(Callback):
         self._step = 0
         self._step_ended = False
 
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._ignored = ignored_signals()
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._ignored:
+                signal.signal(number, signal.SIG_IGN)  # Lightning has meanwhile taken SIGTERM
         folder = trainer.log_dir or trainer.default_root_dir
         # Entered here, after Lightning has put up its own handlers; it takes all of them down itself.
         self._stops = Stops(Path(folder), self.max_time_s).__enter__()

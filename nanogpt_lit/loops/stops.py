@@ -69,6 +69,8 @@ class Stopped(Exception):  # noqa: N818 - it is no error
 class Stops:
     """Listens while it is entered. A second Ctrl-C ends the process at once; what was saved stays.
 
+    A signal that the process ignores stays ignored: so a run under nohup outlives its terminal.
+
     folder: where the stop file is looked for   max_time_s: counted from when it is entered, each time a run is started
     """
 
@@ -88,7 +90,8 @@ class Stops:
     def __enter__(self) -> Self:
         self._started_s = self._clock()
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread do it
-            self._replaced = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            heard = SIGNALS.keys() - ignored_signals()
+            self._replaced = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -138,6 +141,10 @@ class Stops:
         highest = torch.tensor(rank)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._group)
         return int(highest)
+
+
+def ignored_signals() -> set[signal.Signals]:
+    return {number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
 
 
 def first_rank() -> bool:
