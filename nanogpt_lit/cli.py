@@ -12,7 +12,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
@@ -24,6 +23,7 @@ from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
 from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, with_run_files
 from nanogpt_lit.loops.lightning_guards import FiniteSteps
+from nanogpt_lit.loops.lightning_logger import PatientLogger
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
@@ -247,7 +247,7 @@ class NanoGPTCLI(LightningCLI):
                 self.save_config_kwargs["config_filename"] = config_file(self.resumed.run_folder)
                 # What the piece before this one drew past its checkpoint is drawn again: TensorBoard forgets it.
                 options |= {"version": self.resumed.run_folder.name, "purge_step": self.resumed.step + 1}
-            kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, **options)
+            kwargs["logger"] = PatientLogger(trainer.default_root_dir, **options)
         kwargs["max_time"] = None  # Lightning's timer ends inside a step; StepStops has it
         return super().instantiate_trainer(**kwargs, callbacks=self._callbacks(trainer))
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.run_file import SUFFIX
@@ -17,6 +16,7 @@ from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, is_drawn, perplexity
 from nanogpt_lit.loops.elastic_start import share_finding
 from nanogpt_lit.loops.machine import peak_flops_of
+from nanogpt_lit.loops.patient_writer import PatientWriter
 from nanogpt_lit.loops.progress import Progress
 from nanogpt_lit.loops.resume import capture, random_states
 
@@ -66,7 +66,7 @@ class Journal(Observer):
         self._progress = Progress(settings.max_steps, self.step) if show_progress else None
         # What the piece before this one drew past its checkpoint is drawn again: TensorBoard forgets it.
         purge_step = None if start is None else start.step + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._writer = PatientWriter(str(folder), purge_step=purge_step)
 
     def on_train_start(self, parts: Parts) -> None:
         self._parts = parts
