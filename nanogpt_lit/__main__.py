@@ -68,7 +68,9 @@ def exit_code(command: Callable[[], int]) -> int:
     except BaseException as error:
         if supervised():
             report_error(error)
-        if not isinstance(error, OSError) and not (isinstance(error, ValueError) and raised_by_us(error)):
+        # A reset connection is a process that died, a data worker's say: no file that the user could look after.
+        of_a_file = isinstance(error, OSError) and not isinstance(error, ConnectionResetError)
+        if not of_a_file and not (isinstance(error, ValueError) and raised_by_us(error)):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ import torch
 from small_runs import BOTTLES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt_lit.__main__ import COMMANDS, main
+from nanogpt_lit.__main__ import COMMANDS, exit_code, main
 from nanogpt_lit.checkpoint.run_file import load_run
 
 TAGS = {
@@ -327,3 +327,11 @@ def test_an_error_that_is_no_users_mistake_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("nanogpt_lit.commands.generate", broken)
     with pytest.raises(ValueError, match="invalid literal"):
         main(["generate"])
+
+
+def test_a_data_worker_that_was_killed_is_no_mistake_of_the_user():
+    def reads_from_it():
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    with pytest.raises(ConnectionResetError):
+        exit_code(reads_from_it)

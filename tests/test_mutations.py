@@ -15,6 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanogpt_lit.__main__ import raised_by_us
+from nanogpt_lit.checkpoint.accelerate_format import (
+    BESIDE,
+    OPTIMIZER,
+    RANDOM,
+    SCHEDULE,
+    WEIGHTS,
+    read_folder,
+    write_folder,
+)
 from nanogpt_lit.checkpoint.convert import read_ckpt
 from nanogpt_lit.checkpoint.lightning_format import to_lightning
 from nanogpt_lit.checkpoint.load import load_network
@@ -26,6 +35,7 @@ from nanogpt_lit.data.prepare import PrepareConfig, prepare, stale_reason
 from nanogpt_lit.data.shards import MANIFEST, TokenShards, read_manifest
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, ByteTokenizer, read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.strategies.accelerate_file import read_accelerate_file
 from nanogpt_lit.strategies.from_accelerate import to_trainer
 
@@ -268,6 +278,38 @@ def test_a_damaged_file_of_lightnings_is_refused_or_converts_to_the_same(damage,
         assert all(torch.equal(tensor, found.weights[name]) for name, tensor in state.weights.items())
         assert found.step == state.step
         assert zipfile.is_zipfile(path)
+
+
+@pytest.fixture(scope="module")
+def accelerates_folder(state, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("accelerate") / "folder"
+    write_folder(folder, state)
+    return folder
+
+
+@pytest.mark.parametrize("name", [BESIDE, WEIGHTS, OPTIMIZER, SCHEDULE, RANDOM.format(0)])
+@given(damage=damages())
+@examples(25)
+def test_a_damaged_folder_of_accelerates_is_refused_or_converts_to_the_same(name, damage, accelerates_folder, tmp_path):
+    folder = copy_of(accelerates_folder, tmp_path)
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    found, right = answer(lambda: read_folder(folder)), read_folder(accelerates_folder)
+    if found is None:
+        return
+    a, b = dict(leaves("", vars(found))), dict(leaves("", vars(right)))
+    different = [path for path in a.keys() | b.keys() if path not in a or path not in b or not same(a[path], b[path])]
+    # accelerate writes neither with a checksum: another number in them is told by nobody (SECURITY.md).
+    assert not different or name in (WEIGHTS, BESIDE), different
+
+
+@given(change=changes())
+@examples(60)
+def test_a_folder_of_accelerates_whose_description_was_rewritten_is_refused_or_read(
+    change, accelerates_folder, tmp_path
+):
+    folder = copy_of(accelerates_folder, tmp_path)
+    (folder / BESIDE).write_text(json.dumps(change(json.loads((folder / BESIDE).read_text()))))
+    answer(lambda: read_folder(folder))
 
 
 # YAML, and accelerate's.

@@ -6,7 +6,6 @@ files, in nanogpt_lit.json, which load_state leaves alone.
 
 import codecs
 import json
-import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt_lit.checkpoint.run_file import LATER, stored_once
+from nanogpt_lit.checkpoint.run_file import LATER, check_counts, stored_once
 from nanogpt_lit.checkpoint.state import RandomState, RunState
+from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.checkpoint.tree import put_together, take_apart
 from nanogpt_lit.durable import durable_folder
 
@@ -74,27 +74,35 @@ def read_folder(folder: Path) -> RunState:
         raise ValueError(
             f"{folder / RANDOM.format(0)} is missing: it says after how many micro-batches the run stands."
         )
-    batches = random_states[0]["step"]
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
-    data, gpt = beside["data"], beside["hyper_parameters"].get("gpt", {})
-    if gpt.get("tied_head") and "gpt.lm_head.weight" not in weights:
-        weights["gpt.lm_head.weight"] = weights["gpt.transformer.wte.weight"]
-    since = (batches - beside.pop("batches")) * beside["processes"]
-    beside["tokens"] += since * data.get("batch_size", 0) * data.get("block_size", 0)
-    return RunState(
-        weights=weights,
-        optimizer=read_pickle(folder / OPTIMIZER),
-        schedule=schedule,
-        scaler=read_pickle(folder / SCALER) if (folder / SCALER).is_file() else None,
-        random=[with_our_names(state) for state in random_states],
-        # The schedule counts the steps that happened and those that the scaler skipped.
-        step=schedule["last_epoch"] + schedule["skipped_steps"],
-        batches=batches,
-        **beside,
-    )
+    optimizer = read_pickle(folder / OPTIMIZER)
+    scaler = read_pickle(folder / SCALER) if (folder / SCALER).is_file() else None
+    try:
+        batches, data = random_states[0]["step"], beside["data"]
+        if beside["hyper_parameters"].get("gpt", {}).get("tied_head") and "gpt.lm_head.weight" not in weights:
+            weights["gpt.lm_head.weight"] = weights["gpt.transformer.wte.weight"]
+        since = (batches - beside.pop("batches")) * beside["processes"]
+        beside["tokens"] += since * data.get("batch_size", 0) * data.get("block_size", 0)
+        state = RunState(
+            weights=weights,
+            optimizer=optimizer,
+            schedule=schedule,
+            scaler=scaler,
+            random=[with_our_names(state) for state in random_states],
+            # The schedule counts the steps that happened and those that the scaler skipped.
+            step=schedule["last_epoch"] + schedule["skipped_steps"],
+            batches=batches,
+            **beside,
+        )
+        check_counts(state)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{folder} is not as accelerate and `python -m nanogpt_lit convert` wrote it ({type(error).__name__})."
+        ) from error
+    return state
 
 
 def read_beside(folder: Path) -> dict[str, Any]:
@@ -138,10 +146,10 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """A dictionary of tensors and plain values; anything else in the file is refused before it can run."""
     try:
         with torch.serialization.safe_globals(NUMPY_TYPES):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_torch_file(path)
         if not isinstance(content, dict):
             raise TypeError(f"a {type(content).__name__}")
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:
         raise ValueError(
             f"{path} is damaged, missing, or holds more than tensors and numbers ({type(error).__name__})."
         ) from error

@@ -7,8 +7,9 @@ import torch
 
 from nanogpt_lit.checkpoint.accelerate_format import read_folder, write_folder
 from nanogpt_lit.checkpoint.lightning_format import from_lightning, to_lightning
-from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, save_run
+from nanogpt_lit.checkpoint.run_file import SUFFIX, check_counts, load_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.durable import durable_file
 
 
@@ -47,14 +48,9 @@ def read(source: Path) -> RunState:
 def read_ckpt(path: Path) -> RunState:
     """Of a file that Trainer.save_checkpoint wrote."""
     try:
-        with path.open("rb") as file:
-            # torch wrote a checksum of every part, and does not look at it when it reads.
-            if (part := zipfile.ZipFile(file).testzip()) is not None:
-                raise RuntimeError(f"{part} differs from its checksum")
-            file.seek(0)
-            # weights_only: the file may come from elsewhere, and an ordinary pickle can run code. The open file and not
-            # its name, by which torch would choose another reader.
-            return from_lightning(torch.load(file, map_location="cpu", weights_only=True))
+        state = from_lightning(read_torch_file(path))
+        check_counts(state)
+        return state
     except Exception as error:  # what the readers of zip, of pickle and of a dictionary raise is not one family
         reason = " ".join(str(error).split())[:100]
         raise ValueError(

@@ -181,12 +181,19 @@ def decoded(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Te
         if TOKENIZER in states["data"]:
             files = states["data"][TOKENIZER]
             states["data"][TOKENIZER] = {name: as_text(content) for name, content in files.items()}
-        for name, least in COUNTS.items():
-            if type(states[name]) is not int or states[name] < least:
-                raise TypeError(f"{name}={states[name]!r}")
-        return RunState(weights=weights, **states)
+        state = RunState(weights=weights, **states)
+        check_counts(state)
+        return state
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise incomplete(path, error) from error
+
+
+def check_counts(state: RunState) -> None:
+    """Raises TypeError for a run that no loop can have written."""
+    for name, least in COUNTS.items():
+        count = getattr(state, name)
+        if type(count) is not int or count < least:
+            raise TypeError(f"{name}={count!r}")
 
 
 def incomplete(path: Path, error: Exception) -> ValueError:
