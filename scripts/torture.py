@@ -1,0 +1,162 @@
+"""Kills training runs at random moments, resumes them, and compares each with the run that nobody disturbed.
+
+    python scripts/torture.py --count 100 --jobs 2 --out docs/torture.json
+    python scripts/torture.py --count 4 --processes 2
+    python scripts/torture.py --count 1 --only 37          # one trial of them again
+
+A trial is one run of a small network on real text, by `fit`, by raw accelerate, or by either after each resume, as a
+real process. It is killed, told to stop, or harmed in another way, once or several times; every time it is started
+again with --resume=auto, as it was before. At its end the weights, the optimizer, the schedule, the random states, the
+position in the data and every curve have to be those of the undisturbed run, bit for bit. On the way nothing that was
+saved may be lost, a stop has to end with its exit code and a checkpoint of that very step, and no process may remain.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torture_process import warm_up
+from torture_trial import KINDS, STOPS, Reference, Result, Setup, Trial, left_out, reference
+
+from nanogpt_lit.loops.machine import hardware
+
+SETUPS = [
+    Setup(precision, accumulate, workers, nan_every)
+    for nan_every in (0, 11)
+    for workers in (0, 2)
+    for precision, accumulate in (("32-true", 1), ("bf16-mixed", 3))
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100, help="trials (100)")
+    parser.add_argument("--seed", type=int, default=1, help="of what happens when (1)")
+    parser.add_argument("--loop", choices=("fit", "accelerate", "both"), default="both")
+    parser.add_argument("--processes", type=int, default=1, help="of each run, joined under gloo (1)")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at the same time (1)")
+    parser.add_argument("--only", type=int, help="the trial of this number alone")
+    parser.add_argument("--setups", type=int, default=len(SETUPS), help=f"of {len(SETUPS)}, the first so many")
+    parser.add_argument("--out", type=Path, help="also write a record to this file")
+    args = parser.parse_args()
+    if (remark := left_out()) is not None:
+        print(remark)
+    started_s = time.monotonic()
+    # Not TemporaryDirectory: a forked process would remove it at its end. What a failed trial leaves is there to see.
+    root = Path(tempfile.mkdtemp(prefix="torture-"))
+    numbers = [args.only] if args.only is not None else list(range(args.count))
+    trials = [trial(number, args) for number in numbers]
+    warm_up()
+    references: dict[Setup, Reference] = {}
+    for setup in dict.fromkeys(alone(trial.setup) for trial in trials):
+        # The first by an interpreter of its own: so the copies are compared with what a user starts.
+        references[setup] = reference(setup, root, args.processes, fresh=not references)
+    results = run_all(trials, references, root, args.jobs)
+    print_table(results)
+    failed = [result for result in results if result.failure is not None]
+    if args.out is not None:
+        command = shlex.join(["python", "scripts/torture.py", *sys.argv[1:]])
+        write_record(args.out, command, time.monotonic() - started_s, results)
+    if not failed:
+        shutil.rmtree(root)
+    return 1 if failed else 0
+
+
+def trial(number: int, args: argparse.Namespace) -> Trial:
+    draw = random.Random(f"{args.seed} {number}")
+    setup = SETUPS[number % args.setups]
+    kinds = [kind for kind in KINDS if kind != "worker killed" or setup.workers]
+    # The first disturbances take turns, so that few trials have all of them; the others are drawn.
+    disturbances = [kinds[number % len(kinds)], *draw.choices(kinds, k=draw.randint(0, 2))]
+    return Trial(number, setup, disturbances, draw, args.loop, args.processes)
+
+
+def alone(setup: Setup) -> Setup:
+    """What the undisturbed run is trained with: workers may not matter."""
+    return replace(setup, workers=0)
+
+
+def run_all(trials: list[Trial], references: dict[Setup, Reference], root: Path, jobs: int) -> list[Result]:
+    """With several jobs, each is a process with its share of the trials."""
+    if jobs == 1 or not hasattr(os, "fork"):
+        return [run_one(trial, references, root) for trial in trials]
+    pids = []
+    for job in range(jobs):
+        pid = os.fork()
+        if pid == 0:
+            results = [run_one(trial, references, root) for trial in trials[job::jobs]]
+            (root / f"results_{job}.json").write_text(json.dumps([asdict(result) for result in results]))
+            os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    shares = [json.loads((root / f"results_{job}.json").read_text()) for job in range(jobs)]
+    return sorted((Result(**fields) for share in shares for fields in share), key=lambda result: result.number)
+
+
+def run_one(trial: Trial, references: dict[Setup, Reference], root: Path) -> Result:
+    result = trial.run(references[alone(trial.setup)], root / f"trial_{trial.number}")
+    happened = ", ".join(f"{piece['disturbance']} ({piece['exit']})" for piece in result.pieces)
+    print(
+        f"{trial.number:4}  {'ok' if result.failure is None else 'FAILED: ' + result.failure}  {happened}", flush=True
+    )
+    return result
+
+
+def print_table(results: list[Result]) -> None:
+    """How often each disturbance struck; one that came when the run had ended already struck nothing.
+
+    saved: how many of the stops ended a step and saved it; the others came before the first step or after the last
+    """
+    struck, late, saved = counts(results)
+    print(f"\n{'disturbance':<24}{'struck':>8}{'too late':>10}{'saved':>8}")
+    for kind in KINDS:
+        if struck[kind] or late[kind]:
+            print(f"{kind:<24}{struck[kind]:8}{late[kind]:10}{saved[kind] or '':>8}")
+    passed = sum(result.failure is None for result in results)
+    print(
+        f"\n{passed} of {len(results)} runs ended with the bits of the undisturbed one, {struck.total()} disturbances"
+    )
+
+
+def counts(results: list[Result]) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    struck: Counter[str] = Counter()
+    late: Counter[str] = Counter()
+    saved: Counter[str] = Counter()
+    for piece in (piece for result in results for piece in result.pieces):
+        if piece["disturbance"] in KINDS:
+            (struck if piece["struck"] else late)[piece["disturbance"]] += 1
+            saved[piece["disturbance"]] += piece["exit"] == STOPS.get(piece["disturbance"])
+    return struck, late, saved
+
+
+def write_record(path: Path, command: str, elapsed_s: float, results: list[Result]) -> None:
+    """One line per trial, so that two records can be compared."""
+    struck, late, saved = counts(results)
+    head = {
+        "hardware": hardware("lightning", "accelerate"),
+        "command": command,
+        "elapsed_s": round(elapsed_s),
+        "trials": len(results),
+        "passed": sum(result.failure is None for result in results),
+        "struck": dict(sorted(struck.items())),
+        "too_late": dict(sorted(late.items())),
+        "saved_by_a_stop": {kind: saved[kind] for kind in STOPS},
+        "left_out": left_out(),
+    }
+    lines = ",\n".join("  " + json.dumps(asdict(result)) for result in results)
+    text = json.dumps(head, indent=1)[:-2] + ',\n "results": [\n' + lines + "\n ]\n}\n"
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

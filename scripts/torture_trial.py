@@ -1,0 +1,379 @@
+"""One run that scripts/torture.py disturbs, from its start to its end, and what has to be true of it all the way."""
+
+import argparse
+import inspect
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torture_process import Forked, Piece, Within, start
+
+from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
+from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, verify_run
+from nanogpt_lit.durable import PARTIAL
+from nanogpt_lit.parity.record import leaves, same
+
+STEPS, VALIDATES_EVERY = 64, 8
+PATIENCE_S = 240
+"""For a process that should have ended long before."""
+MEASURED = ("throughput/", "memory/", "card/", "time/")
+"""Curves of what the machine did: they differ between any two runs."""
+STOPS = {name: code for name, code in (("INT", 130), ("TERM", 143), ("HUP", 129)) if hasattr(signal, f"SIG{name}")}
+FROM_WITHIN = {"killed at a call": "kill at call", "killed at a byte": "kill at byte", "disk full": "full disk"}
+DAMAGES = ("truncated", "bit-flipped")
+POSIX_ONLY = ("INT", "TERM", "HUP", "TERM, then KILL", "killed at a byte", "disk full")
+"""Windows sends a process no signal, and has no limit on files."""
+KINDS = [
+    kind
+    for kind in ("KILL", *STOPS, "TERM, then KILL", *FROM_WITHIN, *DAMAGES, "worker killed")
+    if os.name == "posix" or kind not in POSIX_ONLY
+]
+
+
+def left_out() -> str | None:
+    return None if os.name == "posix" else f"{', '.join(POSIX_ONLY)}: left out, this system has no such thing"
+
+
+@dataclass(frozen=True)
+class Setup:
+    precision: str
+    accumulate: int
+    workers: int
+    nan_every: int
+    """One micro-batch in so many has gradients that are NaN; 0 for none."""
+
+    def options(self, text: Path, root: Path, processes: int) -> list[str]:
+        return [
+            f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", f"--trainer.max_steps={STEPS}",
+            f"--trainer.precision={self.precision}", f"--trainer.accumulate_grad_batches={self.accumulate}",
+            f"--trainer.val_check_interval={VALIDATES_EVERY * self.accumulate}", "--trainer.limit_val_batches=2",
+            "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false",
+            "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=2",
+            "--model.gpt.n_layer=2", "--model.gpt.n_head=2", "--model.gpt.n_embd=32", "--model.gpt.dropout=0.1",
+            "--model.schedule.warmup_steps=4", f"--data.source={text}", "--data.tokenizer=byte",
+            "--data.block_size=32", "--data.batch_size=4", "--data.val_fraction=0.1",
+            f"--data.num_workers={self.workers}", "--resume=auto",
+            *(["--trainer.strategy=ddp", f"--trainer.devices={processes}"] if processes > 1 else []),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The run that nobody disturbed."""
+
+    text: Path
+    state: dict[str, Any]
+    curves: list[tuple[str, int, str]]
+    size: int
+    """Of a checkpoint, in bytes."""
+    training_s: float
+
+
+@dataclass
+class Result:
+    number: int
+    setup: str
+    temporary: str
+    pieces: list[dict[str, Any]] = field(default_factory=list)
+    failure: str | None = None
+
+
+class Failed(Exception):  # noqa: N818 - of a trial, not of this program
+    pass
+
+
+def reference(setup: Setup, root: Path, processes: int, fresh: bool) -> Reference:
+    """Trained by fit. Raises Failed where that goes wrong, or has nothing to compare."""
+    folder = root / f"undisturbed_{setup.precision}_{setup.accumulate}_{setup.nan_every}"
+    folder.mkdir()
+    text = root / "text.txt"
+    text.write_text(inspect.getsource(argparse), encoding="utf-8")
+    output = folder / "output"
+    piece = Piece("fit", setup.options(text, folder, processes), str(output), str(root), setup.nan_every)
+    running = start_all(piece, processes, fresh)
+    wait_for_training(running, output)
+    started_s = time.monotonic()
+    if any(wait(running)):
+        raise Failed(f"the undisturbed run of {setup} ended with an error: {output.read_text()[-2000:]}")
+    training_s = time.monotonic() - started_s
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    state, curves = final_state(newest.path), final_curves(newest.run_folder)
+    if setup.nan_every and not 0 < state["schedule skipped_steps"] < STEPS:
+        raise Failed(f"the undisturbed run of {setup} left out {state['schedule skipped_steps']} of {STEPS} steps")
+    return Reference(text, state, curves, newest.path.stat().st_size, training_s)
+
+
+class Trial:
+    def __init__(
+        self, number: int, setup: Setup, disturbances: list[str], draw: random.Random, loop: str, processes: int
+    ) -> None:
+        self.number = number
+        self.setup = setup
+        self._disturbances = disturbances
+        self._draw = draw
+        self._loop = loop
+        self._processes = processes
+        self._groups: list[int] = []
+        self._points_left_out = False
+        """A full disk took no curves for a while: there may be fewer points, and no others."""
+
+    def run(self, reference: Reference, folder: Path) -> Result:
+        self._reference, self._folder = reference, folder
+        folder.mkdir()
+        shm = Path("/dev/shm")
+        elsewhere = self.number % 2 == 0 and shm.is_dir() and shm.stat().st_dev != folder.stat().st_dev
+        self._temporary = str(shm if elsewhere else folder)
+        self.result = Result(self.number, str(self.setup), "another file system" if elsewhere else "the run's")
+        try:
+            for disturbance in self._disturbances:
+                if self._at_end():
+                    break
+                self._disturb(disturbance)
+            while not self._at_end():
+                if len(self.result.pieces) > len(self._disturbances) + 3:
+                    raise Failed("the run does not reach its end")
+                self._disturb("none")
+            self._compare()
+        except (Failed, ValueError) as failure:
+            self.result.failure = str(failure)
+        for group in self._groups:
+            with suppress(OSError, AttributeError):
+                os.killpg(group, signal.SIGKILL)
+        return self.result
+
+    def _at_end(self) -> bool:
+        """Whether the last step is saved, by a process that ended in peace."""
+        pieces = self.result.pieces
+        newest = newest_checkpoint(self._folder) if pieces and pieces[-1]["exit"] == 0 else None
+        return newest is not None and newest.step == STEPS
+
+    # One process, from its start to its end.
+
+    def _disturb(self, kind: str) -> None:
+        before = newest_checkpoint(self._folder)
+        loop = self._draw.choice(["fit", "accelerate"]) if self._loop == "both" else self._loop
+        output = self._folder / f"output_{len(self.result.pieces)}"
+        options = self.setup.options(self._reference.text, self._folder, self._processes)
+        piece = Piece(loop, options, str(output), self._temporary, self.setup.nan_every, self._within(kind))
+        running = start_all(piece, self._processes)
+        self._groups += [process.pid for process in running]
+        left = 1 - (before.step if before is not None else 0) / STEPS
+        moment_s = self._strike(kind, running, output, left) if kind not in (*FROM_WITHIN, "none") else None
+        codes = wait(running)
+        said = output.read_text(encoding="utf-8", errors="replace")
+        struck = "warning: " in said if kind == "disk full" else bool(codes[0] or any(codes))
+        self.result.pieces.append(
+            {"disturbance": kind, "loop": loop, "moment_s": moment_s, "exit": codes[0], "struck": struck}
+        )
+        self._check(kind, codes, said, before)
+        if kind in DAMAGES and struck:
+            self._damage(kind)
+
+    def _within(self, kind: str) -> Within | None:
+        if kind == "killed at a call":
+            # Of the 6 calls of a checkpoint, of up to two checkpoints after each validation.
+            return Within("kill at call", self._draw.randint(1, 60), after=self._draw.random() < 0.5)
+        if kind in FROM_WITHIN:
+            # The curves are a few dozen KiB: below that, they meet the full disk too.
+            size = self._draw.choice(
+                [self._draw.randint(2**12, 2**15), self._draw.randint(2**16, self._reference.size)]
+            )
+            return Within(FROM_WITHIN[kind], self._draw.randint(1, 8), size=size)  # type: ignore[arg-type]
+        return None
+
+    def _strike(
+        self, kind: str, running: "list[Forked | subprocess.Popen[bytes]]", output: Path, left: float
+    ) -> float | None:
+        """At a random moment; seconds after training began, None where it was before. left: share of the run"""
+        moment_s = None
+        if self._draw.random() < 0.9 or kind == "worker killed":
+            wait_for_training(running, output)
+            moment_s = round(left * self._draw.uniform(0, self._reference.training_s), 3)
+            time.sleep(moment_s)
+        else:
+            time.sleep(self._draw.uniform(0, 2))
+        # Of several processes, one or all: a card that fails, or the power.
+        chosen = running if self._draw.random() < 0.5 else [self._draw.choice(running)]
+        for process in chosen:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    self._send(kind, process.pid)
+        if kind == "KILL" and len(chosen) < len(running):
+            wait(running, patience_s=20, kill=True)  # as torchrun does
+        return moment_s
+
+    def _send(self, kind: str, pid: int) -> None:
+        if kind == "worker killed":
+            workers = psutil.Process(pid).children()
+            if workers:
+                self._draw.choice(workers).kill()
+        elif kind in ("INT", "HUP"):  # a terminal's, to all that it has started
+            os.killpg(pid, getattr(signal, f"SIG{kind}"))
+        elif kind.startswith("TERM"):
+            os.kill(pid, signal.SIGTERM)
+            if kind != "TERM":
+                time.sleep(self._draw.uniform(0, 0.1))
+                os.kill(pid, signal.SIGKILL)
+        else:
+            psutil.Process(pid).kill()
+
+    def _check(self, kind: str, codes: list[int], said: str, before: Newest | None) -> None:
+        """What has to be true after any process of the run."""
+        after = newest_checkpoint(self._folder)
+        code, step = codes[0], 0 if after is None else after.step
+        self.result.pieces[-1]["step"] = step
+        if before is not None and step < before.step:
+            raise Failed(f"step {before.step} was saved, and after {kind} there is step {step}")
+        if before is not None and "\nrun: " in said and f"going on from {before.path}, step {before.step}" not in said:
+            raise Failed(f"after {before.path} of step {before.step} it went on from another: {said[:500]}")
+        number = getattr(signal, f"SIG{kind}", None) if kind in STOPS else None
+        if number is not None:
+            # Before the first step and after the last, a signal does what it does to any process of Python.
+            if code not in (0, STOPS[kind], -number, *([1] if kind == "INT" else [])):
+                raise Failed(f"SIG{kind} ended the process with {code}: {said[-2000:]}")
+            if code == STOPS[kind]:
+                stopped = re.search(r"after step (\d+); saved", said)
+                if stopped is None or int(stopped[1]) != step:
+                    raise Failed(f"SIG{kind}: {said[-500:]!r} but step {step} is saved")
+        if kind in ("disk full", "none") and code != 0:
+            raise Failed(f"{kind}: the process ended with {code}: {said[-2000:]}")
+        self._points_left_out |= "the curves cannot be written" in said
+        # The thread of TensorBoard's writer shows how the full disk ended it.
+        if code in (0, *STOPS.values()) and "Traceback" in said and kind != "disk full":
+            raise Failed(f"{kind}: ended with {code}, and a traceback: {said[-2000:]}")
+
+    # What happens to its files between two processes.
+
+    def _damage(self, kind: str) -> None:
+        """Of the newest step, one or all of its files. Where no other is left, the next start has to refuse."""
+        newest = newest_checkpoint(self._folder)
+        if newest is None:
+            return
+        files = {path: step for path in newest.path.parent.glob(f"*{SUFFIX}") if (step := whole_step(path)) is not None}
+        damaged = [newest.path]
+        if self._draw.random() < 0.5:
+            damaged = [path for path, step in files.items() if step == newest.step]
+        whole = {path: (path.read_bytes(), path.stat()) for path in damaged}
+        for path, (content, _) in whole.items():
+            path.write_bytes(self._damaged(kind, content))
+        if len(damaged) < len(files):
+            return
+        output = self._folder / f"refused_{len(self.result.pieces)}"
+        options = self.setup.options(self._reference.text, self._folder, self._processes)
+        (code, *_) = wait(start_all(Piece("fit", options, str(output), self._temporary), self._processes))
+        if code != 2 or "resume=auto finds no whole checkpoint" not in output.read_text():
+            raise Failed(
+                f"no whole checkpoint was left and the process ended with {code}: {output.read_text()[-2000:]}"
+            )
+        for path, (content, stat) in whole.items():
+            path.write_bytes(content)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    def _damaged(self, kind: str, content: bytes) -> bytes:
+        at = self._draw.randrange(len(content))
+        if kind == "truncated":
+            return content[:at]
+        return content[:at] + bytes([content[at] ^ 1 << self._draw.randrange(8)]) + content[at + 1 :]
+
+    # Its end.
+
+    def _compare(self) -> None:
+        newest = newest_checkpoint(self._folder)
+        assert newest is not None
+        state, curves = final_state(newest.path), final_curves(newest.run_folder)
+        expected = self._reference
+        different = [
+            name for name in expected.state if name not in state or not same(state[name], expected.state[name])
+        ]
+        if different or state.keys() != expected.state.keys():
+            raise Failed(f"{len(different)} parts of the state differ, the first {(different or ['by its name'])[0]}")
+        if self._points_left_out:
+            curves = sorted({*curves, *expected.curves})
+        if curves != expected.curves:
+            raise Failed(f"the curves differ: {sorted(set(curves) ^ set(expected.curves))[:4]}")
+        if leftovers := list(newest.path.parent.glob(f"*{PARTIAL}")):
+            raise Failed(f"{leftovers[0]} is left")
+        deadline_s = time.monotonic() + 30  # torch's workers look every 5 s whether their process is still there
+        while left := [group for group in self._groups if alive(group)]:
+            if time.monotonic() > deadline_s:
+                raise Failed(f"a process of the ended run is left, in group {left[0]}")
+            time.sleep(0.1)
+
+
+def start_all(piece: Piece, processes: int, fresh: bool = False) -> "list[Forked | subprocess.Popen[bytes]]":
+    if processes == 1:
+        return [start(piece, fresh)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [replace(piece, rank=rank, processes=processes, port=port) for rank in range(processes)]
+    others = [replace(piece, output=f"{piece.output}_rank{piece.rank}") for piece in ranks[1:]]
+    return [start(piece, fresh) for piece in (ranks[0], *others)]
+
+
+def wait_for_training(running: "list[Forked | subprocess.Popen[bytes]]", output: Path) -> None:
+    """Until the first process says where its run is, or one has ended."""
+    while all(process.poll() is None for process in running):
+        if output.exists() and "\nrun: " in output.read_text(encoding="utf-8", errors="replace"):
+            return
+        time.sleep(0.01)
+
+
+def wait(
+    running: "list[Forked | subprocess.Popen[bytes]]", patience_s: float = PATIENCE_S, kill: bool = False
+) -> list[int]:
+    """The exit codes. kill: what is still there then; otherwise that is a failure"""
+    deadline_s = time.monotonic() + patience_s
+    while any(process.poll() is None for process in running):
+        if time.monotonic() > deadline_s:
+            for process in running:
+                if process.poll() is None:
+                    psutil.Process(process.pid).kill()
+            if not kill:
+                raise Failed(f"a process did not end within {patience_s:.0f} s")
+        time.sleep(0.02)
+    return [process.poll() or 0 for process in running]
+
+
+def alive(group: int) -> bool:
+    if sys.platform == "win32":
+        return False
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def whole_step(path: Path) -> int | None:
+    """Of a checkpoint; None for one that was damaged before."""
+    with suppress(ValueError):
+        return verify_run(path)
+    return None
+
+
+def final_state(path: Path) -> dict[str, Any]:
+    """All of a checkpoint, by name, but for what only one of the loops keeps."""
+    return dict(leaves("", vars(replace(load_run(path), lightning=None))))
+
+
+def final_curves(run_folder: Path) -> list[tuple[str, int, str]]:
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of the curves that were drawn again
+    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(MEASURED)]
+    # In hexadecimal: a norm that is not a number equals its like.
+    return sorted((tag, event.step, event.value.hex()) for tag in tags for event in events.Scalars(tag))
