@@ -4,18 +4,21 @@ import itertools
 import os
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradScalerKwargs
 from lightning.pytorch import Trainer
+from small_runs import BOTTLES
 from torch.amp import GradScaler
 
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.cli import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.data.sampler import Position
+from nanogpt_lit.data.sampler import Position, windows_in
+from nanogpt_lit.data.shards import TokenShards
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate_loop, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
@@ -44,9 +47,22 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("switch")
+    return prepared(tmp_path_factory.mktemp("switch"), BOTTLES)
+
+
+@pytest.fixture(scope="module")
+def short_shards(tmp_path_factory):
+    """Whose epoch is 12 batches: it ends with step 4, and again with 8 and 12, where a step takes 3 of them."""
+    squares = "".join(f"{n} squared is {n * n}\n" for n in range(20))
+    options = prepared(tmp_path_factory.mktemp("short"), squares[:213])
+    tokens = len(TokenShards.open(Path(options["shards_dir"]), "train"))
+    assert windows_in(tokens, options["block_size"], "train") == 12 * options["batch_size"]
+    return options
+
+
+def prepared(folder, content):
     text = folder / "text.txt"
-    text.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(60)))
+    text.write_text(content)
     options = {"source": str(text), "tokenizer": "byte", "val_fraction": 0.1, "shards_dir": str(folder / "shards")}
     options |= {"block_size": 8, "batch_size": 2}
     TokenDataModule(**options).prepare_data()
@@ -203,9 +219,10 @@ _undisturbed = {}
 
 
 def assert_never_switched(chain, setup, shards, tmp_path):
-    if setup not in _undisturbed:
-        _undisturbed[setup] = run_chain("P", setup, shards, tmp_path / "undisturbed")
-    expected_values, expected_validations, expected_end = _undisturbed[setup]
+    key = setup, shards["source"]
+    if key not in _undisturbed:
+        _undisturbed[key] = run_chain("P", replace(setup, workers=0), shards, tmp_path / "undisturbed")
+    expected_values, expected_validations, expected_end = _undisturbed[key]
     values, validations, end = run_chain(chain, setup, shards, tmp_path / "switched")
     assert list(values) == list(range(1, STEPS + 1))
     for name, first, second in (
@@ -241,6 +258,18 @@ SOME = [
 @pytest.mark.parametrize(("chain", "setup"), SOME, ids=lambda value: value if isinstance(value, str) else None)
 def test_a_run_that_moves_between_loops_has_the_bits_of_one_that_does_not(chain, setup, shards, tmp_path):
     assert_never_switched(chain, setup, shards, tmp_path)
+
+
+AT_ITS_END = [
+    ("L4A", Setup("16-mixed", 3, FLOAT16)),
+    ("A4L", Setup("bf16-mixed", 3, workers=2)),
+    ("L8L", Setup("32-true", 3, workers=2)),
+]
+
+
+@pytest.mark.parametrize(("chain", "setup"), AT_ITS_END, ids=lambda value: value if isinstance(value, str) else None)
+def test_a_run_goes_on_behind_the_last_batch_of_an_epoch(chain, setup, short_shards, tmp_path):
+    assert_never_switched(chain, setup, short_shards, tmp_path)
 
 
 CHAINS = ["L", "A", "L3A", "A3L", "L4A", "A4L", "P6L", "L6P", "A6A", "L8L", "L3A6P9L", "A2L4P5A8L11A"]
