@@ -94,7 +94,7 @@ def main() -> None:
     if args.start:
         record |= start_times()
     elif args.scaling:
-        from bench_scaling import measure_scaling  # type: ignore[import-not-found]
+        from bench_scaling import measure_scaling
 
         record |= measure_scaling(args, SCALED, measure, lambda shape: (flops_of_step(shape), flops_of_matmul()))
     else:
@@ -159,7 +159,7 @@ def flops_of_step(shape: Shape) -> float:
 
 
 def flops_of_matmul() -> float:
-    from bench_variants import MATMUL_SIDE  # type: ignore[import-not-found]
+    from bench_variants import MATMUL_SIDE
 
     return 2 * MATMUL_SIDE**3
 
