@@ -51,6 +51,12 @@ class LitNanoGPT(LightningModule):
         configs: dict[str, Any] = {"gpt": gpt, "optim": optim, "schedule": schedule, "memory": memory}
         configs["elastic"] = elastic
         self.save_hyperparameters({name: asdict(config) for name, config in configs.items()} | {"compile": compile})
+        for name in ("optimizer_state", "weights"):
+            if optim.state_bits == 8 and (where := getattr(memory, name)) != "card":
+                raise ValueError(
+                    f"model.optim.state_bits=8 keeps its moments on the card, and model.memory.{name} is {where}; "
+                    f"set model.memory.{name}=card, or model.optim.state_bits=32."
+                )
         self.optim_config = optim
         self.schedule_config = schedule
         self.memory_config = memory
@@ -117,6 +123,11 @@ class LitNanoGPT(LightningModule):
                     f"model.memory.{name}={where} moves whole tensors and does not go with ModelParallelStrategy, "
                     f"which shards them over the processes; set model.memory.{name}=card, or trainer.strategy=ddp."
                 )
+        if self.optim_config.state_bits == 8:
+            raise ValueError(
+                "model.optim.state_bits=8 needs whole tensors and does not go with ModelParallelStrategy, which shards "
+                "them over the processes; set model.optim.state_bits=32, or trainer.strategy=ddp."
+            )
         if self.optim_config.matrices == "muon":
             raise ValueError(
                 "model.optim.matrices=muon needs whole matrices and does not go with ModelParallelStrategy, which "

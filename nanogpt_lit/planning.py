@@ -53,7 +53,10 @@ def plan_rung(settings: Any, rung: Rung, card: Card, lightning: bool = True) -> 
 def own_rung(settings: Any) -> Rung:
     """The YAML as it is."""
     memory = MemoryConfig(**(settings.model.get("memory") or {}))
-    return Rung("as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches)
+    state_bits = AdamWConfig(**settings.model.optim).state_bits
+    return Rung(
+        "as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches, state_bits
+    )
 
 
 def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> dict[str, Any]:

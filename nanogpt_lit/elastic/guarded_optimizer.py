@@ -57,12 +57,11 @@ class GuardedOptimizer:
         state = self.optimizer.state
         had_state = [p for p in self.parameters if p in state]
         # A kernel writes to the weights without a trace; every kind of AdamW counts the step first.
-        counts = [state[p]["step"] for p in had_state if isinstance(state[p].get("step"), torch.Tensor)]
-        versions = [count._version for count in counts]
+        before = [_count(state[p].get("step")) for p in had_state]
         _, shortage = attempt(self._step)
         if shortage is None:
             return
-        begun = [count._version for count in counts] != versions
+        begun = [_count(state[p].get("step")) for p in had_state] != before
         # A count that was made in this step is 0 until the update of its group.
         new = [state[p]["step"] for p in set(state).difference(had_state) if "step" in state[p]]
         if begun or any(float(count) > 0 for count in new):
@@ -81,6 +80,11 @@ class GuardedOptimizer:
                 f"the optimizer's state, {mib:,.0f} MiB, does not fit beside weights and gradients ({shortage}); "
                 "set model.memory.optimizer_state=host."
             )
+
+
+def _count(step: Any) -> Any:
+    """Differs after a further step; in place a tensor's version tells without waiting for the card."""
+    return step._version if isinstance(step, torch.Tensor) else step
 
 
 def give_back() -> None:

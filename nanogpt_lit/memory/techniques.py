@@ -53,7 +53,7 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.loss_chunk_tokens is not None and self.loss_chunk_tokens < 1:
             raise ValueError(
-                f"model.memory.loss_chunk_tokens={self.loss_chunk_tokens} must be at least 1; 512 is a good start, "
+                f"model.memory.loss_chunk_tokens={self.loss_chunk_tokens} must be at least 1; 256 is a good start, "
                 "null computes the loss at once."
             )
         if self.recompute not in ("none", "selective", "full"):

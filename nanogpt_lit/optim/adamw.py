@@ -32,6 +32,11 @@ class AdamWConfig:
     muon_momentum: float = 0.95
     """Decay of Muon's running mean of the gradients."""
 
+    state_bits: Literal[32, 8] = 32
+    """8 changes the numerics: AdamW's moments are rounded to 8 bits a number, each in its block's measure, 2 bytes a
+    parameter in place of 8 (Dettmers et al., arXiv:2110.02861). Through bitsandbytes, whose kernel makes implementation
+    idle: pip install -e ".[eight_bit]"."""
+
     def __post_init__(self) -> None:
         for name, low, high in (("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0), ("muon_momentum", 0.0, 1.0)):
             if not low <= getattr(self, name) < high:
@@ -46,6 +51,12 @@ class AdamWConfig:
             raise ValueError(
                 f"model.optim.muon_lr={self.muon_lr} does nothing while matrices is {self.matrices}; "
                 "set model.optim.matrices=muon."
+            )
+        if self.state_bits not in (32, 8):
+            raise ValueError(f"model.optim.state_bits={self.state_bits} is not known; use 32 or 8.")
+        if self.state_bits == 8 and self.matrices == "muon":
+            raise ValueError(
+                "model.optim.state_bits=8 is for AdamW alone, and matrices is muon; set model.optim.state_bits=32."
             )
         if self.weight_decay < 0:
             raise ValueError(f"model.optim.weight_decay={self.weight_decay} must not be negative; 0.1 is usual.")
@@ -68,7 +79,12 @@ def block_matrices(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: AdamWConfig, adamw: type[AdamW] = AdamW
 ) -> Optimizer:
-    """adamw: a class that does the same with its state elsewhere"""
+    """adamw: a class that does the same with its state elsewhere
+
+    Raises ValueError where bitsandbytes is wanted and missing.
+    """
+    if config.state_bits == 8:
+        return _adamw_in_8_bits(param_groups(named_parameters, config.weight_decay), config)
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     matrices = block_matrices(named) if config.matrices == "muon" else []
     muons = {id(p) for p in matrices}
@@ -89,3 +105,15 @@ def build_optimizer(
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
     )
+
+
+def _adamw_in_8_bits(groups: list[dict], config: AdamWConfig) -> Optimizer:
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError:
+        raise ValueError(
+            'model.optim.state_bits=8 needs bitsandbytes; install it with pip install -e ".[eight_bit]", or set '
+            "model.optim.state_bits=32."
+        ) from None
+    # Tensors of fewer than 4096 numbers, such as biases, stay in 32 bits: they weigh little.
+    return AdamW8bit(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)

@@ -31,6 +31,8 @@ class Rung:
     memory: MemoryConfig
     batch_size: int
     accumulate_grad_batches: int
+    state_bits: int = 32
+    """model.optim.state_bits. 8 changes the numerics: no rung proposes it, all keep it."""
 
     def same_training(self, other: "Rung") -> bool:
         return replace(self, name="") == replace(other, name="")
@@ -39,7 +41,8 @@ class Rung:
         """Whether both train to the same bits. All is exact but the order in which the loss is summed, and the
         arithmetic of the processor where the weights live with it."""
         return (
-            self.batch_size == other.batch_size
+            self.state_bits == other.state_bits
+            and self.batch_size == other.batch_size
             and self.memory.loss_chunk_tokens == other.memory.loss_chunk_tokens
             and (self.memory.weights == "card") == (other.memory.weights == "card")
         )
@@ -66,11 +69,14 @@ def ladder(own: Rung, block_size: int, casts_weights: bool) -> Iterator[Rung]:
 
     casts_weights: whether autocast copies the weights to 16 bits
     """
-    rung = replace(own, name="nothing", memory=MemoryConfig())
+    in_8_bits = own.state_bits == 8
+    rung = replace(own, name="the optimizer's state in 8 bits" if in_8_bits else "nothing", memory=MemoryConfig())
     tokens = own.batch_size * block_size
     rungs = [rung]
     for name, changes in TECHNIQUES:
         if "recast_weights" in changes and not casts_weights:
+            continue
+        if changes.keys() & {"optimizer_state", "weights"} and in_8_bits:  # whose state stays on the card
             continue
         if "loss_chunk_tokens" in changes:  # a chunk as large as the batch would save little
             changes = {"loss_chunk_tokens": min(CHUNK_TOKENS, max(1, tokens // 4))}

@@ -60,6 +60,8 @@ class PlannedRung:
     """Estimated time per optimizer step against the plain step's."""
     same_bits: bool
     """As the plain step."""
+    changes_numerics: bool
+    """Rounds more than another order of summing does."""
     fits: bool
     yaml: tuple[str, ...]
     """What to put into the YAML to have it."""
@@ -103,6 +105,7 @@ class Plan:
                     "host_memory_mib": round(planned.footprint.host_memory_mib),
                     "estimated_slowdown": round(planned.slowdown, 3),
                     "same_bits": planned.same_bits,
+                    "changes_numerics": planned.changes_numerics,
                     "fits": planned.fits,
                     "cheapest": planned is self.cheapest,
                     "own": planned is self.own,
@@ -131,7 +134,8 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
             rung,
             footprint,
             slowdown=footprint.step_s / footprints[plain].step_s,
-            same_bits=rung.same_bits(rungs[plain]),
+            same_bits=rung.state_bits == 32 and rung.same_bits(rungs[plain]),
+            changes_numerics=rung.state_bits != 32,
             fits=footprint.reserved_mib <= budget.usable_mib,
             yaml=tuple(rung.yaml(own)),
         )

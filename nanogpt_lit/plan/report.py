@@ -91,7 +91,7 @@ def _ladder(plan: Plan) -> list[str]:
     for planned in plan.ladder:
         mark = "->" if planned is plan.cheapest else "  "
         name = planned.rung.name + (" (yours)" if planned is plan.own else "")
-        bits = "same" if planned.same_bits else "rounding"
+        bits = "same" if planned.same_bits else "numerics" if planned.changes_numerics else "rounding"
         fits = "fits" if planned.fits else ""
         lines.append(
             f"{mark} {name:<45}{planned.footprint.reserved_mib:>8,.0f}  x{planned.slowdown:5.2f}  {bits:<9}"
@@ -105,6 +105,8 @@ def _ladder(plan: Plan) -> list[str]:
 def _notes(plan: Plan) -> list[str]:
     saved = plan.own.footprint.reserved_mib - plan.own.footprint.expandable_reserved_mib
     notes = ["MiB is what PyTorch reserves: allocations, rounded, and the gaps between them."]
+    if plan.own.changes_numerics:
+        notes.append("numerics: model.optim.state_bits=8 rounds AdamW's moments, and trains to other weights.")
     if saved >= 16 and plan.budget.system != "windows":
         notes.append(
             f"Under Linux, PYTORCH_ALLOC_CONF=expandable_segments:True closes gaps: {saved:,.0f} MiB less for yours."

@@ -10,6 +10,7 @@ PyTorch's kernels for a processor do: those of "meta" keep the statistics of a 1
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,6 +40,10 @@ class ShapeTensor(Tensor):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return self.fake_device
+
+    def tolist(self) -> Any:
+        """Some numbers: see run()."""
+        return np.ones(tuple(self.shape)).tolist()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
