@@ -22,7 +22,7 @@ from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
 from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, with_run_files
-from nanogpt_lit.loops.lightning_guards import FiniteSteps
+from nanogpt_lit.loops.lightning_guards import FiniteSteps, SpikeRollback
 from nanogpt_lit.loops.lightning_logger import PatientLogger
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
 from nanogpt_lit.loops.lightning_precision import precision_plugin
@@ -30,6 +30,7 @@ from nanogpt_lit.loops.lightning_stops import StepStops
 from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
 from nanogpt_lit.loops.pieces import changed_settings, config_file
 from nanogpt_lit.loops.report import closing_table, opening_lines
+from nanogpt_lit.loops.spikes import SpikeGuard
 from nanogpt_lit.loops.stops import Stopped, seconds_of
 from nanogpt_lit.memory.heap import keep_freed_memory
 from nanogpt_lit.memory.techniques import MemoryConfig
@@ -100,6 +101,7 @@ class NanoGPTCLI(LightningCLI):
         self.meter = StepMeter()
         self.validations = ValidationRecord()
         self.resumed: Newest | None = None
+        self.spikes: SpikeGuard | None = None
         super().__init__(
             LitNanoGPT,
             TokenDataModule,
@@ -129,6 +131,13 @@ class NanoGPTCLI(LightningCLI):
             default=None,
             help="auto: go on with the newest run below trainer.default_root_dir, from its newest whole checkpoint; "
             "without one, start.",
+        )
+        parser.add_argument(
+            "--spike_factor",
+            type=float | None,
+            default=None,
+            help="When the loss of a step is above this many times the median of the 64 before, go back to the last "
+            "checkpoint and leave out the samples since; 2 is usual.",
         )
         parser.link_arguments("data.block_size", "model.gpt.block_size")
         parser.link_arguments("trainer.max_steps", "model.schedule.total_steps")
@@ -166,6 +175,7 @@ class NanoGPTCLI(LightningCLI):
         if self.subcommand in (None, "fit"):
             check_saves_whole_steps(vars(settings.trainer))
             seconds_of(settings.trainer.max_time)
+            self._guard_against_spikes()
         self._find_resumed()
         if settings.get("ckpt_path") is not None and writes_run_files(settings.trainer):
             check_run_file(Path(settings.ckpt_path))
@@ -186,6 +196,18 @@ class NanoGPTCLI(LightningCLI):
         if settings.model.gpt.vocab_size is None:
             settings.model.gpt.vocab_size = datamodule.vocab_size
         datamodule.check_vocabulary(settings.model.gpt.vocab_size)
+
+    def _guard_against_spikes(self) -> None:
+        factor, trainer = self.settings.get("spike_factor"), self.settings.trainer
+        if factor is None:
+            return
+        if trainer.enable_checkpointing is False or not writes_run_files(trainer):
+            raise ValueError(
+                f"spike_factor={factor} goes back to a checkpoint of one file, and this run writes none; leave it out, "
+                "or set trainer.enable_checkpointing=true and trainer.strategy=auto or ddp."
+            )
+        self.spikes = spikes = SpikeGuard(factor)
+        self.meter.went_back = lambda: spikes.went_back
 
     def _find_resumed(self) -> None:
         """resume=auto: the checkpoint to go on from, as ckpt_path, and the run that it belongs to."""
@@ -254,8 +276,10 @@ class NanoGPTCLI(LightningCLI):
     def _callbacks(self, trainer: Namespace) -> list[Callback]:
         """The YAML's callbacks and those of every run; one of the YAML's takes the place of ours of the same kind."""
         callbacks: list[Callback] = list(trainer.callbacks or [])
+        if self.spikes is not None:
+            callbacks.append(SpikeRollback(self.spikes))
         callbacks.append(TrainingCurves(self.meter, self.validations))
-        callbacks += [DropoutSeed(self.seed), ExactResume(), ElasticSteps()]
+        callbacks += [DropoutSeed(self.seed), ExactResume(self.spikes), ElasticSteps()]
         if not any(isinstance(callback, TextSamples) for callback in callbacks):
             callbacks.append(TextSamples())
         callbacks.append(FiniteSteps())

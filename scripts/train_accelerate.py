@@ -99,6 +99,7 @@ def main(arguments: list[str]) -> int:
             write_sample=lambda: samples.write(module, data),
             data_state=data.state_dict if saves else None,
             start=start,
+            spikes=cli.spikes,
         )
         config = cli.parser.dump(cli.config)
         (folder / config_file(folder)).write_text(config, encoding="utf-8")
@@ -115,10 +116,12 @@ def main(arguments: list[str]) -> int:
             seed=cli.seed,
         )
     )
+    if cli.spikes is not None:
+        cli.spikes.folder = folder / "checkpoints"
     started_s = time.monotonic()
     try:
         with Stops(folder, seconds_of(trainer.max_time)) as stops:
-            train(accelerator, module, train_loader, val_loader, settings, observer, start, stops.asked)
+            train(accelerator, module, train_loader, val_loader, settings, observer, start, stops.asked, cli.spikes)
     except NotFinite as error:
         last = observer.checkpoints.get("last") if isinstance(observer, Journal) else None
         give_up(error, last and relative_to_here(last))

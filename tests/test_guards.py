@@ -15,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nanogpt_lit import durable
 from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
+from nanogpt_lit.gpt import model
+from nanogpt_lit.gpt.loss import cross_entropy
 from nanogpt_lit.loops import guards
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.loops.guards import NotFinite, SkippedInARow, drop_unless_finite
@@ -48,7 +50,25 @@ def poisoned(monkeypatch):
     return arrange
 
 
-def test_a_poisoned_step_is_left_out_and_counted_by_fit_and_accelerate_alike(text, tmp_path, poisoned):
+@pytest.fixture
+def infinite(monkeypatch):
+    """The same with a loss that is infinite and whose gradients are those of the finite one."""
+
+    def arrange(ns):
+        calls = iter(range(1, 10**6))
+
+        def overflowing(*of):
+            loss = cross_entropy(*of)
+            return loss + math.inf if torch.is_grad_enabled() and next(calls) in ns else loss
+
+        monkeypatch.setattr(model, "cross_entropy", overflowing)
+
+    return arrange
+
+
+@pytest.mark.parametrize("poison", ["poisoned", "infinite"])
+def test_a_poisoned_step_is_left_out_and_counted_by_fit_and_accelerate_alike(poison, text, tmp_path, request):
+    poisoned = request.getfixturevalue(poison)
     for loop, name in LOOPS.items():
         poisoned({3, 8})  # the first micro-batch of step 2, the second of step 4
         assert loop(*six_steps(text, tmp_path)) == 0

@@ -42,6 +42,7 @@ def from_lightning(checkpoint: dict[str, Any]) -> RunState:
         tokens=counted.get("tokens", 0),
         validations=counted.get("validations", {"latest": None, "best": None}),
         elastic=run.get("elastic", {}),
+        spikes=run.get("spikes", {}),
         lightning={**rest, "callbacks": callbacks},
     )
 
@@ -66,6 +67,7 @@ def to_lightning(state: RunState) -> dict[str, Any]:
             "processes": state.processes,
             "accumulate_grad_batches": state.accumulate_grad_batches,
             "elastic": dict(state.elastic),
+            "spikes": dict(state.spikes),
         },
     }
     if state.data:

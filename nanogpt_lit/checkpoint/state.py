@@ -38,6 +38,8 @@ class RunState:
     """(step, loss) of the latest and of the best validation."""
     elastic: Mapping[str, Any] = field(default_factory=dict)
     """What did not fit, and how the run went on: see elastic/elastic.py. Empty while everything fits."""
+    spikes: Mapping[str, Any] = field(default_factory=dict)
+    """The recent losses that a jump is measured by: see loops/spikes.py. Empty unless it is guarded against."""
     lightning: Mapping[str, Any] | None = None
     """What Lightning keeps besides: its callbacks' states and its counters. None from the other loops."""
 

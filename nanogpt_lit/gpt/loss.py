@@ -8,6 +8,7 @@ infinite at 8192. It also leaves torch.compile, and on a processor it is many ti
 --torch).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ def cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tenso
     logits = F.linear(hidden, head_weight).flatten(0, 1)  # (B*T, V)
     # Under autocast the logits are 16-bit, and a sum over 50,000 exponentials needs more than 8 bits of mantissa.
     return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def as_finite_as_its_gradients(loss: Tensor) -> Tensor:
+    """The loss, to the bit; one that is infinite becomes nan, and so do its gradients, which may have been finite.
+
+    Whoever guards the weights then looks at the gradients alone, which all processes have in common.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan) if loss.requires_grad else loss
 
 
 def chunked_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:

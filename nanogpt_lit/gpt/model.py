@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_lit.gpt.cache import KeyValueCache, LayerCache
-from nanogpt_lit.gpt.loss import cross_entropy
+from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
 from nanogpt_lit.gpt.rotary import Rotary
 
 
@@ -147,7 +147,7 @@ class GPT(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (B, T) given tokens (B, T); IGNORE_INDEX targets are skipped."""
-        return self.cross_entropy(self.hidden(tokens), self.lm_head.weight, targets)
+        return as_finite_as_its_gradients(self.cross_entropy(self.hidden(tokens), self.lm_head.weight, targets))
 
     def parameter_count(self, non_embedding: bool) -> int:
         """Number of parameters, a tied matrix counted once.

@@ -31,6 +31,7 @@ from nanogpt_lit.loops.contract import (
 from nanogpt_lit.loops.elastic_start import agree_on_steps, start_elastic, stop_elastic
 from nanogpt_lit.loops.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
+from nanogpt_lit.loops.spikes import SpikeGuard
 
 MIXED_PRECISION = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 
@@ -62,11 +63,13 @@ def train(
     observer: Observer = Observer(),  # noqa: B008 - has no state
     start: RunState | None = None,
     should_stop: Callable[[], bool] = never,
+    spikes: SpikeGuard | None = None,
 ) -> None:
     """Trains up to settings.max_steps optimizer steps.
 
     start: a checkpoint to go on from; the training loader begins with the micro-batch that follows
     should_stop: asked after each step; where it is true, observer.on_stop may save
+    spikes: goes back where the loss jumps
     The loaders are those of one process: accelerate deals their batches out, one to each process in turn. It must come
     out even, or the processes wait for each other for ever.
     """
@@ -84,6 +87,8 @@ def train(
     agree_on_steps(parts.module, module)
     batches = step = 0
     if start is not None:
+        if spikes is not None:
+            spikes.load_state_dict(start.spikes)
         # Not accelerator.load_state: it reads what only accelerate wrote, and says nothing when a random state is lost.
         restore(parts, start)
         processes, accumulate = accelerator.num_processes, settings.accumulate_grad_batches
@@ -109,9 +114,13 @@ def train(
                     schedule.step()
                 optimizer.zero_grad()
             batches += 1
+            if spikes is not None:
+                spikes.add_batch(loss / settings.accumulate_grad_batches)
             observer.on_batch_end(loss.detach(), tokens.numel())
             if accelerator.sync_gradients:
                 step += 1
+                if spikes is not None:
+                    spikes.end_step(step, parts)
                 observer.on_step_end(step, lr, grad_norm)
                 skipped.add(step, parts.loss_scale())
             if settings.validates_after(batches, step):

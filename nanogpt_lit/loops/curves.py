@@ -37,6 +37,8 @@ class StepMeter:
         """Over the steps between the last two calls of `curves`, without validation, sampling and saving."""
         self.drawn_loss: float | None = None
         """The loss that `curves` read last: reading it again costs no wait."""
+        self.went_back: Callable[[], int] | None = None
+        """How often the run went back from a spike; None where it is not guarded."""
         self._peak_watch: PeakWatch | None = None
         self._window_loss: Tensor | None = None
         self._position = Position()
@@ -121,6 +123,8 @@ class StepMeter:
             "train/tokens": float(self.tokens),
             **card_health,
         }
+        if self.went_back is not None:
+            values["train/rollbacks"] = float(self.went_back())
         if loss_scale is not None:
             values["train/loss_scale"] = loss_scale
         self.pause()

@@ -19,6 +19,7 @@ from nanogpt_lit.loops.machine import peak_flops_of
 from nanogpt_lit.loops.patient_writer import PatientWriter
 from nanogpt_lit.loops.progress import Progress
 from nanogpt_lit.loops.resume import capture, random_states
+from nanogpt_lit.loops.spikes import SpikeGuard
 
 
 class Journal(Observer):
@@ -28,6 +29,7 @@ class Journal(Observer):
     write_sample: a text by the network as it is
     data_state: what a checkpoint keeps of the data; None saves none   start: the checkpoint that the run goes on from
     Where there are several processes, each of the others observes as an OtherProcess.
+    spikes: the loop's, if it has one
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Journal(Observer):
         write_sample: Callable[[], str],
         data_state: Callable[[], dict[str, Any]] | None,
         start: RunState | None = None,
+        spikes: SpikeGuard | None = None,
     ) -> None:
         self.folder = folder
         self.settings = settings
@@ -49,6 +52,9 @@ class Journal(Observer):
         self.processes = processes
         self.device = device
         self.meter = StepMeter()
+        self._spikes = spikes
+        if spikes is not None:
+            self.meter.went_back = lambda: spikes.went_back
         self.validations = ValidationRecord()
         self.step = 0
         self.batches = 0
@@ -164,6 +170,7 @@ class Journal(Observer):
             data=data_state,
             tokens=self.meter.tokens,
             validations=self.validations.state_dict(),
+            spikes=None if self._spikes is None else self._spikes.state_dict(),
         )
         for name in names:
             self.saver.save(self._checkpoint(name), state)

@@ -24,6 +24,7 @@ from nanogpt_lit.loops.resume import (
     random_states,
     restore_random_state,
 )
+from nanogpt_lit.loops.spikes import SpikeGuard
 
 
 class RunFileIO(CheckpointIO):
@@ -88,7 +89,8 @@ class ExactResume(Callback):
     Place it after DropoutSeed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spikes: SpikeGuard | None = None) -> None:
+        self._spikes = spikes
         self._random: list[RandomState] = []
         self._goes_on = False
 
@@ -116,6 +118,7 @@ class ExactResume(Callback):
             "processes": trainer.world_size,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "elastic": finding_of(module),
+            "spikes": {} if self._spikes is None else self._spikes.state_dict(),
         }
         # Lightning's own counters say where inside a batch or a validation it saves; every one of ours is a step's end.
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
@@ -131,6 +134,8 @@ class ExactResume(Callback):
         elastic = elastic_of(module)
         if elastic is not None:
             elastic.restore(state.elastic)
+        if self._spikes is not None:
+            self._spikes.load_state_dict(state.spikes)
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         # Not by the optimizer's own hook, which comes before the last backward: Lightning runs it inside the step.

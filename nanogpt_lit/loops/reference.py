@@ -28,6 +28,7 @@ from nanogpt_lit.loops.contract import (
 from nanogpt_lit.loops.elastic_start import agree_on_steps, start_elastic, stop_elastic
 from nanogpt_lit.loops.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
+from nanogpt_lit.loops.spikes import SpikeGuard
 
 Batch = tuple[Tensor, Tensor]
 
@@ -41,6 +42,7 @@ def train(
     scaler: GradScaler | None = None,
     start: RunState | None = None,
     should_stop: Callable[[], bool] = never,
+    spikes: SpikeGuard | None = None,
 ) -> None:
     """Trains the module where it is, up to settings.max_steps optimizer steps.
 
@@ -48,6 +50,7 @@ def train(
     batches, or they wait for each other for ever.
     scaler: in place of the usual one for 16-mixed   start: a checkpoint to go on from; the training loader begins with
     the micro-batch that follows   should_stop: asked after each step; where it is true, observer.on_stop may save
+    spikes: goes back where the loss jumps
     """
     device = device_of(module)
     if scaler is None:
@@ -66,6 +69,8 @@ def train(
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     batches = step = 0
     if start is not None:
+        if spikes is not None:
+            spikes.load_state_dict(start.spikes)
         restore(parts, start)
         batches, step = batches_done(start, module, settings.accumulate_grad_batches, processes), start.step
     skipped = SkippedInARow(schedule)
@@ -85,6 +90,8 @@ def train(
                     loss = replica(tokens, targets)
                 scaler.scale(loss / settings.accumulate_grad_batches).backward()
             batches += 1
+            if spikes is not None:
+                spikes.add_batch(loss / settings.accumulate_grad_batches)
             observer.on_batch_end(loss.detach(), tokens.numel())
             if closes_window:
                 scaler.unscale_(optimizer)
@@ -97,6 +104,8 @@ def train(
                 schedule.step()
                 optimizer.zero_grad()
                 step += 1
+                if spikes is not None:
+                    spikes.end_step(step, parts)
                 observer.on_step_end(step, lr, grad_norm)
                 skipped.add(step, parts.loss_scale())
             if settings.validates_after(batches, step):

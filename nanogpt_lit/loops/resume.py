@@ -23,6 +23,7 @@ def capture(
     data: Mapping[str, Any],
     tokens: int = 0,
     validations: Mapping[str, Any] | None = None,
+    spikes: Mapping[str, Any] | None = None,
 ) -> RunState:
     """The state of a run that stands at the end of a step. It holds the run's own tensors, not copies.
 
@@ -43,6 +44,7 @@ def capture(
         tokens=tokens,
         validations=validations or {"latest": None, "best": None},
         elastic=finding_of(parts.module),
+        spikes=spikes or {},
     )
 
 
