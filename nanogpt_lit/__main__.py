@@ -10,6 +10,10 @@ COMMANDS = {
     "fit": ("nanogpt_lit.cli:run", "train, from text or from a checkpoint; with --keep-alive, again after a crash"),
     "validate": ("nanogpt_lit.cli:run", "validation loss and perplexity of a checkpoint"),
     "test": ("nanogpt_lit.cli:run", "the same on the test set, which is the validation set unless you bring one"),
+    "keep-alive": (
+        "nanogpt_lit.commands:keep_alive",
+        "fit --keep-alive for a script that takes fit's options, as scripts/train_accelerate.py does",
+    ),
     "keep-alive-unit": (
         "nanogpt_lit.commands:keep_alive_unit",
         "what starts fit --keep-alive again after a reboot, for systemd or Windows",
@@ -52,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from nanogpt_lit.supervisor import KEEP_ALIVE, keep_alive
 
         if KEEP_ALIVE in arguments:
-            return exit_code(lambda: keep_alive(arguments))
+            return exit_code(lambda: keep_alive(arguments[1:]))
         if supervised():
             stop_with_supervisor()
     module_name, _, function_name = COMMANDS[arguments[0]][0].partition(":")

@@ -1,7 +1,6 @@
 """One YAML, one parser: the LightningCLI behind `fit`, `validate` and `test`, and what scripts read the YAML with."""
 
 import logging
-import time
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from nanogpt_lit.checkpoint.run_file import check_run_file
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.elastic.elastic import ElasticConfig
 from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.loops.clock import awake_s
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
 from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, with_run_files
@@ -30,8 +30,9 @@ from nanogpt_lit.loops.lightning_stops import StepStops
 from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
 from nanogpt_lit.loops.pieces import changed_settings, config_file
 from nanogpt_lit.loops.report import closing_table, opening_lines
+from nanogpt_lit.loops.slurm import requeue, was_requeued
 from nanogpt_lit.loops.spikes import SpikeGuard
-from nanogpt_lit.loops.stops import Stopped, seconds_of
+from nanogpt_lit.loops.stops import Reason, Stopped, seconds_of
 from nanogpt_lit.memory.heap import keep_freed_memory
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
@@ -63,6 +64,8 @@ def run(arguments: list[str]) -> int:
         NanoGPTCLI(args=arguments)
     except Stopped as stopped:
         rank_zero_print(str(stopped))
+        if stopped.reason is Reason.PREEMPTED and stopped.first_rank:
+            print(requeue(), flush=True)  # the job ends with it
         # Of Lightning's own processes the first speaks for all: it would take another's code for a crash.
         return stopped.reason.exit_code if stopped.first_rank else 0
     except MisconfigurationException as error:  # how Lightning says that a setting cannot be
@@ -130,7 +133,7 @@ class NanoGPTCLI(LightningCLI):
             type=Literal["auto"] | None,
             default=None,
             help="auto: go on with the newest run below trainer.default_root_dir, from its newest whole checkpoint; "
-            "without one, start.",
+            "without one, start. A job that SLURM has queued again does so by itself.",
         )
         parser.add_argument(
             "--spike_factor",
@@ -212,6 +215,8 @@ class NanoGPTCLI(LightningCLI):
     def _find_resumed(self) -> None:
         """resume=auto: the checkpoint to go on from, as ckpt_path, and the run that it belongs to."""
         settings = self.settings
+        if was_requeued() and settings.get("ckpt_path") is None and writes_run_files(settings.trainer):
+            settings.resume = "auto"
         if settings.get("resume") is None or self.subcommand not in (None, "fit"):
             return
         if settings.get("ckpt_path") is not None:
@@ -306,7 +311,7 @@ class NanoGPTCLI(LightningCLI):
                 seed=self.seed,
             )
         )
-        self._started_s = time.monotonic()
+        self._started_s = awake_s()
 
     def after_fit(self) -> None:
         trainer = self.trainer
@@ -315,7 +320,7 @@ class NanoGPTCLI(LightningCLI):
         rank_zero_print(
             closing_table(
                 steps=trainer.global_step,
-                elapsed_s=time.monotonic() - self._started_s,
+                elapsed_s=awake_s() - self._started_s,
                 meter=self.meter,
                 validations=self.validations,
                 sample=sample,

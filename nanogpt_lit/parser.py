@@ -51,7 +51,8 @@ class Parser(LightningArgumentParser):
 
     def format_help(self, *more: Any, **options: Any) -> str:
         trust = f"  {TRUST} PACKAGE       let the configuration name classes of PACKAGE, whose code then runs"
-        return f"{super().format_help(*more, **options)}\n{trust}\n"
+        alive = "  --keep-alive            fit alone: start again, from the newest checkpoint, after a crash"
+        return f"{super().format_help(*more, **options)}\n{trust}\n{alive}\n"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self

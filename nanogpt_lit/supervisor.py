@@ -18,6 +18,7 @@ from typing import Any
 from nanogpt_lit.supervised import ERROR, FOLDER, TOKENS
 
 KEEP_ALIVE = "--keep-alive"
+FIT = ("-m", "nanogpt_lit", "fit")
 MISTAKE = 2
 """The exit code of what only the user can mend."""
 STOPPED = (130, 143, 129, 0xC000013A)
@@ -29,12 +30,14 @@ CUDA_AFTER_SLEEP = (
 )
 
 
-def keep_alive(arguments: Sequence[str]) -> int:
-    """Runs `fit` with these arguments until it ends by itself, by the user, or twice at the same place.
+def keep_alive(options: Sequence[str], program: Sequence[str] = FIT) -> int:
+    """Runs `fit` with these options until it ends by itself, by the user, or twice at the same place.
+
+    program: what Python runs in its place; it takes the options of fit, and reports as fit does (supervised.py)
 
     Returns the exit code of the last fit, as a shell counts it. Raises ValueError for arguments that name a checkpoint.
     """
-    command = fit_command(argument for argument in arguments[1:] if argument != KEEP_ALIVE)
+    command = command_of((option for option in options if option != KEEP_ALIVE), program)
     check_no_checkpoint(command)
     if not any(word.partition("=")[0] == "--resume" for word in command):
         command += ["--resume", "auto"]
@@ -44,12 +47,12 @@ def keep_alive(arguments: Sequence[str]) -> int:
 def supervised_fit(options: Sequence[str]) -> list[str]:
     """The command of `fit --keep-alive` with these options. Raises ValueError as `keep_alive` does."""
     check_no_checkpoint(options)
-    return fit_command([KEEP_ALIVE, *options])
+    return command_of([KEEP_ALIVE, *options])
 
 
-def fit_command(options: Iterable[str]) -> list[str]:
+def command_of(options: Iterable[str], program: Sequence[str] = FIT) -> list[str]:
     # -P keeps what is in the current folder from being imported: see SECURITY.md.
-    return [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "nanogpt_lit", "fit", *options]
+    return [sys.executable, *(["-P"] if sys.flags.safe_path else []), *program, *options]
 
 
 def check_no_checkpoint(words: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
     accelerate launch scripts/train_accelerate.py --config configs/rtx2050.yaml
     python scripts/train_accelerate.py --config configs/quickstart.yaml --trainer.max_steps 100
     python scripts/train_accelerate.py --config configs/quickstart.yaml --ckpt_path last.safetensors
+    python -m nanogpt_lit keep-alive scripts/train_accelerate.py --config configs/rtx2050.yaml
 
 Every option of fit works here, or is refused when only the Trainer could follow it. The run is
 default_root_dir/accelerate_N, beside fit's version_N, so that TensorBoard lays their curves over each other. The loop
@@ -11,7 +12,6 @@ is nanogpt_lit/loops/accelerate_loop.py.
 
 import os
 import sys
-import time
 from pathlib import Path
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -26,6 +26,7 @@ from nanogpt_lit.data.sampler import Position
 from nanogpt_lit.data.turns import in_turns
 from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes, launched_processes
 from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
+from nanogpt_lit.loops.clock import awake_s
 from nanogpt_lit.loops.contract import Observer
 from nanogpt_lit.loops.guards import NotFinite, give_up
 from nanogpt_lit.loops.journal import Journal, OtherProcess, next_folder
@@ -34,7 +35,8 @@ from nanogpt_lit.loops.machine import device_type
 from nanogpt_lit.loops.pieces import config_file
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.resume import batches_done, check_network
-from nanogpt_lit.loops.stops import Stopped, Stops, seconds_of
+from nanogpt_lit.loops.slurm import requeue, requeue_signal
+from nanogpt_lit.loops.stops import Reason, Stopped, Stops, seconds_of
 from nanogpt_lit.strategies.trainer_section import (
     asked_processes,
     check_followed,
@@ -42,6 +44,7 @@ from nanogpt_lit.strategies.trainer_section import (
     loop_settings,
     text_samples,
 )
+from nanogpt_lit.supervised import stop_with_supervisor, supervised
 
 
 class AccelerateCLI(ConfigOnlyCLI):
@@ -118,9 +121,9 @@ def main(arguments: list[str]) -> int:
     )
     if cli.spikes is not None:
         cli.spikes.folder = folder / "checkpoints"
-    started_s = time.monotonic()
+    started_s = awake_s()
     try:
-        with Stops(folder, seconds_of(trainer.max_time)) as stops:
+        with Stops(folder, seconds_of(trainer.max_time), requeue_by=requeue_signal()) as stops:
             train(accelerator, module, train_loader, val_loader, settings, observer, start, stops.asked, cli.spikes)
     except NotFinite as error:
         last = observer.checkpoints.get("last") if isinstance(observer, Journal) else None
@@ -131,14 +134,16 @@ def main(arguments: list[str]) -> int:
     if stops.reason is not None:
         if isinstance(observer, Journal):
             last = observer.checkpoints.get("last") if not observer.saver.failing else None
-            print(Stopped(stops.reason, observer.step, last and relative_to_here(last), saves))
+            print(Stopped(stops.reason, observer.step, last and relative_to_here(last), saves), flush=True)
+            if stops.reason is Reason.PREEMPTED:
+                print(requeue(), flush=True)  # the job ends with it
         accelerator.end_training()
         return stops.reason.exit_code
     if isinstance(observer, Journal):
         print(
             closing_table(
                 steps=observer.step,
-                elapsed_s=time.monotonic() - started_s,
+                elapsed_s=awake_s() - started_s,
                 meter=observer.meter,
                 validations=observer.validations,
                 sample=observer.sample,
@@ -163,4 +168,6 @@ def loaders(data: TokenDataModule, processes: int, batches_done: int) -> tuple[D
 
 
 if __name__ == "__main__":
+    if supervised():
+        stop_with_supervisor()
     sys.exit(exit_code(lambda: main(sys.argv[1:])))

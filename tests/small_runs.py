@@ -46,10 +46,10 @@ def small_run(text, root, *more):
 
 
 def curves(folder):
-    """(tag, step) to value, of all that two runs of the same steps have in common: all but their speed."""
+    """(tag, step) to value, of all that two runs of the same steps have in common: all but their speed and time."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    tags = set(events.Tags()["scalars"]) - {"throughput/tokens_per_s"}
+    tags = {tag for tag in events.Tags()["scalars"] if not tag.startswith("throughput/")}
     points = [((tag, event.step), event.value) for tag in tags for event in events.Scalars(tag)]
     assert len(points) == len(dict(points)), "a step is there twice"
     return dict(points)
@@ -57,6 +57,6 @@ def curves(folder):
 
 def different(first, second):
     """The names of what two checkpoints differ in, of all that every loop goes on from."""
-    a, b = (dict(leaves("", vars(replace(load_run(path), lightning=None)))) for path in (first, second))
+    a, b = (dict(leaves("", vars(replace(load_run(path), lightning=None, trained_s=0.0)))) for path in (first, second))
     assert a.keys() == b.keys()
     return [path for path, value in a.items() if not same(value, b[path])]

@@ -60,6 +60,22 @@ def test_tokens_per_second_leave_validation_out():
     assert curves(meter)["throughput/tokens_per_s"] == 100.0  # counted anew since the last curves
 
 
+def test_the_time_of_a_run_is_that_of_all_its_pieces_with_validation():
+    now_s = 100.0
+    meter = StepMeter(clock=lambda: now_s)
+    meter.earlier_s = 7200.0
+    assert meter.trained_s == 7200.0
+    meter.start()
+    now_s += 1800.0
+    meter.pause()  # a validation
+    now_s += 1800.0
+    meter.start()
+    assert meter.trained_s == 3 * 3600.0
+    meter.add_batch(torch.tensor(1.0), tokens=1)
+    meter.end_step()
+    assert curves(meter)["throughput/trained_hours"] == 3.0
+
+
 def test_an_unknown_card_has_no_mfu_and_a_run_without_scaler_no_loss_scale():
     meter = StepMeter()
     meter.start()

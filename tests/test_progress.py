@@ -3,6 +3,7 @@ from datetime import datetime
 
 import pytest
 
+from nanogpt_lit.loops.clock import Sleeps
 from nanogpt_lit.loops.progress import Progress, arrival
 
 
@@ -43,6 +44,18 @@ def test_a_log_file_gets_a_line_every_ten_seconds_and_at_the_last_step():
     assert "loss 2.500" in lines[0]
     assert "1,234 tokens/s" in lines[0]
     assert "0:20 left, done" in lines[0]
+
+
+def test_a_night_asleep_is_said_once_and_moves_the_time_of_arrival_by_nothing():
+    awake, asleep, stream = Clock(), Clock(), io.StringIO()
+    sleeps = Sleeps(lambda: awake.now_s + asleep.now_s, awake)
+    progress = Progress(total_steps=11, stream=stream, clock=awake, sleeps=sleeps)
+    for step in range(1, 7):
+        awake.now_s += 1.0
+        asleep.now_s = 8 * 3600.0 if step > 3 else 0.0
+        progress.update(step, 2.0, 1000.0)
+    assert progress.remaining_s(6, awake.now_s) == pytest.approx(5.0)
+    assert stream.getvalue().count("this machine slept for 8:00:00, which counts in neither") == 1
 
 
 def test_a_terminal_gets_a_bar_that_ends_at_the_last_step():

@@ -40,6 +40,7 @@ def from_lightning(checkpoint: dict[str, Any]) -> RunState:
         processes=run.get("processes", 1),
         accumulate_grad_batches=run.get("accumulate_grad_batches", max(1, batches // max(1, step))),
         tokens=counted.get("tokens", 0),
+        trained_s=counted.get("trained_s", 0.0),
         validations=counted.get("validations", {"latest": None, "best": None}),
         elastic=run.get("elastic", {}),
         spikes=run.get("spikes", {}),
@@ -60,7 +61,11 @@ def to_lightning(state: RunState) -> dict[str, Any]:
         "hyper_parameters": dict(state.hyper_parameters),
         "callbacks": {
             **lightning.get("callbacks", {}),
-            CURVES: {"tokens": state.tokens, "validations": dict(state.validations)},
+            CURVES: {
+                "tokens": state.tokens,
+                "trained_s": state.trained_s,
+                "validations": dict(state.validations),
+            },
         },
         RUN: {
             "random": [dict(random) for random in state.random],

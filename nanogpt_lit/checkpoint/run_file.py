@@ -30,7 +30,7 @@ TOKENIZER = "tokenizer"
 COUNTS = {"step": 0, "batches": 0, "tokens": 0, "processes": 1, "accumulate_grad_batches": 1}
 """What a run is continued by, and the least that each can be."""
 STATES = [field.name for field in fields(RunState) if field.name != "weights"]
-LATER = ("elastic", "spikes")
+LATER = ("elastic", "spikes", "trained_s")
 """Not in files of an earlier version, which mean the default."""
 
 

@@ -34,6 +34,8 @@ class RunState:
     accumulate_grad_batches: int
     tokens: int = 0
     """Trained on so far, by all processes and over all pieces of the run."""
+    trained_s: float = 0.0
+    """Seconds of training so far, over all pieces of the run, without what the machine slept."""
     validations: Mapping[str, Any] = field(default_factory=lambda: {"latest": None, "best": None})
     """(step, loss) of the latest and of the best validation."""
     elastic: Mapping[str, Any] = field(default_factory=dict)

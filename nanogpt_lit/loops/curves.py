@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from nanogpt_lit.loops.card_health import CardHealth
+from nanogpt_lit.loops.clock import awake_s
 from nanogpt_lit.plan.peak_watch import PeakWatch
 from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.supervised import Position
@@ -28,13 +28,15 @@ class StepMeter:
     wants the numbers. Losses stay on their device until then: no micro-batch waits for the card.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = awake_s) -> None:
         self.tokens = 0
         """Tokens trained on since the run began, over all processes and all resumes."""
+        self.earlier_s = 0.0
+        """Trained by the pieces of the run before this one."""
         self.loss: Tensor | None = None
         """Mean loss of this process's share of the last whole accumulation window, a scalar on the training device."""
         self.tokens_per_s: float | None = None
-        """Over the steps between the last two calls of `curves`, without validation, sampling and saving."""
+        """Over the steps between the last two calls of `curves`, without validation, sampling and sleep."""
         self.drawn_loss: float | None = None
         """The loss that `curves` read last: reading it again costs no wait."""
         self.went_back: Callable[[], int] | None = None
@@ -44,6 +46,7 @@ class StepMeter:
         self._position = Position()
         self._card_health: CardHealth | None = None
         self._clock = clock
+        self._began_s: float | None = None
         self._counting_since_s: float | None = None
         self._interval_tokens = 0
         self._interval_s = 0.0
@@ -58,9 +61,16 @@ class StepMeter:
         if device.type == "cuda" and processes == 1:
             self._peak_watch = PeakWatch(module, optimizer, partial(StepShape, **shape), say)
 
+    @property
+    def trained_s(self) -> float:
+        """Seconds of the whole run, all its pieces, with validation, sampling and saving, without sleep."""
+        return self.earlier_s + (0.0 if self._began_s is None else self._clock() - self._began_s)
+
     def start(self) -> None:
         """The clock of tokens_per_s runs from here until `pause`."""
         self._counting_since_s = self._clock()
+        if self._began_s is None:
+            self._began_s = self._counting_since_s
 
     def pause(self) -> None:
         if self._counting_since_s is not None:
@@ -121,6 +131,7 @@ class StepMeter:
             "train/grad_norm": float(grad_norm),
             "train/skipped_steps": float(skipped_steps),
             "train/tokens": float(self.tokens),
+            "throughput/trained_hours": self.trained_s / 3600,
             **card_health,
         }
         if self.went_back is not None:

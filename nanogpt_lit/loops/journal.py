@@ -62,6 +62,7 @@ class Journal(Observer):
             self.step = start.step
             self.batches = start.batches * start.processes // processes
             self.meter.tokens = start.tokens
+            self.meter.earlier_s = start.trained_s
             self.validations.load_state_dict(dict(start.validations))
         self.sample: str | None = None
         sweep(folder / "checkpoints")
@@ -169,6 +170,7 @@ class Journal(Observer):
             random=random_states(self.device),
             data=data_state,
             tokens=self.meter.tokens,
+            trained_s=self.meter.trained_s,
             validations=self.validations.state_dict(),
             spikes=None if self._spikes is None else self._spikes.state_dict(),
         )

@@ -34,10 +34,15 @@ class TrainingCurves(Callback):
         self._flops_per_token = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.meter.tokens, "validations": self.validations.state_dict()}
+        return {
+            "tokens": self.meter.tokens,
+            "trained_s": self.meter.trained_s,
+            "validations": self.validations.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.meter.tokens = state_dict["tokens"]
+        self.meter.earlier_s = state_dict.get("trained_s", 0.0)
         self.validations.load_state_dict(state_dict["validations"])
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -16,7 +17,7 @@ class StepStops(Callback):
     """Ends a fit that is asked to stop, by raising Stopped, after a whole step and the validation that it may call for.
 
     In the place of Lightning's own ways, which end after any micro-batch: half a step is lost or, worse, saved; SIGTERM
-    exits with 0, SIGHUP kills. Only the signal that asks SLURM's jobs to queue again stays with Lightning.
+    exits with 0, SIGHUP kills, SLURM's signal saves from within a handler.
     """
 
     def __init__(self, max_time_s: float | None = None) -> None:
@@ -33,7 +34,7 @@ class StepStops(Callback):
                 signal.signal(number, signal.SIG_IGN)  # Lightning has meanwhile taken SIGTERM
         folder = trainer.log_dir or trainer.default_root_dir
         # Entered here, after Lightning has put up its own handlers; it takes all of them down itself.
-        self._stops = Stops(Path(folder), self.max_time_s).__enter__()
+        self._stops = Stops(Path(folder), self.max_time_s, requeue_by=requeue_signal(trainer)).__enter__()
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -54,6 +55,13 @@ class StepStops(Callback):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if hasattr(self, "_stops"):
             self._stops.__exit__()
+
+
+def requeue_signal(trainer: Trainer) -> int | None:
+    environment = trainer._accelerator_connector.cluster_environment  # in no public place
+    return (
+        environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+    )
 
 
 def save_last(trainer: Trainer) -> str | None:

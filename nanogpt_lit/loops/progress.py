@@ -1,12 +1,13 @@
 """One line that says where the run is and when it will be done."""
 
 import sys
-import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import TextIO
 
 from tqdm import tqdm
+
+from nanogpt_lit.loops.clock import Sleeps, awake_s
 
 LINE_EVERY_S = 10.0
 
@@ -15,7 +16,8 @@ class Progress:
     """Progress over optimizer steps: a live bar on a terminal, a plain line every ten seconds elsewhere (a log file).
 
     The time of arrival counts everything since the first finished step, validation and saving included, because
-    those will come again; the first step is left out, because compiling and warming up will not.
+    those will come again. The first step is left out, because compiling and warming up will not, and so is what the
+    machine slept.
     """
 
     def __init__(
@@ -23,11 +25,13 @@ class Progress:
         total_steps: int,
         first_step: int = 0,
         stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = awake_s,
+        sleeps: Sleeps | None = None,
     ) -> None:
         self.total_steps = total_steps
         self._stream = stream or sys.stderr
         self._clock = clock
+        self._sleeps = sleeps or Sleeps()
         self._anchor: tuple[int, float] | None = None  # (step, time) that the rate is counted from
         self._said_s = clock()
         self._live = self._stream.isatty()
@@ -42,6 +46,9 @@ class Progress:
 
     def update(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
         """step: optimizer steps done so far. loss and tokens_per_s: the last ones known."""
+        if (slept_s := self._sleeps.since_last_s()) > 0:
+            slept = timedelta(seconds=round(slept_s))
+            self.say(f"this machine slept for {slept}, which counts in neither tokens/s nor the time of arrival")
         now_s = self._clock()
         if self._anchor is None:
             self._anchor = (step, now_s)

@@ -47,10 +47,13 @@ def closing_table(
 
     checkpoints: what each is ("best", "last") and its file; those with an empty path are left out
     """
+    time = str(timedelta(seconds=round(elapsed_s)))
+    if meter.earlier_s:
+        time += f", {timedelta(seconds=round(meter.trained_s))} in all pieces of the run"
     rows = [
         ("steps", f"{steps:,}"),
         ("tokens", f"{meter.tokens:,}"),
-        ("time", str(timedelta(seconds=round(elapsed_s)))),
+        ("time", time),
     ]
     if validations.latest is not None and validations.best is not None:
         loss = validations.latest[1]

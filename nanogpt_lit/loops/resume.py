@@ -22,6 +22,7 @@ def capture(
     random: list[RandomState],
     data: Mapping[str, Any],
     tokens: int = 0,
+    trained_s: float = 0.0,
     validations: Mapping[str, Any] | None = None,
     spikes: Mapping[str, Any] | None = None,
 ) -> RunState:
@@ -42,6 +43,7 @@ def capture(
         processes=len(random),
         accumulate_grad_batches=accumulate_grad_batches,
         tokens=tokens,
+        trained_s=trained_s,
         validations=validations or {"latest": None, "best": None},
         elastic=finding_of(parts.module),
         spikes=spikes or {},

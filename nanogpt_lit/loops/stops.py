@@ -29,6 +29,7 @@ class Reason(Enum):
 
     MAX_TIME = ("trainer.max_time", 0)
     STOP_FILE = ("the stop file", 0)
+    PREEMPTED = ("SLURM's signal", 0)
     HANGUP = ("SIGHUP", 129)
     TERMINATE = ("SIGTERM", 143)
     INTERRUPT = ("Ctrl-C", 130)
@@ -72,10 +73,15 @@ class Stops:
     A signal that the process ignores stays ignored: so a run under nohup outlives its terminal.
 
     folder: where the stop file is looked for   max_time_s: counted from when it is entered, each time a run is started
+    requeue_by: the signal that SLURM sends to a job before it stops it (slurm.py)
     """
 
     def __init__(
-        self, folder: Path | None, max_time_s: float | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: Path | None,
+        max_time_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        requeue_by: int | None = None,
     ) -> None:
         self.reason: Reason | None = None
         """What all processes have agreed to stop by."""
@@ -85,12 +91,13 @@ class Stops:
         self._signalled: Reason | None = None
         self._signalled_s = 0.0
         self._replaced: dict[int, Any] = {}
+        self._reasons = SIGNALS if requeue_by is None else {**SIGNALS, requeue_by: Reason.PREEMPTED}
         self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> Self:
         self._started_s = self._clock()
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread do it
-            heard = SIGNALS.keys() - ignored_signals()
+            heard = self._reasons.keys() - ignored_signals()
             self._replaced = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
@@ -100,7 +107,7 @@ class Stops:
         self._replaced = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        reason, now_s = SIGNALS[signal.Signals(number)], self._clock()
+        reason, now_s = self._reasons[number], self._clock()
         if self._signalled is Reason.INTERRUPT is reason and now_s - self._signalled_s > SAME_KEYSTROKE_S:
             os._exit(Reason.INTERRUPT.exit_code)  # no clearing up, which could wait for a device or a disk
         if self._signalled is None:
