@@ -25,7 +25,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from torture_process import warm_up
-from torture_trial import KINDS, STOPS, Reference, Result, Setup, Trial, left_out, reference
+from torture_trial import KINDS, STEPS, STOPS, Reference, Result, Setup, Trial, left_out, reference
 
 from nanogpt_lit.loops.machine import hardware
 
@@ -58,8 +58,10 @@ def main() -> int:
     warm_up()
     references: dict[Setup, Reference] = {}
     for setup in dict.fromkeys(alone(trial.setup) for trial in trials):
-        # The first by an interpreter of its own: so the copies are compared with what a user starts.
-        references[setup] = reference(setup, root, args.processes, fresh=not references)
+        # The first by an interpreter of its own: so the copies are compared with what a user starts. It costs ten
+        # seconds, which a handful of trials would notice.
+        fresh = not references and args.count >= 10
+        references[setup] = reference(setup, root, args.processes, fresh)
     results = run_all(trials, references, root, args.jobs)
     print_table(results)
     failed = [result for result in results if result.failure is not None]
@@ -113,49 +115,53 @@ def run_one(trial: Trial, references: dict[Setup, Reference], root: Path) -> Res
 
 
 def print_table(results: list[Result]) -> None:
-    """How often each disturbance struck; one that came when the run had ended already struck nothing.
-
-    saved: how many of the stops ended a step and saved it; the others came before the first step or after the last
-    """
-    struck, late, saved = counts(results)
-    print(f"\n{'disturbance':<24}{'struck':>8}{'too late':>10}{'saved':>8}")
+    struck, before_the_end, saved, late = counts(results)
+    print(f"\n{'disturbance':<24}{'struck':>8}{'before the end':>16}{'saved':>8}{'too late':>10}")
     for kind in KINDS:
         if struck[kind] or late[kind]:
-            print(f"{kind:<24}{struck[kind]:8}{late[kind]:10}{saved[kind] or '':>8}")
+            print(f"{kind:<24}{struck[kind]:8}{before_the_end[kind]:16}{saved[kind] or '':>8}{late[kind]:10}")
     passed = sum(result.failure is None for result in results)
     print(
         f"\n{passed} of {len(results)} runs ended with the bits of the undisturbed one, {struck.total()} disturbances"
     )
 
 
-def counts(results: list[Result]) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    struck: Counter[str] = Counter()
-    late: Counter[str] = Counter()
-    saved: Counter[str] = Counter()
+def counts(results: list[Result]) -> list[Counter[str]]:
+    """By disturbance: how often it struck, how often of these before the run's last step was saved, how often a stop
+    ended a step and saved it, and how often it came when the process had ended already."""
+    struck, before_the_end, saved, late = counted = [Counter[str]() for _ in range(4)]
     for piece in (piece for result in results for piece in result.pieces):
-        if piece["disturbance"] in KINDS:
-            (struck if piece["struck"] else late)[piece["disturbance"]] += 1
-            saved[piece["disturbance"]] += piece["exit"] == STOPS.get(piece["disturbance"])
-    return struck, late, saved
+        if (kind := piece["disturbance"]) in KINDS:
+            struck[kind] += piece["struck"]
+            # A full disk lets the process go on to the end.
+            before_the_end[kind] += piece["struck"] and (piece["step"] < STEPS or kind == "disk full")
+            saved[kind] += piece["exit"] == STOPS.get(kind)
+            late[kind] += not piece["struck"]
+    return counted
 
 
 def write_record(path: Path, command: str, elapsed_s: float, results: list[Result]) -> None:
     """One line per trial, so that two records can be compared."""
-    struck, late, saved = counts(results)
+    struck, before_the_end, saved, late = counts(results)
     head = {
         "hardware": hardware("lightning", "accelerate"),
         "command": command,
         "elapsed_s": round(elapsed_s),
         "trials": len(results),
         "passed": sum(result.failure is None for result in results),
-        "struck": dict(sorted(struck.items())),
-        "too_late": dict(sorted(late.items())),
-        "saved_by_a_stop": {kind: saved[kind] for kind in STOPS},
+        "struck": in_order(struck),
+        "before_the_end": in_order(before_the_end),
+        "saved_by_a_stop": in_order(saved),
+        "too_late": in_order(late),
         "left_out": left_out(),
     }
     lines = ",\n".join("  " + json.dumps(asdict(result)) for result in results)
     text = json.dumps(head, indent=1)[:-2] + ',\n "results": [\n' + lines + "\n ]\n}\n"
     path.write_text(text, encoding="utf-8")
+
+
+def in_order(counter: Counter[str]) -> dict[str, int]:
+    return {kind: counter[kind] for kind in KINDS if counter[kind]}
 
 
 if __name__ == "__main__":
