@@ -54,9 +54,7 @@ def own_rung(settings: Any) -> Rung:
     """The YAML as it is."""
     memory = MemoryConfig(**(settings.model.get("memory") or {}))
     state_bits = AdamWConfig(**settings.model.optim).state_bits
-    return Rung(
-        "as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches, state_bits
-    )
+    return Rung("as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches, state_bits)
 
 
 def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> dict[str, Any]:
