@@ -1,5 +1,6 @@
 """Checkpoints to the two frameworks and back, read by the frameworks themselves."""
 
+import json
 import os
 import pickle
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder
 from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.data.tokenizer import ByteTokenizer
@@ -63,10 +65,11 @@ def trained():
 @pytest.fixture
 def state(trained):
     data = {"tokenizer": ByteTokenizer().files(), "seed": 7, "block_size": T, "batch_size": B}
-    return capture(
+    run = capture(
         trained, step=STEPS, batches=STEPS, accumulate_grad_batches=1, random=random_states(CPU), data=data,
         tokens=STEPS * B * T, validations={"latest": (4, 2.5), "best": (2, 2.25)},
     )  # fmt: skip
+    return replace(run, elastic={"sequences": B, "validation_sequences": 1})
 
 
 @pytest.fixture
@@ -235,3 +238,12 @@ def test_a_folder_without_what_accelerate_has_no_place_for_is_refused_by_the_nam
         (folder / missing).unlink()
         with pytest.raises(ValueError, match=sentence):
             convert(folder, tmp_path / "out.safetensors")
+
+
+def test_a_folder_from_before_there_was_something_to_find_means_that_everything_fits(checkpoint, tmp_path):
+    folder = tmp_path / "folder"
+    convert(checkpoint, folder)
+    beside = json.loads((folder / BESIDE).read_text())
+    assert beside.pop("elastic") == {"sequences": B, "validation_sequences": 1}
+    (folder / BESIDE).write_text(json.dumps(beside))
+    assert read_folder(folder).elastic == {}

@@ -153,9 +153,10 @@ def test_pieces_count_by_their_targets_and_one_without_any_counts_nothing():
 @every_loop
 def test_validation_is_computed_in_pieces_of_its_own(loop):
     undisturbed = run(loop, make_module())
-    module = Fault("validation", fits=1).into(make_module())
-    assert near(run(loop, module), undisturbed)
-    assert module.elastic.finding == {"validation_sequences": 1}
+    for at in range(4):  # two of two micro-batches each
+        module = Fault("validation", at, fits=1).into(make_module())
+        assert near(run(loop, module), undisturbed), at
+        assert module.elastic.finding == {"validation_sequences": 1}
 
 
 @every_loop
