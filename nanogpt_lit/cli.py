@@ -39,7 +39,7 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parser import Parser
-from nanogpt_lit.strategies.check import check_started, check_strategy, complete_sizes, named_strategy
+from nanogpt_lit.strategies.check import check_started, check_strategy, check_weights, complete_sizes, named_strategy
 from nanogpt_lit.strategies.table import DDP, FSDP2, SINGLE
 from nanogpt_lit.strategies.trainer_section import check_saves_whole_steps
 
@@ -188,6 +188,7 @@ class NanoGPTCLI(LightningCLI):
         if self.device == "cpu":
             keep_freed_memory()
         check_strategy(vars(settings.trainer), self.device)
+        check_weights(vars(settings.trainer), settings.model.memory.get("weights", "card"), self.device)
         complete_sizes(settings.trainer)
         if self.subcommand is not None:  # the accelerate loop asks accelerate itself
             check_started(vars(settings.trainer))

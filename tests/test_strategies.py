@@ -20,7 +20,7 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli import ConfigOnlyCLI
 from nanogpt_lit.gpt.model import Block
 from nanogpt_lit.strategies.accelerate_file import SECTIONS, read_accelerate_file
-from nanogpt_lit.strategies.check import check_strategy
+from nanogpt_lit.strategies.check import check_strategy, check_weights
 from nanogpt_lit.strategies.from_accelerate import to_trainer
 from nanogpt_lit.strategies.into_accelerate import into_accelerate
 from nanogpt_lit.strategies.table import LAYER, PRECISIONS, ROW_OF, SHORT_NAMES, STRATEGIES, TABLE
@@ -578,3 +578,18 @@ def test_a_strategy_whose_package_is_missing_says_so(monkeypatch):
         check_strategy(trainer, "cuda")
     monkeypatch.setattr("nanogpt_lit.strategies.check.find_spec", lambda name: object())
     check_strategy(trainer, "cuda")
+
+
+def test_weights_in_host_memory_are_for_one_card(monkeypatch):
+    two, any_number = {"devices": 2, "num_nodes": 1}, {"devices": "auto", "num_nodes": 1}
+    sentence = r"model.memory.weights=streamed .* 2 processes with a card each .* set trainer.devices=1"
+    with pytest.raises(ValueError, match=sentence):
+        check_weights(two, "streamed", "cuda", {})
+    with pytest.raises(ValueError, match=sentence):
+        check_weights(any_number, "streamed", "cuda", {"WORLD_SIZE": "2"})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match=sentence):
+        check_weights(any_number, "streamed", "cuda", {})
+    check_weights(two, "card", "cuda", {})
+    check_weights({"devices": 1, "num_nodes": 1}, "host", "cuda", {})
+    check_weights(two, "host", "cpu", {})  # tests/test_offload.py trains two

@@ -59,6 +59,24 @@ def check_strategy(trainer: Mapping[str, Any], device: str) -> None:
     check_combination(strategy, trainer["precision"], trainer["gradient_clip_val"])
 
 
+def check_weights(trainer: Mapping[str, Any], where: str, device: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Raises ValueError for weights in host memory and more than one card: DistributedDataParallel exchanges gradients
+    between cards, and these are not on one. Processes without cards exchange them where they are.
+
+    where: model.memory.weights
+    """
+    if where == "card" or device != "cuda":
+        return
+    import torch  # late: what only translates files needs none
+
+    processes = asked_processes(trainer) or int(environ.get("WORLD_SIZE", torch.cuda.device_count()))
+    if processes > 1:
+        raise ValueError(
+            f"model.memory.weights={where} keeps the gradients in host memory, where {processes} processes with a card "
+            "each cannot exchange them; set trainer.devices=1, or model.memory.weights=card."
+        )
+
+
 def check_started(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
     """Raises ValueError when torchrun or srun has started another number of processes than the section asks for."""
     asked = asked_processes(trainer)
