@@ -28,6 +28,8 @@ from nanogpt_lit.parity.record import leaves, same
 STEPS, VALIDATES_EVERY = 64, 8
 PATIENCE_S = 240
 """For a process that should have ended long before."""
+AFTER_ANOTHER_S = 30
+"""For a process whose companion has failed."""
 MEASURED = ("throughput/", "memory/", "card/", "time/")
 """Curves of what the machine did: they differ between any two runs."""
 STOPS = {name: code for name, code in (("INT", 130), ("TERM", 143), ("HUP", 129)) if hasattr(signal, f"SIG{name}")}
@@ -211,8 +213,6 @@ class Trial:
             if process.poll() is None:
                 with suppress(ProcessLookupError):
                     self._send(kind, process.pid)
-        if kind == "KILL" and len(chosen) < len(running):
-            wait(running, patience_s=20, kill=True)  # as torchrun does
         return moment_s
 
     def _send(self, kind: str, pid: int) -> None:
@@ -241,8 +241,10 @@ class Trial:
             raise Failed(f"after {before.path} of step {before.step} it went on from another: {said[:500]}")
         number = getattr(signal, f"SIG{kind}", None) if kind in STOPS else None
         if number is not None:
-            # Before the first step and after the last, a signal does what it does to any process of Python.
-            if code not in (0, STOPS[kind], -number, *([1] if kind == "INT" else [])):
+            # Before the first step and after the last, a signal does what it does to any process of Python. Its
+            # companion may then end by an error.
+            plain = (0, STOPS[kind], -number, *([1] if kind == "INT" else []))
+            if code not in plain and self._processes == 1:
                 raise Failed(f"SIG{kind} ended the process with {code}: {said[-2000:]}")
             if code == STOPS[kind]:
                 stopped = re.search(r"after step (\d+); saved", said)
@@ -332,18 +334,19 @@ def wait_for_training(running: "list[Forked | subprocess.Popen[bytes]]", output:
         time.sleep(0.01)
 
 
-def wait(
-    running: "list[Forked | subprocess.Popen[bytes]]", patience_s: float = PATIENCE_S, kill: bool = False
-) -> list[int]:
-    """The exit codes. kill: what is still there then; otherwise that is a failure"""
-    deadline_s = time.monotonic() + patience_s
+def wait(running: "list[Forked | subprocess.Popen[bytes]]") -> list[int]:
+    """The exit codes. Of several processes, those that wait for one that has failed are ended, as torchrun does it."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    one_failed = False
     while any(process.poll() is None for process in running):
+        if not one_failed and any(process.poll() for process in running):
+            one_failed, deadline_s = True, time.monotonic() + AFTER_ANOTHER_S
         if time.monotonic() > deadline_s:
             for process in running:
                 if process.poll() is None:
                     psutil.Process(process.pid).kill()
-            if not kill:
-                raise Failed(f"a process did not end within {patience_s:.0f} s")
+            if not one_failed:
+                raise Failed(f"a process did not end within {PATIENCE_S} s")
         time.sleep(0.02)
     return [process.poll() or 0 for process in running]
 
