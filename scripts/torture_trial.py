@@ -369,8 +369,8 @@ def whole_step(path: Path) -> int | None:
 
 
 def final_state(path: Path) -> dict[str, Any]:
-    """All of a checkpoint, by name, but for what only one of the loops keeps."""
-    return dict(leaves("", vars(replace(load_run(path), lightning=None))))
+    """All of a checkpoint, by name, but for what only one of the loops keeps, and how long it took."""
+    return dict(leaves("", vars(replace(load_run(path), lightning=None, trained_s=0.0))))
 
 
 def final_curves(run_folder: Path) -> list[tuple[str, int, str]]:

@@ -329,8 +329,18 @@ CONFIG = {
 @given(change=changes())
 @examples(12)
 def test_a_changed_yaml_is_parsed_or_refused_in_one_line(change, tmp_path, capsys):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(change(CONFIG)))
+    check_parsing(tmp_path, yaml.safe_dump(change(CONFIG)).encode(), capsys)
+
+
+@given(damage=damages())
+@examples(12)
+def test_a_damaged_yaml_is_parsed_or_refused_in_one_line(damage, tmp_path, capsys):
+    check_parsing(tmp_path, damage(yaml.safe_dump(CONFIG).encode()), capsys)
+
+
+def check_parsing(folder, content, capsys):
+    path = folder / "config.yaml"
+    path.write_bytes(content)
     capsys.readouterr()
     code = 0
     try:
