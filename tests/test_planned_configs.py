@@ -8,7 +8,7 @@ import pytest
 
 from nanogpt_lit.cli import ConfigOnlyCLI
 from nanogpt_lit.memory.techniques import MemoryConfig
-from nanogpt_lit.plan.budget import card_named
+from nanogpt_lit.plan.budget import card_named, choose_budget
 from nanogpt_lit.planning import network, own_rung, plan_rung
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -43,6 +43,14 @@ def test_the_header_keeps_below_the_limit_and_names_its_command(name):
     assert header(name)[0] <= LARGEST_MIB[name]
     text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
     assert f"python -m nanogpt_lit plan --config configs/{name}.yaml" in text
+
+
+def test_the_medium_one_fits_a_card_that_draws_no_screen_under_either_system():
+    text = (CONFIGS / "rtx2050_medium.yaml").read_text(encoding="utf-8")
+    usable = {system: choose_budget("rtx2050", system=system).usable_mib for system in ("linux", "windows", None)}
+    assert usable[None] < header("rtx2050_medium")[0] <= usable["windows"] < usable["linux"]
+    assert [f"{mib:,}" in text for mib in usable.values()] == [True] * 3
+    assert f"{header('rtx2050_medium')[0] - usable[None]:.0f} MiB too little" in text
 
 
 @pytest.mark.parametrize("name", ["rtx2050_medium", "rtx2050_large", "rtx2050_xl"])

@@ -105,11 +105,6 @@ def _ladder(plan: Plan) -> list[str]:
 def _notes(plan: Plan) -> list[str]:
     saved = plan.own.footprint.reserved_mib - plan.own.footprint.expandable_reserved_mib
     notes = ["MiB is what PyTorch reserves: allocations, rounded, and the gaps between them."]
-    if not plan.own.fits and not plan.own.changes_numerics:
-        notes.append(
-            "Left out because it changes the numerics: model.optim.state_bits=8 holds AdamW's moments in a quarter of "
-            "the memory."
-        )
     if plan.own.changes_numerics:
         notes.append("numerics: model.optim.state_bits=8 rounds AdamW's moments, and trains to other weights.")
     if saved >= 16 and plan.budget.system != "windows":
