@@ -26,7 +26,7 @@ from nanogpt_lit.loops import accelerate_loop, reference
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
 from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
-from nanogpt_lit.loops.lightning_observer import DropoutSeed, Observed
+from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps, Observed
 from nanogpt_lit.loops.lightning_precision import MixedPrecision, precision_plugin
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
@@ -137,6 +137,7 @@ def run_lightning(case: Case, data: TokenDataModule) -> Run:
             # As in fit: it makes the Trainer validate after the last step.
             TrainingCurves(StepMeter(), ValidationRecord()),
             DropoutSeed(case.settings.seed),
+            ElasticSteps(),
             Observed(recorder),
         ],
     )
