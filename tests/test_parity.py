@@ -124,7 +124,7 @@ def test_two_processes_give_the_same_bits_in_each_of_the_three_loops(name, on_tw
     outcomes = [compared[list(ON_TWO).index(name)] for compared, _, _ in on_two]
     assert [outcome.differences for outcome in outcomes] == [{"lightning": None, "accelerate": None}] * 2
     losses = [[curves["train/loss"] for _, curves in o.curves["reference"] if "train/loss" in curves] for o in outcomes]
-    assert losses[0] != losses[1]  # each has samples of its own
+    assert losses[0] == losses[1]  # each has samples of its own, and the curve is of all
     assert outcomes[0].skipped_steps == (2 if ON_TWO[name].scaler else 0)
 
 
