@@ -13,6 +13,7 @@ count the time that a step keeps a processor busy, which waiting does not length
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -98,9 +99,16 @@ def main() -> None:
 
         record |= measure_scaling(args, SCALED, measure, lambda shape: (flops_of_step(shape), flops_of_matmul()))
     else:
-        record["runs"] = [side_by_side(args, size, precision) for size in args.sizes for precision in args.precision]
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record["runs"] = []
+        for size, precision in itertools.product(args.sizes, args.precision):
+            record["runs"].append(side_by_side(args, size, precision))
+            save(record, args.out)  # what follows may take long
+    save(record, args.out)
+
+
+def save(record: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def side_by_side(args: argparse.Namespace, size: str, precision: str) -> dict[str, Any]:
