@@ -63,6 +63,8 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
         sizes = [p["size"] for p in points]
         axis.loglog(sizes, [p["s"] for p in points], "o-", label="a step")
         axis.loglog(sizes, [p["matmul_s"] for p in points], "--", color="gray", label="its arithmetic at matmul's rate")
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.minorticks_off()
         axis.set_xlabel(LABELS[name])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("seconds")
