@@ -23,7 +23,7 @@ from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
 from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, with_run_files
 from nanogpt_lit.loops.lightning_guards import FiniteSteps, SpikeRollback
-from nanogpt_lit.loops.lightning_logger import PatientLogger
+from nanogpt_lit.loops.lightning_logger import PatientLogger, go_on
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
@@ -267,12 +267,15 @@ class NanoGPTCLI(LightningCLI):
             # Only a fit makes a run: the others leave no folder behind.
             self.save_config_callback = None
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+        if self.resumed is not None:
+            self.say_what_changed()
+            self.save_config_kwargs["config_filename"] = config_file(self.resumed.run_folder)
+            for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+                go_on(logger, self.resumed.run_folder, self.resumed.step)
         if trainer.logger in (None, True):
             # An empty name and no version: the run is default_root_dir/version_N, checkpoints and all.
             options: dict[str, Any] = {"name": "", "default_hp_metric": False}
             if self.resumed is not None:
-                self.say_what_changed()
-                self.save_config_kwargs["config_filename"] = config_file(self.resumed.run_folder)
                 # What the piece before this one drew past its checkpoint is drawn again: TensorBoard forgets it.
                 options |= {"version": self.resumed.run_folder.name, "purge_step": self.resumed.step + 1}
             kwargs["logger"] = PatientLogger(trainer.default_root_dir, **options)

@@ -1,5 +1,8 @@
 """--resume auto, as a user starts it after a crash: the same run, its folder and its curves, to the same bits."""
 
+import csv
+import json
+
 import pytest
 import torch
 from small_runs import LOOPS, accelerate, curves, different, fit, small_run
@@ -25,7 +28,7 @@ class PowerLoss(Exception):  # noqa: N818
     pass
 
 
-def crash(loop, text, root, monkeypatch, forward_call):
+def crash(loop, text, root, monkeypatch, forward_call, *more):
     """A run that dies inside the n-th forward, which no loop expects."""
     forward, calls = LitNanoGPT.forward, iter(range(1, 10**6))
 
@@ -37,7 +40,7 @@ def crash(loop, text, root, monkeypatch, forward_call):
     with monkeypatch.context() as patch:
         patch.setattr(LitNanoGPT, "forward", failing)
         with pytest.raises(PowerLoss):
-            loop(*small_run(text, root))
+            loop(*more, *small_run(text, root))
 
 
 @pytest.mark.parametrize(("before", "after"), [(fit, fit), (accelerate, accelerate), (fit, accelerate)])
@@ -58,6 +61,21 @@ def test_a_crashed_run_goes_on_as_one_run_with_one_curve(
     assert sorted(path.name for path in folder.glob("*.yaml") if "config" in path.name) == [
         "config.yaml", "config_2.yaml"
     ]  # fmt: skip
+
+
+def test_a_csv_of_the_yaml_goes_on_in_its_file_without_gap_or_duplicate(undisturbed, text, tmp_path, monkeypatch):
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": ""}}
+    yaml = tmp_path / "csv.yaml"
+    yaml.write_text(json.dumps({"trainer": {"logger": [logger]}}))
+    crash(fit, text, tmp_path, monkeypatch, 17, f"--config={yaml}")
+    assert fit(f"--config={yaml}", *small_run(text, tmp_path), "--resume=auto") == 0
+    with (tmp_path / "version_0" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    drawn = curves(undisturbed)
+    assert [(int(row["step"]), float(row["train/loss"])) for row in rows] == [
+        (step, drawn["train/loss", step]) for step in range(1, 9)
+    ]
+    assert not (tmp_path / "version_1").exists()
 
 
 def flip_a_bit(path):

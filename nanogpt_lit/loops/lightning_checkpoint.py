@@ -6,7 +6,7 @@ from typing import Any, Literal
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -111,6 +111,8 @@ class ExactResume(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()  # or the curves of a run that is killed would end before its checkpoint
+            elif isinstance(logger, CSVLogger):
+                logger.save()
         # Lightning calls this on every process, though only the first one writes.
         share_finding(module)
         checkpoint[RUN] = {
