@@ -55,13 +55,12 @@ class PatientWriter(SummaryWriter):
                 "the next checkpoint."
             )
         self._failing = True
-        # TensorBoard reads nothing behind half a record: what comes next goes into a file of its own, which must not
-        # say again that the points from the resumed step on are void.
+        # TensorBoard reads nothing behind half a record: what comes next goes into a file of its own.
         writers: dict[str, Any] = self.all_writers or {}
         for writer in writers.values():
             with suppress(OSError):
                 writer.close()
-        self.file_writer = self.all_writers = self.purge_step = None
+        self.file_writer = self.all_writers = None
 
 
 def tell(line: str) -> None:
