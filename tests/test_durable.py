@@ -97,7 +97,7 @@ for step in range(1, 10_000):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX's")
-@pytest.mark.parametrize("times", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(12, marks=pytest.mark.long)])
 def test_a_process_killed_at_any_moment_of_a_write_leaves_a_checkpoint_that_loads(tmp_path, times):
     last = tmp_path / "last.safetensors"
     for n in range(times):

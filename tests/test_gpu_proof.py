@@ -48,7 +48,7 @@ def test_a_dry_run_trains_beside_its_plan_and_claims_nothing(tmp_path, capsys):
     assert "rtx2050_xl.yaml, at most 4,096 MiB" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt" or shutil.which("bash") is None, reason="needs bash")
 def test_the_command_goes_through_every_part(tmp_path, capfd):
     def run(arguments):

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "torture.py"
-COUNT = os.environ.get("TORTURE")
-"""Trials of the long proofs; 11 have every disturbance once."""
-long = [pytest.mark.slow, pytest.mark.skipif(COUNT is None, reason="takes minutes; TORTURE=11 pytest runs it")]
+COUNT = int(os.environ.get("TORTURE", "11"))
+"""Trials of a long proof; 11 have every disturbance once."""
 
 
 def torture(*options):
@@ -30,10 +29,11 @@ def test_killed_and_stopped_runs_end_with_the_bits_of_the_undisturbed_one(tmp_pa
     check(torture("--count=2", "--setups=1", f"--out={record}"), record, 2)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(n, marks=long) for n in (1, 2)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
 def test_every_disturbance(processes, tmp_path):
     record = tmp_path / "record.json"
-    check(torture(f"--count={COUNT}", f"--processes={processes}", f"--out={record}"), record, int(COUNT))
+    check(torture(f"--count={COUNT}", f"--processes={processes}", f"--out={record}"), record, COUNT)
 
 
 BREAKS = {
@@ -55,7 +55,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("complaint", [pytest.param(complaint, marks=long) for complaint in BREAKS])
+@pytest.mark.long
+@pytest.mark.parametrize("complaint", BREAKS)
 def test_a_resume_that_loses_something_is_found_out(complaint):
     # The trial of this number is stopped by SIGTERM, and so goes on from a step in the middle of its run.
     command = [sys.executable, "-c", BREAKS[complaint] + RUN, "--only=2", "--setups=1"]
