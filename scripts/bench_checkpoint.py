@@ -5,7 +5,8 @@
 Steps without a save, with one in the background and with one that is waited for take turns, so that a busy machine
 slows all of them alike. A save is what Journal and RunFileIO make of it: finite weights looked for, every number and
 tensor of the run written with checksums, synced and renamed, the one before kept as `previous`. Linux only: the peak of
-resident memory is read from /proc.
+resident memory is read from /proc. The share of a run is that of the time it stands still for a save; what a save
+adds to a step otherwise, by taking turns at the processor, is in added_to_a_step_s, as far as the machine was quiet.
 """
 
 import argparse
@@ -66,10 +67,11 @@ def measure(run: "Run", args: argparse.Namespace) -> dict[str, object]:
         "file_mib": content_bytes / MIB,
         "save_alone_s": median(alone_s),
         "peak_memory_added_mib": max(added_bytes) / MIB,
+        "step_stands_still_s": {v: median(run.held_s[v]) for v in added_s},
+        "share_of_a_run_that_saves_every_15_min": {v: median(run.held_s[v]) / EVERY_S for v in added_s},
         "step_s": median(steps_s["none"]),
         "added_to_a_step_s": {variant: added_s[variant][1] for variant in added_s},
         "added_quartiles_s": {variant: added_s[variant][::2] for variant in added_s},
-        "share_of_a_run_that_saves_every_15_min": {v: added_s[v][1] / (EVERY_S + added_s[v][1]) for v in added_s},
     }
 
 
@@ -81,7 +83,9 @@ class Run:
         self.module = LitNanoGPT(GPT2)
         self.parts = Parts(self.module, *optimizer_and_schedule(self.module), scaler=None)
         self.saver = PatientSaver()
-        self.parts.optimizer.register_step_pre_hook(lambda *_: self.saver.wait())
+        self.parts.optimizer.register_step_pre_hook(lambda *_: self._wait())
+        self.held_s: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        """Of each step: what the loop stood still for, in the call that saves and before the optimizer's step."""
         self.path = folder / f"last{SUFFIX}"
         self.windows = torch.randint(0, GPT2.vocab_size or 0, (batches, 1, tokens + 1))
         self.steps = 0
@@ -92,6 +96,7 @@ class Run:
         if variant != "none":
             self.saver.in_background = variant == "background"
             self.saver.save(self.path, self.state())
+        self._waited_s = time.perf_counter() - started_s
         for window in self.windows:
             (self.module(window[:, :-1], window[:, 1:]) / len(self.windows)).backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
@@ -99,7 +104,13 @@ class Run:
         self.parts.schedule.step()
         self.parts.optimizer.zero_grad()
         self.steps += 1
+        self.held_s[variant].append(self._waited_s)
         return time.perf_counter() - started_s
+
+    def _wait(self) -> None:
+        started_s = time.perf_counter()
+        self.saver.wait()
+        self._waited_s += time.perf_counter() - started_s
 
     def save_alone(self) -> tuple[float, int, int]:
         """Seconds of a save, the bytes of its file, and those that it added to the peak of this process's memory."""
