@@ -13,7 +13,7 @@ from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
-from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine
+from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
 
 
 class LitNanoGPT(LightningModule):
@@ -95,7 +95,7 @@ class LitNanoGPT(LightningModule):
         optimizer = build_optimizer(self.named_parameters(), self.optim_config, adamw)
         if self.host_weights is not None:
             self.host_weights.follow(optimizer)
-        schedule = WarmupCosine(optimizer, self.schedule_config)
+        schedule = WarmupDecay(optimizer, self.schedule_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_model(self) -> None:

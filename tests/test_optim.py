@@ -10,7 +10,7 @@ from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer, param_groups
 from nanogpt_lit.optim.muon import MuonBesideAdamW, orthogonalised, together
-from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine, warmup_cosine
+from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay, warmup_decay
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 
@@ -57,7 +57,7 @@ def test_three_steps_equal_adamw_written_out_by_hand(implementation):
 
 def test_rate_rises_to_the_peak_and_falls_to_the_floor():
     config = ScheduleConfig(warmup_steps=10, min_lr_ratio=0.1, total_steps=110)
-    rates = [warmup_cosine(step, config) for step in range(130)]
+    rates = [warmup_decay(step, config) for step in range(130)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == 1.0 == max(rates)
     assert rates[60] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
@@ -73,7 +73,7 @@ def train(scales_overflow, fused):
     model = nn.Linear(4, 1)
     implementation = "fused" if fused else "for-loop"
     optimizer = build_optimizer(model.named_parameters(), AdamWConfig(lr=1.0, implementation=implementation))
-    schedule = WarmupCosine(optimizer, ScheduleConfig(warmup_steps=2, total_steps=6))
+    schedule = WarmupDecay(optimizer, ScheduleConfig(warmup_steps=2, total_steps=6))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     rates, weights = [], []
     for overflow in scales_overflow:
@@ -92,7 +92,7 @@ def train(scales_overflow, fused):
 def test_schedule_holds_while_the_grad_scaler_skips(fused):
     config = ScheduleConfig(warmup_steps=2, total_steps=6)
     rates, weights, schedule = train([True, False, True, True, False, False], fused)
-    assert rates == pytest.approx([warmup_cosine(step, config) for step in (0, 0, 1, 1, 1, 2)])
+    assert rates == pytest.approx([warmup_decay(step, config) for step in (0, 0, 1, 1, 1, 2)])
     assert schedule.skipped_steps == 3
     assert torch.equal(weights[1], weights[3])  # the skipped steps really were skipped
     assert not torch.equal(weights[3], weights[4])
@@ -256,7 +256,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit_wherever_its_moments_lie(here, th
 
 def test_the_schedule_moves_both_rates_and_a_checkpoint_keeps_them():
     gpt, optimizer = made()
-    schedule = WarmupCosine(optimizer, ScheduleConfig(warmup_steps=1, total_steps=4))
+    schedule = WarmupDecay(optimizer, ScheduleConfig(warmup_steps=1, total_steps=4))
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01, 0.015]
     take_steps(gpt, optimizer, [0])
     schedule.step()
@@ -272,7 +272,7 @@ def test_the_schedule_moves_both_rates_and_a_checkpoint_keeps_them():
 
 def test_a_scaler_that_overflows_skips_the_step_of_both():
     gpt, optimizer = made()
-    schedule = WarmupCosine(optimizer, ScheduleConfig(warmup_steps=2, total_steps=6))
+    schedule = WarmupDecay(optimizer, ScheduleConfig(warmup_steps=2, total_steps=6))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     before = copy.deepcopy(gpt.state_dict())
     for overflow in (True, False):
@@ -294,7 +294,7 @@ def test_a_divided_matrix_is_refused_in_one_sentence():
 
 def test_cooldown_stays_at_the_peak_and_falls_in_a_straight_line():
     config = ScheduleConfig(warmup_steps=10, min_lr_ratio=0.0, total_steps=100, decay="cooldown", cooldown_ratio=0.4)
-    rates = [warmup_cosine(step, config) for step in range(110)]
+    rates = [warmup_decay(step, config) for step in range(110)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10:61] == [1.0] * 51
     assert rates[60:101] == pytest.approx([(100 - step) / 40 for step in range(60, 101)])

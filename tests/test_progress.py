@@ -81,6 +81,7 @@ def test_a_resumed_run_starts_where_it_was():
         (3 * 3600 + 62, "3:01:02 left, done 15:01"),
         (13 * 3600, "13:00:00 left, done Fri 27 Nov 01:00"),
         (3 * 86400 + 4 * 3600, "3 d 4 h left, done Sun 29 Nov 16:00"),
+        (1e15, "years left"),
     ],
 )
 def test_arrival_names_the_day_when_it_is_not_today(remaining_s, text):

@@ -12,7 +12,7 @@ from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.loops.pieces import changed_settings, config_file
 from nanogpt_lit.loops.resume import choose_again, chosen_settings
 from nanogpt_lit.module import LitNanoGPT
-from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupCosine
+from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
 
 LAST = "checkpoints/last.safetensors"
 
@@ -137,7 +137,7 @@ def test_the_command_line_wins_over_the_checkpoint_and_what_it_changes_is_said(
 def test_settings_chosen_again_leave_the_rate_of_an_unchanged_run_alone():
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([weight], lr=6e-4)
-    schedule = WarmupCosine(optimizer, ScheduleConfig(warmup_steps=3, total_steps=9))
+    schedule = WarmupDecay(optimizer, ScheduleConfig(warmup_steps=3, total_steps=9))
     for _ in range(6):
         rate = optimizer.param_groups[0]["lr"]
         choose_again(optimizer, schedule, chosen_settings(optimizer))

@@ -14,7 +14,7 @@ from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, gr
 from nanogpt_lit.loops.lightning_precision import MeasuredClipping
 from nanogpt_lit.loops.machine import peak_flops_of
 from nanogpt_lit.loops.progress import Progress
-from nanogpt_lit.optim.schedule import WarmupCosine
+from nanogpt_lit.optim.schedule import WarmupDecay
 from nanogpt_lit.sampling import continue_text
 
 
@@ -94,7 +94,7 @@ class TrainingCurves(Callback):
         grad_norm = self._grad_norm if clipped_norm is None else clipped_norm
         assert grad_norm is not None
         schedule = trainer.lr_scheduler_configs[0].scheduler
-        assert isinstance(schedule, WarmupCosine)
+        assert isinstance(schedule, WarmupDecay)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         log(
             trainer,

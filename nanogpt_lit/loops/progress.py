@@ -83,8 +83,14 @@ class Progress:
         self._bar.close()
 
 
+CALENDAR_S = 10 * 365.25 * 24 * 3600
+"""Beyond ten years no date is told; datetime ends at the year 9999."""
+
+
 def arrival(remaining_s: float, now: datetime) -> str:
     """ "2:05 left, done 14:30"; beyond a day "3 d 4 h left, done Fri 27 Nov 14:30"."""
+    if remaining_s > CALENDAR_S:
+        return "years left"
     done = now + timedelta(seconds=remaining_s)
     minutes, seconds = divmod(round(remaining_s), 60)
     hours, minutes = divmod(minutes, 60)

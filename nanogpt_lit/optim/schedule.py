@@ -44,7 +44,7 @@ class ScheduleConfig:
             )
 
 
-def warmup_cosine(step: int, config: ScheduleConfig) -> float:
+def warmup_decay(step: int, config: ScheduleConfig) -> float:
     """Learning rate of the given step (0 is the first) as a fraction of the peak, as in nanoGPT's train.py.
 
     With decay=cooldown it is the lesser of warm-up and cooldown where the two overlap.
@@ -60,7 +60,7 @@ def warmup_cosine(step: int, config: ScheduleConfig) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class WarmupCosine(LambdaLR):
+class WarmupDecay(LambdaLR):
     """The schedule of one run. `step()` is called once per optimizer step, by whichever loop runs.
 
     It holds still for a step that GradScaler skipped, or that had no gradients. Lightning would advance it there and
@@ -70,7 +70,7 @@ class WarmupCosine(LambdaLR):
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig) -> None:
         self.skipped_steps = 0
         self._step_happened = True  # LRScheduler.__init__ calls step() once, to set the rate of the first step
-        super().__init__(optimizer, lambda step: warmup_cosine(step, config))
+        super().__init__(optimizer, lambda step: warmup_decay(step, config))
         self._step_happened = False
         optimizer.register_step_post_hook(self._note_step)
 

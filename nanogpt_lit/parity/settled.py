@@ -27,7 +27,7 @@ from nanogpt_lit.loops.contract import optimizer_and_schedule
 from nanogpt_lit.loops.lightning_observer import Observed
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.module import LitNanoGPT
-from nanogpt_lit.optim.schedule import WarmupCosine
+from nanogpt_lit.optim.schedule import WarmupDecay
 from nanogpt_lit.parity import runs
 from nanogpt_lit.parity.compare import earliest
 from nanogpt_lit.parity.drift import Drift, Settled
@@ -122,7 +122,7 @@ def prepared_schedule(module: nn.Module) -> tuple[Optimizer, LRScheduler]:
 def usual_schedule() -> Iterator[None]:
     with (
         swapped(accelerate_loop, "optimizer_and_schedule", prepared_schedule),
-        swapped(WarmupCosine, "step", LambdaLR.step),  # ours moves once for each step of the optimizer, whoever calls
+        swapped(WarmupDecay, "step", LambdaLR.step),  # ours moves once for each step of the optimizer, whoever calls
     ):
         yield
 
@@ -173,7 +173,7 @@ SETTLED = [
         "Lightning moves the learning rate on although the scaler skipped the step, accelerate does not",
         "lightning",
         lambda base: with_settings(base, precision="16-mixed", scaler=OVERFLOWS),
-        lambda: swapped(WarmupCosine, "step", LambdaLR.step),
+        lambda: swapped(WarmupDecay, "step", LambdaLR.step),
     ),
     Settled(
         "float16 without a GPU (accelerate)",
