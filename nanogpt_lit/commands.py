@@ -79,15 +79,15 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("--largest", action="store_true", help="also find the largest that fits: a minute more")
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
 
-    from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning
     from nanogpt_lit.plan.budget import choose_budget
     from nanogpt_lit.plan.picture import write_picture
     from nanogpt_lit.plan.report import report, report_largest
     from nanogpt_lit.planning import largest_that_fits, plan_run
+    from nanogpt_lit.settings import SettingsCLI, quiet_lightning
 
     quiet_lightning()
     budget = choose_budget(options.card, options.vram, options.usable, options.os, options.desktop_on_card)
-    cli = ConfigOnlyCLI(args=settings_of_fit, run=False)
+    cli = SettingsCLI(args=settings_of_fit)
     title = ", ".join(str(path) for path in cli.config.get("config") or []) or "the defaults"
     planned = plan_run(cli.settings, budget, lightning=options.loop == "lightning")
     if options.picture is not None:
@@ -134,10 +134,10 @@ def accelerate_config(arguments: list[str]) -> int:
 
     import yaml  # type: ignore[import-untyped]
 
-    from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning
+    from nanogpt_lit.settings import SettingsCLI, quiet_lightning
 
     quiet_lightning()
-    cli = ConfigOnlyCLI(args=[f"--config={options.yaml}", *settings_of_fit], run=False)
+    cli = SettingsCLI(args=[f"--config={options.yaml}", *settings_of_fit])
     whole, changed = (yaml.safe_load(cli.parser.dump(cli.config, skip_default=skip)) for skip in (False, True))
     translation = into_accelerate(
         whole["trainer"], changed.get("trainer", {}), whole["model"]["compile"], environ=os.environ

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from nanogpt_lit.__main__ import exit_code
-from nanogpt_lit.cli import ConfigOnlyCLI, NanoGPTCLI, quiet_lightning
+from nanogpt_lit.cli import NanoGPTCLI
 from nanogpt_lit.loops.curves import peaks_mib
 from nanogpt_lit.loops.machine import hardware
 from nanogpt_lit.memory.techniques import MemoryConfig
@@ -40,6 +40,7 @@ from nanogpt_lit.plan.ladder import ladder
 from nanogpt_lit.plan.peak_watch import TOLERANCE, expandable_segments
 from nanogpt_lit.plan.plan import Footprint
 from nanogpt_lit.planning import own_rung, plan_rung
+from nanogpt_lit.settings import SettingsCLI, quiet_lightning
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -150,7 +151,7 @@ class Proof:
         if name in self._options:
             return self._options[name]
         given = [f"--config={ROOT / 'configs' / name}", *(TINY if self.dry_run else ())]
-        accumulate = ConfigOnlyCLI(args=given, run=False).settings.trainer.accumulate_grad_batches
+        accumulate = SettingsCLI(args=given).settings.trainer.accumulate_grad_batches
         self._options[name] = [
             *given, f"--trainer.default_root_dir={self.work / 'runs'}", f"--data.shards_dir={self.work / 'shards'}",
             f"--trainer.max_steps={STEPS}", f"--trainer.log_every_n_steps={STEPS // 2}",
@@ -162,7 +163,7 @@ class Proof:
         return self._options[name]
 
     def settings(self, name: str) -> Any:
-        return ConfigOnlyCLI(args=self.options(name), run=False).settings
+        return SettingsCLI(args=self.options(name)).settings
 
     def row(
         self,

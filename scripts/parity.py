@@ -29,7 +29,6 @@ from typing import Any, NoReturn
 import torch
 
 from nanogpt_lit.__main__ import exit_code
-from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.loops.journal import next_folder
@@ -44,6 +43,7 @@ from nanogpt_lit.parity.report import markdown_table, page, picture
 from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
 from nanogpt_lit.parity.settled import SETTLED, drifts_together
 from nanogpt_lit.parity.size import CAPS, CAPS_OF_A_LARGE_VOCABULARY, LARGE_VOCABULARY, Size, options_given
+from nanogpt_lit.settings import SettingsCLI, quiet_lightning, relative_to_here
 
 OF_A_LAUNCHER = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
 
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 
     quiet_lightning()
     quiet()
-    cli = ConfigOnlyCLI(args=of_the_yaml, run=False)
+    cli = SettingsCLI(args=of_the_yaml)
     size = None if options.full_size else Size(cli.settings, options_given(of_the_yaml))
     if size is not None:
         # A network this small is not faster on more, and on a busy machine they wait for each other many times longer.
@@ -129,7 +129,7 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def from_yaml(cli: ConfigOnlyCLI, steps: int, size: Size | None) -> tuple[Case, float, TokenDataModule]:
+def from_yaml(cli: SettingsCLI, steps: int, size: Size | None) -> tuple[Case, float, TokenDataModule]:
     """The case that the grid varies, the limit of clipping, and the data. size: makes it small"""
     if size is not None:
         size.cap(CAPS)

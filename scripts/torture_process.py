@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from nanogpt_lit.__main__ import exit_code, main
-from nanogpt_lit.cli import NanoGPTCLI, quiet_lightning
+from nanogpt_lit.cli import NanoGPTCLI
 from nanogpt_lit.durable import PARTIAL
 from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.settings import quiet_lightning
 
 ACCELERATE = Path(__file__).with_name("train_accelerate.py")
 

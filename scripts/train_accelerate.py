@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 from nanogpt_lit.__main__ import exit_code
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.cli import ConfigOnlyCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position
 from nanogpt_lit.data.turns import in_turns
@@ -37,6 +36,7 @@ from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.resume import batches_done, check_network
 from nanogpt_lit.loops.slurm import requeue, requeue_signal
 from nanogpt_lit.loops.stops import Reason, Stopped, Stops, seconds_of
+from nanogpt_lit.settings import SettingsCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.strategies.trainer_section import (
     asked_processes,
     check_followed,
@@ -47,7 +47,7 @@ from nanogpt_lit.strategies.trainer_section import (
 from nanogpt_lit.supervised import stop_with_supervisor, supervised
 
 
-class AccelerateCLI(ConfigOnlyCLI):
+class AccelerateCLI(SettingsCLI):
     """The options of fit, with its --ckpt_path."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -29,20 +29,23 @@ ALLOWED = {
     "allowlist": set(),
     "places": set(),
     "parser": {"allowlist", "places"},
-    "cli": {
+    "settings": {
         "module", "gpt", "optim", "memory", "elastic", "data", "loops", "parser", "checkpoint", "strategies",
     },
+    "cli": {"settings", "loops", "strategies"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
     "planning": {"module", "gpt", "optim", "data", "memory", "plan", "strategies"},
     "commands": {
-        "cli", "checkpoint", "sampling", "plan", "planning", "loops", "strategies", "supervisor", "units", "doctor",
+        "cli", "settings", "checkpoint", "sampling", "plan", "planning", "loops", "strategies", "supervisor", "units",
+        "doctor",
     },
     "__main__": {"commands", "cli", "supervised", "supervisor"},
     "__init__": {"module", "gpt", "data"},
 }  # fmt: skip
 FRAMEWORKS = {
     "lightning": {
-        "cli", "parser", "module", "data.datamodule", "loops.lightning_callbacks", "loops.lightning_checkpoint",
+        "cli", "settings", "parser", "module", "data.datamodule",
+        "loops.lightning_callbacks", "loops.lightning_checkpoint",
         "loops.lightning_observer", "loops.lightning_precision", "loops.lightning_stops", "loops.lightning_guards",
         "loops.lightning_logger",
         "parity.runs", "parity.settled",

@@ -15,7 +15,6 @@ from small_runs import BOTTLES
 from torch.amp import GradScaler
 
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
-from nanogpt_lit.cli import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position, windows_in
 from nanogpt_lit.data.shards import TokenShards
@@ -32,6 +31,7 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.parity.runs import HalfOnProcessors, lightning_precision
+from nanogpt_lit.settings import quiet_lightning
 
 STEPS = 12
 # About every other step is skipped, and the scale grows in between: switches fall before, at and after both.

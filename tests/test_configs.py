@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt_lit.cli import ConfigOnlyCLI
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.settings import SettingsCLI
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -30,7 +30,7 @@ EXPECTED = {
 
 
 def parse(path, *options):
-    return ConfigOnlyCLI(args=["--config", str(path), *options], run=False).settings
+    return SettingsCLI(args=["--config", str(path), *options]).settings
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

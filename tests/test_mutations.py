@@ -30,12 +30,12 @@ from nanogpt_lit.checkpoint.load import load_network
 from nanogpt_lit.checkpoint.run_file import DESCRIPTION, load_run, open_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import write_tensors
-from nanogpt_lit.cli import ConfigOnlyCLI
 from nanogpt_lit.data.prepare import PrepareConfig, prepare, stale_reason
 from nanogpt_lit.data.shards import MANIFEST, TokenShards, read_manifest
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, ByteTokenizer, read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.parity.record import leaves, same
+from nanogpt_lit.settings import SettingsCLI
 from nanogpt_lit.strategies.accelerate_file import read_accelerate_file
 from nanogpt_lit.strategies.from_accelerate import to_trainer
 
@@ -344,7 +344,7 @@ def check_parsing(folder, content, capsys):
     capsys.readouterr()
     code = 0
     try:
-        answer(lambda: ConfigOnlyCLI(args=[f"--config={path}"], run=False))
+        answer(lambda: SettingsCLI(args=[f"--config={path}"]))
     except SystemExit as exit:
         code = exit.code
     said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set")]

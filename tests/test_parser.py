@@ -2,13 +2,13 @@
 
 import pytest
 
-from nanogpt_lit.cli import ConfigOnlyCLI
 from nanogpt_lit.parser import sentence
+from nanogpt_lit.settings import SettingsCLI
 
 
 def refused(option, capsys):
     with pytest.raises(SystemExit) as exit:
-        ConfigOnlyCLI(args=[option], run=False)
+        SettingsCLI(args=[option])
     assert exit.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line.removeprefix("error: ")

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import yaml
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.cli import ConfigOnlyCLI
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.plan import plan as plan_module
@@ -22,6 +21,7 @@ from nanogpt_lit.plan.report import report
 from nanogpt_lit.plan.steady import long_run
 from nanogpt_lit.plan.step import StepShape, trace_steps
 from nanogpt_lit.planning import plan_run, vocab_size
+from nanogpt_lit.settings import SettingsCLI
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [
@@ -36,7 +36,7 @@ KEYS = {
 
 
 def settings(*options):
-    return ConfigOnlyCLI(args=[*SMALL, *options], run=False).settings
+    return SettingsCLI(args=[*SMALL, *options]).settings
 
 
 @pytest.fixture(scope="module", autouse=True)

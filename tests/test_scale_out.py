@@ -17,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.cli import ConfigOnlyCLI
+from nanogpt_lit.settings import SettingsCLI
 from nanogpt_lit.strategies.check import check_combination, named_strategy
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale_out.md"
@@ -191,7 +191,7 @@ def test_every_command_of_the_page_is_one_that_we_understand(capsys, monkeypatch
     for command in commands:
         arguments = command[command.index("nanogpt_lit") + 1 :]
         if arguments[0] == "fit":
-            trainer = ConfigOnlyCLI(args=arguments[1:], run=False).settings.trainer
+            trainer = SettingsCLI(args=arguments[1:]).settings.trainer
             check_combination(named_strategy(trainer.strategy), trainer.precision, trainer.gradient_clip_val)
         else:
             assert main(arguments) == 0

@@ -17,8 +17,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.cli import ConfigOnlyCLI
 from nanogpt_lit.gpt.model import Block
+from nanogpt_lit.settings import SettingsCLI
 from nanogpt_lit.strategies.accelerate_file import SECTIONS, read_accelerate_file
 from nanogpt_lit.strategies.check import check_strategy, check_weights
 from nanogpt_lit.strategies.from_accelerate import to_trainer
@@ -274,7 +274,7 @@ OTHER_WORDS = {
 @pytest.fixture(scope="module")
 def defaults():
     """The trainer section of fit, as plain data."""
-    cli = ConfigOnlyCLI(args=[], run=False)
+    cli = SettingsCLI(args=[])
     return yaml.safe_load(cli.parser.dump(cli.config))["trainer"]
 
 
@@ -388,7 +388,7 @@ def test_our_parser_and_lightning_take_the_trainer_section(values, kind, tmp_pat
     assert main(["accelerate-config", f"--to-trainer={write(tmp_path, values)}"]) == 0
     path = tmp_path / "trainer.yaml"
     path.write_text(capsys.readouterr().out)
-    settings = ConfigOnlyCLI(args=[f"--config={RTX2050}", f"--config={path}"], run=False).settings.trainer
+    settings = SettingsCLI(args=[f"--config={RTX2050}", f"--config={path}"]).settings.trainer
     assert settings.max_steps == 6000  # the rest of the YAML stays
     if settings.accelerator != "gpu":
         trainer = Trainer(

@@ -43,8 +43,8 @@ for loop in accelerate_loop, lightning_checkpoint:
     loop.restore_random_state = lambda *_: None
 """,
     "it went on from another": """
-from nanogpt_lit import cli
-cli.newest_checkpoint = lambda root: None
+from nanogpt_lit import settings
+settings.newest_checkpoint = lambda root: None
 """,
 }
 RUN = f"""

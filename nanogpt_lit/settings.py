@@ -1,0 +1,239 @@
+"""What a run is told: a YAML and the command line through one parser, completed by what text and machine decide."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
+from nanogpt_lit.checkpoint.run_file import check_run_file
+from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.elastic.elastic import ElasticConfig
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
+from nanogpt_lit.loops.pieces import changed_settings
+from nanogpt_lit.loops.slurm import was_requeued
+from nanogpt_lit.loops.spikes import SpikeGuard
+from nanogpt_lit.loops.stops import seconds_of
+from nanogpt_lit.memory.heap import keep_freed_memory
+from nanogpt_lit.memory.techniques import MemoryConfig
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.optim.adamw import AdamWConfig
+from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.parser import Parser
+from nanogpt_lit.strategies.check import check_started, check_strategy, check_weights, complete_sizes, named_strategy
+from nanogpt_lit.strategies.table import DDP, SINGLE
+from nanogpt_lit.strategies.trainer_section import check_saves_whole_steps
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "runs",
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    # The order of samples is endless and already split by rank (data/sampler.py): there is no epoch to wait for, and
+    # Lightning's own sampler would replay or skip samples after a resume.
+    "use_distributed_sampler": False,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1000,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+
+
+class SettingsCLI(LightningCLI):
+    """The settings of `LitNanoGPT`, `TokenDataModule` and a Trainer, and nothing built from them.
+
+    A number that would have to be written twice is written once: data.block_size gives model.gpt.block_size,
+    trainer.max_steps gives model.schedule.total_steps, and the tokenizer gives model.gpt.vocab_size.
+    """
+
+    def __init__(
+        self, args: list[str], run: bool = False, save_config_callback: type[SaveConfigCallback] | None = None
+    ) -> None:
+        # Field docstrings become --help.
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        self.resumed: Newest | None = None
+        self.spikes: SpikeGuard | None = None
+        super().__init__(
+            LitNanoGPT,
+            TokenDataModule,
+            save_config_callback=save_config_callback,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=1337,
+            parser_kwargs={"allow_abbrev": False},
+            parser_class=Parser,
+            args=args,
+            run=run,
+            auto_configure_optimizers=False,
+            # A checkpoint keeps plain dicts of our own (module.py), not Lightning's recipe for building classes.
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        inherited = LightningCLI.subcommands()
+        # Without it, Lightning unpickles nothing but tensors and plain values; with it, --weights_only=false would.
+        return {name: inherited[name] | {"weights_only"} for name in ("fit", "validate", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            default=None,
+            help="auto: go on with the newest run below trainer.default_root_dir, from its newest whole checkpoint; "
+            "without one, start. A job that SLURM has queued again does so by itself.",
+        )
+        parser.add_argument(
+            "--spike_factor",
+            type=float | None,
+            default=None,
+            help="When the loss of a step is above this many times the median of the 64 before, go back to the last "
+            "checkpoint and leave out the samples since; 2 is usual.",
+        )
+        parser.link_arguments("data.block_size", "model.gpt.block_size")
+        parser.link_arguments("trainer.max_steps", "model.schedule.total_steps")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint's settings override the YAML and the command line; here the user has the word.
+
+        The network must be the checkpoint's: LitNanoGPT.on_load_checkpoint refuses another.
+        """
+
+    @property
+    def settings(self) -> Namespace:
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    @property
+    def seed(self) -> int | None:
+        """seed_everything, which Lightning has drawn where it was true; None where it is false."""
+        seed = self.settings.seed_everything
+        return None if isinstance(seed, bool) else seed
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def complete_settings(self) -> None:
+        """Fills in what the text and the machine decide. Raises ValueError for settings that cannot be."""
+        settings = self.settings
+        # What checks itself at construction is built here first, so that a mistake is named before the data is made.
+        GPTConfig(**settings.model.gpt)
+        MemoryConfig(**settings.model.memory)
+        ElasticConfig(**settings.model.elastic)
+        AdamWConfig(**settings.model.optim)
+        ScheduleConfig(**settings.model.schedule)
+        if self.subcommand in (None, "fit"):
+            check_saves_whole_steps(vars(settings.trainer))
+            seconds_of(settings.trainer.max_time)
+            self._guard_against_spikes()
+        self._find_resumed()
+        if settings.get("ckpt_path") is not None and writes_run_files(settings.trainer):
+            check_run_file(Path(settings.ckpt_path))
+        if sentence := unused_card():
+            rank_zero_print(sentence)
+        self.device = device_type(settings.trainer.accelerator)
+        if self.device == "cpu":
+            keep_freed_memory()
+        check_strategy(vars(settings.trainer), self.device)
+        check_weights(vars(settings.trainer), settings.model.memory.get("weights", "card"), self.device)
+        complete_sizes(settings.trainer)
+        if self.subcommand is not None:  # the accelerate loop asks accelerate itself
+            check_started(vars(settings.trainer))
+        precision = settings.trainer.precision or "32-true"
+        settings.trainer.precision = usable_precision(precision, self.device)
+        if settings.trainer.precision != precision:
+            rank_zero_print(f"precision: {precision} needs a GPU and there is none, training in 32-true")
+        datamodule = self.prepare_data()
+        if settings.model.gpt.vocab_size is None:
+            settings.model.gpt.vocab_size = datamodule.vocab_size
+        datamodule.check_vocabulary(settings.model.gpt.vocab_size)
+
+    def _guard_against_spikes(self) -> None:
+        factor, trainer = self.settings.get("spike_factor"), self.settings.trainer
+        if factor is None:
+            return
+        if trainer.enable_checkpointing is False or not writes_run_files(trainer):
+            raise ValueError(
+                f"spike_factor={factor} goes back to a checkpoint of one file, and this run writes none; leave it out, "
+                "or set trainer.enable_checkpointing=true and trainer.strategy=auto or ddp."
+            )
+        self.spikes = SpikeGuard(factor)
+
+    def _find_resumed(self) -> None:
+        """resume=auto: the checkpoint to go on from, as ckpt_path, and the run that it belongs to."""
+        settings = self.settings
+        if was_requeued() and settings.get("ckpt_path") is None and writes_run_files(settings.trainer):
+            settings.resume = "auto"
+        if settings.get("resume") is None or self.subcommand not in (None, "fit"):
+            return
+        if settings.get("ckpt_path") is not None:
+            raise ValueError(
+                f"resume=auto looks for a checkpoint and ckpt_path={settings.ckpt_path} names one; leave one out."
+            )
+        if not writes_run_files(settings.trainer):
+            raise ValueError(
+                f"resume=auto does not know the checkpoints of trainer.strategy={settings.trainer.strategy}; "
+                "name one with ckpt_path."
+            )
+        root = Path(settings.trainer.default_root_dir)
+        self.resumed = newest_checkpoint(root)
+        if self.resumed is None:
+            rank_zero_print(f"resume: no checkpoint in {root}, starting from the beginning")
+            return
+        for remark in self.resumed.remarks:
+            rank_zero_print(remark)
+        rank_zero_print(f"resume: going on from {self.resumed.path}, step {self.resumed.step:,}")
+        settings.ckpt_path = str(self.resumed.path)
+
+    def say_what_changed(self) -> None:
+        """The command line wins over the checkpoint; the user should see where."""
+        if self.resumed is not None:
+            now = self._parser(self.subcommand).dump(self.settings)
+            for line in changed_settings(self.resumed.run_folder, now):
+                rank_zero_print(f"resume: {line}")
+
+    def prepare_data(self) -> TokenDataModule:
+        """Text to shards, when they are missing or were made from something else."""
+        settings = self.settings
+        if settings.data.shards_dir is None:
+            settings.data.shards_dir = str(Path(settings.trainer.default_root_dir) / "shards")
+        datamodule = TokenDataModule(**settings.data)
+        datamodule.prepare_data()
+        return datamodule
+
+    def build(self) -> tuple[LitNanoGPT, TokenDataModule]:
+        """The module and the data, as fit builds them, once the settings are complete."""
+        built = self.parser.instantiate(self.config)
+        return built.model, built.data
+
+
+def quiet_lightning() -> None:
+    """Leaves out what does not concern this run; our own lines say which device, precision and seed it has."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # a window is a copy out of a memory map: workers would only cost
+        ".*LightningCLI's args parameter is intended.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # validating needs none of them
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def writes_run_files(trainer: Namespace) -> bool:
+    """Whether checkpoints are in the format of every loop; a sharded strategy writes them its own way."""
+    return named_strategy(trainer.strategy) in (SINGLE, DDP)
+
+
+@rank_zero_only
+def rank_zero_print(text: str) -> None:
+    print(text, flush=True)
+
+
+def relative_to_here(path: str) -> str:
+    """The path as a user would type it: relative when it is below the current folder."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
