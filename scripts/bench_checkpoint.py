@@ -62,7 +62,7 @@ def measure(run: "Run", args: argparse.Namespace) -> dict[str, object]:
         for variant in VARIANTS[1:]
     }
     return {
-        "command": f"bench_checkpoint.py --rounds {args.rounds} --tokens {args.tokens} --batches {args.batches}",
+        "command": f"python scripts/bench_checkpoint.py --rounds {args.rounds} --tokens {args.tokens} --batches {args.batches}",
         "parameters": run.module.gpt.parameter_count(non_embedding=False),
         "file_mib": content_bytes / MIB,
         "save_alone_s": median(alone_s),
