@@ -62,7 +62,8 @@ def measure(run: "Run", args: argparse.Namespace) -> dict[str, object]:
         for variant in VARIANTS[1:]
     }
     return {
-        "command": f"python scripts/bench_checkpoint.py --rounds {args.rounds} --tokens {args.tokens} --batches {args.batches}",
+        "command": "python scripts/bench_checkpoint.py "
+        f"--rounds {args.rounds} --tokens {args.tokens} --batches {args.batches}",
         "parameters": run.module.gpt.parameter_count(non_embedding=False),
         "file_mib": content_bytes / MIB,
         "save_alone_s": median(alone_s),
