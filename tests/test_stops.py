@@ -184,6 +184,23 @@ def test_a_signal_that_the_process_ignores_leaves_the_run_alone(
     assert signal.getsignal(number) is signal.SIG_IGN
 
 
+BREAK = """
+import os, signal
+signal.SIGBREAK = signal.SIGUSR2  # as Windows has it
+from nanogpt_lit.loops.stops import Stops
+with Stops(None) as stops:
+    os.kill(os.getpid(), signal.SIGBREAK)
+    assert stops.asked()
+    print(stops.reason.exit_code)
+"""
+
+
+@posix
+def test_ctrl_break_and_a_closed_console_stop_as_ctrl_c_does():
+    answer = subprocess.run([sys.executable, "-c", BREAK], capture_output=True, text=True)
+    assert answer.stdout.strip() == "130", answer.stderr
+
+
 def test_the_strongest_reason_is_the_one_that_counts(tmp_path):
     clock = {"s": 0.0}
     with Stops(tmp_path, max_time_s=1.0, clock=lambda: clock["s"]) as asked_to:
