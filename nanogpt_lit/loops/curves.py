@@ -97,11 +97,7 @@ class StepMeter:
     def share_loss(self) -> Tensor:
         """The loss of the last window, as the mean over all processes."""
         assert self.loss is not None, "share_loss() before the first end_step()"
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.loss
-        loss = self.loss.clone()
-        dist.all_reduce(loss)
-        return loss / dist.get_world_size()
+        return mean_of_processes(self.loss)
 
     def curves(
         self,
@@ -154,6 +150,15 @@ class StepMeter:
                 values["memory/planned_mib"] = self._peak_watch.planned_mib
                 self._peak_watch.compare(allocated_mib, reserved_mib)
         return values
+
+
+def mean_of_processes(loss: Tensor) -> Tensor:
+    """All processes have to ask for it together."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return loss
+    total = loss.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def say(line: str) -> None:

@@ -11,13 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX, load_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.loops.contract import Parts
-from nanogpt_lit.loops.curves import say
+from nanogpt_lit.loops.curves import mean_of_processes, say
 from nanogpt_lit.loops.guards import NotFinite
 from nanogpt_lit.loops.stops import first_rank
 
@@ -49,21 +48,13 @@ class SpikeGuard:
     def end_step(self, step: int, parts: Parts) -> None:
         """Waits for the device, once a step. Raises NotFinite when there is no checkpoint left to try."""
         assert self._window is not None, "end_step() before the first add_batch()"
-        loss, self._window = self._mean(self._window), None
+        loss, self._window = float(mean_of_processes(self._window)), None
         if not math.isfinite(loss):
             return  # guards.py leaves such a step out
         if len(self._losses) == RECENT and loss > self.factor * median(self._losses):
             self._go_back(step, loss, parts)
         else:
             self._losses.append(loss)
-
-    @staticmethod
-    def _mean(loss: Tensor) -> float:
-        if dist.is_available() and dist.is_initialized():
-            loss = loss.clone()  # the curves have it too
-            dist.all_reduce(loss)
-            return float(loss) / dist.get_world_size()
-        return float(loss)
 
     def _go_back(self, step: int, loss: float, parts: Parts) -> None:
         seen = f"step {step:,}: the loss {loss:.3f} is above {self.factor:g} times the median of the {RECENT} before"
