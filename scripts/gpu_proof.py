@@ -270,7 +270,18 @@ def gpu_tests(dry_run: bool) -> dict[str, Any]:
         for path in sorted((ROOT / "tests").glob("test_*.py"))
         if "pytest.mark.gpu" in path.read_text(encoding="utf-8") and path.name != "test_gpu_proof.py"
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *(["--collect-only"] if dry_run else []), *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-q",
+        "-m",
+        "gpu",
+        *(["--collect-only"] if dry_run else []),
+        *files,
+    ]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     said = (answer.stdout.strip().splitlines() or ["nothing"])[-1].strip("= ")
     print(f"tests: {said}")
