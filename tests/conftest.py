@@ -1,6 +1,10 @@
 import contextlib
+import os
 import signal
 import sys
+
+# Also the processes that tests start: more threads than cores wait for each other longer than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -22,7 +26,7 @@ def pytest_configure():
 def pytest_runtest_setup(item):
     """What one test leaves to the next in the process, put right before any fixture, also a module's, is set up."""
     # The sum of a matrix product depends on the number of threads: bits are compared at one and the same.
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
 

@@ -101,7 +101,7 @@ def test_a_stop_file_ends_the_run_in_peace_and_is_taken_away(loop, moment, text,
 @pytest.mark.parametrize("loop", LOOPS)
 def test_max_time_ends_a_whole_step(loop, text, tmp_path, at_forward, monkeypatch):
     clock = {"s": 0.0}
-    monkeypatch.setattr(stops.Stops.__init__, "__defaults__", (None, lambda: clock["s"]))
+    monkeypatch.setattr(stops.Stops.__init__, "__defaults__", (None, lambda: clock["s"], None))
     at_forward(8, lambda: clock.update(s=60.0))
     assert loop(*thirds(text, tmp_path), "--trainer.max_time=00:00:01:00") == 0
     assert load_run(tmp_path / LOOPS[loop] / "checkpoints/last.safetensors").step == 3

@@ -236,7 +236,7 @@ def test_techniques_run_on_fake_tensors(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"loss_chunk_tokens": 0}, "model.memory.loss_chunk_tokens=0 must be at least 1; 512"),
+        ({"loss_chunk_tokens": 0}, "model.memory.loss_chunk_tokens=0 must be at least 1; 256"),
         ({"recompute": "some"}, "model.memory.recompute='some' is not known; use none, selective or full"),
         ({"recompute": "full", "recompute_every": 0}, "model.memory.recompute_every=0 must be at least 1"),
         ({"recompute_every": 2}, "model.memory.recompute_every=2 does nothing while recompute is none"),
