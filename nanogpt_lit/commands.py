@@ -8,12 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 
+def parser_of(command: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """usage: what follows the command; None lists its options"""
+    prog = f"python -m nanogpt_lit {command}"
+    usage = None if usage is None else f"{prog} {usage}"
+    return argparse.ArgumentParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+
+
 def generate(arguments: list[str]) -> int:
     """`generate --ckpt FILE --prompt TEXT`: streams text to standard output."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt_lit generate",
-        description="Text from a checkpoint, streamed as it is made. The tokenizer is the checkpoint's own.",
-        allow_abbrev=False,
+    parser = parser_of(
+        "generate",
+        "Text from a checkpoint, streamed as it is made. The tokenizer is the checkpoint's own.",
     )
     parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint that fit wrote")
     parser.add_argument("--prompt", default="", help="how the text begins; empty begins a new document")
@@ -60,12 +66,11 @@ def generate(arguments: list[str]) -> int:
 
 def plan(arguments: list[str]) -> int:
     """`plan --config FILE`: whether a run fits a card, before it runs, on any machine."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt_lit plan",
-        usage="python -m nanogpt_lit plan --config FILE [--card NAME | --vram SIZE] [...] [--SECTION.KEY VALUE ...]",
-        description="Whether a run fits a card, where its memory goes, and what to change when it does not. Needs no "
+    parser = parser_of(
+        "plan",
+        "Whether a run fits a card, where its memory goes, and what to change when it does not. Needs no "
         "card and trains nothing. Takes every option of fit besides these.",
-        allow_abbrev=False,
+        usage="--config FILE [--card NAME | --vram SIZE] [...] [--SECTION.KEY VALUE ...]",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--card", metavar="NAME", help="rtx2050 (the default where torch sees no card), t4, a100, ...")
@@ -107,12 +112,11 @@ def plan(arguments: list[str]) -> int:
 
 def accelerate_config(arguments: list[str]) -> int:
     """`accelerate-config --from FILE` or `--to-trainer FILE`: prints the other framework's file for the same set-up."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt_lit accelerate-config",
-        usage="python -m nanogpt_lit accelerate-config (--from FILE [--option.of.fit VALUE ...] | --to-trainer FILE)",
-        description="Translates between a YAML of fit and the file of `accelerate config`. What has no counterpart is "
+    parser = parser_of(
+        "accelerate-config",
+        "Translates between a YAML of fit and the file of `accelerate config`. What has no counterpart is "
         "listed at the end, as comments, with what to do about it.",
-        allow_abbrev=False,
+        usage="(--from FILE [--option.of.fit VALUE ...] | --to-trainer FILE)",
     )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from", dest="yaml", metavar="FILE", help="a YAML of fit; prints accelerate's file")
@@ -148,11 +152,10 @@ def accelerate_config(arguments: list[str]) -> int:
 
 def convert(arguments: list[str]) -> int:
     """`convert FROM TO`: a checkpoint from or to one of the frameworks'."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt_lit convert",
-        description="Writes the checkpoint FROM anew as TO, with the whole state of its run. FROM is a checkpoint of "
+    parser = parser_of(
+        "convert",
+        "Writes the checkpoint FROM anew as TO, with the whole state of its run. FROM is a checkpoint of "
         "nanogpt_lit, a .ckpt of Lightning's Trainer, or a folder of accelerate's save_state.",
-        allow_abbrev=False,
     )
     parser.add_argument("source", type=Path, metavar="FROM")
     parser.add_argument(
@@ -173,12 +176,11 @@ def convert(arguments: list[str]) -> int:
 
 def keep_alive(arguments: list[str]) -> int:
     """`keep-alive SCRIPT [options of fit]`: the supervisor of `fit --keep-alive` for another loop."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt_lit keep-alive",
-        usage="python -m nanogpt_lit keep-alive SCRIPT [--option.of.fit VALUE ...]",
-        description="Runs a script as fit --keep-alive runs fit: again, from its newest checkpoint, whenever it dies "
+    parser = parser_of(
+        "keep-alive",
+        "Runs a script as fit --keep-alive runs fit: again, from its newest checkpoint, whenever it dies "
         "of something that may pass. For one process; torchrun has --max-restarts for several, with --resume auto.",
-        allow_abbrev=False,
+        usage="SCRIPT [--option.of.fit VALUE ...]",
     )
     parser.add_argument("script", metavar="SCRIPT", help="scripts/train_accelerate.py, or one that takes its options")
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
@@ -192,12 +194,11 @@ def keep_alive(arguments: list[str]) -> int:
 
 def keep_alive_unit(arguments: list[str]) -> int:
     """`keep-alive-unit --config FILE`: prints what starts `fit --keep-alive` again after a reboot."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt_lit keep-alive-unit",
-        usage="python -m nanogpt_lit keep-alive-unit [--systemd | --task-scheduler] [--option.of.fit VALUE ...]",
-        description="Prints a unit for systemd, or a task for the Windows Task Scheduler, which starts "
+    parser = parser_of(
+        "keep-alive-unit",
+        "Prints a unit for systemd, or a task for the Windows Task Scheduler, which starts "
         "`fit --keep-alive` with these options in this folder after a reboot. Its beginning says how to install it.",
-        allow_abbrev=False,
+        usage="[--systemd | --task-scheduler] [--option.of.fit VALUE ...]",
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--systemd", action="store_true", help="the default everywhere but on Windows")
@@ -215,11 +216,10 @@ def keep_alive_unit(arguments: list[str]) -> int:
 
 def doctor(arguments: list[str]) -> int:
     """`doctor [--run FOLDER] [--config FILE]`: one line per check. Returns 1 when something is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt_lit doctor",
-        description="Checks this machine, and a run, and says what to do. Each line begins with ok, with look (it may "
+    parser = parser_of(
+        "doctor",
+        "Checks this machine, and a run, and says what to do. Each line begins with ok, with look (it may "
         "cost time or comfort) or with wrong (it fails, or will). Exits with 1 when something is wrong.",
-        allow_abbrev=False,
     )
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="compare its shards and checkpoints, byte by byte")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the same for the run of a YAML of fit")
