@@ -4,8 +4,8 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nanogpt_lit.loops.contract import Parts
 from nanogpt_lit.loops.guards import NotFinite, SkippedInARow, give_up
+from nanogpt_lit.loops.lightning_observer import parts_of
 from nanogpt_lit.loops.lightning_stops import last_path
 from nanogpt_lit.loops.spikes import SpikeGuard
 
@@ -23,9 +23,8 @@ class FiniteSteps(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
         try:
-            self._skipped.add(self._step, None if scaler is None else scaler.get_scale())
+            self._skipped.add(self._step, parts_of(trainer, module).loss_scale())
         except NotFinite as error:
             name_last(trainer, error)
 
@@ -48,10 +47,8 @@ class SpikeRollback(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
         try:
-            self.guard.end_step(self._step, Parts(module, trainer.optimizers[0], schedule, scaler))
+            self.guard.end_step(self._step, parts_of(trainer, module))
         except NotFinite as error:
             name_last(trainer, error)
 

@@ -13,6 +13,11 @@ from nanogpt_lit.loops.curves import gradient_norm
 from nanogpt_lit.loops.elastic_start import agree_on_steps, elastic_of, start_elastic, stop_elastic
 
 
+def parts_of(trainer: Trainer, module: LightningModule) -> Parts:
+    schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+    return Parts(module, trainer.optimizers[0], schedule, getattr(trainer.precision_plugin, "scaler", None))
+
+
 class DropoutSeed(Callback):
     """Starts the random state of dropout where the other loops start it."""
 
@@ -33,9 +38,7 @@ class ElasticSteps(Callback):
         replica: Any = strategy.model
         looks = getattr(replica, "find_unused_parameters", False) or getattr(replica, "static_graph", False)
         if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not looks:
-            schedule: Any = trainer.lr_scheduler_configs[0].scheduler
-            parts = Parts(module, trainer.optimizers[0], schedule, getattr(trainer.precision_plugin, "scaler", None))
-            start_elastic(parts, trainer.accumulate_grad_batches, strategy.root_device)
+            start_elastic(parts_of(trainer, module), trainer.accumulate_grad_batches, strategy.root_device)
             agree_on_steps(module, replica)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -62,11 +65,9 @@ class Observed(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._step = trainer.global_step
-        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
         # The loss that callbacks are given is divided by the accumulation: here it is taken where it is made.
         self._hook = module.register_forward_hook(self._note_loss)
-        self.observer.on_train_start(Parts(module, trainer.optimizers[0], schedule, scaler))
+        self.observer.on_train_start(parts_of(trainer, module))
 
     def _note_loss(self, module: nn.Module, batch: Any, loss: Tensor | None) -> None:
         # Under DDP Lightning calls validation_step in the place of forward, and it returns nothing.
