@@ -45,7 +45,7 @@ def plan_run(settings: Any, budget: Budget, lightning: bool = True) -> Plan:
 
 
 def plan_rung(settings: Any, rung: Rung, card: Card, lightning: bool = True) -> Footprint:
-    """What one way to train the network of the YAML takes: seconds, where a plan of all takes a minute."""
+    """What one way to train the network of the YAML takes: a part of the time that a plan of all takes."""
     gpt = network(settings)
     return measure(partial(module, settings, gpt), rung, step_shape(settings, gpt, lightning), card)
 
