@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,6 +20,7 @@ from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
 from nanogpt_lit.loops.pieces import config_file
+from nanogpt_lit.loops.processes import has_group
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.slurm import requeue
 from nanogpt_lit.loops.stops import Reason, Stopped, seconds_of
@@ -43,8 +44,8 @@ def run(arguments: list[str]) -> int:
         raise ValueError(" ".join(str(error).split())) from error
     finally:
         # Lightning leaves gloo's group, and its threads, to the interpreter's exit, which then now and then aborts.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if has_group():
+            dist.destroy_process_group()
     return 0
 
 

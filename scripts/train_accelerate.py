@@ -57,7 +57,7 @@ class AccelerateCLI(SettingsCLI):
 
 def main(arguments: list[str]) -> int:
     quiet_lightning()
-    cli = AccelerateCLI(args=arguments, run=False)
+    cli = AccelerateCLI(arguments)
     trainer = cli.settings.trainer
     remark = check_environment(
         full_precision_name(trainer.precision),

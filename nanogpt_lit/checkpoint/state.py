@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-RandomState = Mapping[str, Tensor]
-"""Device type to the state of its generator, uint8: "cpu", and "cuda" or "mps" where that is trained on."""
+from nanogpt_lit.random_state import RandomState
 
 
 @dataclass(frozen=True)

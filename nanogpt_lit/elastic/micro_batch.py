@@ -10,7 +10,6 @@ from torch import Tensor
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-RandomState = dict[str, Tensor]
 Piece = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -59,23 +58,6 @@ def pieces(tokens: Tensor, targets: Tensor, sequences: int | None) -> Iterator[P
 def share_of(loss: Tensor, share: Tensor | None) -> Tensor:
     """What a piece adds to the mean; nothing when all its targets are ignored, and its own mean is NaN."""
     return loss if share is None else torch.where(share == 0, 0.0, loss * share)
-
-
-def random_state(device: torch.device) -> RandomState:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)  # a seed and a count, kept by the host: nobody waits
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state: RandomState, device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(state["mps"])
 
 
 def differentiate(part: Tensor, batch: MicroBatch, d_part: Tensor | None = None) -> None:

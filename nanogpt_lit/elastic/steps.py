@@ -13,17 +13,15 @@ from nanogpt_lit.elastic.guarded_optimizer import GuardedOptimizer, give_back
 from nanogpt_lit.elastic.micro_batch import (
     Loss,
     MicroBatch,
-    RandomState,
     differentiate,
     differentiate_pending,
     loss_of,
     pieces,
-    random_state,
-    set_random_state,
     share_of,
 )
 from nanogpt_lit.elastic.shortage import MIB, attempt
 from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.random_state import RandomState, random_state, set_random_state
 
 WHAT_FAILS = {
     "forward": "activations",

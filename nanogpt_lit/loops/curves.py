@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from nanogpt_lit.loops.card_health import CardHealth
 from nanogpt_lit.loops.clock import awake_s
+from nanogpt_lit.loops.processes import mean_of_processes
 from nanogpt_lit.plan.peak_watch import PeakWatch
 from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.supervised import Position
@@ -150,15 +150,6 @@ class StepMeter:
                 values["memory/planned_mib"] = self._peak_watch.planned_mib
                 self._peak_watch.compare(allocated_mib, reserved_mib)
         return values
-
-
-def mean_of_processes(loss: Tensor) -> Tensor:
-    """All processes have to ask for it together."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return loss
-    total = loss.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def say(line: str) -> None:

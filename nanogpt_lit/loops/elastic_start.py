@@ -1,18 +1,17 @@
 """Steps that do not run out of memory (elastic/elastic.py), for every loop."""
 
-import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.elastic.elastic import Elastic
 from nanogpt_lit.elastic.shortage import cap_card_memory
 from nanogpt_lit.loops.contract import Parts
+from nanogpt_lit.loops.curves import say
+from nanogpt_lit.loops.processes import gathered
 
 
 def start_elastic(
@@ -65,14 +64,7 @@ def finding_of(module: nn.Module) -> dict[str, Any]:
 def share_finding(module: nn.Module) -> None:
     """All processes go on with what each of them has found. Each has to call it."""
     elastic = elastic_of(module)
-    if elastic is None or not (dist.is_available() and dist.is_initialized()):
+    if elastic is None:
         return
-    findings: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(findings, elastic.finding)
-    for finding in findings:
+    for finding in gathered(elastic.finding):
         elastic.restore(finding)
-
-
-def say(line: str) -> None:
-    """Beside a progress bar, if there is one."""
-    tqdm.write(line, file=sys.stderr)

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, to_lightning
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run
-from nanogpt_lit.checkpoint.state import RandomState
 from nanogpt_lit.durable import sweep
 from nanogpt_lit.loops.curves import ValidationRecord
 from nanogpt_lit.loops.elastic_start import elastic_of, finding_of, share_finding
@@ -25,6 +24,7 @@ from nanogpt_lit.loops.resume import (
     restore_random_state,
 )
 from nanogpt_lit.loops.spikes import SpikeGuard
+from nanogpt_lit.random_state import RandomState
 
 
 class RunFileIO(CheckpointIO):

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from nanogpt_lit.loops.clock import Sleeps, awake_s
 
 LINE_EVERY_S = 10.0
+CALENDAR_S = 10 * 365.25 * 24 * 3600
+"""Beyond ten years no date is told; datetime ends at the year 9999."""
 
 
 class Progress:
@@ -81,10 +83,6 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-CALENDAR_S = 10 * 365.25 * 24 * 3600
-"""Beyond ten years no date is told; datetime ends at the year 9999."""
 
 
 def arrival(remaining_s: float, now: datetime) -> str:

@@ -8,9 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from nanogpt_lit.checkpoint.state import RandomState, RunState
+from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.loops.contract import Parts
 from nanogpt_lit.loops.elastic_start import finding_of
+from nanogpt_lit.loops.processes import gathered
+from nanogpt_lit.random_state import RandomState, random_state, set_random_state
 
 
 def capture(
@@ -101,24 +103,9 @@ def batches_done(state: RunState, module: nn.Module, accumulate_grad_batches: in
     return state.batches_on(processes, accumulate_grad_batches, dropout)
 
 
-def random_state(device: torch.device) -> RandomState:
-    """Of the generators that dropout draws from: the processor's, and the device's where it is another."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
 def random_states(device: torch.device) -> list[RandomState]:
     """Of all processes, by rank. Each of them has to ask."""
-    mine = random_state(device)
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    states: list[RandomState] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(states, mine)
-    return states
+    return gathered(random_state(device))
 
 
 def restore_random_state(states: list[RandomState], rank: int, device: torch.device) -> None:
@@ -128,8 +115,4 @@ def restore_random_state(states: list[RandomState], rank: int, device: torch.dev
     """
     if rank >= len(states) or device.type not in states[rank]:
         return
-    torch.set_rng_state(states[rank]["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[rank]["cuda"], device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(states[rank]["mps"])
+    set_random_state(states[rank], device)

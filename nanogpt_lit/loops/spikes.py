@@ -16,9 +16,9 @@ from torch import Tensor
 from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX, load_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.loops.contract import Parts
-from nanogpt_lit.loops.curves import mean_of_processes, say
+from nanogpt_lit.loops.curves import say
 from nanogpt_lit.loops.guards import NotFinite
-from nanogpt_lit.loops.stops import first_rank
+from nanogpt_lit.loops.processes import mean_of_processes, rank
 
 RECENT = 64
 """Steps whose median loss a step is compared with; the first ones of a run are compared with nothing."""
@@ -76,7 +76,7 @@ class SpikeGuard:
 
     @staticmethod
     def _say(line: str) -> None:
-        if first_rank():
+        if rank() == 0:
             say(line)
 
     def state_dict(self) -> dict[str, Any]:

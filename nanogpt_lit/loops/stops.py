@@ -19,6 +19,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from nanogpt_lit.loops.processes import are_several, rank
+
 STOP_FILE = "stop"
 SAME_KEYSTROKE_S = 1.0
 """torchrun sends its processes a Ctrl-C that the terminal has sent them already."""
@@ -64,7 +66,7 @@ class Stopped(Exception):  # noqa: N818 - it is no error
             kept = "nothing was saved: " + ("the disk took no checkpoint" if keeps else "checkpoints are off")
         super().__init__(f"stopped by {reason.called} after step {step:,}; {kept}")
         self.reason = reason
-        self.first_rank = first_rank()  # while there are processes: they part before this is read
+        self.first_rank = rank() == 0  # while there are processes: they part before this is read
 
 
 class Stops:
@@ -117,19 +119,19 @@ class Stops:
         self._signalled = reason
 
     def _announcement(self, reason: Reason) -> str:
-        if first_rank():
+        if rank() == 0:
             return f"\n{reason.called}: finishing this step, then saving; a second Ctrl-C stops at once\n"
         return ""
 
     def asked(self) -> bool:
         """Whether to stop here. Each process asks after each step, and all get the same answer."""
-        rank = max((RANKED.index(reason) for reason in self._asking()), default=-1)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            rank = self._agreed(rank)
-        if rank < 0:
+        strongest = max((RANKED.index(reason) for reason in self._asking()), default=-1)
+        if are_several():
+            strongest = self._agreed(strongest)
+        if strongest < 0:
             return False
-        self.reason = RANKED[rank]
-        if self._folder is not None and first_rank():
+        self.reason = RANKED[strongest]
+        if self._folder is not None and rank() == 0:
             (self._folder / STOP_FILE).unlink(missing_ok=True)  # or it would stop the run that goes on
         return True
 
@@ -141,21 +143,17 @@ class Stops:
             asking.append(Reason.MAX_TIME)
         return asking
 
-    def _agreed(self, rank: int) -> int:
+    def _agreed(self, strongest: int) -> int:
         if self._group is None:
             # Between processors: with a card's own group, each step would wait for the card.
             self._group = dist.new_group(backend="gloo")
-        highest = torch.tensor(rank)
+        highest = torch.tensor(strongest)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._group)
         return int(highest)
 
 
 def ignored_signals() -> set[signal.Signals]:
     return {number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
-
-
-def first_rank() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def seconds_of(max_time: str | timedelta | Mapping[str, int] | None) -> float | None:

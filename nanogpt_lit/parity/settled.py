@@ -26,6 +26,7 @@ from nanogpt_lit.loops import accelerate_loop, lightning_observer
 from nanogpt_lit.loops.contract import optimizer_and_schedule
 from nanogpt_lit.loops.lightning_observer import Observed
 from nanogpt_lit.loops.lightning_precision import precision_plugin
+from nanogpt_lit.loops.processes import rank
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import WarmupDecay
 from nanogpt_lit.parity import runs
@@ -128,7 +129,7 @@ def usual_schedule() -> Iterator[None]:
 
 
 def the_share_of_this_process(case: Case, data: TokenDataModule) -> tuple[DataLoader, DataLoader]:
-    return loaders_of(case, data, runs.rank())
+    return loaders_of(case, data, rank())
 
 
 def a_plain_loader(case: Case, data: TokenDataModule, rank: int) -> tuple[DataLoader, DataLoader]:
