@@ -57,7 +57,7 @@ ABLATION = (
     "heap as it comes",
     "loss at once",
     "chunks of 64",
-    "chunks of 512",
+    "chunks of 256",
     "foreach AdamW",
     "for-loop AdamW",
     "compiled",

@@ -28,13 +28,12 @@ if TYPE_CHECKING:
     from nanogpt_lit.module import LitNanoGPT
 
 FOR_EVER = 10**6
-OURS = {"chunk": 256, "optimizer": "fused", "compile": False, "recast": False, "heap": True}
+OURS = {"chunk": 512, "optimizer": "fused", "compile": False, "recast": False, "heap": True}
 """What the option names below change."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "loss at once": {"chunk": None},
     "chunks of 64": {"chunk": 64},
-    "chunks of 128": {"chunk": 128},
-    "chunks of 512": {"chunk": 512},
+    "chunks of 256": {"chunk": 256},
     "foreach AdamW": {"optimizer": "foreach"},
     "for-loop AdamW": {"optimizer": "for-loop"},
     "compiled": {"compile": True},
