@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.scheduler import AcceleratedScheduler  # type: ignore[import-untyped]
-from accelerate.utils import AutocastKwargs  # type: ignore[import-untyped]
+from accelerate.utils import AutocastKwargs, DataLoaderConfiguration  # type: ignore[import-untyped]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision as LightningMixedPrecision
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from nanogpt_lit.parity import runs
 from nanogpt_lit.parity.compare import earliest
 from nanogpt_lit.parity.drift import Drift, Settled
 from nanogpt_lit.parity.processes import run_together
-from nanogpt_lit.parity.runs import Case, loaders_of, quiet, trainer_options
+from nanogpt_lit.parity.runs import Case, loaders_of, loaders_to_deal_out, quiet, trainer_options
 
 OVERFLOWS = {"init_scale": 2.0**26, "backoff_factor": 2.0**-4, "growth_interval": 2}
 """A GradScaler that skips its first steps, then finds a scale that works and soon grows it."""
@@ -141,6 +141,22 @@ def a_plain_loader(case: Case, data: TokenDataModule, rank: int) -> tuple[DataLo
     return DataLoader(samples, batch_size=data.batch_size), val
 
 
+def validation_to_deal_out(case: Case, data: TokenDataModule) -> tuple[DataLoader, DataLoader]:
+    """The validation windows as one process reads them, whose batches come out even only by chance."""
+    train, _ = loaders_to_deal_out(case, data)
+    _, val = loaders_of(replace(case, processes=1), data, 0)
+    return train, val
+
+
+@contextmanager
+def usual_evenness() -> Iterator[None]:
+    with (
+        swapped(accelerate_loop, "DataLoaderConfiguration", lambda **_: DataLoaderConfiguration()),
+        swapped(runs, "loaders_to_deal_out", validation_to_deal_out),
+    ):
+        yield
+
+
 @contextmanager
 def library_sampler() -> Iterator[None]:
     def options(case: Case) -> dict[str, Any]:
@@ -246,6 +262,13 @@ SETTLED = [
         "accelerate",
         lambda base: replace(with_settings(base, precision="32-true"), processes=2),
         lambda: swapped(runs, "loaders_to_deal_out", the_share_of_this_process),
+    ),
+    Settled(
+        "validation on two processes",
+        "accelerate's even_batches fills the last turn with windows that have been read: they count twice",
+        "accelerate",
+        lambda base: replace(with_settings(base, precision="32-true", limit_val_batches=None), processes=2),
+        usual_evenness,
     ),
     Settled(
         "batches of each process (Lightning)",
