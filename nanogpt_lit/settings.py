@@ -14,7 +14,7 @@ from nanogpt_lit.checkpoint.run_file import check_run_file
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.elastic.elastic import ElasticConfig
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops.machine import device_type, unused_card, usable_precision
+from nanogpt_lit.loops.machine import device_type, slow_precision, unused_card, usable_precision
 from nanogpt_lit.loops.pieces import changed_settings
 from nanogpt_lit.loops.slurm import was_requeued
 from nanogpt_lit.loops.spikes import SpikeGuard
@@ -146,6 +146,8 @@ class SettingsCLI(LightningCLI):
         settings.trainer.precision = usable_precision(precision, self.device)
         if settings.trainer.precision != precision:
             rank_zero_print(f"precision: {precision} needs a GPU and there is none, training in 32-true")
+        if sentence := slow_precision(settings.trainer.precision, self.device):
+            rank_zero_print(sentence)
         datamodule = self.prepare_data()
         if settings.model.gpt.vocab_size is None:
             settings.model.gpt.vocab_size = datamodule.vocab_size

@@ -3,6 +3,7 @@
 import platform
 import shutil
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +28,33 @@ def usable_precision(precision: str, device: str) -> str:
     most processors have no bfloat16 units: float32 is the faster one on them.
     """
     return "32-true" if precision in ("16-mixed", "16-true") and device == "cpu" else precision
+
+
+def slow_precision(precision: str, device: str) -> str | None:
+    """A sentence where bfloat16 is slower than float32 here, as measured; None where it is not, or on a GPU.
+
+    No flag of a processor says it on all of them: torch has bfloat16 kernels for processors without units for it.
+    """
+    if device != "cpu" or not precision.startswith("bf16"):
+        return None
+    single, bfloat16 = (product_gflops(dtype) for dtype in (torch.float32, torch.bfloat16))
+    if bfloat16 >= single:
+        return None
+    return (
+        f"precision: this processor multiplies matrices at {bfloat16:,.0f} GFLOP/s in bfloat16 and at {single:,.0f} in "
+        f"float32; {precision} will be slower than 32-true"
+    )
+
+
+def product_gflops(dtype: torch.dtype, side: int = 512) -> float:
+    """10^9 operations a second in a product of two square matrices, the best of three after one: milliseconds."""
+    a = torch.ones(side, side, dtype=dtype)  # not random: the random state is the run's
+    seconds = []
+    for _ in range(4):
+        started_s = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - started_s)
+    return 2 * side**3 / min(seconds[1:]) / 1e9
 
 
 def unused_card() -> str | None:
