@@ -1,5 +1,6 @@
 """A checkpoint that is written beside the training: it is of one step, and what goes wrong with it is not lost."""
 
+import sys
 import threading
 
 import pytest
@@ -86,3 +87,22 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_
     with pytest.raises(ValueError, match="w holds numbers that are not finite"):
         saver.save(tmp_path / "last.safetensors", run_state(2, **weights))
     assert load_run(tmp_path / "last.safetensors").step == 1
+
+
+class Full:
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+    flush = write
+
+
+def test_a_full_disk_that_takes_no_warning_either_ends_nothing(tmp_path, monkeypatch):
+    saver = PatientSaver()
+    monkeypatch.setattr(sys, "stderr", Full())
+    with monkeypatch.context() as patch:
+        patch.setattr(run_file, "write_tensors", lambda file, *_: Full().write(file))
+        saver.save(tmp_path / "last.safetensors", run_state(1, w=torch.ones(3)))
+        assert saver.failing
+    saver.save(tmp_path / "last.safetensors", run_state(2, w=torch.ones(3)))
+    assert not saver.failing
+    assert load_run(tmp_path / "last.safetensors").step == 2

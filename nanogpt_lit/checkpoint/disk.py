@@ -3,6 +3,7 @@
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from nanogpt_lit.checkpoint.run_file import RunContent, check_finite
@@ -59,7 +60,8 @@ class PatientSaver:
         self.failing = False
 
     def _say(self, line: str) -> None:
-        print(f"warning: {line}" if not self.failing else line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # the output may go to a file on the same disk
+            print(f"warning: {line}" if not self.failing else line, file=sys.stderr, flush=True)
 
 
 def check_space(folder: Path, needed: int) -> None:
