@@ -156,3 +156,11 @@ def test_each_piece_of_a_run_keeps_its_configuration(tmp_path):
     assert names == ["config.yaml", *(f"config_{n}.yaml" for n in range(2, 12))]
     now = "model: {lr: 11, deep: {a: 1}, new: 3}\nresume: auto\n"
     assert changed_settings(tmp_path, now) == ["model.lr: 10 before, 11 from here on"]
+
+
+def test_a_null_that_is_left_out_of_a_list_is_no_change_and_another_value_is_one(tmp_path):
+    (tmp_path / "config.yaml").write_text("logger: [{class_path: A, init_args: {version: null, name: a}}]\n")
+    assert changed_settings(tmp_path, "logger: [{class_path: A, init_args: {name: a}}]") == []
+    for other in ("{version: 0, name: a}", "{name: b}", "{}"):
+        (line,) = changed_settings(tmp_path, f"logger: [{{class_path: A, init_args: {other}}}]")
+        assert line.startswith("logger: ")

@@ -33,7 +33,7 @@ def changed_settings(run_folder: Path, now: str) -> list[str]:
     return [
         f"{key}: {before[key]} before, {value} from here on"
         for key, value in after.items()
-        if key in before and before[key] != value and key not in OF_ONE_PIECE
+        if key in before and without_nulls(before[key]) != without_nulls(value) and key not in OF_ONE_PIECE
     ]
 
 
@@ -45,3 +45,10 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
+
+
+def without_nulls(value: Any) -> Any:
+    """A key of a callback or a logger that is null means the same as one left out, and the parser writes either."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(its) for key, its in value.items() if its is not None}
+    return [without_nulls(its) for its in value] if isinstance(value, list) else value
