@@ -77,7 +77,8 @@ def validation(batches):
 
 
 class Run:
-    def __init__(self, folder, processes):
+    def __init__(self, folder, processes, said):
+        self.said = said
         ranks = [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(processes)]
         # In the order of the endless stream of batches: the processes take turns.
         self.tokens = torch.stack([rank["tokens"] for rank in ranks], dim=1).flatten(0, 1)
@@ -109,7 +110,7 @@ def fit(home, name, launcher, *more):
 def recorded(home, name, processes, launcher, *more):
     answer = fit(home, name, launcher, *more)
     assert answer.returncode == 0, answer.stderr
-    return Run(home / name, processes)
+    return Run(home / name, processes, answer.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,16 @@ def test_under_fsdp2_each_process_holds_half_of_the_weights(one, fsdp2):
     total = sum(weight.numel() for weight in one.weights.values())
     assert sum(fsdp2.shares) == total
     assert max(fsdp2.shares) < 0.51 * total
+
+
+@pytest.mark.slow
+def test_what_a_sharded_run_says_to_type_for_more_text_can_be_typed(fsdp2, capsys):
+    commands = re.findall(r"^(?:convert first|write more) +python -m nanogpt_lit (.+)$", fsdp2.said, flags=re.MULTILINE)
+    convert, generate = (shlex.split(command) for command in commands)
+    assert convert[0] == "convert"
+    assert main(convert) == 0
+    assert main([*generate, "--max-new-tokens=2"]) == 0
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.machine import device_name
@@ -64,9 +65,18 @@ def closing_table(
     rows += [(f"{name} checkpoint", path) for name, path in files.items()]
     rows.append(("curves", f"tensorboard --logdir {run_folder.parent}"))
     if files:
-        rows.append(("write more", f"python -m nanogpt_lit generate --ckpt {next(iter(files.values()))}"))
+        rows += writing(Path(next(iter(files.values()))))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     if sample is not None:
         lines = ["", *("  | " + line for line in printable(sample).splitlines()), "", *lines]
     return "\n".join(lines)
+
+
+def writing(checkpoint: Path) -> list[tuple[str, str]]:
+    """What to type for more text: a sharded strategy writes Lightning's own file, or a folder that no command reads."""
+    if checkpoint.is_dir():
+        return []
+    file = checkpoint.with_suffix(SUFFIX)
+    convert = [] if file == checkpoint else [("convert first", f"python -m nanogpt_lit convert {checkpoint} {file}")]
+    return [*convert, ("write more", f"python -m nanogpt_lit generate --ckpt {file}")]
