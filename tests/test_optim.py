@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer, param_groups
-from nanogpt_lit.optim.muon import MuonBesideAdamW, orthogonalised, together
+from nanogpt_lit.optim.muon import COEFFICIENTS, MuonBesideAdamW, orthogonalised, together
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay, warmup_decay
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
@@ -205,6 +205,22 @@ def test_three_steps_equal_torchs_own_muon_up_to_its_bfloat16():
         # torch orthogonalises in bfloat16, good to 0.4 % an operation, and the five rounds multiply a part of that.
         assert (p - q).norm() < 0.03 * (q - w).norm()
         torch.testing.assert_close(optimizers[0].state[p], optimizers[1].state[q])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 16), (2, 40, 8)])
+def test_oblong_matrices_move_as_the_rounds_written_out(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape, dtype=torch.float64)
+    x = matrices / torch.linalg.matrix_norm(matrices)[:, None, None]
+    a, b, c = COEFFICIENTS
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    torch.testing.assert_close(orthogonalised(matrices), x, rtol=1e-9, atol=1e-9)
+    # Singular values over four orders of magnitude, where rounding is multiplied most.
+    steep = (matrices * torch.logspace(0, -4, shape[2], dtype=torch.float64)).float()
+    exact = orthogonalised(steep.double()).float()
+    assert (orthogonalised(steep) - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_matrices_move_the_same_alone_and_together():

@@ -34,11 +34,34 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         x = x.mT  # the smaller of the two Gram matrices
     # The quintic needs singular values of at most 1.
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    # What the Gram matrix gathers of rounding is multiplied in each round: float32 can afford it, bfloat16 cannot.
+    oblong = x.size(2) >= 2 * x.size(1)
+    x = _rounds_in_gram_space(x) if oblong and not fast else _rounds(x)
+    return x.mT if tall else x
+
+
+def _rounds(x: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     for _ in range(ROUNDS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+def _rounds_in_gram_space(x: Tensor) -> Tensor:
+    """The same numbers with fewer operations: each round multiplies x by a polynomial of its Gram matrix from the left,
+    so the polynomials are multiplied first, which are square, and x once. For sides 1 : 4 that is 5/9 of the work."""
+    a, b, c = COEFFICIENTS
+    gram = x @ x.mT
+    factor: Tensor | None = None
+    for round_ in range(ROUNDS):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        factor = p if factor is None else p @ factor
+        if round_ < ROUNDS - 1:
+            gram = p @ (gram @ p)
+    assert factor is not None
+    return factor @ x
 
 
 class MuonBesideAdamW(Optimizer):
