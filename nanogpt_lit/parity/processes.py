@@ -1,7 +1,9 @@
 """Several real processes on this machine, joined under gloo: a run on several devices without the devices."""
 
+import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 Result = TypeVar("Result")
 
@@ -24,18 +26,34 @@ def run_together(processes: int, work: Callable[..., Result], *arguments: Any) -
     They form one gloo process group and share the threads of this process evenly. `work`, its arguments and its results
     travel by pickle.
     """
-    return in_new_processes(
-        processes, in_a_group, processes, max(1, torch.get_num_threads() // processes), work, *arguments
-    )
+    threads = max(1, torch.get_num_threads() // processes)
+    return in_new_processes(processes, in_a_group, processes, threads, work, *arguments, method=quick_start())
 
 
-def in_new_processes(processes: int, work: Callable[..., Result], *arguments: Any) -> list[Result]:
-    """What work(rank, folder, *arguments) returns in each of several new processes; folder: they share it."""
+def in_new_processes(
+    processes: int, work: Callable[..., Result], *arguments: Any, method: str = "spawn"
+) -> list[Result]:
+    """What work(rank, folder, *arguments) returns in each of several new processes.
+
+    folder: they share it   method: of multiprocessing
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # Pickled here: torch would hand the processes one memory to share, and all would train the same weights.
-        spawn(keep_result, (folder, pickle.dumps((work, arguments))), nprocs=processes)
+        start_processes(keep_result, (folder, pickle.dumps((work, arguments))), nprocs=processes, start_method=method)
         return [pickle.loads(result_file(folder, rank).read_bytes()) for rank in range(processes)]
+
+
+def quick_start() -> str:
+    """forkserver: copies of one process that has imported everything save each the seconds of its own imports.
+
+    Not beside a card, which no process can use after its parent has looked at it, nor outside Linux, whose system
+    libraries may not survive the copy: spawn there.
+    """
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return "spawn"
+    multiprocessing.set_forkserver_preload(["nanogpt_lit.cli", "nanogpt_lit.parity.runs"])
+    return "forkserver"
 
 
 def keep_result(rank: int, folder: Path, pickled: bytes) -> None:
