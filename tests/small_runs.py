@@ -1,13 +1,20 @@
 """A run of a second, by fit and by accelerate, for the tests of what a run does and leaves behind."""
 
 import importlib.util
+import io
+import multiprocessing
+import os
+import socket
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import exit_code, main
 from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.parity.processes import in_new_processes, quick_start
 from nanogpt_lit.parity.record import leaves, same
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
@@ -30,6 +37,32 @@ def accelerate(*arguments):
 
 LOOPS = {fit: "version_0", accelerate: "accelerate_0"}
 """The loops, and the folder of the first run of each."""
+
+
+def started(work, *arguments):
+    """A process of work(*arguments), which has the imports behind it; sys.exit(code) there is its exitcode."""
+    process = multiprocessing.get_context(quick_start()).Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def on_two_processes(loop, *arguments):
+    """Of each: the exit code, and the errors. They are told what torchrun tells those that it starts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return in_new_processes(2, as_torchrun_starts, port, loop, arguments, method=quick_start())
+
+
+def as_torchrun_starts(rank, folder, port, loop, arguments):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    with redirect_stderr(io.StringIO()) as said:
+        code = loop(*arguments)
+    return code, [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
 
 
 def small_run(text, root, *more):

@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import SCRIPT, accelerate, different, small_run
+from small_runs import SCRIPT, accelerate, different, fit, on_two_processes, small_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes
-
-Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 
 
 @pytest.fixture(autouse=True)
@@ -177,13 +175,10 @@ def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option,
 @pytest.mark.slow
 def test_two_processes_give_the_bits_of_lightnings_two(options, tmp_path):
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for command in (
-        [str(SCRIPT), *options],
-        ["-m", "nanogpt_lit", "fit", *options, "--trainer.devices=2", "--trainer.strategy=ddp"],
-    ):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        answer = subprocess.run([*torchrun, *command], env=environ, capture_output=True, text=True)
-        assert answer.returncode == 0, answer.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    answer = subprocess.run([*torchrun, str(SCRIPT), *options], env=environ, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert on_two_processes(fit, *options, "--trainer.devices=2", "--trainer.strategy=ddp") == [(0, [])] * 2
     assert_same_curves(tmp_path / "root")
     assert_same_weights(tmp_path / "root", "last.safetensors")
     tokens = events_of(tmp_path / "root" / "accelerate_0").Scalars("train/tokens")
@@ -192,8 +187,7 @@ def test_two_processes_give_the_bits_of_lightnings_two(options, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_with_another_number_of_processes_than_the_yaml_is_refused(options, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    answer = subprocess.run([*torchrun, str(SCRIPT), *options, "--trainer.devices=1"], capture_output=True, text=True)
-    assert answer.returncode != 0
-    assert "ask for 1 processes, and accelerate runs 2" in answer.stderr
+    for code, (error,) in on_two_processes(accelerate, *options, "--trainer.devices=1"):
+        assert code == 2
+        assert "ask for 1 processes, and accelerate runs 2" in error
     assert not list((tmp_path / "root").glob("accelerate_*"))

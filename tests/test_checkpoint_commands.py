@@ -1,19 +1,13 @@
 """Going on from a checkpoint as a user does it: fit and the accelerate loop, each from what either of them wrote."""
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from small_runs import SCRIPT, accelerate, curves, different, fit, small_run
+from small_runs import accelerate, curves, different, fit, on_two_processes, small_run
 
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.parity.record import same
-
-Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 
 
 def halves(text, root, *more):
@@ -91,25 +85,19 @@ def test_a_model_checkpoint_that_may_save_half_a_step_is_refused(text, tmp_path,
     assert when.partition("=")[0] in capsys.readouterr().err
 
 
-def torchrun(*command):
-    environ = {**os.environ, "OMP_NUM_THREADS": "2"}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    answer = subprocess.run([*start, *map(str, command)], env=environ, capture_output=True, text=True)
-    return answer.returncode, answer.stderr
-
-
 @pytest.mark.slow
 def test_two_processes_go_on_as_two_and_as_one_only_without_dropout(text, tmp_path, capsys):
     options = halves(text, tmp_path)
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    assert torchrun("-m", "nanogpt_lit", "fit", *options, *two)[0] == 0
+    ended = [(0, [])] * 2
+    assert on_two_processes(fit, *options, *two) == ended
     whole = tmp_path / "version_0" / "checkpoints"
     states = load_run(whole / "last.safetensors").random
     assert len(states) == 2
     assert not same(states[0]["cpu"], states[1]["cpu"])  # each process has dropout masks of its own
     middle = f"--ckpt_path={whole / 'previous.safetensors'}"
-    assert torchrun(SCRIPT, *options, middle)[0] == 0
-    assert torchrun("-m", "nanogpt_lit", "fit", *options, *two, middle)[0] == 0
+    assert on_two_processes(accelerate, *options, middle) == ended
+    assert on_two_processes(fit, *options, *two, middle) == ended
     for name in ("accelerate_0", "version_1"):
         assert not different(tmp_path / name / "checkpoints/last.safetensors", whole / "last.safetensors")
 

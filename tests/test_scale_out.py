@@ -7,6 +7,7 @@ the gradients' norm shard by shard, in another order. Here it is measured and no
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import main
@@ -77,7 +79,7 @@ def validation(batches):
 
 
 class Run:
-    def __init__(self, folder, processes, said):
+    def __init__(self, folder, processes, said=""):
         self.said = said
         ranks = [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(processes)]
         # In the order of the endless stream of batches: the processes take turns.
@@ -113,9 +115,19 @@ def recorded(home, name, processes, launcher, *more):
     return Run(home / name, processes, answer.stdout)
 
 
+def run_as_script(*command):
+    sys.argv = [*command]
+    torch.set_num_threads(1)
+    runpy.run_path(command[0], run_name="__main__")
+
+
 @pytest.fixture(scope="module")
 def one(home):
-    return recorded(home, "one", 1, [], "--trainer.accumulate_grad_batches=2", *validation(2))
+    more = ["--trainer.accumulate_grad_batches=2", *validation(2)]
+    process = started(run_as_script, str(home / "fit.py"), *options(home / "one"), *more)
+    process.join()
+    assert process.exitcode == 0
+    return Run(home / "one", 1)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Runs that are told to stop, by real signals at any moment: saved between two steps, gone on from to the same bits."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from small_runs import LOOPS, SCRIPT, accelerate, different, fit, small_run
+from small_runs import LOOPS, accelerate, different, fit, small_run, started
 
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.loops import stops
@@ -214,6 +215,12 @@ def test_the_strongest_reason_is_the_one_that_counts(tmp_path):
         assert asked_to.reason is Reason.STOP_FILE
 
 
+def in_a_session(loop, *arguments):
+    os.setsid()  # as a shell starts it: with a process group of its own
+    multiprocessing.set_start_method(None, force=True)  # and with the system's way to start workers, not ours
+    sys.exit(loop(*arguments))
+
+
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
@@ -222,19 +229,16 @@ def test_a_signal_to_a_whole_process_group_reaches_the_workers_too_and_the_step_
     loop, number, code, text, tmp_path
 ):
     options = thirds(text, tmp_path, "--data.num_workers=2")
-    program = [str(SCRIPT)] if loop is accelerate else ["-m", "nanogpt_lit", "fit"]
-    run = subprocess.Popen(
-        [sys.executable, *program, *options, "--trainer.max_steps=100000", "--trainer.val_check_interval=300000"],
-        start_new_session=True,
-    )
+    run = started(in_a_session, loop, *options, "--trainer.max_steps=100000", "--trainer.val_check_interval=300000")
     events = tmp_path / LOOPS[loop]
     while not list(events.glob("events*")):
-        assert run.poll() is None
+        assert run.is_alive()
         time.sleep(0.1)
     time.sleep(random.uniform(1.0, 2.0))
     os.killpg(run.pid, number)
     try:
-        assert run.wait(60) == code
+        run.join(60)
+        assert run.exitcode == code
     finally:
         run.kill()
     assert load_run(events / "checkpoints/last.safetensors").step > 0
