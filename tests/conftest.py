@@ -22,6 +22,12 @@ def pytest_configure():
                 signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: two workers then end together, rather than one alone with a long file."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """What one test leaves to the next in the process, put right before any fixture, also a module's, is set up."""

@@ -272,6 +272,7 @@ def newest(root):
 
 
 @posix
+@pytest.mark.slow
 def test_a_fit_that_is_killed_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch, capfd):
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     assert main(["fit", *small_fit(tmp_path, undisturbed)]) == 0

@@ -24,6 +24,7 @@ def check(answer, record, count):
     assert sum(said["struck"].values()) > 0, "nothing was disturbed"
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_runs_end_with_the_bits_of_the_undisturbed_one(tmp_path):
     record = tmp_path / "record.json"
     check(torture("--count=2", "--setups=1", f"--out={record}"), record, 2)
