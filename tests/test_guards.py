@@ -132,7 +132,7 @@ def test_only_steps_left_out_in_a_row_count():
     row = SkippedInARow(schedule)
     for step in range(1, 100):
         schedule.skipped_steps += step % guards.IN_A_ROW != 0
-        row.add(step, None)
+        row.add(step, lambda: None)
     schedule.skipped_steps = 0  # nothing new is skipped
     row.add(100, None)
 

@@ -49,7 +49,8 @@ def accelerator_options(settings: LoopSettings, device: str) -> dict[str, Any]:
         "kwargs_handlers": [AUTOCAST],
         # accelerate would repeat samples until every process has as many batches; ours are dealt out evenly already,
         # and a repeated window would count twice in the validation loss.
-        "dataloader_config": DataLoaderConfiguration(even_batches=False),
+        # As Lightning does, a card copies a batch out of pinned memory while this process goes on.
+        "dataloader_config": DataLoaderConfiguration(even_batches=False, non_blocking=device == "cuda"),
         "cpu": device == "cpu",
     }
 
@@ -122,7 +123,7 @@ def train(
                 if spikes is not None:
                     spikes.end_step(step, parts)
                 observer.on_step_end(step, lr, grad_norm)
-                skipped.add(step, parts.loss_scale())
+                skipped.add(step, parts.loss_scale)
             if settings.validates_after(batches, step):
                 observer.on_validation_start()
                 observer.on_validation_end(step, validate(accelerator, module, val_loader, settings.limit_val_batches))

@@ -4,6 +4,7 @@ So GradScaler does under float16, and goes on with a smaller scale. Here it is t
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -38,18 +39,18 @@ class SkippedInARow:
     def _skipped(self) -> int:
         return getattr(self._schedule, "skipped_steps", 0)
 
-    def add(self, step: int, loss_scale: float | None) -> None:
-        """Raises NotFinite after too many in a row.   loss_scale: GradScaler's, None without one"""
+    def add(self, step: int, loss_scale: Callable[[], float | None]) -> None:
+        """Raises NotFinite after too many in a row.   loss_scale: GradScaler's, None without one; to ask is a wait"""
         skipped = self._skipped() > self._skipped_before
         self._skipped_before = self._skipped()
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if self._in_a_row < IN_A_ROW:
             return
-        if loss_scale is None:
+        if (scale := loss_scale()) is None:
             cause = "a lower model.optim.lr, or a longer model.schedule.warmup_steps, may help"
         else:
             cause = (
-                f"the loss scale has sunk to {loss_scale:g} and float16 still cannot hold them; "
+                f"the loss scale has sunk to {scale:g} and float16 still cannot hold them; "
                 "trainer.precision=bf16-mixed or 32-true may"
             )
         raise NotFinite(f"the gradients of {IN_A_ROW} steps in a row, up to step {step:,}, are not finite; {cause}.")

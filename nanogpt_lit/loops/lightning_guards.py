@@ -24,7 +24,7 @@ class FiniteSteps(Callback):
             return
         self._step = trainer.global_step
         try:
-            self._skipped.add(self._step, parts_of(trainer, module).loss_scale())
+            self._skipped.add(self._step, parts_of(trainer, module).loss_scale)
         except NotFinite as error:
             name_last(trainer, error)
 

@@ -81,7 +81,7 @@ def train(
     module.train()
     while step < settings.max_steps:
         for in_epoch, (batch, is_last) in enumerate(with_last(train_loader), start=1):
-            tokens, targets = (tensor.to(device) for tensor in batch)
+            tokens, targets = (send(tensor, device) for tensor in batch)
             closes_window = in_epoch % settings.accumulate_grad_batches == 0 or is_last
             # Processes exchange their gradients once a window, in its last backward.
             exchanges = closes_window or not distributed
@@ -107,7 +107,7 @@ def train(
                 if spikes is not None:
                     spikes.end_step(step, parts)
                 observer.on_step_end(step, lr, grad_norm)
-                skipped.add(step, parts.loss_scale())
+                skipped.add(step, parts.loss_scale)
             if settings.validates_after(batches, step):
                 observer.on_validation_start()
                 with autocast:
@@ -129,7 +129,7 @@ def validate(module: nn.Module, loader: Iterable[Batch], limit: int | None, devi
     mean = MeanLoss()
     module.eval()
     for batch in itertools.islice(loader, limit):
-        tokens, targets = (tensor.to(device) for tensor in batch)
+        tokens, targets = (send(tensor, device) for tensor in batch)
         mean.add(module(tokens, targets), tokens.size(0))
     module.train()
     total, sequences = torch.as_tensor(mean.total, device=device), torch.tensor(mean.sequences, device=device)
@@ -137,6 +137,11 @@ def validate(module: nn.Module, loader: Iterable[Batch], limit: int | None, devi
         dist.all_reduce(total)
         dist.all_reduce(sequences)
     return total / sequences
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """As both frameworks do: a card copies pinned memory while this process goes on."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def with_last(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
