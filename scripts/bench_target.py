@@ -1,0 +1,138 @@
+"""Seconds and tokens to a loss: nanoGPT's train.py, and `fit` with the two recipes, as commands in turn.
+
+    OMP_NUM_THREADS=1 python scripts/bench_target.py --source input.txt --nanogpt PATH_TO_NANOGPT
+
+A network this small is not faster on more than one thread.
+
+The text is char-rnn's tiny Shakespeare, the network and batches are those of nanoGPT's README for a processor, and each
+recipe trains for as many steps as lead it to the target: a schedule is over when its run is. Losses are of the whole
+validation set, nanoGPT's of as many random batches, measured once after the last step. Seconds are those that the whole
+command, start and validation and all, kept a processor busy, which other work on the machine does not lengthen (but for
+shared caches), and those of its steps alone by the clock: their median, times their count.
+nanoGPT's folder needs data/shakespeare_char prepared, as its README says; without --nanogpt it is left out.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from nanogpt_lit.loops.machine import hardware
+
+ROOT = Path(__file__).parents[1]
+TOKENS_PER_STEP = 12 * 64
+NANOGPT_STEPS = 2000
+VALIDATION_BATCHES = 145  # of 12 x 64 tokens: the whole validation set
+NANOGPT = (
+    "device=cpu", "compile=False", f"eval_iters={VALIDATION_BATCHES}", f"eval_interval={NANOGPT_STEPS}",
+    "log_interval=1", "block_size=64", "batch_size=12", "n_layer=4", "n_head=4", "n_embd=128",
+    f"max_iters={NANOGPT_STEPS}", f"lr_decay_iters={NANOGPT_STEPS}", "dropout=0.0",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="char-rnn's input.txt")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="nanoGPT's folder")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn (3)")
+    parser.add_argument("--nanogpt-recipe-steps", type=int, default=1400, help="(1400)")
+    parser.add_argument("--modern-steps", type=int, default=280, help="(280)")
+    parser.add_argument("--full-steps", type=int, default=1250, help="modern in nanoGPT's full time (1250)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers to this file")
+    args = parser.parse_args()
+    runs: dict[str, Callable[[Path], dict[str, float]]] = {
+        "recipe nanogpt": lambda folder: fit(folder, args, "shakespeare_char_cpu", args.nanogpt_recipe_steps),
+        "recipe modern": lambda folder: fit(folder, args, "modern_char_cpu", args.modern_steps),
+        "recipe modern, longer": lambda folder: fit(folder, args, "modern_char_cpu", args.full_steps),
+    }
+    if args.nanogpt:
+        runs = {"nanoGPT's train.py": lambda folder: nanogpt(folder, args.nanogpt), **runs}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    record: dict[str, Any] = {
+        "command": " ".join(["python", "scripts/bench_target.py", *sys.argv[1:]]),
+        "hardware": hardware("lightning"),
+        "runs": measured,
+    }
+    print(record["hardware"])
+    for _ in range(args.rounds):
+        for name, run in runs.items():
+            with tempfile.TemporaryDirectory() as folder:
+                measured[name].append(run(Path(folder)))
+            last = measured[name][-1]
+            print(f"{name:<24}{last['loss']:.3f} after {last['processor_s']:.1f} s", flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    base = next(iter(runs))
+    print(f"\nmedians of {args.rounds} paired runs\n{'':<24}{'loss':>7}{'steps':>7}{'tokens':>10}", end="")
+    print(f"{'processor s':>13}{'steps s':>9}   share of {base}'s: processor, clock of steps, count of steps")
+    for name, rows in measured.items():
+        of = {key: median(row[key] for row in rows) for key in rows[0]}
+        shares = [
+            median(row[key] / first[key] for row, first in zip(rows, measured[base], strict=True))
+            for key in ("processor_s", "steps_s", "steps")
+        ]
+        print(
+            f"{name:<24}{of['loss']:>7.3f}{of['steps']:>7.0f}{of['steps'] * TOKENS_PER_STEP:>10,.0f}"
+            f"{of['processor_s']:>13.1f}{of['steps_s']:>9.1f}   {', '.join(f'{share:.3f}' for share in shares)}"
+        )
+
+
+def nanogpt(folder: Path, source: Path) -> dict[str, float]:
+    arguments = [f"--{argument}" for argument in (*NANOGPT, f"out_dir={folder}")]
+    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *arguments]
+    said, seconds = run_command(command, source)
+    losses = re.findall(rf"step {NANOGPT_STEPS}: .*val loss ([\d.]+)", said)
+    step_ms = [float(ms) for ms in re.findall(r"^iter \d+: .*time ([\d.]+)ms", said, re.MULTILINE)]
+    return {
+        "loss": float(losses[-1]),
+        "steps": NANOGPT_STEPS,
+        "processor_s": seconds,
+        "steps_s": NANOGPT_STEPS * median(step_ms) / 1e3,
+    }
+
+
+def fit(folder: Path, args: argparse.Namespace, config: str, steps: int) -> dict[str, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    command = [sys.executable, "-m", "nanogpt_lit", "fit", "--config", f"configs/{config}.yaml"]
+    command += [f"--data.source={args.source.resolve()}", f"--trainer.default_root_dir={folder}"]
+    command += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
+    _, seconds = run_command(command, ROOT)
+    events = EventAccumulator(str(folder / "version_0"))
+    events.Reload()
+    loss = {event.step: event.value for event in events.Scalars("val/loss")}[steps]
+    tokens_per_s = median(event.value for event in events.Scalars("throughput/tokens_per_s"))
+    return {
+        "loss": loss,
+        "steps": steps,
+        "processor_s": seconds,
+        "steps_s": steps * TOKENS_PER_STEP / tokens_per_s,
+    }
+
+
+def run_command(command: list[str], folder: Path) -> tuple[str, float]:
+    """What it says, and the seconds of a processor that it takes."""
+    started_s = children_s()
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seconds = children_s() - started_s
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended:\n{done.stdout[-2000:]}")
+    return done.stdout, seconds
+
+
+def children_s() -> float:
+    """Of a processor, by all commands that have ended; a system without POSIX's times has the clock instead."""
+    times = os.times()
+    return times.children_user + times.children_system if os.name == "posix" else time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
