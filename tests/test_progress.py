@@ -21,15 +21,17 @@ class Terminal(io.StringIO):
 
 def test_time_left_counts_validation_and_leaves_out_the_slow_first_step():
     clock = Clock()
-    progress = Progress(total_steps=11, stream=io.StringIO(), clock=clock)
+    progress = Progress(total_steps=11, stream=(stream := io.StringIO()), clock=clock)
     clock.now_s = 100.0  # compiling
     progress.update(1, None, None)
+    assert stream.getvalue().splitlines()[0] == "first step after 100.0 s"
     assert progress.remaining_s(1, clock.now_s) is None
     for step in range(2, 7):
         clock.now_s += 1.0
         progress.update(step, 2.0, 1000.0)
     clock.now_s += 5.0  # validation
     assert progress.remaining_s(6, clock.now_s) == pytest.approx(5 * 10.0 / 5)
+    assert stream.getvalue().count("first step") == 1
 
 
 def test_a_log_file_gets_a_line_every_ten_seconds_and_at_the_last_step():
@@ -39,7 +41,7 @@ def test_a_log_file_gets_a_line_every_ten_seconds_and_at_the_last_step():
         clock.now_s += 1.0
         progress.update(step, 2.5, 1234.0)
     progress.close()
-    lines = stream.getvalue().splitlines()
+    _, *lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["10/30", "20/30", "30/30"]
     assert "loss 2.500" in lines[0]
     assert "1,234 tokens/s" in lines[0]

@@ -19,7 +19,7 @@ class Progress:
 
     The time of arrival counts everything since the first finished step, validation and saving included, because
     those will come again. The first step is left out, because compiling and warming up will not, and so is what the
-    machine slept.
+    machine slept; how long it took, compiling and all, is said once.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Progress:
         self._clock = clock
         self._sleeps = sleeps or Sleeps()
         self._anchor: tuple[int, float] | None = None  # (step, time) that the rate is counted from
-        self._said_s = clock()
+        self._began_s = self._said_s = clock()
         self._live = self._stream.isatty()
         self._bar = tqdm(
             total=total_steps,
@@ -54,6 +54,7 @@ class Progress:
         now_s = self._clock()
         if self._anchor is None:
             self._anchor = (step, now_s)
+            self.say(f"first step after {now_s - self._began_s:.1f} s")
         parts = [] if loss is None else [f"loss {loss:.3f}"]
         if tokens_per_s is not None:
             parts.append(f"{tokens_per_s:,.0f} tokens/s")
