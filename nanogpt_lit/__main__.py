@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": ("nanogpt_lit.commands:doctor", "checks this machine, and a run, and says what to do"),
     "prepare": ("nanogpt_lit.commands:prepare", "text to token shards; fit does it by itself when they are missing"),
     "plan": ("nanogpt_lit.commands:plan", "whether a run fits a card, and what to change when it does not"),
+    "tune": ("nanogpt_lit.tune.command:tune", "a better learning rate, batch and recipe for your text and machine"),
     "accelerate-config": (
         "nanogpt_lit.commands:accelerate_config",
         "accelerate's default_config.yaml for a YAML of fit, and back",

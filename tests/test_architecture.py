@@ -36,6 +36,11 @@ ALLOWED = {
     "cli": {"settings", "loops", "strategies"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
     "planning": {"module", "gpt", "optim", "data", "memory", "plan", "strategies"},
+    "recipes": set(),
+    "tune": {
+        "commands", "settings", "module", "gpt", "optim", "memory", "data", "loops", "plan", "planning", "strategies",
+        "recipes", "durable",
+    },
     "commands": {
         "cli", "settings", "checkpoint", "sampling", "plan", "planning", "loops", "strategies", "supervisor", "units",
         "doctor",

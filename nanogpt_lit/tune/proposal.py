@@ -1,0 +1,118 @@
+"""What a search comes to, in words and as a YAML."""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from nanogpt_lit.tune.candidate import model_section
+from nanogpt_lit.tune.search import HORIZON, UNITS, Decision, Found
+
+Changes = dict[str, tuple[Any, Any]]
+"""Key as in the YAML to what it was and what it becomes."""
+
+
+def changes(settings: Any, found: Found, decision: Decision) -> Changes:
+    """With as many steps as take the time of the YAML's run, and as many validations; none where its values stay."""
+    own, proposed, trainer = found.own, decision.proposed, settings.trainer
+    if proposed == own:
+        return {}
+    wanted: dict[str, Any] = {
+        f"model.{section}.{key}": value
+        for section, keys in model_section(settings.model, own, proposed).items()
+        for key, value in keys.items()
+    }
+    steps = max(1, round(found.run_s / found.step_s(proposed)))
+    interval = trainer.val_check_interval
+    if isinstance(interval, int):
+        validations = max(1, found.max_steps * own.accumulate_grad_batches // interval)
+        between = max(1, round(steps / validations))
+        steps = validations * between
+        wanted["trainer.val_check_interval"] = between * proposed.accumulate_grad_batches
+    if isinstance(trainer.limit_val_batches, int) and trainer.limit_val_batches:
+        sequences = trainer.limit_val_batches * own.batch_size
+        wanted["trainer.limit_val_batches"] = max(1, round(sequences / proposed.batch_size))
+    wanted["trainer.max_steps"] = steps
+    wanted["trainer.accumulate_grad_batches"] = proposed.accumulate_grad_batches
+    wanted["data.batch_size"] = proposed.batch_size
+    wanted["model.schedule.warmup_steps"] = round(settings.model.schedule["warmup_steps"] * steps / found.max_steps)
+    wanted.pop("model.schedule.total_steps")  # from trainer.max_steps
+    return {key: (settings[key], value) for key, value in wanted.items() if settings[key] != value}
+
+
+def screen(found: Found, decision: Decision, changed: Changes) -> list[str]:
+    """What is recommended, by how much it is better, and how sure that is."""
+    lines = ["Keep your values: nothing that was tried is better for sure."]
+    if changed:
+        width = max(map(len, changed))
+        lines = [f"{'recommended':<{width}}  {'yours':>12}  {'tuned':>12}"]
+        lines += [f"{key:<{width}}  {short(old):>12}  {short(new):>12}" for key, (old, new) in changed.items()]
+    lines.append("")
+    given_s, challenger = decision.given_s, decision.challenger
+    if decision.gains:
+        losses = {
+            candidate: statistics.mean(
+                run.loss for run in found.runs if run.round == len(UNITS) and run.candidate == candidate
+            )
+            for candidate in (found.own, challenger)
+        }
+        lines.append(f"validation loss after {given_s:.3g} s: {losses[challenger]:.4f}, yours {losses[found.own]:.4f}")
+        each = ", ".join(f"{gain:+.4f}" for gain in decision.gains)
+        lines.append(f"better by {statistics.mean(decision.gains):.4f}; by seed, on seeds that chose nothing: {each}")
+        lines.append(f"compared: {challenger}")
+    lines.append(
+        {
+            True: "sure: the gain is more than the seeds make (95 %)",
+            False: "not sure: the gain is within what the seeds make, so your values stay",
+            None: f"not sure: stopped before it was compared over seeds; the best so far is {challenger}",
+        }[decision.sure]
+    )
+    share = min(1.0, given_s / found.run_s)
+    if share < 1:
+        lines.append(
+            f"Measured over {share:.1%} of your run's {found.run_s:,.0f} s; what helps early may help less later."
+        )
+    if share < 1 and changed:
+        lines.append(f"The best rate was {challenger.lr:.2g}. It falls with a run's tokens to the {HORIZON}th power")
+        lines.append(
+            "(Bjorck et al., arXiv:2409.19913), so a longer run gets a lower one, or yours where that is between."
+        )
+    diverged = sum(math.isinf(run.loss) for run in found.runs)
+    lines.append(f"{len(found.runs)} runs in {found.elapsed_s:,.0f} s, {diverged} of them diverged")
+    return lines
+
+
+def tuned_yaml(given: Mapping[str, Any], changed: Changes, header: Sequence[str]) -> str:
+    """given: what the YAML and the command line set"""
+    whole: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(given), sort_keys=False)) or {}
+    for key, (_, value) in changed.items():
+        *sections, name = key.split(".")
+        section = whole
+        for each in sections:
+            section = section.setdefault(each, {})
+        section[name] = value
+    comments = {key: f"was {short(old)}" for key, (old, _) in changed.items()}
+    return "\n".join([*(f"# {line}".rstrip() for line in header), *_lines(whole, comments), ""])
+
+
+def _lines(section: Mapping[str, Any], comments: Mapping[str, str], prefix: str = "") -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{key}:"
+            yield from _lines(value, comments, f"{prefix}{key}.")
+        else:
+            line = f"{indent}{key}: {_scalar(value)}"
+            comment = comments.get(f"{prefix}{key}")
+            yield f"{line:<34}# {comment}" if comment else line
+
+
+def _scalar(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("...").strip()
+
+
+def short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else _scalar(value)

@@ -1,0 +1,282 @@
+"""The search against a landscape whose best is known, and the command on a text of a few kilobytes."""
+
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nanogpt_lit.__main__ import main
+from nanogpt_lit.recipes import MODERN, NANOGPT, RECIPES, recipe_of
+from nanogpt_lit.settings import SettingsCLI
+from nanogpt_lit.tune.candidate import Candidate, micro_batches, other_steps
+from nanogpt_lit.tune.command import seconds_of_budget
+from nanogpt_lit.tune.search import RATES, decide, search, surely_better
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+OWN = Candidate("nanogpt", 1e-3, 8, 2)
+SEQUENCE_S = 0.001
+
+
+class Landscape:
+    """Trains nothing: a loss by recipe, rate and steps, on a clock of its own.
+
+    best: recipe to its best rate and its loss there   noise: between seeds   machine: how much slower than measured
+    """
+
+    val_batches = 10
+
+    def __init__(self, best, noise=0.0, diverges_above=math.inf, machine=1.0, stop_after=None):
+        self.best, self.noise, self.diverges_above = best, noise, diverges_above
+        self.machine, self.stop_after = machine, stop_after
+        self.now_s, self.budget_s, self.runs = 0.0, math.inf, 0
+
+    def step_s(self, candidate):
+        return candidate.sequences * SEQUENCE_S * (1.5 if candidate.recipe == "modern" else 1.0)
+
+    def loss(self, candidate, steps, seed=None):
+        rate, loss = self.best[candidate.recipe]
+        loss += 0.1 * math.log2(candidate.lr / rate) ** 2 - 0.02 * math.log(steps * candidate.sequences)
+        if seed is not None:
+            loss += self.noise * random.Random(f"{candidate} {seed}").gauss(0, 1)
+        return math.inf if candidate.lr > self.diverges_above else loss
+
+    def speeds(self, candidates, budget_s):
+        self.now_s += budget_s
+        return {candidate: self.step_s(candidate) for candidate in candidates}
+
+    def run(self, candidate, steps, seed, val_batches):
+        self.runs += 1
+        took_s = steps * self.step_s(candidate) * self.machine
+        if self.now_s + took_s > self.budget_s or self.runs == self.stop_after:
+            self.now_s = min(self.now_s + took_s, self.budget_s)
+            return None
+        self.now_s += took_s
+        return self.loss(candidate, steps, seed), []
+
+
+def found_in(landscape, budget_s=600.0, max_steps=100_000, recipes=("nanogpt", "modern")):
+    landscape.budget_s = budget_s
+    return search(
+        landscape, OWN, recipes, max_steps, budget_s, lambda: landscape.now_s,
+        fits=lambda candidate: candidate.batch_size <= OWN.batch_size, say=lambda line: None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "best",
+    [
+        {"nanogpt": (4e-3, 2.0), "modern": (2e-3, 2.5)},
+        {"nanogpt": (1e-3, 2.5), "modern": (2e-3, 2.0)},
+        {"nanogpt": (5e-4, 2.0), "modern": (2.5e-4, 2.4)},
+    ],
+)
+def test_the_best_of_a_known_landscape_is_found(best):
+    landscape = Landscape(best)
+    decision = decide(found_in(landscape))
+    # At equal time: by steps that a recipe does not have, another would win.
+    grid = [replace(OWN, recipe=recipe, lr=OWN.lr * by) for recipe in best for by in RATES]
+    known = min(grid, key=lambda c: landscape.loss(c, int(decision.given_s / landscape.step_s(c))))
+    chosen = decision.challenger
+    assert (chosen.recipe, chosen.sequences) == (known.recipe, known.sequences)
+    assert chosen.lr == pytest.approx(known.lr)
+    assert decision.sure is True
+
+
+def test_a_recipe_is_compared_at_equal_time_and_not_at_equal_steps():
+    class BySteps(Landscape):
+        def loss(
+            self, candidate, steps, seed=None
+        ):  # modern is a little better at a step, and a step half as long again
+            return 10 - math.log(steps) - (0.1 if candidate.recipe == "modern" else 0)
+
+    assert decide(found_in(BySteps({}))).challenger.recipe == "nanogpt"
+
+
+def test_a_rate_that_diverges_is_never_chosen():
+    landscape = Landscape({"nanogpt": (4e-3, 2.0), "modern": (4e-3, 1.5)}, diverges_above=2.5e-3)
+    found = found_in(landscape)
+    assert any(math.isinf(run.loss) for run in found.runs)
+    decision = decide(found)
+    assert decision.challenger.lr <= 2.5e-3
+    assert decision.proposed.lr <= 2.5e-3
+
+
+def test_what_diverges_on_the_seeds_that_decide_is_not_proposed():
+    class Unlucky(Landscape):
+        def loss(self, candidate, steps, seed=None):
+            return math.inf if seed == 2 and candidate.lr > OWN.lr else super().loss(candidate, steps, seed)
+
+    decision = decide(found_in(Unlucky({"nanogpt": (4e-3, 2.0), "modern": (4e-3, 1.5)})))
+    assert decision.sure is False
+    assert decision.proposed == OWN
+
+
+def test_a_difference_within_the_noise_keeps_the_yamls_values():
+    kept = 0
+    for n in range(20):
+        landscape = Landscape({"nanogpt": (1e-3, 2.0), "modern": (1e-3, 2.0)}, noise=0.0)
+        noise = random.Random(n)
+        landscape.loss = lambda candidate, steps, seed=None, noise=noise: 2 + noise.gauss(0, 0.1)
+        kept += decide(found_in(landscape)).proposed == OWN
+    assert kept >= 17  # one in twenty may pass a test at 95 %; three would be rare
+
+
+def test_a_gain_must_exceed_what_the_seeds_make():
+    assert surely_better([0.1, 0.11, 0.09]) is True
+    assert surely_better([0.1, -0.02, 0.01]) is False
+    # Student's t of these three is 2.9: just below, and just above, the 2.92 of its tables.
+    assert surely_better([1.0, 1.0 + 0.597, 1.0 - 0.597]) is False
+    assert surely_better([1.0, 1.0 + 0.588, 1.0 - 0.588]) is True
+    assert surely_better([0.5]) is None
+
+
+@pytest.mark.parametrize("machine", [0.8, 1.0, 1.3, 2.0])
+def test_the_budget_is_kept_within_a_tenth(machine):
+    landscape = Landscape({"nanogpt": (4e-3, 2.0), "modern": (2e-3, 2.5)}, machine=machine)
+    found = found_in(landscape)
+    assert 0.9 * 600 <= landscape.now_s <= 1.1 * 600
+    assert decide(found).gains, "it had no time to compare over seeds"
+
+
+def test_no_run_is_longer_than_the_yamls():
+    landscape = Landscape({"nanogpt": (4e-3, 2.0), "modern": (2e-3, 2.5)})
+    found = found_in(landscape, max_steps=200)
+    assert max(run.given_s for run in found.runs) == pytest.approx(200 * landscape.step_s(OWN))
+
+
+def test_the_same_measurements_give_the_same_proposal():
+    first, second = (found_in(Landscape({"nanogpt": (4e-3, 2), "modern": (2e-3, 2)}, noise=0.01)) for _ in range(2))
+    assert first.runs == second.runs
+    assert decide(first) == decide(second)
+
+
+@pytest.mark.parametrize("stop_after", [2, 8, 14, 18])
+def test_a_search_that_is_stopped_proposes_the_best_so_far(stop_after):
+    decision = decide(found := found_in(Landscape({"nanogpt": (2e-3, 2), "modern": (2e-3, 3)}, stop_after=stop_after)))
+    assert len(found.runs) == stop_after - 1
+    assert decision.sure is None
+    longest = max(run.round for run in found.runs)
+    best = min((run for run in found.runs if run.round == min(longest, 2)), key=lambda run: run.loss)
+    assert decision.challenger == best.candidate
+
+
+def test_a_search_that_measured_nothing_proposes_nothing():
+    landscape = Landscape({"nanogpt": (2e-3, 2), "modern": (2e-3, 3)}, stop_after=1)
+    assert decide(found_in(landscape)) is None
+
+
+def test_a_short_runs_rate_is_lowered_for_a_long_one_and_the_yamls_kept_in_between():
+    found = found_in(Landscape({"nanogpt": (4e-3, 2.0), "modern": (2e-3, 2.5)}), max_steps=100_000)
+    decision = decide(found)
+    share = decision.given_s / found.run_s
+    assert 0.013 < share < 0.1
+    expected = 4e-3 * max(0.25, share**0.32)
+    assert decision.proposed.lr == pytest.approx(max(expected, OWN.lr), rel=0.05)
+    whole = decide(found_in(Landscape({"nanogpt": (4e-3, 2.0), "modern": (2e-3, 2.5)}), max_steps=500))
+    assert whole.proposed.lr == 4e-3
+    between = decide(found_in(Landscape({"nanogpt": (2e-3, 2.0), "modern": (2e-3, 2.5)}), max_steps=10**6))
+    assert between.proposed.lr == OWN.lr
+
+
+def test_a_budget_that_is_too_short_is_refused_with_one_that_does():
+    landscape = Landscape({"nanogpt": (2e-3, 2), "modern": (2e-3, 3)})
+    with pytest.raises(ValueError, match=r"--budget=5s is too short: .* needs --budget 1min"):
+        found_in(landscape, budget_s=5.0)
+    assert found_in(landscape, budget_s=60.0).runs
+
+
+def test_micro_batches_make_the_same_step_and_other_steps_twice_and_half():
+    assert {(c.batch_size, c.accumulate_grad_batches) for c in micro_batches(OWN)} == {(8, 2), (16, 1), (4, 4), (2, 8)}
+    assert [c.sequences for c in other_steps(OWN)] == [32, 8]
+    assert [c.lr for c in other_steps(OWN)] == pytest.approx([2**0.5 * 1e-3, 0.5**0.5 * 1e-3])
+
+
+def test_the_faster_micro_batch_is_taken():
+    class Small(Landscape):
+        def step_s(self, candidate):
+            return super().step_s(candidate) * (0.8 if candidate.batch_size == 4 else 1)
+
+    decision = decide(found_in(Small({"nanogpt": (2e-3, 2), "modern": (2e-3, 3)})))
+    assert (decision.proposed.batch_size, decision.proposed.accumulate_grad_batches) == (4, 4)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("600s", 600), ("10min", 600), ("1h", 3600), ("1.5 h", 5400)])
+def test_a_budget_is_a_number_with_its_unit(text, seconds):
+    assert seconds_of_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["10", "ten", "-1min", "0s", "1d"])
+def test_another_budget_is_refused(text):
+    with pytest.raises(ValueError, match="is not a time; 600s, 10min and 1h are"):
+        seconds_of_budget(text)
+
+
+def test_the_recipes_are_those_of_the_configurations():
+    def model(name):
+        return SettingsCLI(args=["--config", str(CONFIGS / f"{name}.yaml")]).settings.model
+
+    assert recipe_of(model("shakespeare_char_cpu")) == recipe_of(model("rtx2050")) == "nanogpt"
+    assert recipe_of(model("modern_char_cpu")) == recipe_of(model("modern_rtx2050")) == "modern"
+    assert {s: set(keys) for s, keys in NANOGPT.items()} == {s: set(keys) for s, keys in MODERN.items()}
+    mixture = model("rtx2050")
+    mixture.gpt.positions = "rotary"
+    assert recipe_of(mixture) is None
+    assert list(RECIPES) == ["nanogpt", "modern"]
+
+
+@pytest.fixture
+def config(text, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(f"""\
+trainer: {{default_root_dir: {(tmp_path / "runs").as_posix()}, max_steps: 100, val_check_interval: 50}}
+model:
+  gpt: {{n_layer: 1, n_head: 2, n_embd: 8}}
+  optim: {{lr: 1.0e-4}}
+  schedule: {{warmup_steps: 20}}
+data: {{source: {text.as_posix()}, tokenizer: byte, val_fraction: 0.1, block_size: 16, batch_size: 4}}
+""")
+    return path
+
+
+def test_a_real_search_writes_a_yaml_that_fit_trains(config, capsys):
+    assert main(["tune", "--config", str(config), "--budget", "20s"]) == 0
+    shown = capsys.readouterr().out
+    tuned = config.with_name("small_tuned.yaml")
+    assert "sure: the gain is more than the seeds make" in shown  # the rate of the YAML is far too low for 100 steps
+    before, after = (yaml.safe_load(path.read_text()) for path in (config, tuned))
+    assert after["model"]["optim"]["lr"] > before["model"]["optim"]["lr"]
+    assert after["data"]["source"] == before["data"]["source"]
+    assert "was 0.0001" in tuned.read_text()
+    assert tuned.with_suffix(".svg").read_text().lstrip().startswith("<?xml")
+    two_steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
+    assert main(["fit", "--config", str(tuned), *two_steps]) == 0
+    assert main(["tune", "--config", str(config), "--budget", "12s"]) == 2
+    assert "small_tuned.yaml is there already" in capsys.readouterr().err
+
+
+def test_what_the_user_can_mend_is_one_sentence(config, tmp_path, capsys):
+    for options, sentence in (
+        (["--budget", "soon"], "--budget=soon is not a time"),
+        (["--budget", "0.1s"], "is too short"),
+        (["--data.source", str(tmp_path / "none.txt")], "none.txt"),
+        (["--trainer.devices", "2"], "tune measures one"),
+    ):
+        assert main(["tune", "--config", str(config), *options]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert error.count("\n") == 1
+    assert main(["tune", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml is no file" in capsys.readouterr().err
+
+
+def test_help_comes_without_torch():
+    code = "import sys; from nanogpt_lit.__main__ import main\ntry: main(['tune', '--help'])\n"
+    code += "finally: assert 'torch' not in sys.modules"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "--budget" in answer.stdout
