@@ -101,7 +101,7 @@ def search(
     Raises ValueError where the budget is too short to tell anything.
     """
     started_s, found = clock(), Found(own, max_steps)
-    found.speeds = trials.speeds([own], 0.01 * budget_s)
+    found.speeds = trials.speeds([own], min(2.0, 0.01 * budget_s))
     units = len(recipes) * len(RATES) + UNITS[1] * SECOND_ROUND + UNITS[2] * 2 * SEEDS
     needed_s = units * MIN_STEPS * found.step_s(own) * (1 + VALIDATION)
     if needed_s > budget_s:
@@ -111,7 +111,7 @@ def search(
         )
     base = _fastest(trials, [piece for piece in micro_batches(own) if piece == own or fits(piece)], found, budget_s)
     measured = [replace(base, recipe=recipe, lr=own.lr) for recipe in recipes]
-    found.speeds |= trials.speeds(measured, 0.04 * budget_s)
+    found.speeds |= trials.speeds(measured, min(0.04 * budget_s, found.run_s))
 
     slowdown = 1 + VALIDATION
     candidates = [replace(base, recipe=recipe, lr=own.lr * by) for recipe in recipes for by in RATES]
@@ -125,7 +125,7 @@ def search(
                 candidates = _second_round(ranked, replace(base, lr=own.lr), own, fits)
                 unknown = [replace(candidate, lr=own.lr) for candidate in candidates]
                 unknown = [candidate for candidate in dict.fromkeys(unknown) if candidate not in found.speeds]
-                found.speeds |= trials.speeds(unknown, 0.02 * budget_s)
+                found.speeds |= trials.speeds(unknown, min(0.02 * budget_s, found.run_s))
             else:
                 # Seeds that chose nothing: the best of many is lucky on those that chose it.
                 challengers = [candidate for candidate in ranked if candidate != own]
@@ -156,7 +156,7 @@ def search(
 
 
 def _fastest(trials: Trains, pieces: list[Candidate], found: Found, budget_s: float) -> Candidate:
-    found.speeds |= trials.speeds(pieces, 0.04 * budget_s)
+    found.speeds |= trials.speeds(pieces, min(0.04 * budget_s, found.run_s))
     fastest = min(pieces, key=found.step_s)
     return fastest if found.step_s(fastest) < FASTER * found.step_s(found.own) else found.own
 
