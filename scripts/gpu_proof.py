@@ -33,7 +33,7 @@ import torch
 from nanogpt_lit.__main__ import exit_code
 from nanogpt_lit.cli import NanoGPTCLI
 from nanogpt_lit.loops.curves import peaks_mib
-from nanogpt_lit.loops.machine import hardware
+from nanogpt_lit.loops.machine import hardware, peak_flops_of
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.budget import choose_budget, parse_mib
 from nanogpt_lit.plan.ladder import ladder
@@ -119,7 +119,7 @@ class Proof:
         self._options: dict[str, list[str]] = {}
 
     def configs(self, names: Sequence[str], caps: Sequence[int]) -> Iterator[dict[str, Any]]:
-        print(f"{'':<46}{'allocated MiB':>20}{'reserved MiB':>20}{'tokens/s':>20}")
+        print(f"{'':<46}{'allocated MiB':>20}{'reserved MiB':>20}{'tokens/s':>20}{'MFU':>7}")
         for name in names:
             settings = self.settings(name)
             footprint = plan_rung(settings, own_rung(settings), self.card)
@@ -218,8 +218,15 @@ def run_here(options: list[str], cap_mib: int | None) -> dict[str, Any]:
     answer: dict[str, Any] = {"steps": cli.trainer.global_step, "tokens_per_s": cli.meter.tokens_per_s}
     if card is not None and cli.device == "cuda":
         allocated_mib, reserved_mib = peaks_mib(card)
-        answer |= {"measured_allocated_mib": allocated_mib, "measured_reserved_mib": reserved_mib}
+        answer |= {"measured_allocated_mib": allocated_mib, "measured_reserved_mib": reserved_mib, "mfu": mfu(cli)}
     return answer
+
+
+def mfu(cli: Any) -> float | None:
+    """The share of the card's rate that the arithmetic of the last steps reached; None where plan/cards.py has none."""
+    peak = peak_flops_of(cli.trainer.strategy.root_device, str(cli.trainer.precision), 1)
+    gpt, tokens_per_s = cli.model.gpt, cli.meter.tokens_per_s
+    return None if peak is None else tokens_per_s * gpt.flops_per_token(gpt.config.block_size) / peak
 
 
 def cells(row: dict[str, Any]) -> str:
@@ -232,6 +239,7 @@ def cells(row: dict[str, Any]) -> str:
         pair(row.get("measured_allocated_mib"), row["planned_allocated_mib"])
         + pair(row.get("measured_reserved_mib"), row["planned_reserved_mib"])
         + pair(row["tokens_per_s"], row["estimated_tokens_per_s"])
+        + (f"{row['mfu']:7.1%}" if row.get("mfu") is not None else "")
     )
 
 

@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from nanogpt_lit.gpt.model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("gpu_proof", ROOT / "scripts" / "gpu_proof.py")
@@ -69,6 +72,20 @@ def test_the_command_goes_through_every_part(tmp_path, capfd):
     assert record["parity"]["identical"] is True
     assert "tests/test_host_weights.py" in record["tests"]["files"]
     assert "rtx2050.yaml, at most 4,096 MiB" in capfd.readouterr().out
+
+
+def test_utilisation_is_the_arithmetic_of_the_tokens_over_the_rate_of_the_card(monkeypatch):
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")), precision="16-mixed")
+    cli = SimpleNamespace(trainer=trainer, model=SimpleNamespace(gpt=gpt), meter=SimpleNamespace(tokens_per_s=50.0))
+    asked = []
+    monkeypatch.setattr(gpu_proof, "peak_flops_of", lambda *card: asked.append(card) or 1e7)
+    multiplied = sum(p.numel() for p in gpt.parameters()) - 8 * 16  # all but the positions
+    assert gpu_proof.mfu(cli) == 50.0 * (6 * multiplied + 12 * 2 * 16 * 8) / 1e7
+    assert asked == [(torch.device("cuda"), "16-mixed", 1)]
+    monkeypatch.setattr(gpu_proof, "peak_flops_of", lambda *card: None)
+    assert gpu_proof.mfu(cli) is None
 
 
 def test_it_holds_only_where_everything_does():
