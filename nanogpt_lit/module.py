@@ -28,8 +28,9 @@ class LitNanoGPT(LightningModule):
         schedule: The learning rate over the run.
         memory: Ways to need less memory. Checkpoints are the same with and without.
         elastic: What to do when memory ends while it trains.
-        compile: Compile the network and its loss with torch.compile: slower to start, faster per step.
-            Needs a C++ compiler, or Triton on a GPU. Checkpoints are the same with and without.
+        compile: Compile the network and its loss with torch.compile: slower to start (less so the next time: torch
+            keeps what it compiled), and faster per step where it pays. Needs a C++ compiler, or Triton on a GPU.
+            Checkpoints are the same with and without.
     """
 
     def __init__(
