@@ -81,7 +81,9 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("--loop", choices=["lightning", "accelerate"], default="lightning", help="what drives the run")
     parser.add_argument("--json", action="store_true", help="print the plan for a program")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the memory of one step")
-    parser.add_argument("--largest", action="store_true", help="also find the largest that fits: a minute more")
+    parser.add_argument(
+        "--largest", action="store_true", help="also find the largest that fits, as configured and in the leanest way"
+    )
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
 
     from nanogpt_lit.plan.budget import choose_budget

@@ -33,6 +33,9 @@ FAMILY = {
     "GPT-2 XL": (48, 25, 1600),
 }
 
+QUICK_TOLERANCE = 0.1
+"""Of what is usable: nearer to it than this, a line through two shallow networks does not decide whether one fits."""
+
 
 def plan_run(settings: Any, budget: Budget, lightning: bool = True) -> Plan:
     """settings: the sections of the YAML, as fit reads them   lightning: whether its Trainer drives, or accelerate
@@ -57,14 +60,21 @@ def own_rung(settings: Any) -> Rung:
     return Rung("as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches, state_bits)
 
 
-def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> dict[str, Any]:
-    """What fits plan.budget with the memory techniques of the YAML, or where that does not fit, of the leanest rung.
+def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> list[dict[str, Any]]:
+    """What fits plan.budget with the memory techniques of the YAML, and with those of the leanest rung of the ladder.
 
     The largest batch_size and the longest block_size, each with all else as it is, the latter for a single sequence,
-    and the largest network of GPT-2's family.
+    and the largest network of GPT-2's family. "yaml" has the lines that a rung needs, none for the YAML's own; where
+    that is the leanest, it is the only answer.
     """
-    rungs = [planned.rung for planned in plan.ladder if planned.rung.batch_size == plan.own.rung.batch_size]
-    rung = plan.own.rung if plan.own.fits else rungs[-1]
+    own = plan.own.rung
+    alike = [planned for planned in plan.ladder if planned.rung.batch_size == own.batch_size]
+    leanest = min(alike, key=lambda planned: planned.footprint.reserved_mib).rung
+    rungs = [own] if own.same_training(leanest) else [own, leanest]
+    return [_largest_of(settings, plan, rung, lightning) for rung in rungs]
+
+
+def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[str, Any]:
     gpt, usable_mib = network(settings), plan.budget.usable_mib
 
     def reserved_mib(batch_size: int = rung.batch_size, **changes: Any) -> float:
@@ -74,10 +84,11 @@ def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> dict
 
     def quick_reserved_mib(batch_size: int, **changes: Any) -> float:
         """Memory grows in a line with depth: two shallow networks tell of the deep one, to a few percent."""
-        if gpt.n_layer <= 4:
-            return reserved_mib(batch_size, **changes)
-        two, four = (reserved_mib(batch_size, n_layer=n_layer, **changes) for n_layer in (2, 4))
-        return two + (four - two) / 2 * (gpt.n_layer - 2)
+        n_layer = changes.pop("n_layer", gpt.n_layer)
+        if n_layer <= 4:
+            return reserved_mib(batch_size, n_layer=n_layer, **changes)
+        two, four = (reserved_mib(batch_size, n_layer=shallow, **changes) for shallow in (2, 4))
+        return two + (four - two) / 2 * (n_layer - 2)
 
     def checked(size: int | None, needed: Callable[[int], float], unit: int = 1) -> int | None:
         """What the quick answer was wrong by is taken off."""
@@ -88,14 +99,22 @@ def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> dict
     def block_mib(size: int) -> float:
         return reserved_mib(1, block_size=size)
 
+    def network_fits(sizes: dict[str, int]) -> bool:
+        quick_mib = quick_reserved_mib(1, **sizes)
+        if abs(quick_mib / usable_mib - 1) > QUICK_TOLERANCE:
+            return quick_mib <= usable_mib
+        return reserved_mib(1, **sizes) <= usable_mib
+
     networks = {}
     for name, (n_layer, n_head, n_embd) in FAMILY.items():
-        if reserved_mib(1, n_layer=n_layer, n_head=n_head, n_embd=n_embd) > usable_mib:
+        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        if not network_fits(sizes):
             break
-        networks[name] = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        networks[name] = sizes
     batch_size = largest(quick_reserved_mib, rung.batch_size, usable_mib)
     block_size = largest(lambda size: quick_reserved_mib(1, block_size=size), gpt.block_size, usable_mib, unit=64)
     return {
+        "rung": rung.name,
         "yaml": rung.yaml(plan.own.rung),
         "batch_size": checked(batch_size, reserved_mib),
         "block_size": checked(block_size, block_mib, unit=64),

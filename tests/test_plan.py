@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from nanogpt_lit import planning
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
@@ -17,10 +18,10 @@ from nanogpt_lit.plan import plan as plan_module
 from nanogpt_lit.plan.allocator import MIB, replay
 from nanogpt_lit.plan.budget import choose_budget
 from nanogpt_lit.plan.plan import measure
-from nanogpt_lit.plan.report import report
+from nanogpt_lit.plan.report import report, report_largest
 from nanogpt_lit.plan.steady import long_run
 from nanogpt_lit.plan.step import StepShape, trace_steps
-from nanogpt_lit.planning import plan_run, vocab_size
+from nanogpt_lit.planning import largest_that_fits, own_rung, plan_run, plan_rung, vocab_size
 from nanogpt_lit.settings import SettingsCLI
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -139,6 +140,29 @@ def test_gpt2_small_at_4_x_4_x_1024_needs_what_the_traces_of_nanogpt_found():
     trace = trace_steps(lambda: NanoGPTLoop(GPTConfig(vocab_size=50304, gelu="erf")), shape)
     assert trace.peak.bytes / MIB == pytest.approx(5827, rel=0.01)
     assert 0.99 * 6878 <= replay(long_run(trace, 4)).reserved / MIB <= 1.01 * 7092
+
+
+def test_the_largest_is_told_for_the_yaml_and_for_the_leanest_way_with_its_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "FAMILY", {"mine": (1, 2, 64)})
+    budget = choose_budget("rtx2050", usable="60MiB")
+    short = ["--data.block_size=128", "--trainer.accumulate_grad_batches=1", "--trainer.limit_val_batches=0"]
+    configured = settings(*short)
+    plan = plan_run(configured, budget)
+    own, leanest = largest_that_fits(configured, plan)
+    assert own["yaml"] == []
+    assert leanest["yaml"] == list(min(plan.ladder, key=lambda planned: planned.footprint.reserved_mib).yaml)
+    assert leanest["batch_size"] > own["batch_size"]
+    assert leanest["block_size"] > own["block_size"]
+    changes = tmp_path / "changes.yaml"
+    changes.write_text("\n".join(leanest["yaml"]))
+    for batch_size, fits in ((leanest["batch_size"], True), (int(leanest["batch_size"] * 1.1) + 2, False)):
+        sized = settings("--config", str(changes), *SMALL, *short, f"--data.batch_size={batch_size}")
+        footprint = plan_rung(sized, own_rung(sized), budget.card)
+        assert (footprint.reserved_mib <= budget.usable_mib) == fits
+    text = report_largest([own, leanest], plan)
+    assert own["network"] == leanest["network"] == "mine"
+    assert "as configured:" in text
+    assert all(f"    {line}\n" in text for line in leanest["yaml"])
 
 
 # The command.

@@ -114,14 +114,21 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
-def report_largest(found: dict[str, Any], plan: Plan) -> str:
+def report_largest(found: list[dict[str, Any]], plan: Plan) -> str:
     """found: what `planning.largest_that_fits` answers"""
-    shape, usable = plan.shape, plan.budget.usable_mib
-    setting = "as configured" if not found["yaml"] else "with these lines in the YAML"
-    lines = [f"the largest that fits {usable:,} MiB, {setting}", *(f"    {line}" for line in found["yaml"])]
-    batch_size, block_size, name = found["batch_size"], found["block_size"], found["network"]
-    lines.append(f"  batch    data.batch_size: {batch_size or 'not even 1'}, at {shape.block_size:,} tokens each")
-    lines.append(f"  block    data.block_size: {f'{block_size:,}' if block_size else 'not even 64'}, at batch_size 1")
-    sizes = ", ".join(f"{key}: {value}" for key, value in (found["gpt"] or {}).items())
-    lines.append(f"  network  {f'{name} ({sizes}), at batch_size 1' if name else 'not even GPT-2 small'}")
+    usable = plan.budget.usable_mib
+    lines = [f"the largest that fits {usable:,} MiB"]
+    for of_rung in found:
+        setting = "with these lines in the YAML, the leanest way" if of_rung["yaml"] else "as configured"
+        lines += ["", f"{setting}:", *(f"    {line}" for line in of_rung["yaml"]), *_largest_of(of_rung, plan)]
     return "\n".join(lines)
+
+
+def _largest_of(found: dict[str, Any], plan: Plan) -> list[str]:
+    batch_size, block_size, name = found["batch_size"], found["block_size"], found["network"]
+    sizes = ", ".join(f"{key}: {value}" for key, value in (found["gpt"] or {}).items())
+    return [
+        f"  batch    data.batch_size: {batch_size or 'not even 1'}, at {plan.shape.block_size:,} tokens each",
+        f"  block    data.block_size: {f'{block_size:,}' if block_size else 'not even 64'}, at batch_size 1",
+        f"  network  {f'{name} ({sizes}), at batch_size 1' if name else 'not even GPT-2 small'}",
+    ]
