@@ -31,6 +31,7 @@ SMALLER = {
     "nanogpt_lit fit --config configs/quickstart.yaml": f"{TINY_RUN} --trainer.default_root_dir=ROOT/runs/quickstart",
     "nanogpt_lit fit": f"{TINY_RUN} --trainer.default_root_dir=ROOT/runs/own --data.tokenizer=byte",
     "nanogpt_lit plan": "--model.gpt.n_layer=2 --data.block_size=64 --model.gpt.vocab_size=512 --data.tokenizer=byte",
+    "nanogpt_lit tune": f"{TINY_RUN} --trainer.default_root_dir=ROOT/runs/tune --out=ROOT/tuned.yaml",
     "nanogpt_lit doctor": "",
     "nanogpt_lit keep-alive-unit": "",
     "nanogpt_lit accelerate-config": "",

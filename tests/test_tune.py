@@ -2,17 +2,20 @@
 
 import math
 import random
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.optim.adamw import AdamWConfig
+from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.recipes import MODERN, NANOGPT, RECIPES, recipe_of
-from nanogpt_lit.settings import SettingsCLI
 from nanogpt_lit.tune.candidate import Candidate, micro_batches, other_steps
 from nanogpt_lit.tune.command import seconds_of_budget
 from nanogpt_lit.tune.search import RATES, decide, search, surely_better
@@ -218,13 +221,15 @@ def test_another_budget_is_refused(text):
 
 def test_the_recipes_are_those_of_the_configurations():
     def model(name):
-        return SettingsCLI(args=["--config", str(CONFIGS / f"{name}.yaml")]).settings.model
+        section = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
+        kinds = {"gpt": GPTConfig, "optim": AdamWConfig, "schedule": ScheduleConfig}
+        return {key: asdict(kind(**section[key])) for key, kind in kinds.items()}
 
     assert recipe_of(model("shakespeare_char_cpu")) == recipe_of(model("rtx2050")) == "nanogpt"
     assert recipe_of(model("modern_char_cpu")) == recipe_of(model("modern_rtx2050")) == "modern"
     assert {s: set(keys) for s, keys in NANOGPT.items()} == {s: set(keys) for s, keys in MODERN.items()}
     mixture = model("rtx2050")
-    mixture.gpt.positions = "rotary"
+    mixture["gpt"]["positions"] = "rotary"
     assert recipe_of(mixture) is None
     assert list(RECIPES) == ["nanogpt", "modern"]
 
@@ -257,6 +262,21 @@ def test_a_real_search_writes_a_yaml_that_fit_trains(config, capsys):
     assert main(["fit", "--config", str(tuned), *two_steps]) == 0
     assert main(["tune", "--config", str(config), "--budget", "12s"]) == 2
     assert "small_tuned.yaml is there already" in capsys.readouterr().err
+
+
+def test_ctrl_c_writes_the_best_so_far(config, monkeypatch, capsys):
+    said = []
+
+    def say(line):
+        said.append(line)
+        if len(said) == 5:  # the heading of the round and four runs, each at twice the rate of the one before
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("nanogpt_lit.tune.run.search", lambda *arguments: search(*arguments[:-1], say))
+    assert main(["tune", "--config", str(config), "--budget", "5min"]) == 130
+    assert len(said) == 5
+    assert "not sure: stopped before it was compared over seeds" in capsys.readouterr().out
+    assert yaml.safe_load(config.with_name("small_tuned.yaml").read_text())["model"]["optim"]["lr"] == 2e-4
 
 
 def test_what_the_user_can_mend_is_one_sentence(config, tmp_path, capsys):
