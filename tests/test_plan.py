@@ -144,7 +144,7 @@ def test_gpt2_small_at_4_x_4_x_1024_needs_what_the_traces_of_nanogpt_found():
 
 def test_the_largest_is_told_for_the_yaml_and_for_the_leanest_way_with_its_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "FAMILY", {"mine": (1, 2, 64)})
-    budget = choose_budget("rtx2050", usable="60MiB")
+    budget = choose_budget("rtx2050", usable="40MiB")
     short = ["--data.block_size=128", "--trainer.accumulate_grad_batches=1", "--trainer.limit_val_batches=0"]
     configured = settings(*short)
     plan = plan_run(configured, budget)
