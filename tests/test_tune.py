@@ -173,6 +173,11 @@ def test_a_search_that_measured_nothing_proposes_nothing():
     assert decide(found_in(landscape)) is None
 
 
+def test_where_every_run_diverges_nothing_is_proposed():
+    landscape = Landscape({"nanogpt": (4e-3, 2.0), "modern": (4e-3, 1.5)}, diverges_above=0.0)
+    assert decide(found_in(landscape)) is None
+
+
 def test_a_short_runs_rate_is_lowered_for_a_long_one_and_the_yamls_kept_in_between():
     found = found_in(Landscape({"nanogpt": (4e-3, 2.0), "modern": (2e-3, 2.5)}), max_steps=100_000)
     decision = decide(found)
