@@ -3,8 +3,9 @@
     python scripts/ablate.py --source input.txt
 
 The data sets are the characters of that text and the GPT-2 tokens of Python's standard library. Runs of one seed see
-the same batches in the same order, so differences are taken seed by seed. Losses are compared at a
-step and not at a second: they do not depend on the machine's load.
+the same tokens in the same order, so differences are taken seed by seed. Losses are compared after equally many tokens
+and not after equal time: they do not depend on the machine's load. Beside the options there are two experiments, a
+batch that grows during the run and the modern recipe on half the tokens: what does nanogpt's loss cost there?
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,12 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
+from nanogpt_lit.loops.reference import Batch
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+
+Recipe = tuple[GPTConfig, AdamWConfig, ScheduleConfig]
 
 NANOGPT = (
     GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False, gelu="erf"),
@@ -47,6 +52,22 @@ WITHOUT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "cooldown": ({}, {}, {"decay": "cosine", "min_lr_ratio": 0.1}),
 }
 UNTIED = "an untied head in addition"
+HALF = "modern on half the tokens"
+GROWING = {"half": 2, "a quarter of": 4}
+GROWING_SHARE = 0.25
+"""Of the run's tokens, at its start, that come in smaller batches: before the cooldown, where a large batch pays."""
+
+
+class SmallAtFirst:
+    """The loader's batches, the first of them cut into smaller ones: the same tokens in more steps."""
+
+    def __init__(self, loader: Iterable[Batch], cut: int, pieces: int) -> None:
+        self.loader, self.cut, self.pieces = loader, cut, pieces
+
+    def __iter__(self) -> Iterator[Batch]:
+        for k, (tokens, targets) in enumerate(self.loader):
+            pieces = self.pieces if k < self.cut else 1
+            yield from zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True)
 
 
 class LastLoss(Observer):
@@ -56,7 +77,7 @@ class LastLoss(Observer):
         self.loss = float(loss)
 
 
-def recipes() -> dict[str, tuple[GPTConfig, AdamWConfig, ScheduleConfig]]:
+def recipes() -> dict[str, Recipe]:
     found = {"nanogpt": NANOGPT, "modern": MODERN}
     for name, (gpt, optim, schedule) in WITHOUT.items():
         found[f"without {name}"] = (
@@ -68,19 +89,29 @@ def recipes() -> dict[str, tuple[GPTConfig, AdamWConfig, ScheduleConfig]]:
     return found
 
 
+def experiments(steps: int) -> dict[str, tuple[Recipe, int, int]]:
+    """Each run's recipe, steps of a whole batch, and pieces of its first ones."""
+    runs = {name: (recipe, steps, 1) for name, recipe in recipes().items()}
+    runs |= {f"batches of {size} the size at first": (MODERN, steps, n) for size, n in GROWING.items()}
+    return runs | {HALF: (MODERN, steps // 2, 1)}
+
+
 def validation_loss(
-    recipe: tuple[GPTConfig, AdamWConfig, ScheduleConfig], network: dict[str, Any], data: TokenDataModule,
-    steps: int, seed: int,
+    recipe: Recipe, network: dict[str, Any], data: TokenDataModule,
+    steps: int, seed: int, pieces: int = 1,
 ) -> float:  # fmt: skip
+    """pieces: into how many steps each of the first batches, GROWING_SHARE of all, is cut"""
     gpt, optim, schedule = recipe
     data.seed = seed
     torch.manual_seed(seed)
-    module = LitNanoGPT(
-        replace(gpt, vocab_size=data.vocab_size, **network), optim, replace(schedule, total_steps=steps)
-    )
-    settings = LoopSettings(steps, gradient_clip_val=1.0, val_check_interval=steps, limit_val_batches=80, seed=seed)
+    cut = round(GROWING_SHARE * steps)
+    total = steps + (pieces - 1) * cut
+    # The cooldown falls over the same tokens, however many steps came before it.
+    schedule = replace(schedule, total_steps=total, cooldown_ratio=schedule.cooldown_ratio * steps / total)
+    module = LitNanoGPT(replace(gpt, vocab_size=data.vocab_size, **network), optim, schedule)
+    settings = LoopSettings(total, gradient_clip_val=1.0, val_check_interval=total, limit_val_batches=80, seed=seed)
     last = LastLoss()
-    reference.train(module, data.train_dataloader(), data.val_dataloader(), settings, last)
+    reference.train(module, SmallAtFirst(data.train_dataloader(), cut, pieces), data.val_dataloader(), settings, last)
     return last.loss
 
 
@@ -104,11 +135,12 @@ def main() -> None:
         data = TokenDataModule(**source, block_size=64, shards_dir=str(args.shards / kind))
         data.prepare_data()
         data.setup()
-        losses: dict[str, list[float]] = {name: [] for name in recipes()}
+        runs = experiments(args.steps)
+        losses: dict[str, list[float]] = {name: [] for name in runs}
         started_s = time.perf_counter()
         for seed in range(args.seeds):
-            for name, recipe in recipes().items():
-                losses[name].append(validation_loss(recipe, network, data, args.steps, seed))
+            for name, (recipe, steps, pieces) in runs.items():
+                losses[name].append(validation_loss(recipe, network, data, steps, seed, pieces))
                 print(f"{kind}, seed {seed}, {name}: {losses[name][-1]:.4f}", flush=True)
             write(args.out, kind, data, args.steps, losses, time.perf_counter() - started_s)
         print(table(losses))
