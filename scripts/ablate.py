@@ -38,7 +38,7 @@ NANOGPT = (
     ScheduleConfig(warmup_steps=20),
 )
 MODERN = (
-    replace(NANOGPT[0], positions="rotary", qk_norm=True, norm="rms", activation="relu2", zero_init=True),
+    replace(NANOGPT[0], positions="rotary", qk_norm=True, activation="relu2"),
     replace(NANOGPT[1], lr=5e-3, matrices="muon", muon_momentum=0.9),
     replace(NANOGPT[2], decay="cooldown", cooldown_ratio=0.6, min_lr_ratio=0.0),
 )
@@ -47,8 +47,6 @@ WITHOUT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "rotary positions": ({"positions": "learned"}, {}, {}),
     "QK normalisation": ({"qk_norm": False}, {}, {}),
     "squared ReLU": ({"activation": "gelu"}, {}, {}),
-    "RMSNorm": ({"norm": "layer"}, {}, {}),
-    "zero-initialised projections": ({"zero_init": False}, {}, {}),
     "cooldown": ({}, {}, {"decay": "cosine", "min_lr_ratio": 0.1}),
 }
 UNTIED = "an untied head in addition"

@@ -26,13 +26,12 @@ from nanogpt_lit.parity.settled import OVERFLOWS
 OPTIONS = {
     "rotary": {"positions": "rotary"},
     "qk_norm": {"qk_norm": True},
-    "rms": {"norm": "rms"},
     "relu2": {"activation": "relu2"},
     "untied": {"tied_head": False},
 }
 MODERN = GPTConfig(
     block_size=16, vocab_size=53, n_layer=2, n_head=2, n_embd=16, bias=False, tied_head=False,
-    positions="rotary", qk_norm=True, norm="rms", activation="relu2",
+    positions="rotary", qk_norm=True, activation="relu2",
 )  # fmt: skip
 MUON = AdamWConfig(lr=0.01, matrices="muon", muon_lr=0.02)
 
@@ -67,7 +66,8 @@ def written_out(gpt, tokens):
     config, weights = gpt.config, dict(gpt.named_parameters())
     T, H, D = tokens.size(1), config.n_head, config.n_embd // config.n_head
 
-    def rms(x):
+    def normed(x):
+        x = x - x.sum(-1, keepdim=True) / x.size(-1)
         return x / (x.pow(2).sum(-1, keepdim=True) / x.size(-1) + 1e-5).sqrt()
 
     def unit(x):
@@ -83,7 +83,7 @@ def written_out(gpt, tokens):
     x = weights["transformer.wte.weight"][tokens]
     for layer in range(config.n_layer):
         of = {name.split(f".h.{layer}.")[1]: w for name, w in weights.items() if f".h.{layer}." in name}
-        qkv = (rms(x) * of["ln_1.weight"]) @ of["attn.c_attn.weight"].T
+        qkv = (normed(x) * of["ln_1.weight"]) @ of["attn.c_attn.weight"].T
         heads = []
         for h in range(H):
             q, k, v = (qkv[..., C : C + D] for C in (h * D, (H + h) * D, (2 * H + h) * D))
@@ -91,9 +91,9 @@ def written_out(gpt, tokens):
             scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
             heads.append(scores.softmax(-1) @ v)
         x = x + torch.cat(heads, dim=-1) @ of["attn.c_proj.weight"].T
-        inside = (rms(x) * of["ln_2.weight"]) @ of["mlp.c_fc.weight"].T
+        inside = (normed(x) * of["ln_2.weight"]) @ of["mlp.c_fc.weight"].T
         x = x + (inside * (inside > 0)) ** 2 @ of["mlp.c_proj.weight"].T
-    return (rms(x) * weights["transformer.ln_f.weight"]) @ weights["lm_head.weight"].T
+    return (normed(x) * weights["transformer.ln_f.weight"]) @ weights["lm_head.weight"].T
 
 
 def test_the_modern_network_equals_itself_written_out_in_complex_numbers():
@@ -111,16 +111,6 @@ def test_only_the_distance_of_two_tokens_counts_where_positions_are_rotary():
     assert abs((rotary(q, 9) * rotary(k, 0)).sum() - near) > 1e-3
 
 
-def test_zero_init_begins_every_block_as_the_identity():
-    torch.manual_seed(0)
-    gpt = GPT(replace(MODERN, zero_init=True))
-    embedded = gpt.transformer.wte(window())
-    assert torch.equal(gpt.hidden(window()), gpt.transformer.ln_f(embedded))
-    assert not torch.equal(GPT(MODERN).hidden(window()), gpt.hidden(window()))
-    gpt.loss(window(), window(2)).backward()
-    assert gpt.transformer.h[0].mlp.c_proj.weight.grad.any()  # it leaves zero at the first step
-
-
 def test_rotary_positions_have_no_parameters_and_nothing_in_a_checkpoint():
     learned, rotary = GPT(replace(MODERN, positions="learned")), GPT(MODERN)
     assert set(learned.state_dict()) - set(rotary.state_dict()) == {"transformer.wpe.weight"}
@@ -130,7 +120,7 @@ def test_rotary_positions_have_no_parameters_and_nothing_in_a_checkpoint():
 
 @pytest.mark.parametrize("option", [*OPTIONS, "all"])
 def test_cached_and_uncached_generation_agree(option):
-    base = replace(MODERN, positions="learned", qk_norm=False, norm="layer", activation="gelu", tied_head=True)
+    base = replace(MODERN, positions="learned", qk_norm=False, activation="gelu", tied_head=True)
     gpt = randomised(MODERN if option == "all" else replace(base, **OPTIONS[option]))
     prompt = window(T=5)
     # 30 tokens: the context of 16 overflows and is read again, twice.
@@ -200,7 +190,6 @@ def test_a_checkpoint_from_before_an_option_counts_as_its_default():
     ("options", "sentence"),
     [
         ({"positions": "alibi"}, r"model\.gpt\.positions='alibi' .* 'rotary'"),
-        ({"norm": "batch"}, r"model\.gpt\.norm='batch' .* 'rms'"),
         ({"activation": "swish"}, r"model\.gpt\.activation='swish' .* 'relu2'"),
         ({"positions": "rotary", "n_embd": 6, "n_head": 2}, r"n_embd=6 over n_head=2 gives each head 3; n_embd=12"),
     ],
@@ -233,7 +222,7 @@ def test_the_three_loops_give_the_same_bits_with_the_modern_recipe(precision, da
     torch.set_num_threads(1)
     case = Case(
         LoopSettings(4, 2, 0.05, precision, val_check_interval=4, limit_val_batches=2, seed=7),
-        replace(MODERN, vocab_size=257, zero_init=True, dropout=0.1),
+        replace(MODERN, vocab_size=257, dropout=0.1),
         MUON,
         ScheduleConfig(warmup_steps=1, total_steps=4, decay="cooldown"),
         scaler=OVERFLOWS if precision == "16-mixed" else {},
@@ -245,7 +234,7 @@ def test_the_three_loops_give_the_same_bits_with_the_modern_recipe(precision, da
 
 def test_the_modern_recipe_learns():
     torch.manual_seed(0)
-    module = LitNanoGPT(replace(MODERN, zero_init=True), MUON, ScheduleConfig(warmup_steps=2, total_steps=40))
+    module = LitNanoGPT(MODERN, MUON, ScheduleConfig(warmup_steps=2, total_steps=40))
     configured = module.configure_optimizers()
     before = copy.deepcopy(module.state_dict())
     losses = []

@@ -18,7 +18,7 @@ from nanogpt_lit.plan.shape_tensor import ShapeMode, ShapeTensor
 from nanogpt_lit.plan.step import StepShape, trace_steps
 
 GPT: dict[str, Any] = {"block_size": 64, "vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 64}
-MODERN = {"positions": "rotary", "norm": "rms", "qk_norm": True, "activation": "relu2", "bias": False}
+MODERN = {"positions": "rotary", "qk_norm": True, "activation": "relu2", "bias": False}
 OWN = Rung("as configured", MemoryConfig(), 4, 2)
 RUNGS = {rung.name: rung.memory for rung in ladder(OWN, 64, casts_weights=True) if rung.batch_size == 4}
 

@@ -60,13 +60,6 @@ class GPTConfig:
     """Scale each query and key to length sqrt(n_embd / n_head) before they meet, which bounds attention's logits:
     Henry et al. (arXiv:2010.04245), as Dehghani et al., ViT-22B (arXiv:2302.05442), but with nothing learned."""
 
-    norm: Literal["layer", "rms"] = "layer"
-    """rms leaves out the mean and the bias of a layer norm: Zhang and Sennrich, RMSNorm (arXiv:1910.07467)."""
-
-    zero_init: bool = False
-    """Start the last matrix of each attention and MLP at zero, so that every block begins as the identity: Zhang et
-    al., Fixup (arXiv:1901.09321)."""
-
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             size = getattr(self, name)
@@ -84,11 +77,7 @@ class GPTConfig:
             raise ValueError(f"model.gpt.dropout={self.dropout} is not in [0, 1); 0.0 turns dropout off.")
         if self.gelu not in ("tanh", "erf"):
             raise ValueError(f"model.gpt.gelu={self.gelu!r} is not known; use 'tanh' (GPT-2) or 'erf' (nanoGPT).")
-        for name, known in (
-            ("activation", ("gelu", "relu2")),
-            ("positions", ("learned", "rotary")),
-            ("norm", ("layer", "rms")),
-        ):
+        for name, known in (("activation", ("gelu", "relu2")), ("positions", ("learned", "rotary"))):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"model.gpt.{name}={value!r} is not known; use {known[0]!r} (GPT-2) or {known[1]!r}.")
         if self.positions == "rotary" and (self.n_embd // self.n_head) % 2 != 0:
@@ -126,8 +115,6 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             elif ".ln_" in name:
                 nn.init.ones_(parameter)
-            elif name.endswith("c_proj.weight") and self.config.zero_init:
-                nn.init.zeros_(parameter)
             elif name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
@@ -182,7 +169,7 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = norm(config)
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
@@ -201,18 +188,12 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
-def norm(config: GPTConfig) -> nn.LayerNorm | nn.RMSNorm:
-    if config.norm == "rms":
-        return nn.RMSNorm(config.n_embd, eps=1e-5)  # a layer norm's; torch's own default changes with the dtype
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
-
-
 class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = norm(config)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = norm(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:

@@ -210,11 +210,6 @@ class HostLayerNorm(_AtHome, nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.fetch(self.weight, x.device), bias, self.eps)
 
 
-class HostRMSNorm(_AtHome, nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.fetch(self.weight, x.device), self.eps)
-
-
 class HostEmbedding(_AtHome, nn.Embedding):
     """The rows are looked up in host memory, in float32, and only they travel."""
 
@@ -222,12 +217,7 @@ class HostEmbedding(_AtHome, nn.Embedding):
         return super().forward(tokens.to(self.weight.device)).to(tokens.device)
 
 
-AT_HOME = {
-    nn.Linear: HostLinear,
-    nn.LayerNorm: HostLayerNorm,
-    nn.RMSNorm: HostRMSNorm,
-    nn.Embedding: HostEmbedding,
-}
+AT_HOME = {nn.Linear: HostLinear, nn.LayerNorm: HostLayerNorm, nn.Embedding: HostEmbedding}
 
 
 def keep_on_host(module: nn.Module, host: HostWeights, keep: bool) -> None:
