@@ -76,6 +76,7 @@ class Setup:
     scaler: tuple = ()
     implementation: str = "fused"
     workers: int = 0
+    modern: bool = False
 
     def settings(self, until):
         return LoopSettings(
@@ -85,11 +86,13 @@ class Setup:
 
     def module(self):
         torch.manual_seed(3)
-        return LitNanoGPT(
-            GPTConfig(block_size=8, vocab_size=257, n_layer=2, n_head=2, n_embd=8, dropout=0.1),
-            AdamWConfig(lr=0.01, implementation=self.implementation),
-            ScheduleConfig(warmup_steps=3, total_steps=STEPS),
-        )
+        gpt = GPTConfig(block_size=8, vocab_size=257, n_layer=2, n_head=2, n_embd=8, dropout=0.1)
+        optim = AdamWConfig(lr=0.01, implementation=self.implementation)
+        schedule = ScheduleConfig(warmup_steps=3, total_steps=STEPS)
+        if self.modern:
+            gpt = replace(gpt, bias=False, positions="rotary", qk_norm=True, activation="relu2")
+            optim, schedule = replace(optim, matrices="muon"), replace(schedule, decay="cooldown")
+        return LitNanoGPT(gpt, optim, schedule)
 
     def data(self, shards):
         data = TokenDataModule(**shards, num_workers=self.workers)
@@ -252,6 +255,7 @@ SOME = [
     ("P1L2A3P4L", Setup("32-true", 3, implementation="for-loop")),
     ("A7A", Setup("32-true", 4, implementation="foreach")),
     ("L8L", Setup("16-mixed", 1, FLOAT16)),
+    ("L2P4A6L8A", Setup("16-mixed", 3, FLOAT16, modern=True)),
 ]
 
 

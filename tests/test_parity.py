@@ -67,6 +67,16 @@ def case(precision="32-true", accumulate=1, clip=0.05, dropout=0.1, implementati
     )
 
 
+def modern(**rest):
+    base = case(dropout=0.0, **rest)
+    return replace(
+        base,
+        gpt=replace(base.gpt, bias=False, positions="rotary", qk_norm=True, activation="relu2"),
+        optim=replace(base.optim, matrices="muon"),
+        schedule=replace(base.schedule, decay="cooldown"),
+    )
+
+
 GRID = {
     "float32": case(),
     "float32, nothing clipped, no dropout": case(clip=None, dropout=0.0),
@@ -102,6 +112,7 @@ ON_TWO = {
     "float32, a ragged last window": case(accumulate=4, ragged=6, processes=2),
     "bfloat16, nothing clipped": case("bf16-mixed", clip=None, processes=2),
     "float16, accumulation, steps skipped and scale grown": case("16-mixed", 4, scaler=OVERFLOWS, processes=2),
+    "the modern recipe": modern(accumulate=2, processes=2),
 }
 
 
@@ -127,6 +138,18 @@ def test_two_processes_give_the_same_bits_in_each_of_the_three_loops(name, on_tw
     losses = [[curves["train/loss"] for _, curves in o.curves["reference"] if "train/loss" in curves] for o in outcomes]
     assert losses[0] == losses[1]  # each has samples of its own, and the curve is of all
     assert outcomes[0].skipped_steps == (2 if ON_TWO[name].scaler else 0)
+
+
+def test_the_modern_recipe_takes_on_two_processes_the_steps_that_it_takes_on_one(on_two, data):
+    """Muon orthogonalises the mean of both processes' gradients: two windows of 2 are one of 4."""
+    data.position = None
+    alone = LOOPS["reference"](modern(accumulate=4), data).curves
+    together = on_two[0][0][list(ON_TWO).index("the modern recipe")].curves["reference"]
+    for tag in ("train/loss", "train/grad_norm"):
+        one, two = ([values[tag] for _, values in curves if tag in values] for curves in (alone, together))
+        assert len(one) == STEPS
+        # Gradients are summed in another order, and a small singular value is made as large as the others.
+        assert two == pytest.approx(one, rel=1e-4), tag
 
 
 @pytest.mark.parametrize("settled", OF_TWO, ids=lambda settled: settled.name)

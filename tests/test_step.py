@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,8 +92,14 @@ def agree(planned, trace):
     assert trace.peak.phase == planned.peak.phase
 
 
+def modern():
+    gpt = replace(GPT, bias=False, positions="rotary", qk_norm=True, activation="relu2")
+    return LitNanoGPT(gpt, AdamWConfig(matrices="muon"))
+
+
+@pytest.mark.parametrize("module", [module, modern])
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-def test_pytorchs_memory_tracker_agrees_on_the_peak(precision):
+def test_pytorchs_memory_tracker_agrees_on_the_peak(precision, module):
     dtype = {"32-true": None, "16-mixed": torch.float16}[precision]
     with FakeTensorMode(), cuda_paths():
         lit = module()
