@@ -52,10 +52,10 @@ def screen(found: Found, decision: Decision, changed: Changes) -> list[str]:
     lines.append("")
     given_s, challenger = decision.given_s, decision.challenger
     if decision.gains:
+        final = [run for run in found.runs if run.round == len(UNITS)]
+        seeds = {run.seed for run in final if run.candidate == found.own}  # the last pair may have been cut short
         losses = {
-            candidate: statistics.mean(
-                run.loss for run in found.runs if run.round == len(UNITS) and run.candidate == candidate
-            )
+            candidate: statistics.mean(run.loss for run in final if run.candidate == candidate and run.seed in seeds)
             for candidate in (found.own, challenger)
         }
         lines.append(f"validation loss after {given_s:.3g} s: {losses[challenger]:.4f}, yours {losses[found.own]:.4f}")
