@@ -29,6 +29,7 @@ from nanogpt_lit.loops.reference import Batch
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.recipes import MODERN as OPTIONS
 
 Recipe = tuple[GPTConfig, AdamWConfig, ScheduleConfig]
 
@@ -38,9 +39,9 @@ NANOGPT = (
     ScheduleConfig(warmup_steps=20),
 )
 MODERN = (
-    replace(NANOGPT[0], positions="rotary", qk_norm=True, activation="relu2"),
-    replace(NANOGPT[1], lr=5e-3, matrices="muon", muon_momentum=0.9),
-    replace(NANOGPT[2], decay="cooldown", cooldown_ratio=0.6, min_lr_ratio=0.0),
+    replace(NANOGPT[0], **OPTIONS["gpt"]),
+    replace(NANOGPT[1], **OPTIONS["optim"], lr=5e-3, muon_momentum=0.9),
+    replace(NANOGPT[2], **OPTIONS["schedule"], cooldown_ratio=0.6),
 )
 WITHOUT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "muon": ({}, {"matrices": "adamw", "lr": 2e-3}, {}),  # at the rate that serves AdamW
