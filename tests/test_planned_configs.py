@@ -52,6 +52,18 @@ def test_each_fits_what_the_plan_counts_on_without_any_option(name):
     assert float(reserved.replace(",", "")) <= choose_budget("rtx2050").usable_mib
 
 
+@pytest.mark.slow
+def test_the_medium_one_is_exact_below_its_limit_where_the_header_says_how():
+    """Weights and gradients on the card: the header's other setting, and by how much it misses what `plan` counts on."""
+    settings = settings_of("rtx2050_medium")
+    own = own_rung(settings)
+    exact = replace(own, memory=replace(own.memory, weights="card", optimizer_state="host"))
+    reserved_mib = plan_rung(settings, exact, card_named("rtx2050")).reserved_mib
+    assert reserved_mib <= LARGEST_MIB["rtx2050_medium"]
+    text = (CONFIGS / "rtx2050_medium.yaml").read_text(encoding="utf-8")
+    assert f"{reserved_mib - choose_budget('rtx2050').usable_mib:.0f} MiB more than `plan` counts on" in text
+
+
 @pytest.mark.parametrize("name", ["rtx2050_medium", "rtx2050_large", "rtx2050_xl"])
 def test_host_memory_and_time_follow_from_networks_of_two_and_four_layers(name):
     """Each layer takes as much as the one before; what is reserved has gaps, which no line foretells."""
