@@ -113,6 +113,13 @@ def test_the_first_screen_says_what_to_do(tight):
     assert max(map(len, text.splitlines())) <= 180
 
 
+def test_it_says_whether_expandable_segments_need_less_or_more(plan, monkeypatch):
+    own = plan.own.footprint
+    for needs_mib, words in [(-100, "closes gaps: 100 MiB less for yours"), (100, "needs 100 MiB more for yours")]:
+        monkeypatch.setitem(vars(own), "expandable_reserved_mib", own.reserved_mib + needs_mib)
+        assert words in report(plan, "mine.yaml")
+
+
 def test_where_nothing_fits_it_goes_down_to_single_sequences_and_says_so(nothing_fits):
     assert nothing_fits.cheapest is None
     assert nothing_fits.ladder[-1].rung.batch_size == 1

@@ -107,10 +107,9 @@ def _notes(plan: Plan) -> list[str]:
     notes = ["MiB is what PyTorch reserves: allocations, rounded, and the gaps between them."]
     if plan.own.changes_numerics:
         notes.append("numerics: model.optim.state_bits=8 rounds AdamW's moments, and trains to other weights.")
-    if saved >= 16 and plan.budget.system != "windows":
-        notes.append(
-            f"Under Linux, PYTORCH_ALLOC_CONF=expandable_segments:True closes gaps: {saved:,.0f} MiB less for yours."
-        )
+    if abs(saved) >= 16 and plan.budget.system != "windows":
+        effect = f"closes gaps: {saved:,.0f} MiB less" if saved > 0 else f"needs {-saved:,.0f} MiB more"
+        notes.append(f"Under Linux, PYTORCH_ALLOC_CONF=expandable_segments:True {effect} for yours.")
     return notes
 
 

@@ -45,7 +45,8 @@ def draw(found: Found, decision: Decision, path: Path) -> bool:
     by_time.set(xlabel="seconds", title="the last comparison: training, and validation (diamonds)")
     for axes in (by_rate, by_time):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if axes.get_legend_handles_labels()[0]:  # a search that was stopped early has no last comparison
+            axes.legend(fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
