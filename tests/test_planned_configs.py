@@ -54,7 +54,7 @@ def test_each_fits_what_the_plan_counts_on_without_any_option(name):
 
 @pytest.mark.slow
 def test_the_medium_one_is_exact_below_its_limit_where_the_header_says_how():
-    """Weights and gradients on the card: the header's other setting, and by how much it misses what `plan` counts on."""
+    """Weights and gradients on the card, as the header says, and by how much that misses what `plan` counts on."""
     settings = settings_of("rtx2050_medium")
     own = own_rung(settings)
     exact = replace(own, memory=replace(own.memory, weights="card", optimizer_state="host"))
