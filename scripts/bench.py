@@ -81,7 +81,14 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="nanoGPT's folder; without it those are left out")
     parser.add_argument("--scaling", action="store_true", help="instead: cost over model size, block, batch and data")
-    parser.add_argument("--start", action="store_true", help="instead: time to the first step of fit, and of --help")
+    parser.add_argument(
+        "--start",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="TIMES",
+        help="instead: time to fit's first step and of --help",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers to this file")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the curves of --scaling")
     args = parser.parse_args()
@@ -93,7 +100,7 @@ def main() -> None:
     }
     print(record["hardware"])
     if args.start:
-        record |= start_times()
+        record |= start_times(args.start)
     elif args.scaling:
         from bench_scaling import measure_scaling
 
@@ -233,15 +240,15 @@ class Variant:
         self.process.communicate()
 
 
-def start_times() -> dict[str, Any]:
+def start_times(times: int) -> dict[str, Any]:
     """Seconds from the command to the first step of fit, with the shards yet to make and with them there; to --help."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "nanogpt_lit", "fit", "--config", START_CONFIG, "--trainer.max_steps=1"]
         command += ["--trainer.limit_val_batches=0", f"--trainer.default_root_dir={folder}"]
-        first = [seconds_until(command, r"step 1/1") for _ in range(4)]
+        first = [seconds_until(command, r"step 1/1") for _ in range(1 + times)]
     helps = {
         name or "(none)": median(
-            seconds_until([sys.executable, "-m", "nanogpt_lit", *name.split(), "--help"], "usage") for _ in range(5)
+            seconds_until([sys.executable, "-m", "nanogpt_lit", *name.split(), "--help"], "usage") for _ in range(times)
         )
         for name in LIGHT_COMMANDS
     }

@@ -37,6 +37,7 @@ SMALLER = {
     "nanogpt_lit accelerate-config": "",
     "nanogpt_lit generate": "--max-new-tokens=4",
     "scripts/parity.py": "--steps=2 --precision 32-true --optimizer fused --processes 1 --skip-memory --out=ROOT/p",
+    "scripts/bench.py --start": "1",
     "scripts/bench.py": "--steps=2 --warm-up=1 --sizes 1M --variants plain",
     "scripts/bench_prepare.py": "--pairs=1 --source=ROOT/my_texts",
     "scripts/bench_generate.py": "--tokens=8 --n-layer=1",
