@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,16 +44,13 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="char-rnn's input.txt")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="nanoGPT's folder")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn (3)")
-    parser.add_argument("--nanogpt-recipe-steps", type=int, default=1400, help="(1400)")
-    parser.add_argument("--modern-steps", type=int, default=280, help="(280)")
-    parser.add_argument("--long-steps", type=int, default=860, help="modern in nanoGPT's time, twice the batch (860)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers to this file")
     args = parser.parse_args()
     runs: dict[str, Callable[[Path], dict[str, float]]] = {
-        "recipe nanogpt": lambda folder: fit(folder, args, "shakespeare_char_cpu", args.nanogpt_recipe_steps),
-        "recipe modern": lambda folder: fit(folder, args, "modern_char_cpu", args.modern_steps),
+        "recipe nanogpt": lambda folder: fit(folder, args.source, "shakespeare_char_cpu", 1400),
+        "recipe modern": lambda folder: fit(folder, args.source, "modern_char_cpu", 275),
         "recipe modern, longer": lambda folder: fit(
-            folder, args, "modern_char_cpu", args.long_steps, batch_size=24, lr=7e-3
+            folder, args.source, "modern_char_cpu", 860, batch_size=24, options=["--model.optim.lr=7e-3"]
         ),
     }
     if args.nanogpt:
@@ -104,14 +101,14 @@ def nanogpt(folder: Path, source: Path) -> dict[str, float]:
 
 
 def fit(
-    folder: Path, args: argparse.Namespace, config: str, steps: int, batch_size: int = 12, lr: float | None = None
+    folder: Path, source: Path, config: str, steps: int, batch_size: int = 12, options: Sequence[str] = ()
 ) -> dict[str, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     command = [sys.executable, "-m", "nanogpt_lit", "fit", "--config", f"configs/{config}.yaml"]
-    command += [f"--data.source={args.source.resolve()}", f"--trainer.default_root_dir={folder}"]
+    command += [f"--data.source={source.resolve()}", f"--trainer.default_root_dir={folder}"]
     command += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
-    command += [f"--data.batch_size={batch_size}", *([] if lr is None else [f"--model.optim.lr={lr}"])]
+    command += [f"--data.batch_size={batch_size}", *options]
     _, seconds = run_command(command, ROOT)
     events = EventAccumulator(str(folder / "version_0"))
     events.Reload()

@@ -31,6 +31,7 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.parity.runs import HalfOnProcessors, lightning_precision
+from nanogpt_lit.recipes import MODERN
 from nanogpt_lit.settings import quiet_lightning
 
 STEPS = 12
@@ -90,8 +91,8 @@ class Setup:
         optim = AdamWConfig(lr=0.01, implementation=self.implementation)
         schedule = ScheduleConfig(warmup_steps=3, total_steps=STEPS)
         if self.modern:
-            gpt = replace(gpt, bias=False, positions="rotary", qk_norm=True, activation="relu2")
-            optim, schedule = replace(optim, matrices="muon"), replace(schedule, decay="cooldown")
+            gpt = replace(gpt, bias=False, **MODERN["gpt"])
+            optim, schedule = replace(optim, **MODERN["optim"]), replace(schedule, **MODERN["schedule"])
         return LitNanoGPT(gpt, optim, schedule)
 
     def data(self, shards):

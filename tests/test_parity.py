@@ -28,6 +28,7 @@ from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.record import FINAL, Difference, compare, same
 from nanogpt_lit.parity.runs import LOOPS, Case, quiet
 from nanogpt_lit.parity.settled import OVERFLOWS, SETTLED, drifts
+from nanogpt_lit.recipes import MODERN
 from nanogpt_lit.settings import quiet_lightning
 
 ROOT = Path(__file__).parents[1]
@@ -71,9 +72,9 @@ def modern(**rest):
     base = case(dropout=0.0, **rest)
     return replace(
         base,
-        gpt=replace(base.gpt, bias=False, positions="rotary", qk_norm=True, activation="relu2"),
-        optim=replace(base.optim, matrices="muon"),
-        schedule=replace(base.schedule, decay="cooldown"),
+        gpt=replace(base.gpt, bias=False, **MODERN["gpt"]),
+        optim=replace(base.optim, **MODERN["optim"]),
+        schedule=replace(base.schedule, **MODERN["schedule"]),
     )
 
 

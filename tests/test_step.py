@@ -21,6 +21,7 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 from nanogpt_lit.plan.step import StepShape, trace_steps
 from nanogpt_lit.plan.trace import MemoryTrace
+from nanogpt_lit.recipes import MODERN
 
 GPT = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=64)
 B, T = 4, 64
@@ -93,8 +94,7 @@ def agree(planned, trace):
 
 
 def modern():
-    gpt = replace(GPT, bias=False, positions="rotary", qk_norm=True, activation="relu2")
-    return LitNanoGPT(gpt, AdamWConfig(matrices="muon"))
+    return LitNanoGPT(replace(GPT, bias=False, **MODERN["gpt"]), AdamWConfig(**MODERN["optim"]))
 
 
 @pytest.mark.parametrize("module", [module, modern])
