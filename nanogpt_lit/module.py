@@ -10,6 +10,7 @@ from torch.optim import AdamW
 
 from nanogpt_lit.elastic.elastic import Elastic, ElasticConfig
 from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.products import multiply_by_onednn
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
@@ -76,6 +77,7 @@ class LitNanoGPT(LightningModule):
 
         Not logits: accelerate copies every output of forward to float32, which for 4 x 1024 logits of GPT-2 is 0.8 GB.
         """
+        multiply_by_onednn()  # here, and not in fit, so that every loop gets the same bits
         return self.elastic(self.loss, tokens, targets)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -131,9 +131,11 @@ def _losses_and_gradients(logits: Tensor, targets: Tensor, scale: float) -> tupl
     # The likeliest token has p = exp(0) / sum, and sum is what the loss lacks: no second pass over V.
     losses = distance - p.gather(1, likeliest).log()
     p.scatter_(1, targets, p.gather(1, targets) - 1)
-    if logits.dtype != wide:
+    if logits.dtype == wide:
+        return losses.squeeze(1), p
+    if scale != 1:
         return losses.squeeze(1), torch.mul(p, scale, out=logits)
-    return losses.squeeze(1), p
+    return losses.squeeze(1), logits.copy_(p)  # on a processor ten times as fast as a product of two dtypes
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

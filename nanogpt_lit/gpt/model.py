@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nanogpt_lit.gpt.cache import KeyValueCache, LayerCache
 from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
+from nanogpt_lit.gpt.products import attention
 from nanogpt_lit.gpt.rotary import Rotary
 
 
@@ -233,7 +234,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)  # (B, H, tokens so far, D)
         # A single query is the newest token and may see every key. Several are always as many as the keys.
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=cache is None or T > 1)
+        y = attention(q, k, v, dropout_p=dropout, is_causal=cache is None or T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
