@@ -55,6 +55,7 @@ SIZES = {
 VARIANTS = ("nanogpt", "nanogpt compiled", "plain", "lightning", "transformers", "transformers trainer")
 ABLATION = (
     "heap as it comes",
+    "products by MKL",
     "loss at once",
     "chunks of 64",
     "chunks of 256",

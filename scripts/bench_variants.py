@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nanogpt_lit.module import LitNanoGPT
 
 FOR_EVER = 10**6
-OURS = {"chunk": 512, "optimizer": "fused", "compile": False, "recast": False, "heap": True}
+OURS = {"chunk": 512, "optimizer": "fused", "compile": False, "recast": False, "heap": True, "onednn": True}
 """What the option names below change."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "loss at once": {"chunk": None},
@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "compiled, loss at once": {"compile": True, "chunk": None},
     "heap as it comes": {"heap": False},
+    "products by MKL": {"onednn": False},
     "recast": {"recast": True},
 }
 OTHERS = ("nanogpt", "nanogpt compiled", "lightning", "plain", "transformers", "transformers trainer", "matmul")
@@ -105,12 +106,15 @@ def drive(step: Callable[[Batch], None], turns: Turns) -> None:
 
 
 def build(config: GPTConfig, options: dict[str, Any]) -> "LitNanoGPT":
+    from nanogpt_lit.gpt import products
     from nanogpt_lit.memory.heap import keep_freed_memory
     from nanogpt_lit.memory.techniques import MemoryConfig
     from nanogpt_lit.module import LitNanoGPT
 
     if options["heap"]:
         keep_freed_memory()  # as fit does on a processor
+    if not options["onednn"]:
+        products._is_exact = lambda: False  # type: ignore[assignment]
     return LitNanoGPT(
         config,
         AdamWConfig(implementation=options["optimizer"]),
@@ -186,7 +190,10 @@ def nanogpt_step(config: GPTConfig, folder: Path, compiled: bool, precision: str
 
 
 def matmul_step(precision: str) -> Callable[[Batch], None]:
-    """Products of square matrices into memory that is there: what the arithmetic could run at."""
+    """Products of square matrices into memory that is there, by the quicker library: what arithmetic could run at."""
+    from nanogpt_lit.gpt.products import multiply_by_onednn
+
+    multiply_by_onednn()
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
     a, b, product = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, dtype=torch.float32).to(dtype) for _ in range(3))
 

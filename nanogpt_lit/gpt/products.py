@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-_matmul = torch.backends.mkldnn.matmul
+_matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 MKL, ONEDNN = "none", "bf16"
 """What _matmul.fp32_precision is set to, by what that means where oneDNN is exact."""
 
