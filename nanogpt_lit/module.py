@@ -77,7 +77,8 @@ class LitNanoGPT(LightningModule):
 
         Not logits: accelerate copies every output of forward to float32, which for 4 x 1024 logits of GPT-2 is 0.8 GB.
         """
-        multiply_by_onednn()  # here, and not in fit, so that every loop gets the same bits
+        if tokens.device.type == "cpu":
+            multiply_by_onednn()  # here, and not in fit, so that every loop gets the same bits
         return self.elastic(self.loss, tokens, targets)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

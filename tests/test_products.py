@@ -9,18 +9,17 @@ from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
 
-MATMUL = torch.backends.mkldnn.matmul
 onednn_only = pytest.mark.skipif(not products.multiply_by_onednn(), reason="MKL multiplies on this processor")
 
 
 @pytest.fixture(autouse=True)
 def as_a_new_process():
-    before = MATMUL.fp32_precision
-    MATMUL.fp32_precision = products.MKL
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products.MKL)
     products._is_exact.cache_clear()
     yield
     products._is_exact.cache_clear()
-    MATMUL.fp32_precision = before
+    torch.set_float32_matmul_precision(before)
 
 
 class Asked(TorchDispatchMode):
@@ -31,7 +30,7 @@ class Asked(TorchDispatchMode):
         self.libraries = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.libraries.setdefault(func._schema.name.partition("::")[2], set()).add(MATMUL.fp32_precision)
+        self.libraries.setdefault(func._schema.name.partition("::")[2], set()).add(torch.get_float32_matmul_precision())
         return func(*args, **(kwargs or {}))
 
 
@@ -60,13 +59,13 @@ def test_a_processor_that_would_round_to_bfloat16_stays_with_mkl(monkeypatch):
     eye = torch.eye
     monkeypatch.setattr(torch, "eye", lambda *args, **options: eye(*args, **options) * (1 + 2.0**-8))
     assert not products.multiply_by_onednn()
-    assert MATMUL.fp32_precision == products.MKL
+    assert torch.get_float32_matmul_precision() == products.MKL
 
 
 def test_one_without_avx512_stays_with_mkl(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not products.multiply_by_onednn()
-    assert MATMUL.fp32_precision == products.MKL
+    assert torch.get_float32_matmul_precision() == products.MKL
 
 
 @onednn_only
@@ -105,7 +104,7 @@ def test_single_tokens_are_generated_by_mkl():
     with Asked() as asked:
         list(generate(network().gpt, torch.zeros(1, 1, dtype=torch.int64), 3, temperature=0))
     assert asked.libraries["mm"] == {products.MKL}
-    assert MATMUL.fp32_precision == products.ONEDNN
+    assert torch.get_float32_matmul_precision() == products.ONEDNN
 
 
 def test_the_loss_is_that_of_mkl_up_to_rounding():

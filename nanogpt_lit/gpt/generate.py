@@ -64,7 +64,7 @@ def generate(
         try:
             for _ in range(max_new_tokens):
                 # Around the step and not around the loop: at a yield the caller would run without gradients.
-                with torch.no_grad(), by_mkl():
+                with torch.no_grad(), by_mkl(tokens.device):
                     unread = context[:, cache.length :] if cache is not None else context
                     logits = gpt.lm_head(gpt.hidden(unread, cache)[:, -1])  # (B, V)
                     next_tokens = sample(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
