@@ -10,7 +10,7 @@ from torch.optim import AdamW
 
 from nanogpt_lit.elastic.elastic import Elastic, ElasticConfig
 from nanogpt_lit.gpt.model import GPT, GPTConfig
-from nanogpt_lit.gpt.products import multiply_by_onednn
+from nanogpt_lit.gpt.products import choose_products
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
@@ -32,6 +32,8 @@ class LitNanoGPT(LightningModule):
         compile: Compile the network and its loss with torch.compile: slower to start (less so the next time: torch
             keeps what it compiled), and faster per step where it pays. Needs a C++ compiler, or Triton on a GPU.
             Checkpoints are the same with and without.
+        tf32: Let a card's products of float32 matrices round what they multiply to 10 bits, as cards since Ampere do
+            several times as fast. The precision 16-mixed and bf16-mixed gain nothing by it.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class LitNanoGPT(LightningModule):
         compile: bool = False,
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008
         elastic: ElasticConfig = ElasticConfig(),  # noqa: B008
+        tf32: bool = False,
     ) -> None:
         super().__init__()
         # load_from_checkpoint() hands back what is saved here: plain dicts, which torch.load accepts with weights_only.
@@ -52,7 +55,8 @@ class LitNanoGPT(LightningModule):
         elastic = ElasticConfig(**elastic) if isinstance(elastic, dict) else elastic
         configs: dict[str, Any] = {"gpt": gpt, "optim": optim, "schedule": schedule, "memory": memory}
         configs["elastic"] = elastic
-        self.save_hyperparameters({name: asdict(config) for name, config in configs.items()} | {"compile": compile})
+        plain = {"compile": compile, "tf32": tf32}
+        self.save_hyperparameters({name: asdict(config) for name, config in configs.items()} | plain)
         for name in ("optimizer_state", "weights"):
             if optim.state_bits == 8 and (where := getattr(memory, name)) != "card":
                 raise ValueError(
@@ -77,8 +81,7 @@ class LitNanoGPT(LightningModule):
 
         Not logits: accelerate copies every output of forward to float32, which for 4 x 1024 logits of GPT-2 is 0.8 GB.
         """
-        if tokens.device.type == "cpu":
-            multiply_by_onednn()  # here, and not in fit, so that every loop gets the same bits
+        choose_products(tokens.device, self.hparams["tf32"])  # here, and not in fit: every loop gets the same bits
         return self.elastic(self.loss, tokens, targets)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

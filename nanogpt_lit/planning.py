@@ -144,6 +144,7 @@ def step_shape(settings: Any, gpt: GPTConfig, lightning: bool) -> StepShape:
         clips=bool(trainer.gradient_clip_val),
         zeroes_after_forward=lightning,
         validates=trainer.limit_val_batches != 0,
+        tf32=settings.model.get("tf32", False),
     )
 
 

@@ -68,6 +68,28 @@ def test_one_without_avx512_stays_with_mkl(monkeypatch):
     assert torch.get_float32_matmul_precision() == products.MKL
 
 
+def test_a_card_takes_tf32_where_it_may_and_else_what_it_was_told():
+    cuda = torch.device("cuda")
+    products.choose_products(cuda, tf32=False)
+    assert torch.get_float32_matmul_precision() == "highest"
+    products.choose_products(cuda, tf32=True)
+    assert torch.backends.cuda.matmul.allow_tf32
+    products.choose_products(cuda, tf32=False)  # the user's own setting
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_with_tf32_a_card_multiplies_numbers_of_10_bits():
+    a, b = (torch.randn(512, 512, device="cuda") for _ in range(2))
+    errors = []
+    for tf32 in (False, True):
+        products.choose_products(a.device, tf32)
+        errors.append(float((a @ b - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()))
+    assert errors[0] < 1e-6
+    assert 1e-5 < errors[1] < 2**-10
+
+
 @onednn_only
 def test_matrices_are_multiplied_by_onednn_and_the_tiles_of_attention_by_mkl():
     module = network()

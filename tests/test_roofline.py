@@ -22,8 +22,8 @@ from nanogpt_lit.plan.trace import MemoryTrace
 CARD = card_named("rtx2050")
 
 
-def estimate(program, weight=1):
-    roofline = Roofline(CARD)
+def estimate(program, weight=1, tf32=False):
+    roofline = Roofline(CARD, tf32)
     roofline.weight = weight
     with FakeTensorMode(), cuda_paths(), MemoryTrace() as trace:
         inputs = program(None)
@@ -42,6 +42,17 @@ def test_a_large_product_takes_as_long_as_its_arithmetic():
     roofline = estimate(program)
     assert roofline.flops == 2 * 4096**3
     assert roofline.seconds == pytest.approx(2 * 4096**3 / (CARD.fp16 * MATRIX_SHARE))
+
+
+def test_a_product_of_float32_matrices_takes_as_long_as_it_may():
+    def program(inputs):
+        if inputs is None:
+            return torch.zeros(4096, 4096)
+        return inputs @ inputs
+
+    for tf32, peak in [(False, CARD.fp32), (True, CARD.tf32)]:
+        expected_s = 2 * 4096**3 / (peak * MATRIX_SHARE)
+        assert estimate(program, tf32=tf32).seconds == pytest.approx(expected_s)
 
 
 def test_an_addition_takes_as_long_as_its_traffic():

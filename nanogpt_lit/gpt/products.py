@@ -1,9 +1,9 @@
-"""Products of float32 matrices on a processor, by the quicker of PyTorch's two libraries.
+"""How products of float32 matrices are computed.
 
-PyTorch asks MKL, which on AMD's processors does without AVX-512. oneDNN's kernels have it: on a Zen 5 they are 2.2
+On a processor, by the quicker of PyTorch's two libraries. PyTorch asks MKL, which on AMD's processors does without AVX-512. oneDNN's kernels have it: on a Zen 5 they are 2.2
 times as fast, and as exact (scripts/bench.py --options). The one way to them is to allow bfloat16 for products of
 float32 matrices, which oneDNN takes where a processor has tiles for that (Intel's AMX). There MKL stays: a product
-tells.
+tells. On a CUDA card the same setting allows TF32.
 """
 
 from collections.abc import Iterator
@@ -18,13 +18,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 MKL, ONEDNN = "highest", "medium"
 """PyTorch's names for the precision allowed, by what they lead to on a processor where `multiply_by_onednn` is True."""
+TF32 = "high"
+
+
+def choose_products(device: torch.device, tf32: bool) -> None:
+    """For what computes on this device from now on, in this process."""
+    if device.type == "cpu":
+        multiply_by_onednn()
+    elif tf32:
+        torch.set_float32_matmul_precision(TF32)
 
 
 def multiply_by_onednn() -> bool:
-    """On a processor, from now on, in this process, where that is exact; elsewhere nothing changes. Whether it is.
-
-    A CUDA card takes the same setting for TF32: it is not to be called for what computes there.
-    """
+    """From now on, in this process, where that is exact; elsewhere nothing changes. Whether it is."""
     if _is_exact():
         torch.set_float32_matmul_precision(ONEDNN)
     return _is_exact()

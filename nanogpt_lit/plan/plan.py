@@ -148,7 +148,7 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
 def measure(build: Build, rung: Rung, shape: StepShape, card: Card) -> Footprint:
     """Traces one rung."""
     shape = replace(shape, batch_size=rung.batch_size, accumulate_grad_batches=rung.accumulate_grad_batches)
-    roofline = Roofline(card)
+    roofline = Roofline(card, shape.tf32)
     trace = trace_steps(lambda: build(rung.memory), shape, roofline)
     events = long_run(trace, shape.accumulate_grad_batches)
     usage, peak = replay(events), trace.peak

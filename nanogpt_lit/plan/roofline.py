@@ -41,8 +41,9 @@ def _add_product_flops(
 class Roofline:
     """Adds up operations; `seconds` is the estimate. `phase` and `weight` are set before the operations they are of."""
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: Card, tf32: bool = False) -> None:
         self.card = card
+        self.tf32 = tf32
         self.phase = ""
         """Copies to and from the host run beside the computation of their phase, as far as that lasts."""
         self.weight = 1
@@ -80,7 +81,7 @@ class Roofline:
 
     def _peak(self, dtype: torch.dtype) -> float:
         by_dtype = {torch.float16: self.card.fp16, torch.bfloat16: self.card.bf16}
-        return by_dtype.get(dtype) or self.card.fp32
+        return by_dtype.get(dtype) or (self.tf32 and self.card.tf32) or self.card.fp32
 
 
 def _traffic(tensor: Tensor) -> int:

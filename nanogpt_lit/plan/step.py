@@ -30,7 +30,7 @@ repeat itself."""
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a loop is told that changes its memory."""
+    """What a run is told that changes its memory or its time."""
 
     batch_size: int
     block_size: int
@@ -42,6 +42,7 @@ class StepShape:
     """Lightning frees the gradients of a step during the next one, between its first forward and backward; plain
     PyTorch and accelerate free them at the end of their own."""
     validates: bool = True
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
