@@ -1,9 +1,9 @@
 """How products of float32 matrices are computed.
 
-On a processor, by the quicker of PyTorch's two libraries. PyTorch asks MKL, which on AMD's processors does without AVX-512. oneDNN's kernels have it: on a Zen 5 they are 2.2
-times as fast, and as exact (scripts/bench.py --options). The one way to them is to allow bfloat16 for products of
-float32 matrices, which oneDNN takes where a processor has tiles for that (Intel's AMX). There MKL stays: a product
-tells. On a CUDA card the same setting allows TF32.
+On a processor, by the quicker of PyTorch's two libraries. It asks MKL, which on AMD's processors does without AVX-512.
+oneDNN's kernels have it: on a Zen 5 they are 2.2 times as fast, and as exact (scripts/bench.py --options). The one way
+to them is to allow bfloat16 for products of float32 matrices, which oneDNN takes where a processor has tiles for that
+(Intel's AMX). There MKL stays: a product tells. On a CUDA card the same setting allows TF32.
 """
 
 from collections.abc import Iterator
