@@ -30,9 +30,9 @@ from torture_trial import KINDS, STEPS, STOPS, Reference, Result, Setup, Trial, 
 from nanogpt_lit.loops.machine import hardware
 
 SETUPS = [
-    Setup(precision, accumulate, workers, nan_every)
+    Setup(precision, accumulate, workers, nan_every, recipe)
     for nan_every in (0, 11)
-    for workers in (0, 2)
+    for workers, recipe in ((0, "nanogpt"), (2, "modern"))
     for precision, accumulate in (("32-true", 1), ("bf16-mixed", 3))
 ]
 

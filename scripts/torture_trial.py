@@ -2,14 +2,13 @@
 
 import argparse
 import inspect
+import json
 import logging
 import os
 import random
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,18 +17,16 @@ from typing import Any
 
 import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torture_process import Forked, Piece, Within, start
+from torture_process import Forked, Piece, Within
+from torture_ranks import Failed, alive, start_all, wait, wait_for_training
 
 from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, verify_run
 from nanogpt_lit.durable import PARTIAL
 from nanogpt_lit.parity.record import leaves, same
+from nanogpt_lit.recipes import RECIPES
 
 STEPS, VALIDATES_EVERY = 64, 8
-PATIENCE_S = 240
-"""For a process that should have ended long before."""
-AFTER_ANOTHER_S = 30
-"""For a process whose companion has failed."""
 MEASURED = ("throughput/", "memory/", "card/", "time/")
 """Curves of what the machine did: they differ between any two runs."""
 STOPS = {name: code for name, code in (("INT", 130), ("TERM", 143), ("HUP", 129)) if hasattr(signal, f"SIG{name}")}
@@ -55,6 +52,7 @@ class Setup:
     workers: int
     nan_every: int
     """One micro-batch in so many has gradients that are NaN; 0 for none."""
+    recipe: str
 
     def options(self, text: Path, root: Path, processes: int) -> list[str]:
         return [
@@ -67,8 +65,14 @@ class Setup:
             "--model.schedule.warmup_steps=4", f"--data.source={text}", "--data.tokenizer=byte",
             "--data.block_size=32", "--data.batch_size=4", "--data.val_fraction=0.1",
             f"--data.num_workers={self.workers}", "--resume=auto",
+            *recipe_options(self.recipe),
             *(["--trainer.strategy=ddp", f"--trainer.devices={processes}"] if processes > 1 else []),
         ]  # fmt: skip
+
+
+def recipe_options(recipe: str) -> list[str]:
+    settings = [(f"{name}.{key}", value) for name, keys in RECIPES[recipe].items() for key, value in keys.items()]
+    return [f"--model.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings]
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,9 @@ class Result:
     failure: str | None = None
 
 
-class Failed(Exception):  # noqa: N818 - of a trial, not of this program
-    pass
-
-
 def reference(setup: Setup, root: Path, processes: int, fresh: bool) -> Reference:
     """Trained by fit. Raises Failed where that goes wrong, or has nothing to compare."""
-    folder = root / f"undisturbed_{setup.precision}_{setup.accumulate}_{setup.nan_every}"
+    folder = root / f"undisturbed_{setup.recipe}_{setup.precision}_{setup.nan_every}"
     folder.mkdir()
     text = root / "text.txt"
     text.write_text(inspect.getsource(argparse), encoding="utf-8")
@@ -313,52 +313,6 @@ class Trial:
             if time.monotonic() > deadline_s:
                 raise Failed(f"a process of the ended run is left, in group {left[0]}")
             time.sleep(0.1)
-
-
-def start_all(piece: Piece, processes: int, fresh: bool = False) -> "list[Forked | subprocess.Popen[bytes]]":
-    if processes == 1:
-        return [start(piece, fresh)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [replace(piece, rank=rank, processes=processes, port=port) for rank in range(processes)]
-    others = [replace(piece, output=f"{piece.output}_rank{piece.rank}") for piece in ranks[1:]]
-    return [start(piece, fresh) for piece in (ranks[0], *others)]
-
-
-def wait_for_training(running: "list[Forked | subprocess.Popen[bytes]]", output: Path) -> None:
-    """Until the first process says where its run is, or one has ended."""
-    while all(process.poll() is None for process in running):
-        if output.exists() and "\nrun: " in output.read_text(encoding="utf-8", errors="replace"):
-            return
-        time.sleep(0.01)
-
-
-def wait(running: "list[Forked | subprocess.Popen[bytes]]") -> list[int]:
-    """The exit codes. Of several processes, those that wait for one that has failed are ended, as torchrun does it."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    one_failed = False
-    while any(process.poll() is None for process in running):
-        if not one_failed and any(process.poll() for process in running):
-            one_failed, deadline_s = True, time.monotonic() + AFTER_ANOTHER_S
-        if time.monotonic() > deadline_s:
-            for process in running:
-                if process.poll() is None:
-                    psutil.Process(process.pid).kill()
-            if not one_failed:
-                raise Failed(f"a process did not end within {PATIENCE_S} s")
-        time.sleep(0.02)
-    return [process.poll() or 0 for process in running]
-
-
-def alive(group: int) -> bool:
-    if sys.platform == "win32":
-        return False
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def whole_step(path: Path) -> int | None:
