@@ -81,7 +81,7 @@ class LitNanoGPT(LightningModule):
 
         Not logits: accelerate copies every output of forward to float32, which for 4 x 1024 logits of GPT-2 is 0.8 GB.
         """
-        choose_products(tokens.device, self.hparams["tf32"])  # here, and not in fit: every loop gets the same bits
+        choose_products(tokens, self.hparams["tf32"])  # here, and not in fit: every loop gets the same bits
         return self.elastic(self.loss, tokens, targets)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -2,24 +2,24 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt_lit.gpt import products
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.plan.shape_tensor import ShapeMode
 
 onednn_only = pytest.mark.skipif(not products.multiply_by_onednn(), reason="MKL multiplies on this processor")
 
 
 @pytest.fixture(autouse=True)
-def as_a_new_process():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(products.MKL)
+def as_in_a_new_process():
+    products._taken = False
     products._is_exact.cache_clear()
     yield
     products._is_exact.cache_clear()
-    torch.set_float32_matmul_precision(before)
 
 
 class Asked(TorchDispatchMode):
@@ -69,13 +69,28 @@ def test_one_without_avx512_stays_with_mkl(monkeypatch):
 
 
 def test_a_card_takes_tf32_where_it_may_and_else_what_it_was_told():
-    cuda = torch.device("cuda")
-    products.choose_products(cuda, tf32=False)
+    on_card = torch.empty(1, device="meta")  # whatever is not a processor
+    products.choose_products(on_card, tf32=False)
     assert torch.get_float32_matmul_precision() == "highest"
-    products.choose_products(cuda, tf32=True)
+    products.choose_products(on_card, tf32=True)
     assert torch.backends.cuda.matmul.allow_tf32
-    products.choose_products(cuda, tf32=False)  # the user's own setting
+    products.choose_products(on_card, tf32=False)  # the user's own setting
     assert torch.get_float32_matmul_precision() == "high"
+
+
+@onednn_only
+def test_a_card_after_a_processor_is_not_given_tf32():
+    products.choose_products(torch.empty(1), tf32=False)
+    assert torch.get_float32_matmul_precision() == products.ONEDNN
+    products.choose_products(torch.empty(1, device="meta"), tf32=False)
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("mode", [ShapeMode, FakeTensorMode])
+def test_a_plan_that_is_made_beside_a_run_on_a_card_changes_nothing_for_it(mode):
+    with mode():
+        network()(*batch())
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.gpu
@@ -84,7 +99,7 @@ def test_with_tf32_a_card_multiplies_numbers_of_10_bits():
     a, b = (torch.randn(512, 512, device="cuda") for _ in range(2))
     errors = []
     for tf32 in (False, True):
-        products.choose_products(a.device, tf32)
+        products.choose_products(a, tf32)
         errors.append(float((a @ b - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()))
     assert errors[0] < 1e-6
     assert 1e-5 < errors[1] < 2**-10

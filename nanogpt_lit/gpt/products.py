@@ -19,20 +19,28 @@ from torch.utils._python_dispatch import _disable_current_modes
 MKL, ONEDNN = "highest", "medium"
 """PyTorch's names for the precision allowed, by what they lead to on a processor where `multiply_by_onednn` is True."""
 TF32 = "high"
+_taken = False
+"""Whether this process was given oneDNN, by us."""
 
 
-def choose_products(device: torch.device, tf32: bool) -> None:
-    """For what computes on this device from now on, in this process."""
-    if device.type == "cpu":
+def choose_products(x: Tensor, tf32: bool) -> None:
+    """For what computes where x is, from now on, in this process. One without content, in a plan, changes nothing."""
+    if type(x) is not Tensor:
+        return
+    if x.device.type == "cpu":
         multiply_by_onednn()
     elif tf32:
         torch.set_float32_matmul_precision(TF32)
+    elif _taken:
+        torch.set_float32_matmul_precision(MKL)  # on a card, what the processor was given would be TF32
 
 
 def multiply_by_onednn() -> bool:
     """From now on, in this process, where that is exact; elsewhere nothing changes. Whether it is."""
+    global _taken
     if _is_exact():
         torch.set_float32_matmul_precision(ONEDNN)
+        _taken = True
     return _is_exact()
 
 
