@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt_lit.gpt.loss import chunked_cross_entropy, cross_entropy
+from nanogpt_lit.gpt.products import multiply_by_onednn
 from nanogpt_lit.loops.machine import hardware
+from nanogpt_lit.memory.heap import keep_freed_memory
 from nanogpt_lit.parity.memory import peak_bytes
 
 C, V = 768, 50257
@@ -39,6 +41,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # a child that measures its memory
     args = parser.parse_args()
+    if args.device == "cpu":  # as fit does
+        keep_freed_memory()
+        multiply_by_onednn()
     variants = {"at once": cross_entropy} | {f"chunks of {n}": partial(in_chunks, n) for n in args.chunks}
     if args.torch:
         variants["linear_cross_entropy"] = of_torch
