@@ -50,7 +50,7 @@ def main() -> None:
         "recipe nanogpt": lambda folder: fit(folder, args.source, "shakespeare_char_cpu", 1400),
         "recipe modern": lambda folder: fit(folder, args.source, "modern_char_cpu", 275),
         "recipe modern, longer": lambda folder: fit(
-            folder, args.source, "modern_char_cpu", 860, batch_size=24, options=["--model.optim.lr=7e-3"]
+            folder, args.source, "modern_char_cpu", 1250, batch_size=24, options=["--model.optim.lr=7e-3"]
         ),
     }
     if args.nanogpt:
