@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="a text for the characters: char-rnn's input.txt")
     parser.add_argument("--only", choices=("characters", "tokens"), help="one of the data sets")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run (200)")
+    parser.add_argument("--rows", nargs="+", choices=experiments(2), help="beside modern, these alone")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe (3)")
     parser.add_argument("--shards", type=Path, default=Path("runs/ablate"), help="where to keep the tokens")
     parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
@@ -135,6 +136,8 @@ def main() -> None:
         data.prepare_data()
         data.setup()
         runs = experiments(args.steps)
+        if args.rows:
+            runs = {name: run for name, run in runs.items() if name in ("modern", *args.rows)}
         losses: dict[str, list[float]] = {name: [] for name in runs}
         started_s = time.perf_counter()
         for seed in range(args.seeds):
