@@ -6,12 +6,12 @@ from typing import Any
 Recipe = Mapping[str, Mapping[str, Any]]
 
 NANOGPT: Recipe = {
-    "gpt": {"positions": "learned", "qk_norm": False, "activation": "gelu"},
+    "gpt": {"positions": "learned", "qk_norm": False},
     "optim": {"matrices": "adamw", "muon_lr": None},
     "schedule": {"decay": "cosine", "min_lr_ratio": 0.1},
 }
 MODERN: Recipe = {
-    "gpt": {"positions": "rotary", "qk_norm": True, "activation": "relu2"},
+    "gpt": {"positions": "rotary", "qk_norm": True},
     "optim": {"matrices": "muon", "muon_lr": None},
     "schedule": {"decay": "cooldown", "min_lr_ratio": 0.0},
 }

@@ -47,10 +47,9 @@ WITHOUT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "muon": ({}, {"matrices": "adamw", "lr": 2e-3}, {}),  # at the rate that serves AdamW
     "rotary positions": ({"positions": "learned"}, {}, {}),
     "QK normalisation": ({"qk_norm": False}, {}, {}),
-    "squared ReLU": ({"activation": "gelu"}, {}, {}),
     "cooldown": ({}, {}, {"decay": "cosine", "min_lr_ratio": 0.1}),
 }
-UNTIED = "an untied head in addition"
+ADDED: dict[str, dict[str, Any]] = {"squared ReLU": {"activation": "relu2"}, "an untied head": {"tied_head": False}}
 HALF = "modern on half the tokens"
 GROWING = {"half": 2, "a quarter of": 4}
 GROWING_SHARE = 0.25
@@ -84,7 +83,8 @@ def recipes() -> dict[str, Recipe]:
             replace(MODERN[1], **optim),
             replace(MODERN[2], **schedule),
         )
-    found[UNTIED] = (replace(MODERN[0], tied_head=False), *MODERN[1:])
+    for name, gpt in ADDED.items():
+        found[f"{name} in addition"] = (replace(MODERN[0], **gpt), *MODERN[1:])
     return found
 
 
