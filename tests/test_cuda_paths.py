@@ -84,6 +84,17 @@ def test_dropout_keeps_a_mask_of_bytes():
         assert F.dropout(x, 0.1, training=False) is x
 
 
+def test_an_rms_norm_of_16_bits_keeps_its_input_and_a_number_a_row():
+    with FakeTensorMode(), cuda_paths():
+        x = torch.zeros(4, 8, 64, dtype=torch.bfloat16, requires_grad=True)
+        y = F.rms_norm(x, (64,))
+        kept = [tensor for tensor in y.grad_fn.saved_tensors if tensor is not None]
+        assert [(tensor.dtype, tensor.numel()) for tensor in kept] == [(torch.bfloat16, 2048), (torch.float32, 32)]
+        assert y.dtype == torch.bfloat16
+        y.sum().backward()
+        assert x.grad.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("D", [64, 20])
 def test_attention_saves_what_flash_attention_saves(D):
     with FakeTensorMode(), cuda_paths(), torch.autocast("cpu", dtype=torch.float16):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt_lit.plan.allocator import replay
+from nanogpt_lit.plan.allocator import replay, rounded
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 from nanogpt_lit.plan.trace import CUBLAS_WORKSPACE, MemoryTrace
 
@@ -115,6 +115,43 @@ def test_flash_attention_holds_its_workspace_only_while_it_runs():
     # A float32 gradient of the queries and a number per row, as in mha_bwd of flash_api.cpp.
     assert trace.peaks["backward"].bytes_by_category["workspace"] == B * H * T * D * 4 + B * H * T * 4
     assert trace._bytes["workspace"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D", "bytes_a_head"),
+    [
+        # Rows for 128 tokens, of 192 channels and their sum.
+        (torch.float16, 160, 128 * (192 + 1) * 4),
+        # 100 sums and 2 x 2 tiles of 64 x 64, each with 16 bytes for its lock.
+        (torch.float32, 80, 100 * 4 + 2 * 2 * (64 * 64 * 4 + 16)),
+    ],
+)
+def test_attention_of_odd_sizes_works_in_whole_tiles(dtype, D, bytes_a_head):
+    with FakeTensorMode(), cuda_paths(), MemoryTrace() as trace:
+        q = torch.zeros(2, 4, 100, D, dtype=dtype, requires_grad=True)
+        y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        trace.phase = "backward"
+        y.backward(torch.zeros_like(y))
+    assert trace.peaks["backward"].bytes_by_category["workspace"] == rounded(2 * 4 * bytes_a_head)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "workspace"),
+    [
+        (3072, 5000, 0),
+        # 409 parts of ten and one of each token; what numbers them is 64-bit.
+        (4096, 5000, (409 + 4096) * 64 * 4 + 8 * (3 * 4096 + 2 * 4096 + 409 + 4096)),
+        (4096, 257, (409 + 257) * 64 * 4 + 8 * (3 * 4096 + 2 * 257 + 409 + 257)),
+    ],
+)
+def test_the_gradient_of_an_embedding_is_summed_in_parts_beside_it(tokens, rows, workspace):
+    with FakeTensorMode(), MemoryTrace() as trace:
+        weight = torch.zeros(rows, 64, requires_grad=True)
+        y = F.embedding(torch.zeros(tokens, dtype=torch.int64), weight)
+        trace.phase = "backward"
+        y.backward(torch.zeros_like(y))
+    peak = trace.peaks["backward"].bytes_by_category
+    assert peak.get("workspace", 0) == (rounded(workspace) if workspace else 0)
 
 
 def test_the_timeline_begins_when_it_is_asked_for():

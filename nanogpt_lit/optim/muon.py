@@ -27,7 +27,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     In bfloat16 on cards that compute with it, else in float32: on a processor without bfloat16 that is 30 to 80 times
     as fast, which is why torch.optim.Muon, always in bfloat16, does not serve here.
     """
-    fast = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = _has_bfloat16(matrices)
     x = matrices.to(torch.bfloat16) if fast else matrices
     tall = x.size(1) > x.size(2)
     if tall:
@@ -38,6 +38,13 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     oblong = x.size(2) >= 2 * x.size(1)
     x = _rounds_in_gram_space(x) if oblong and not fast else _rounds(x)
     return x.mT if tall else x
+
+
+def _has_bfloat16(matrices: Tensor) -> bool:
+    """Whether they lie on a card that computes with it."""
+    if hasattr(matrices, "fake_device"):  # in a memory trace, whose card is "cpu" (memory/host.py) and one since Ampere
+        return matrices.device.type == "cpu"
+    return matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _rounds(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What PyTorch would do on a CUDA card, done by tensors that say they are on a processor.
 
 A build of PyTorch without CUDA cannot run a backward pass on fake CUDA tensors, so the trace uses fake CPU ones. A few
-things then differ from the card and change memory: autocast's lists of operations, attention, dropout and softmax. Each
-is replaced in the dispatcher for as long as `cuda_paths` is open. Composite operations (a cross-entropy, a layer norm)
+things then differ from the card and change memory: autocast's lists of operations, attention, dropout, softmax and RMS
+norm. Each is replaced in the dispatcher for as long as `cuda_paths` is open. Composite operations (a cross-entropy, a layer norm)
 run PyTorch's own code and meet the replacements on their way, also when a checkpoint recomputes them.
 """
 
@@ -60,6 +60,7 @@ def cuda_paths() -> Iterator[None]:
             library.impl("scaled_dot_product_attention", _attention_below_autocast, "AutocastCPU")
         library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
         library.impl("dropout", _dropout, "AutogradCPU")
+        library.impl("_fused_rms_norm", _rms_norm, "AutogradCPU")
         library.impl("softmax.int", _softmax(aten.softmax.int, aten._softmax), "AutogradCPU")
         library.impl("log_softmax.int", _softmax(aten.log_softmax.int, aten._log_softmax), "AutogradCPU")
         yield
@@ -127,6 +128,31 @@ def _softmax(operation: Any, in_one_kernel: Any) -> Callable[..., Tensor]:
         return operation.decompose(x, dim, dtype)
 
     return kernel
+
+
+def _rms_norm(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    return _FusedRMSNorm.apply(x, weight, len(normalized_shape))
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """CUDA has a kernel for it (_fused_rms_norm_cuda of layer_norm_kernel.cu), which keeps its input as it is; a
+    processor multiplies step by step, and keeps what is 16-bit in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int) -> tuple[Tensor, Tensor]:
+        y = torch.empty_like(x.contiguous())
+        rstd = torch.empty(x.shape[:-dims] + (1,) * dims, dtype=torch.float32, device=x.device)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.mark_non_differentiable(rstd)
+        return y, rstd
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        x, dy = x.contiguous(), dy.contiguous()  # held while the kernel runs
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight), None
 
 
 def _attention_below_autocast(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:

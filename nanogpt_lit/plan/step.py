@@ -62,6 +62,7 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
     with ShapeMode(), cuda_paths():
         with _default_dtype(weight_dtype):
             module = build()
+        _cast_buffers(module, weight_dtype)
         autocast = torch.autocast("cpu", dtype=autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False)
         with trace:
             trace.label_module(module)
@@ -116,6 +117,14 @@ def _batch(trace: MemoryTrace, shape: StepShape) -> tuple[Tensor, Tensor]:
     targets = torch.zeros(shape.batch_size, shape.block_size, dtype=torch.int64)
     trace.label([tokens, targets], "batch")
     return tokens, targets
+
+
+def _cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
+    """As the Trainer does where weights are 16-bit, also with what was made in float32."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if dtype != torch.float32 and buffer.is_floating_point():
+                setattr(part, name, buffer.to(dtype))
 
 
 @contextmanager

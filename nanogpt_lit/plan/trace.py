@@ -35,22 +35,39 @@ CUBLAS_WORKSPACE = 8_519_680
 MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
+def _up(size: int, unit: int) -> int:
+    return (size + unit - 1) // unit * unit
+
+
 def _flash_backward(args: tuple[Any, ...]) -> int:
     """The float32 gradient of the queries and the row sums, as mha_bwd of flash_api.cpp allocates them."""
     B, H, T, D = args[1].shape
-    padded_T = (T + 127) // 128 * 128
-    return B * H * padded_T * ((D + 31) // 32 * 32) * 4 + B * H * padded_T * 4
+    return B * H * _up(T, 128) * (_up(D, 32 if D <= 128 else 64) + 1) * 4
 
 
 def _efficient_backward(args: tuple[Any, ...]) -> int:
+    """Of float32: the row sums, and the gradient of the queries in tiles of 64 x 64 with a lock of 16 bytes each, as
+    workspace_elements_gq of mem_eff_attention/kernel_backward.h counts them."""
     B, H, T, D = args[1].shape
-    return B * H * T * 4 + (B * H * T * D * 4 if D > 64 else 0)
+    return B * H * (T * 4 + _up(T, 64) // 64 * (_up(D, 64) // 64) * (64 * 64 * 4 + 16))
+
+
+def _embedding_backward(args: tuple[Any, ...]) -> int:
+    """From 3072 tokens on they are sorted and each row is summed in parts of 10, as Embedding.cu and
+    EmbeddingBackwardKernel.cu do: the float32 parts, and what numbers them."""
+    tokens, vocab_size, channels = args[1].numel(), args[2], args[0].size(-1)
+    if tokens <= 3072:
+        return 0
+    rows = min(tokens, vocab_size)
+    parts = tokens // 10 + rows
+    return parts * channels * 4 + 8 * (3 * tokens + 2 * rows + parts)
 
 
 # Memory that a kernel takes for itself while it runs: no dispatch mode can see it.
 KERNEL_WORKSPACES: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "_scaled_dot_product_flash_attention_backward": _flash_backward,
     "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "embedding_dense_backward": _embedding_backward,
 }
 
 
@@ -166,8 +183,9 @@ class MemoryTrace(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 wide = self.vocab_size is not None and tensor.dim() > 1 and tensor.size(-1) == self.vocab_size
                 self._follow(tensor, "logits" if wide and category in ("activations", "temporaries") else category)
-        if workspace := KERNEL_WORKSPACES.get(name):
-            self._use_and_release(rounded(workspace(args)))
+        workspace = KERNEL_WORKSPACES.get(name)
+        if workspace is not None and args[0].device.type == CARD and (size := workspace(args)):
+            self._use_and_release(rounded(size))
         self._record()
         if self.watch is not None:
             self.watch(func, args, kwargs, result)
