@@ -173,7 +173,7 @@ def attention_on(card):
 
         @staticmethod
         def backward(ctx, dy):
-            q, k, v, y, _ = ctx.saved_tensors
+            q, k, v, *_ = ctx.saved_tensors
             B, H, T, D = q.shape
             if q.dtype in HALVES:
                 gradients = [torch.empty_like(tensor) for tensor in (q, k, v)]

@@ -2,8 +2,8 @@
 
 A build of PyTorch without CUDA cannot run a backward pass on fake CUDA tensors, so the trace uses fake CPU ones. A few
 things then differ from the card and change memory: autocast's lists of operations, attention, dropout, softmax and RMS
-norm. Each is replaced in the dispatcher for as long as `cuda_paths` is open. Composite operations (a cross-entropy, a layer norm)
-run PyTorch's own code and meet the replacements on their way, also when a checkpoint recomputes them.
+norm. Each is replaced in the dispatcher for as long as `cuda_paths` is open. Composite operations (a cross-entropy, a
+layer norm) run PyTorch's own code and meet the replacements on their way, also when a checkpoint recomputes them.
 """
 
 import warnings
