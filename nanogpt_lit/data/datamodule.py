@@ -1,9 +1,5 @@
 """Shards to batches, for Lightning's Trainer and for any other loop."""
 
-import os
-import signal
-import sys
-import threading
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from nanogpt_lit.data.tokenizer import (
     tokenizer_from_file,
     tokenizer_from_files,
 )
+from nanogpt_lit.data.workers import leave_signals_to_training, quiet_context
 
 SPLITS = ("train", "val")
 ORDER_FIELDS = ("seed", "block_size", "batch_size")
@@ -57,25 +54,6 @@ class TokenWindows(Dataset[Batch]):
 def already_stacked(batch: Any) -> Batch:
     """The collate_fn: batches come stacked. A function of the module, because workers receive it by pickle."""
     return batch
-
-
-def leave_signals_to_training(worker: int) -> None:
-    """The worker_init_fn: a Ctrl-C in a terminal reaches all processes, and training needs batches to end its step.
-
-    SIGTERM counts from the training process alone: so Python ends its workers, and waits for them at its own end.
-    """
-    for name in ("SIGINT", "SIGBREAK", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere nothing says who sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_with_training, daemon=True).start()
-
-
-def end_with_training() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class TokenDataModule(LightningDataModule):
@@ -245,6 +223,7 @@ class TokenDataModule(LightningDataModule):
             collate_fn=already_stacked,
             num_workers=num_workers,
             worker_init_fn=leave_signals_to_training,
+            multiprocessing_context=quiet_context() if num_workers > 0 else None,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Every iterator of a DataLoader draws a number. From a generator of its own, or dropout would depend on

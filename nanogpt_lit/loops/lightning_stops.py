@@ -27,14 +27,24 @@ class StepStops(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._ignored = ignored_signals()
+        connector = trainer._signal_connector  # in no public place
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        def register_signal_handlers() -> None:
+            type(connector).register_signal_handlers(connector)
+            self._listen(trainer)
+
+        # Between its own handlers and the start of the data workers, which takes seconds, Lightning calls no hook; and
+        # it takes all handlers down itself.
+        connector.register_signal_handlers = register_signal_handlers  # type: ignore[method-assign]
+
+    def _listen(self, trainer: Trainer) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in self._ignored:
                 signal.signal(number, signal.SIG_IGN)  # Lightning has meanwhile taken SIGTERM
         folder = trainer.log_dir or trainer.default_root_dir
-        # Entered here, after Lightning has put up its own handlers; it takes all of them down itself.
         self._stops = Stops(Path(folder), self.max_time_s, requeue_by=requeue_signal(trainer)).__enter__()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._step = trainer.global_step
 
     def on_train_batch_end(
