@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from nanogpt_lit.elastic.elastic import Elastic, ElasticConfig
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.model import GPT, GPTConfig, config_of_checkpoint
 from nanogpt_lit.gpt.products import choose_products
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
@@ -48,7 +48,7 @@ class LitNanoGPT(LightningModule):
     ) -> None:
         super().__init__()
         # load_from_checkpoint() hands back what is saved here: plain dicts, which torch.load accepts with weights_only.
-        gpt = GPTConfig(**gpt) if isinstance(gpt, dict) else gpt
+        gpt = config_of_checkpoint(gpt) if isinstance(gpt, dict) else gpt
         optim = AdamWConfig(**optim) if isinstance(optim, dict) else optim
         schedule = ScheduleConfig(**schedule) if isinstance(schedule, dict) else schedule
         memory = MemoryConfig(**memory) if isinstance(memory, dict) else memory
@@ -149,8 +149,7 @@ class LitNanoGPT(LightningModule):
         self.loss = torch.compile(self.gpt.loss) if self.hparams["compile"] else self.gpt.loss
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # What a checkpoint does not name was not there to choose when it was made: the default.
-        saved = asdict(GPTConfig()) | checkpoint["hyper_parameters"]["gpt"]
+        saved = asdict(config_of_checkpoint(checkpoint["hyper_parameters"]["gpt"]))
         differing = [
             f"{name} is {saved[name]} there and {value} here"
             for name, value in self.hparams["gpt"].items()

@@ -124,6 +124,13 @@ def test_the_network_and_its_tokenizer_are_read_without_the_rest(state, path):
     assert torch.equal(gpt(tokens), module.eval().gpt(tokens))
 
 
+def test_a_network_of_an_earlier_version_that_this_one_lacks_is_refused_by_name(state, path):
+    former = {**state.hyper_parameters, "gpt": {**state.hyper_parameters["gpt"], "norm": "rms"}}
+    save_run(path, replace(state, hyper_parameters=former))
+    with pytest.raises(ValueError, match=r"safetensors: the checkpoint's network has model\.gpt\.norm=rms"):
+        load_network(path)
+
+
 def test_another_network_is_refused_as_the_module_says_it(path):
     with pytest.raises(ValueError, match=r"model.gpt.n_embd is 8 there and 16 here"):
         restore(new_parts(n_embd=16), load_run(path))

@@ -131,6 +131,23 @@ def test_the_optimizer_is_named_when_its_state_is_not_where_it_was_planned(monke
     assert "in the optimizer's state: 50 for 0 MiB" in err
 
 
+@pytest.mark.parametrize(("card", "says"), [(CARDS[0], True), (replace(CARDS[0], name="Voodoo 2"), False)])
+def test_the_first_steps_say_once_what_they_make_of_the_planned_time(run, planned, monkeypatch, card, says):
+    monkeypatch.setattr(peak_watch, "card_here", lambda: card)
+    clock = {"s": 0.0}
+    run.meter._clock = lambda: clock["s"]
+    run.meter.start()
+    clock["s"] += 60.0
+    assert run.step(peaks=(10.0, planned.reserved_mib))[1] == ""  # the first step warms up
+    clock["s"] += 8.0
+    _, err = run.step(4)
+    share = 2.0 / planned.step_s - 1
+    line = f"time: 2 s per step, {planned.step_s:.3g} were planned ({share:+.0%})\n"
+    assert err == (line if says else "")
+    clock["s"] += 8.0
+    assert run.step(4)[1] == ""
+
+
 def test_a_run_whose_steps_are_done_in_pieces_is_not_compared(run, planned):
     run.module.elastic = SimpleNamespace(finding={"sequences": 2})
     assert run.step(10, peaks=(10.0, 2 * planned.reserved_mib))[1] == ""

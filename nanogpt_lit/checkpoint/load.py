@@ -6,7 +6,7 @@ import torch
 
 from nanogpt_lit.checkpoint.run_file import load_stored_network
 from nanogpt_lit.data.tokenizer import Tokenizer, tokenizer_from_files
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.model import GPT, config_of_checkpoint
 
 
 def load_network(path: Path, device: str = "cpu") -> tuple[GPT, Tokenizer]:
@@ -18,9 +18,11 @@ def load_network(path: Path, device: str = "cpu") -> tuple[GPT, Tokenizer]:
     weights = {name.removeprefix("gpt."): tensor for name, tensor in stored.weights.items()}
     try:
         with torch.device("meta"):
-            gpt = GPT(GPTConfig(**stored.hyper_parameters["gpt"]))
+            gpt = GPT(config_of_checkpoint(stored.hyper_parameters["gpt"]))
         # assign: the network is never initialised, it takes the tensors of the file as they are.
         gpt.load_state_dict(weights, assign=True)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} holds another network than LitNanoGPT's, which generate cannot run.") from error
     return gpt.to(device).eval(), tokenizer_from_files(stored.tokenizer_files)

@@ -4,9 +4,9 @@ Shapes: B batch, T time, C channels (n_embd), V vocabulary, H heads, D = C / H c
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,25 @@ class GPTConfig:
                 f"n_head={self.n_head} gives each head {self.n_embd // self.n_head}; n_embd={2 * self.n_embd} gives an "
                 "even number."
             )
+
+
+FORMER_FIELDS: Mapping[str, tuple[Any, ...]] = {"norm": ("layer",), "zero_init": (False, True)}
+"""Of GPTConfig in checkpoints of an earlier version, with the values that make no other network than today's: zero_init
+was where training began."""
+
+
+def config_of_checkpoint(saved: Mapping[str, Any]) -> GPTConfig:
+    """saved: the fields that a checkpoint names; the others were not there to choose, and have their defaults
+
+    Raises ValueError for a network that this version does not have.
+    """
+    for name in saved.keys() - GPTConfig.__dataclass_fields__.keys():
+        if saved[name] not in FORMER_FIELDS.get(name, ()):
+            raise ValueError(
+                f"the checkpoint's network has model.gpt.{name}={saved[name]}, which this version of nanogpt_lit does "
+                "not know; use the version that wrote it."
+            )
+    return GPTConfig(**{name: value for name, value in saved.items() if name in GPTConfig.__dataclass_fields__})
 
 
 class GPT(nn.Module):

@@ -48,13 +48,13 @@ class StepMeter:
         self._clock = clock
         self._began_s: float | None = None
         self._counting_since_s: float | None = None
-        self._interval_tokens = 0
+        self._interval_tokens = self._interval_steps = 0
         self._interval_s = 0.0
 
     def watch_peak(
         self, module: nn.Module, optimizer: Optimizer, device: torch.device, processes: int, **shape: Any
     ) -> None:
-        """Has the peak of a run on one card planned at its first micro-batch, and drawn beside the measured one.
+        """Has peak and time of a run on one card planned at its first micro-batch, and told beside the measured ones.
 
         shape: what the loop knows of memory.step.StepShape. What several processes exchange and shard is in no plan.
         """
@@ -90,6 +90,7 @@ class StepMeter:
 
     def end_step(self) -> None:
         self.loss, self._window_loss = self._window_loss, None
+        self._interval_steps += 1
         self._position.write(self.tokens)
         if self._peak_watch is not None:
             self._peak_watch.end_step()
@@ -138,9 +139,11 @@ class StepMeter:
         if self._interval_s > 0 and self._interval_tokens:
             self.tokens_per_s = self._interval_tokens / self._interval_s
             values["throughput/tokens_per_s"] = self.tokens_per_s
+            if self._peak_watch is not None:
+                self._peak_watch.compare_time(self._interval_s / self._interval_steps, self._interval_steps)
             if peak_flops is not None:
                 values["throughput/mfu"] = self.tokens_per_s * flops_per_token / peak_flops
-        self._interval_tokens, self._interval_s = 0, 0.0
+        self._interval_tokens, self._interval_steps, self._interval_s = 0, 0, 0.0
         self.start()
         if device.type == "cuda":
             allocated_mib, reserved_mib = peaks_mib(device)

@@ -1,4 +1,4 @@
-"""While a run goes on: the peak that was planned for it, beside the one that the card measures."""
+"""While a run goes on: the peak and the time that were planned for it, beside those that the card measures."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.allocator import MIB
-from nanogpt_lit.plan.cards import CARDS
+from nanogpt_lit.plan.budget import card_here
+from nanogpt_lit.plan.cards import CARDS, Card
 from nanogpt_lit.plan.ladder import Rung
 from nanogpt_lit.plan.plan import Footprint, measure
 from nanogpt_lit.plan.step import StepShape
@@ -39,13 +40,13 @@ class PeakWatch:
         self._footprint: Footprint | None = None
         self._module, self._optimizer, self._shape, self._say = module, optimizer, shape, say
         self._steps = 0
-        self._has_said = False
+        self._has_said = self._has_said_time = False
 
     def plan(self, tokens: int) -> None:
         """tokens: of the micro-batch. Takes seconds of a processor."""
         self.is_planned = True
         try:
-            footprint = plan_module(self._module, self._shape, tokens)
+            footprint = plan_module(self._module, self._shape, tokens, card_here() or CARDS[0])
             expandable = expandable_segments()
             self.planned_mib = footprint.expandable_reserved_mib if expandable else footprint.reserved_mib
             self._footprint = replace(footprint, timeline=(), events=[])  # which are large, and done with
@@ -55,6 +56,17 @@ class PeakWatch:
 
     def end_step(self) -> None:
         self._steps += 1
+
+    def compare_time(self, step_s: float, steps: int) -> None:
+        """Says once what the first steps make of the estimate. step_s: of each of the last `steps`"""
+        warmed_up = self._steps > steps
+        here = card_here()
+        if self._footprint is None or self._has_said_time or not warmed_up or self._runs_in_pieces():
+            return
+        self._has_said_time = True
+        if here is not None and here.name in {card.name for card in CARDS}:  # of another nothing was estimated
+            planned_s = self._footprint.step_s
+            self._say(f"time: {step_s:.3g} s per step, {planned_s:.3g} were planned ({step_s / planned_s - 1:+.0%})")
 
     def compare(self, allocated_mib: float, reserved_mib: float) -> None:
         """Says so when the peaks so far are not those that were planned."""
@@ -101,7 +113,7 @@ class PeakWatch:
         return name, *sizes[name]
 
 
-def plan_module(module: Any, shape: Callable[..., StepShape], tokens: int) -> Footprint:
+def plan_module(module: Any, shape: Callable[..., StepShape], tokens: int, card: Card) -> Footprint:
     gpt = module.gpt.config
     batch_size = max(1, tokens // gpt.block_size)
     of_run = shape(batch_size=batch_size, block_size=gpt.block_size, vocab_size=gpt.vocab_size)
@@ -111,7 +123,7 @@ def plan_module(module: Any, shape: Callable[..., StepShape], tokens: int) -> Fo
         # As for `plan`, without torch.compile.
         return type(module)(**{**module.hparams, "memory": memory, "compile": False})
 
-    return measure(build, rung, of_run, CARDS[0])  # the card matters to the estimate of time only
+    return measure(build, rung, of_run, card)
 
 
 def on_card_mib(tensors: list[Any]) -> float:
