@@ -135,12 +135,18 @@ def module(settings: Any, gpt: GPTConfig, memory: MemoryConfig) -> LitNanoGPT:
 
 def step_shape(settings: Any, gpt: GPTConfig, lightning: bool) -> StepShape:
     trainer = settings.trainer
+    precision = full_precision_name(trainer.precision)
+    if not lightning and precision.endswith("-true") and precision != "32-true":
+        raise ValueError(
+            f"trainer.precision={precision} is for Lightning's Trainer only; 32-true, bf16-mixed, 16-mixed run in every "
+            "loop."
+        )
     return StepShape(
         batch_size=settings.data.batch_size,
         block_size=gpt.block_size,
         vocab_size=gpt.vocab_size or 0,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
-        precision=full_precision_name(trainer.precision),
+        precision=precision,
         clips=bool(trainer.gradient_clip_val),
         zeroes_after_forward=lightning,
         validates=trainer.limit_val_batches != 0,

@@ -208,6 +208,9 @@ def test_the_command_reads_a_yaml_and_its_overrides(capsys, tmp_path):
         (["--picture=step.png"], "must end in .svg"),
         (["--trainer.precision=64-true"], "trainer.precision=64-true cannot be planned"),
         (["--data.tokenizer=char"], "--model.gpt.vocab_size"),
+        (["--trainer.precision=bf16-true", "--loop=accelerate"], "bf16-true is for Lightning's Trainer only"),
+        (["--data.batch_size=0", "--json"], "data.batch_size=0 must be at least 1"),
+        (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0 must be at least 1"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_2(capsys, arguments, sentence, tmp_path, monkeypatch):

@@ -47,6 +47,12 @@ class StepShape:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision={self.precision} cannot be planned; {', '.join(PRECISIONS)} can.")
+        for key, size in (
+            ("data.batch_size", self.batch_size),
+            ("trainer.accumulate_grad_batches", self.accumulate_grad_batches),
+        ):
+            if size < 1:
+                raise ValueError(f"{key}={size} must be at least 1.")
 
 
 def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roofline | None = None) -> MemoryTrace:
