@@ -138,8 +138,8 @@ def step_shape(settings: Any, gpt: GPTConfig, lightning: bool) -> StepShape:
     precision = full_precision_name(trainer.precision)
     if not lightning and precision.endswith("-true") and precision != "32-true":
         raise ValueError(
-            f"trainer.precision={precision} is for Lightning's Trainer only; 32-true, bf16-mixed, 16-mixed run in every "
-            "loop."
+            f"trainer.precision={precision} is for Lightning's Trainer only; 32-true, bf16-mixed and 16-mixed run in "
+            "every loop."
         )
     return StepShape(
         batch_size=settings.data.batch_size,
@@ -151,6 +151,7 @@ def step_shape(settings: Any, gpt: GPTConfig, lightning: bool) -> StepShape:
         zeroes_after_forward=lightning,
         validates=trainer.limit_val_batches != 0,
         tf32=settings.model.get("tf32", False),
+        data_workers=settings.data.num_workers,
     )
 
 

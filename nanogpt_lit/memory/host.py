@@ -19,6 +19,9 @@ def host_of(tensor: Tensor) -> torch.device:
 
 def empty_on_host(like: Tensor) -> Tensor:
     """Room for a copy of a tensor of the card, page-locked, from a cache: for what stays a short time."""
+    if hasattr(like, "fake_device"):  # in a trace the room is as large as PyTorch's cache makes it, a power of two
+        elements = 2 ** (like.nbytes - 1).bit_length() // like.element_size()
+        return torch.empty(elements, dtype=like.dtype, device=host_of(like))[: like.numel()].view(like.shape)
     return torch.empty_like(like, device=host_of(like), pin_memory=like.is_cuda)
 
 
