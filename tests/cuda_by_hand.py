@@ -199,11 +199,12 @@ def attention_on(card):
 
 def orthogonalised(matrices):
     """Of Muon, in bfloat16 where they are on the card."""
-    x = matrices.to(torch.bfloat16) if matrices.device.type == "cpu" else matrices
+    on_card = matrices.device.type == "cpu"
+    x = matrices.to(torch.bfloat16) if on_card else matrices
     x = x.mT if x.size(1) > x.size(2) else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     oblong = x.size(2) >= 2 * x.size(1)
-    x = muon._rounds(x) if x.dtype == torch.bfloat16 or not oblong else muon._rounds_in_gram_space(x)
+    x = muon._rounds_in_gram_space(x) if oblong and not on_card else muon._rounds(x)
     return x.mT if matrices.size(1) > matrices.size(2) else x
 
 
