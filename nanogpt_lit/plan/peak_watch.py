@@ -116,7 +116,9 @@ class PeakWatch:
 def plan_module(module: Any, shape: Callable[..., StepShape], tokens: int, card: Card) -> Footprint:
     gpt = module.gpt.config
     batch_size = max(1, tokens // gpt.block_size)
-    of_run = shape(batch_size=batch_size, block_size=gpt.block_size, vocab_size=gpt.vocab_size)
+    of_run = shape(
+        batch_size=batch_size, block_size=gpt.block_size, vocab_size=gpt.vocab_size, tf32=module.hparams["tf32"]
+    )
     rung = Rung("as configured", module.memory_config, batch_size, of_run.accumulate_grad_batches)
 
     def build(memory: MemoryConfig) -> nn.Module:
