@@ -147,13 +147,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def add_product_(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
     """total (M, N) = beta * total + a (M, K) @ b (K, N). With beta 0 it does not matter what total holds.
 
-    For 16-bit a and b, total is float32 and their product is not rounded to 16 bits. An operator of its own so that
+    For 16-bit a and b, total is float32 and their product is not rounded to 16 bits, but where a processor computes in
+    bfloat16: it has no such product, and rounds each once, as autograd does. An operator of its own so that
     torch.compile and the memory plan see one step without temporaries: on CUDA it is one kernel.
     """
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    elif a.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        product = a @ b
+        total.add_(product) if beta else total.copy_(product)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
