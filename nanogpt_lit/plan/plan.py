@@ -15,7 +15,7 @@ from nanogpt_lit.plan.ladder import Rung, ladder
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.steady import long_run
 from nanogpt_lit.plan.step import PRECISIONS, StepShape, trace_steps
-from nanogpt_lit.plan.trace import CATEGORIES, Moment
+from nanogpt_lit.plan.trace import CATEGORIES, Moment, no_collector
 
 PROCESS_MIB = 1500
 """Host memory of the process itself: Python, PyTorch and Lightning (370 MiB with a CPU build) and the CUDA libraries,
@@ -149,6 +149,7 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
     return Plan(shape, footprints[plain].parameters, max_steps, budget, yours, planned)
 
 
+@no_collector()
 def measure(build: Build, rung: Rung, shape: StepShape, card: Card) -> Footprint:
     """Traces one rung."""
     shape = replace(shape, batch_size=rung.batch_size, accumulate_grad_batches=rung.accumulate_grad_batches)

@@ -89,7 +89,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return type(seen)(ShapeTensor(part, source.fake_device) for part in seen)
     if not how.makes_new:
         return _run_on_contents(func, args, kwargs)
-    key = (func, _signature(args), _signature(tuple(kwargs.items())))
+    key = (func, _signature(args), _signature(tuple(kwargs.items())), torch.get_default_dtype())
     if key not in _results:
         result = _run_on_contents(func, args, kwargs)
         leaves = tuple(result) if isinstance(result, tuple | list) else (result,)
@@ -129,10 +129,11 @@ def _how(func: Any) -> _How:
         }
         return _How(tuple(of[min(result.alias_info.before_set)] for result in returns), views=False, makes_new=False)
     tensors = [argument for argument in arguments if "Tensor" in str(argument.type)]
+    makes_tensors = len(returns) > 0 and all("Tensor" in str(result.type) for result in returns)
     shares = any(described.alias_info is not None for described in [*arguments, *returns])
     # The schema of _unsafe_view does not say so.
     views = (func.is_view or func is torch.ops.aten._unsafe_view.default) and tensors == arguments[:1]
-    return _How(None, views, makes_new=len(tensors) > 0 and len(returns) > 0 and not shares)
+    return _How(None, views, makes_new=makes_tensors and not shares)
 
 
 def _signature(value: Any) -> Any:
