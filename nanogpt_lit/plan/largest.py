@@ -26,14 +26,16 @@ def largest(reserved_mib: Callable[[int], float], start: int, usable_mib: float,
         if too_large is not None and too_large - fitting <= enough:
             return fitting or None
         if fitting == 0:
-            size = size // 2  # nothing is known of the line yet
+            size = too_large // 2  # nothing is known of the line yet
         elif len(known) == 1:
             size = 2 * fitting
         else:
             other = min(known) if too_large is None else too_large
             slope = (known[other] - known[fitting]) / (other - fitting)
             size = fitting + int((usable_mib - known[fitting]) / slope) if slope > 0 else FURTHEST * fitting
+        # Each step is so large that it ends the search if it leads too far.
+        size = max(size // unit * unit, fitting + enough)
         if too_large is not None:
-            size = min(max(size // unit * unit, fitting + unit), too_large - unit)
+            size = min(size, max(fitting + enough, too_large - enough))
         elif len(known) > 1:
-            size = min(max(size // unit * unit, fitting + enough), FURTHEST * fitting)
+            size = min(size, FURTHEST * fitting)
