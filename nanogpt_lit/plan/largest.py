@@ -26,7 +26,7 @@ def largest(reserved_mib: Callable[[int], float], start: int, usable_mib: float,
         if too_large is not None and too_large - fitting <= enough:
             return fitting or None
         if fitting == 0:
-            size = too_large // 2  # nothing is known of the line yet
+            size = size // 2  # nothing is known of the line yet
         elif len(known) == 1:
             size = 2 * fitting
         else:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from nanogpt_lit.collector import no_collector
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.allocator import MIB, Event, replay
 from nanogpt_lit.plan.budget import Budget
@@ -15,7 +16,7 @@ from nanogpt_lit.plan.ladder import Rung, ladder
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.steady import long_run
 from nanogpt_lit.plan.step import PRECISIONS, StepShape, trace_steps
-from nanogpt_lit.plan.trace import CATEGORIES, Moment, no_collector
+from nanogpt_lit.plan.trace import CATEGORIES, Moment
 
 PROCESS_MIB = 1500
 """Host memory of the process itself: Python, PyTorch and Lightning (370 MiB with a CPU build) and the CUDA libraries,
@@ -149,7 +150,7 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
     return Plan(shape, footprints[plain].parameters, max_steps, budget, yours, planned)
 
 
-@no_collector()
+@no_collector()  # which would look through the events, a hundred thousand objects, again and again
 def measure(build: Build, rung: Rung, shape: StepShape, card: Card) -> Footprint:
     """Traces one rung."""
     shape = replace(shape, batch_size=rung.batch_size, accumulate_grad_batches=rung.accumulate_grad_batches)

@@ -6,7 +6,6 @@ two ways to train the same network are worth more than the seconds.
 """
 
 from collections import defaultdict
-from functools import cache
 from typing import Any
 
 import torch

@@ -8,11 +8,9 @@ The card is the device "cpu", whose code paths `cuda_paths` makes those of CUDA.
 technique that moves tensors to the host moves them there while it is traced.
 """
 
-import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -290,16 +288,3 @@ def tensors_in(value: Any) -> list[Tensor]:
 def name_of(func: Any) -> str:
     """An operation's, without its library and its overload."""
     return func._schema.name.partition("::")[2]
-
-
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """Until the block ends, what is in a cycle is not freed: when it would be depends on all that ran before, and to
-    look for it among a process's many objects takes as long as to trace."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
