@@ -199,21 +199,23 @@ def test_a_network_of_any_size_is_traced_without_its_memory():
 def test_a_trace_is_the_same_whenever_the_garbage_collector_runs():
     class Cyclic(LitNanoGPT):
         def forward(self, tokens, targets):
+            loss = super().forward(tokens, targets)
             itself = [torch.zeros(1000)]
             itself.append(itself)
-            return super().forward(tokens, targets)
+            return loss
 
-    never, always = [], []
-    for collector, thresholds in ((never, (0,)), (always, (10, 1, 1))):
+    def traced(*thresholds):
         before = gc.get_threshold()
         gc.set_threshold(*thresholds)
         try:
             trace = trace_steps(lambda: Cyclic(GPT), StepShape(B, T, 300, 2))
+            at_first = list(trace.events)
+            gc.collect()
+            return at_first, trace.events
         finally:
             gc.set_threshold(*before)
-        collector.append(list(trace.events))
-        gc.collect()
-        collector.append(trace.events)
+
+    never, always = traced(0), traced(5, 1, 1)
     assert never == always
     assert never[0] == never[1]
 
