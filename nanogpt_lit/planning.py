@@ -105,11 +105,13 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
         if not network_fits(sizes):
             break
         networks[name] = sizes
+    batch_size = largest(reserved_mib, rung.batch_size, usable_mib)
+    tokens = gpt.block_size * (batch_size or 1)  # a single sequence may have about as many
     return {
         "rung": rung.name,
         "yaml": rung.yaml(plan.own.rung),
-        "batch_size": largest(reserved_mib, rung.batch_size, usable_mib),
-        "block_size": largest(lambda size: reserved_mib(1, block_size=size), gpt.block_size, usable_mib, unit=64),
+        "batch_size": batch_size,
+        "block_size": largest(lambda size: reserved_mib(1, block_size=size), tokens, usable_mib, unit=64),
         "network": list(networks)[-1] if networks else None,
         "gpt": list(networks.values())[-1] if networks else None,
     }
