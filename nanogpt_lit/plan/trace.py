@@ -173,7 +173,7 @@ class MemoryTrace(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            # Most calls are this question; a fake tensor knows the answer without a dispatch of its own.
+            # What FakeTensorMode's tensors are asked at every turn; it is no operation.
             return args[0].fake_device if hasattr(args[0], "fake_device") else func(*args)
         name = name_of(func)
         if name in MATRIX_PRODUCTS:
