@@ -60,8 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return exit_code(lambda: keep_alive(arguments[1:]))
         if supervised():
             stop_with_supervisor()
-    module_name, _, function_name = COMMANDS[arguments[0]][0].partition(":")
-    return exit_code(lambda: getattr(import_module(module_name), function_name)(arguments))
+    return exit_code(lambda: command_of(arguments[0])(arguments))
+
+
+def command_of(name: str) -> Callable[[list[str]], int]:
+    from nanogpt_lit.collector import quick_imports
+
+    module_name, _, function_name = COMMANDS[name][0].partition(":")
+    with quick_imports():
+        return getattr(import_module(module_name), function_name)
 
 
 def exit_code(command: Callable[[], int]) -> int:

@@ -86,11 +86,14 @@ def plan(arguments: list[str]) -> int:
     )
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
 
-    from nanogpt_lit.plan.budget import choose_budget
-    from nanogpt_lit.plan.picture import write_picture
-    from nanogpt_lit.plan.report import report, report_largest
-    from nanogpt_lit.planning import largest_that_fits, plan_run
-    from nanogpt_lit.settings import SettingsCLI, quiet_lightning
+    from nanogpt_lit.collector import quick_imports
+
+    with quick_imports():
+        from nanogpt_lit.plan.budget import choose_budget
+        from nanogpt_lit.plan.picture import write_picture
+        from nanogpt_lit.plan.report import report, report_largest
+        from nanogpt_lit.planning import largest_that_fits, plan_run
+        from nanogpt_lit.settings import SettingsCLI, quiet_lightning
 
     quiet_lightning()
     budget = choose_budget(options.card, options.vram, options.usable, options.os, options.desktop_on_card)

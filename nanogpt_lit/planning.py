@@ -1,8 +1,8 @@
 """From the settings of a run to its plan."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,31 +76,25 @@ def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> list
 
 def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[str, Any]:
     gpt, usable_mib = network(settings), plan.budget.usable_mib
+    of_plan = next(planned.footprint for planned in plan.ladder if rung.same_training(planned.rung))
 
-    def reserved_mib(batch_size: int = rung.batch_size, **changes: Any) -> float:
-        changed = replace(gpt, **changes)
+    @cache
+    def reserved_mib(batch_size: int, **changes: int) -> float:
+        if batch_size == rung.batch_size and not changes:
+            return of_plan.reserved_mib
+        changed = replace(gpt, **changes)  # type: ignore[arg-type]
         shape, resized = step_shape(settings, changed, lightning), replace(rung, batch_size=batch_size)
         return measure(partial(module, settings, changed), resized, shape, plan.budget.card).reserved_mib
 
-    def quick_reserved_mib(batch_size: int, **changes: Any) -> float:
+    def quick_reserved_mib(n_layer: int, **sizes: int) -> float:
         """Memory grows in a line with depth: two shallow networks tell of the deep one, to a few percent."""
-        n_layer = changes.pop("n_layer", gpt.n_layer)
         if n_layer <= 4:
-            return reserved_mib(batch_size, n_layer=n_layer, **changes)
-        two, four = (reserved_mib(batch_size, n_layer=shallow, **changes) for shallow in (2, 4))
+            return reserved_mib(1, n_layer=n_layer, **sizes)
+        two, four = (reserved_mib(1, n_layer=shallow, **sizes) for shallow in (2, 4))
         return two + (four - two) / 2 * (n_layer - 2)
 
-    def checked(size: int | None, needed: Callable[[int], float], unit: int = 1) -> int | None:
-        """What the quick answer was wrong by is taken off."""
-        while size and (excess := needed(size) / usable_mib) > 1:
-            size = min(size - unit, int(size / excess)) // unit * unit
-        return size or None
-
-    def block_mib(size: int) -> float:
-        return reserved_mib(1, block_size=size)
-
     def network_fits(sizes: dict[str, int]) -> bool:
-        quick_mib = quick_reserved_mib(1, **sizes)
+        quick_mib = quick_reserved_mib(**sizes)
         if abs(quick_mib / usable_mib - 1) > QUICK_TOLERANCE:
             return quick_mib <= usable_mib
         return reserved_mib(1, **sizes) <= usable_mib
@@ -111,13 +105,13 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
         if not network_fits(sizes):
             break
         networks[name] = sizes
-    batch_size = largest(quick_reserved_mib, rung.batch_size, usable_mib)
-    block_size = largest(lambda size: quick_reserved_mib(1, block_size=size), gpt.block_size, usable_mib, unit=64)
+    batch_size = largest(reserved_mib, rung.batch_size, usable_mib)
+    tokens = gpt.block_size * (batch_size or 1)  # a single sequence may have about as many
     return {
         "rung": rung.name,
         "yaml": rung.yaml(plan.own.rung),
-        "batch_size": checked(batch_size, reserved_mib),
-        "block_size": checked(block_size, block_mib, unit=64),
+        "batch_size": batch_size,
+        "block_size": largest(lambda size: reserved_mib(1, block_size=size), tokens, usable_mib, unit=64),
         "network": list(networks)[-1] if networks else None,
         "gpt": list(networks.values())[-1] if networks else None,
     }

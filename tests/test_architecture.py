@@ -13,8 +13,9 @@ ALLOWED = {
     "gpt": set(),
     "optim": set(),
     "memory": {"gpt"},
-    "plan": {"gpt", "memory"},
+    "plan": {"collector", "gpt", "memory"},
     "elastic": {"gpt", "memory", "plan", "random_state"},
+    "collector": set(),
     "durable": set(),
     "data": {"durable"},
     "checkpoint": {"gpt", "data", "durable", "random_state"},
@@ -39,13 +40,13 @@ ALLOWED = {
     "recipes": set(),
     "tune": {
         "commands", "settings", "module", "gpt", "optim", "memory", "data", "loops", "plan", "planning", "strategies",
-        "recipes", "durable",
+        "recipes", "durable", "collector",
     },
     "commands": {
         "cli", "settings", "checkpoint", "sampling", "plan", "planning", "loops", "strategies", "supervisor", "units",
-        "doctor",
+        "doctor", "collector",
     },
-    "__main__": {"commands", "cli", "supervised", "supervisor"},
+    "__main__": {"commands", "cli", "supervised", "supervisor", "collector"},
     "__init__": {"module", "gpt", "data"},
 }  # fmt: skip
 FRAMEWORKS = {

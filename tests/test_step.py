@@ -1,5 +1,6 @@
 """The traced step against the loops that really run, and against PyTorch's own memory tracker."""
 
+import gc
 import itertools
 import math
 from dataclasses import replace
@@ -193,6 +194,30 @@ def test_a_network_of_any_size_is_traced_without_its_memory():
 
     trace = trace_steps(Wide, StepShape(1, 1, 2))
     assert trace.peak.bytes == pytest.approx(4 * 2**38, rel=0.01)  # weights, gradients, two moments
+
+
+def test_a_trace_is_the_same_whenever_the_garbage_collector_runs():
+    class Cyclic(LitNanoGPT):
+        def forward(self, tokens, targets):
+            loss = super().forward(tokens, targets)
+            itself = [torch.zeros(1000)]
+            itself.append(itself)
+            return loss
+
+    def traced(*thresholds):
+        before = gc.get_threshold()
+        gc.set_threshold(*thresholds)
+        try:
+            trace = trace_steps(lambda: Cyclic(GPT), StepShape(B, T, 300, 2))
+            at_first = list(trace.events)
+            gc.collect()
+            return at_first, trace.events
+        finally:
+            gc.set_threshold(*before)
+
+    never, always = traced(0), traced(5, 1, 1)
+    assert never == always
+    assert never[0] == never[1]
 
 
 def test_a_precision_that_is_not_traced_is_refused():

@@ -67,8 +67,10 @@ class _Counts:
     def _count(self, allocated: int = 0, reserved: int = 0) -> None:
         self.allocated += allocated
         self.reserved += reserved
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
+        if self.reserved > self.peak_reserved:
+            self.peak_reserved = self.reserved
 
     def _fits(self, size: int) -> bool:
         return self.cap is None or self.reserved + size <= self.cap
@@ -77,7 +79,7 @@ class _Counts:
         raise OutOfMemoryError(f"{size} bytes more than {self.reserved} of {self.cap}")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Block:
     address: int
     size: int

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+FURTHEST = 8
+"""A line through two small sizes may be wrong about the slope: so many times the larger of them is not gone beyond."""
+
 
 def largest(reserved_mib: Callable[[int], float], start: int, usable_mib: float, unit: int = 1) -> int | None:
     """The largest multiple of `unit`, to within 3 percent, that needs no more than usable_mib; None where not even
@@ -10,21 +13,29 @@ def largest(reserved_mib: Callable[[int], float], start: int, usable_mib: float,
     reserved_mib: of a size, growing with it   start: a size to begin with
     Memory grows nearly in a line with the batch and the sequence: a line through two sizes leads to the third.
     """
-    fitting: tuple[int, float] = (0, 0.0)
+    known: dict[int, float] = {}
+    fitting, too_large = 0, None
     size = max(unit, start // unit * unit)
-    while (needed := reserved_mib(size)) <= usable_mib:
-        fitting, size = (size, needed), 2 * size
-    too_large: tuple[int, float] = (size, needed)
-    while too_large[0] - fitting[0] > max(unit, int(0.03 * fitting[0])):
-        if fitting[0] == 0:
-            size = too_large[0] // 2  # nothing is known of the line yet
+    while True:
+        known[size] = reserved_mib(size)
+        if known[size] <= usable_mib:
+            fitting = size
         else:
-            slope = (too_large[1] - fitting[1]) / (too_large[0] - fitting[0])
-            size = fitting[0] + int((usable_mib - fitting[1]) / slope)
-        size = min(max(size // unit * unit, fitting[0] + unit), too_large[0] - unit)
-        needed = reserved_mib(size)
-        if needed <= usable_mib:
-            fitting = (size, needed)
+            too_large = size
+        enough = max(unit, int(0.03 * fitting) // unit * unit)
+        if too_large is not None and too_large - fitting <= enough:
+            return fitting or None
+        if fitting == 0:
+            size = size // 2  # nothing is known of the line yet
+        elif len(known) == 1:
+            size = 2 * fitting
         else:
-            too_large = (size, needed)
-    return fitting[0] or None
+            other = min(known) if too_large is None else too_large
+            slope = (known[other] - known[fitting]) / (other - fitting)
+            size = fitting + int((usable_mib - known[fitting]) / slope) if slope > 0 else FURTHEST * fitting
+        # Each step is so large that it ends the search if it leads too far.
+        size = max(size // unit * unit, fitting + enough)
+        if too_large is not None:
+            size = min(size, max(fitting + enough, too_large - enough))
+        elif len(known) > 1:
+            size = min(size, FURTHEST * fitting)

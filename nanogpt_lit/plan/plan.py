@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from nanogpt_lit.collector import no_collector
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.allocator import MIB, Event, replay
 from nanogpt_lit.plan.budget import Budget
@@ -149,6 +150,7 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
     return Plan(shape, footprints[plain].parameters, max_steps, budget, yours, planned)
 
 
+@no_collector()  # which would look through the events, a hundred thousand objects, again and again
 def measure(build: Build, rung: Rung, shape: StepShape, card: Card) -> Footprint:
     """Traces one rung."""
     shape = replace(shape, batch_size=rung.batch_size, accumulate_grad_batches=rung.accumulate_grad_batches)

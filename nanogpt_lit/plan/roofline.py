@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import nanogpt_lit.gpt.loss  # noqa: F401 - defines the operator that is counted below
 from nanogpt_lit.plan.cards import Card
-from nanogpt_lit.plan.trace import CARD, HOST
+from nanogpt_lit.plan.trace import CARD, HOST, name_of, tensors_in
 
 MATRIX_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.65, 0.45, 0.80
 """Of the peaks: large matrix products, FlashAttention, and streaming through memory."""
@@ -56,11 +55,11 @@ class Roofline:
         return sum(max(busy.values(), default=0.0) for busy in self._phases.values())
 
     def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        name = func._schema.name.partition("::")[2]
+        name = name_of(func)
         if name in VIEWS:
             return
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        inputs = tensors_in(args) + tensors_in(tuple(kwargs.values()))
+        outputs = tensors_in(result)
         busy, traffic = self._phases[self.phase], sum(map(_traffic, inputs + outputs))
         places = {tensor.device.type for tensor in inputs + outputs}
         if places == {HOST}:

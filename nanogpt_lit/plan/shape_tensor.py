@@ -20,7 +20,7 @@ META = torch.device("meta")
 
 
 class ShapeTensor(Tensor):
-    """Shares the storage of `content`, a tensor on "meta". Autocast and autograd take it for one on `fake_device`."""
+    """Has the memory of `content`, a tensor on "meta", and none of its own. To all others it lies on `fake_device`."""
 
     content: Tensor
     fake_device: torch.device
@@ -32,14 +32,17 @@ class ShapeTensor(Tensor):
 
     @staticmethod
     def __new__(cls, content: Tensor, device: torch.device) -> "ShapeTensor":
-        self = Tensor._make_subclass(cls, content, False, dispatch_device=True, device_for_backend_keys=device)
+        # A subclass that shares content's storage would lie on "meta", and be asked for its device at every turn.
+        shape, strides, dtype = content.shape, content.stride(), content.dtype
+        self = Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, storage_offset=content.storage_offset(), dtype=dtype, device=device
+        )
         self.content, self.fake_device = content, device
-        self.signature = content.shape, content.stride(), content.dtype, device
+        self.signature = shape, strides, dtype, device
         return self
 
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.fake_device
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.content.untyped_storage()
 
     def tolist(self) -> Any:
         """Some numbers: see run()."""
@@ -71,8 +74,6 @@ _results: dict[tuple[Any, ...], tuple[type, tuple[Any, ...]]] = {}
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation on ShapeTensors. What writes into a tensor has nothing to do."""
-    if func is torch.ops.prim.device.default:
-        return args[0].fake_device
     if func is torch.ops.aten._local_scalar_dense.default:
         # A count of steps, say, by which an optimizer divides: one number is as good as another.
         return torch.ones((), dtype=args[0].dtype).item()
@@ -88,7 +89,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return type(seen)(ShapeTensor(part, source.fake_device) for part in seen)
     if not how.makes_new:
         return _run_on_contents(func, args, kwargs)
-    key = (func, _signature(args), _signature(tuple(kwargs.items())))
+    key = (func, _signature(args), _signature(tuple(kwargs.items())), torch.get_default_dtype())
     if key not in _results:
         result = _run_on_contents(func, args, kwargs)
         leaves = tuple(result) if isinstance(result, tuple | list) else (result,)
@@ -128,10 +129,11 @@ def _how(func: Any) -> _How:
         }
         return _How(tuple(of[min(result.alias_info.before_set)] for result in returns), views=False, makes_new=False)
     tensors = [argument for argument in arguments if "Tensor" in str(argument.type)]
+    makes_tensors = len(returns) > 0 and all("Tensor" in str(result.type) for result in returns)
     shares = any(described.alias_info is not None for described in [*arguments, *returns])
     # The schema of _unsafe_view does not say so.
     views = (func.is_view or func is torch.ops.aten._unsafe_view.default) and tensors == arguments[:1]
-    return _How(None, views, makes_new=len(tensors) > 0 and len(returns) > 0 and not shares)
+    return _How(None, views, makes_new=makes_tensors and not shares)
 
 
 def _signature(value: Any) -> Any:

@@ -48,11 +48,8 @@ def repeated(events: list[Event], start: int, stop: int, times: int) -> list[Eve
         before = names
         names = {serial: fresh + i for i, serial in enumerate(born)}
         fresh += len(born)
-        for serial, size in stretch:
-            if serial in born:
-                result.append(Event(names[serial], size))
-            elif serial in takes_place_of:
-                result.append(Event(before[takes_place_of[serial]], size))
+        now = names | {serial: before[other] for serial, other in takes_place_of.items()}
+        result += [Event(now[serial], size) for serial, size in stretch if serial in now]
         # A run does not leak: what would be left once more in each repetition is replaced by the newest.
         result += [Event(before[serial], -born[serial]) for serial in piles_up]
     return result + [Event(names.get(serial, serial), size) for serial, size in events[stop:]]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from nanogpt_lit.collector import no_collector
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.shape_tensor import ShapeMode
@@ -57,6 +58,7 @@ class StepShape:
                 raise ValueError(f"{key}={size} must be at least 1.")
 
 
+@no_collector()  # when it runs depends on all that ran before: a trace must not
 def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roofline | None = None) -> MemoryTrace:
     """Two optimizer steps, of two micro-batches each where gradients accumulate, and a batch of validation.
 

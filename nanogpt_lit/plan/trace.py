@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -118,10 +119,13 @@ class MemoryTrace(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.allocated = 0
+        """Bytes on the card now."""
         self._live: dict[int, _Block] = {}  # by the address of the storage
         self._bytes: Counter[str] = Counter()
         self._weights: set[int] = set()
         self._threads_with_cublas: set[str] = set()
+        self._peak_bytes: dict[str, int] = {}  # by phase
         self._serial = 0
 
     @property
@@ -129,10 +133,9 @@ class MemoryTrace(TorchDispatchMode):
         """The fullest moment of all."""
         return max(self.peaks.values(), key=lambda moment: moment.bytes)
 
-    @property
-    def allocated(self) -> int:
-        """Bytes on the card now."""
-        return sum(self._bytes.values())
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._live.clear()  # when what is left goes, is no part of the program
 
     def mark(self, place: str) -> None:
         self.marks[place] = len(self.events)
@@ -170,19 +173,18 @@ class MemoryTrace(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            # Most calls are this question; a fake tensor knows the answer without a dispatch of its own.
+            # What FakeTensorMode's tensors are asked at every turn; it is no operation.
             return args[0].fake_device if hasattr(args[0], "fake_device") else func(*args)
-        name = func._schema.name.partition("::")[2]
+        name = name_of(func)
         if name in MATRIX_PRODUCTS:
             self._hold_cublas_workspace()
         if func is torch.ops.aten.add.Tensor and self._adds_gradients(args):
             func = torch.ops.aten.add_.Tensor
         result = func(*args, **kwargs)
         category = self._category(name, args)
-        for tensor in [result] if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                wide = self.vocab_size is not None and tensor.dim() > 1 and tensor.size(-1) == self.vocab_size
-                self._follow(tensor, "logits" if wide and category in ("activations", "temporaries") else category)
+        for tensor in tensors_in(result):
+            wide = self.vocab_size is not None and tensor.dim() > 1 and tensor.size(-1) == self.vocab_size
+            self._follow(tensor, "logits" if wide and category in ("activations", "temporaries") else category)
         workspace = KERNEL_WORKSPACES.get(name)
         if workspace is not None and args[0].device.type == CARD and (size := workspace(args)):
             self._use_and_release(rounded(size))
@@ -240,10 +242,12 @@ class MemoryTrace(TorchDispatchMode):
             self._release(serial, block.bytes, block.category)
 
     def _allocate(self, serial: int, size: int, category: str) -> None:
+        self.allocated += size
         self._bytes[category] += size
         self.events.append(Event(serial, size))
 
     def _release(self, serial: int, size: int, category: str) -> None:
+        self.allocated -= size
         self._bytes[category] -= size
         self.events.append(Event(serial, -size))
 
@@ -261,10 +265,26 @@ class MemoryTrace(TorchDispatchMode):
             self._allocate(self._serial, CUBLAS_WORKSPACE, "workspace")
 
     def _record(self) -> None:
-        if self.timeline is None and self.allocated <= getattr(self.peaks.get(self.phase), "bytes", -1):
+        is_peak = self.allocated > self._peak_bytes.get(self.phase, -1)
+        if self.timeline is None and not is_peak:
             return
         moment = Moment(self.phase, dict(self._bytes))
         if self.timeline is not None:
             self.timeline.append(moment)
-        if self.phase not in self.peaks or moment.bytes > self.peaks[self.phase].bytes:
-            self.peaks[self.phase] = moment
+        if is_peak:
+            self.peaks[self.phase], self._peak_bytes[self.phase] = moment, self.allocated
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Those among the arguments or the results of an operation: it takes lists of them, and no deeper nesting."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
+
+
+@cache
+def name_of(func: Any) -> str:
+    """An operation's, without its library and its overload."""
+    return func._schema.name.partition("::")[2]

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from nanogpt_lit.collector import quick_imports
 from nanogpt_lit.commands import parser_of
 
 SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -30,7 +31,8 @@ def tune(arguments: list[str]) -> int:
     if out.exists():
         raise ValueError(f"--out={out} is there already; name another, or move it away.")
 
-    from nanogpt_lit.tune.run import run
+    with quick_imports():
+        from nanogpt_lit.tune.run import run
 
     return run(options.config, settings_of_fit, budget_s, out)
 
