@@ -16,10 +16,10 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.plan.budget import Budget
 from nanogpt_lit.plan.cards import Card
-from nanogpt_lit.plan.ladder import Rung
+from nanogpt_lit.plan.ladder import Rung, ladder
 from nanogpt_lit.plan.largest import largest
 from nanogpt_lit.plan.plan import Footprint, Plan, make_plan, measure
-from nanogpt_lit.plan.step import StepShape
+from nanogpt_lit.plan.step import PRECISIONS, StepShape
 from nanogpt_lit.strategies.trainer_section import full_precision_name
 
 TOKENIZER_SIZES = {"gpt2": 50257, "byte": 257}
@@ -61,26 +61,28 @@ def own_rung(settings: Any) -> Rung:
 
 
 def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> list[dict[str, Any]]:
-    """What fits plan.budget with the memory techniques of the YAML, and with those of the leanest rung of the ladder.
+    """What fits plan.budget with the memory techniques of the YAML, and with all that there are.
 
     The largest batch_size and the longest block_size, each with all else as it is, the latter for a single sequence,
     and the largest network of GPT-2's family. "yaml" has the lines that a rung needs, none for the YAML's own; where
-    that is the leanest, it is the only answer.
+    that has all techniques, it is the only answer.
     """
     own = plan.own.rung
-    alike = [planned for planned in plan.ladder if planned.rung.batch_size == own.batch_size]
-    leanest = min(alike, key=lambda planned: planned.footprint.reserved_mib).rung
+    casts_weights = PRECISIONS[plan.shape.precision][0] is not None
+    *_, leanest = (
+        rung for rung in ladder(own, plan.shape.block_size, casts_weights) if rung.batch_size == own.batch_size
+    )
     rungs = [own] if own.same_training(leanest) else [own, leanest]
     return [_largest_of(settings, plan, rung, lightning) for rung in rungs]
 
 
 def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[str, Any]:
     gpt, usable_mib = network(settings), plan.budget.usable_mib
-    of_plan = next(planned.footprint for planned in plan.ladder if rung.same_training(planned.rung))
+    of_plan = next((planned.footprint for planned in plan.ladder if rung.same_training(planned.rung)), None)
 
     @cache
     def reserved_mib(batch_size: int, **changes: int) -> float:
-        if batch_size == rung.batch_size and not changes:
+        if of_plan is not None and batch_size == rung.batch_size and not changes:
             return of_plan.reserved_mib
         changed = replace(gpt, **changes)  # type: ignore[arg-type]
         shape, resized = step_shape(settings, changed, lightning), replace(rung, batch_size=batch_size)
