@@ -82,7 +82,7 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the plan for a program")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the memory of one step")
     parser.add_argument(
-        "--largest", action="store_true", help="also find the largest that fits, as configured and in the leanest way"
+        "--largest", action="store_true", help="also find the largest that fits, as configured and with all techniques"
     )
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
 

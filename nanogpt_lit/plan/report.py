@@ -118,7 +118,7 @@ def report_largest(found: list[dict[str, Any]], plan: Plan) -> str:
     usable = plan.budget.usable_mib
     lines = [f"the largest that fits {usable:,} MiB"]
     for of_rung in found:
-        setting = "with these lines in the YAML, the leanest way" if of_rung["yaml"] else "as configured"
+        setting = "with these lines in the YAML, all techniques" if of_rung["yaml"] else "as configured"
         lines += ["", f"{setting}:", *(f"    {line}" for line in of_rung["yaml"]), *_largest_of(of_rung, plan)]
     return "\n".join(lines)
 
