@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_lit.gpt.model import GPT, GPTConfig
-from nanogpt_lit.loops.machine import hardware
+from nanogpt_lit.loops.machine import hardware, peak_flops_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +72,7 @@ LIGHT_COMMANDS = ("", "generate", "plan", "convert", "doctor", "prepare", "accel
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["30M"])
-    parser.add_argument("--precision", nargs="+", choices=["32-true", "bf16-mixed"], default=["32-true"])
+    parser.add_argument("--precision", nargs="+", choices=["32-true", "bf16-mixed", "16-mixed"], default=["32-true"])
     parser.add_argument(
         "--variants", nargs="+", metavar="NAME", default=VARIANTS, help="the others are compared with the first"
     )
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each (20)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before them (3)")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--gpu", action="store_true", help="on a CUDA card, with its share of the peak (MFU)")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="nanoGPT's folder; without it those are left out")
     parser.add_argument("--scaling", action="store_true", help="instead: cost over model size, block, batch and data")
     parser.add_argument(
@@ -93,6 +94,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers to this file")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the curves of --scaling")
     args = parser.parse_args()
+    args.device = "cuda" if args.gpu else "cpu"
+    if args.gpu and not torch_sees_a_card():
+        parser.error("--gpu needs a CUDA card, and torch sees none; leave it out to measure the processor.")
+    if "16-mixed" in args.precision and not args.gpu:
+        parser.error("--precision=16-mixed is for a card: add --gpu, or take bf16-mixed.")
     record: dict[str, Any] = {
         "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
         "hardware": hardware("lightning", "transformers"),
@@ -114,6 +120,12 @@ def main() -> None:
     save(record, args.out)
 
 
+def torch_sees_a_card() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def save(record: dict[str, Any], path: Path | None) -> None:
     if path:
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -123,7 +135,7 @@ def side_by_side(args: argparse.Namespace, size: str, precision: str) -> dict[st
     names = [*args.variants, *(ABLATION if args.options else ())]
     if not args.nanogpt:
         names = [name for name in names if not name.startswith("nanogpt")]
-    if precision == "bf16-mixed":
+    if precision != "32-true":
         names += ["recast"] if args.options else []
     base = names[0]
     turns = measure(args, SIZES[size], names, precision)
@@ -135,9 +147,12 @@ def side_by_side(args: argparse.Namespace, size: str, precision: str) -> dict[st
     rows = {}
     for name in names:
         row = rows[name] = summary(shape, turns[name], turns[base], turns["matmul"])
+        if args.gpu:
+            row["mfu"] = share_of_peak(shape, turns[name], precision)
         print(
             f"{name:<24}{row['ms_per_step']:>9.1f}{row['tokens_per_s']:>10.0f}{row['speed']:>12.3f}"
             f"{'{:.3f}..{:.3f}'.format(*row['quartiles']):>16}{row['utilisation']:>12.0%}{row['peak_mib']:>10.0f}"
+            + (f"  MFU {row['mfu']:.1%}" if row.get("mfu") else "")
         )
     gflops = flops_of_matmul() / median(turns["matmul"].seconds) / 1e9
     print(f"products of square matrices: {gflops:.0f} GFLOP/s")
@@ -163,6 +178,14 @@ def summary(shape: Shape, turn: Turn, base: Turn, matmul: Turn) -> dict[str, Any
         "utilisation": median(flops / s / rate for s, rate in zip(turn.seconds, rates, strict=True)),
         "peak_mib": turn.peak_mib,
     }
+
+
+def share_of_peak(shape: Shape, turn: Turn, precision: str) -> float | None:
+    """Of the card's peak; None where plan/cards.py does not know the card."""
+    import torch
+
+    peak = peak_flops_of(torch.device("cuda"), precision, 1)
+    return flops_of_step(shape) / median(turn.seconds) / peak if peak else None
 
 
 def flops_of_step(shape: Shape) -> float:
@@ -210,11 +233,12 @@ class Variant:
         command = [
             sys.executable, str(Path(__file__).with_name("bench_variants.py")), name,
             "--network", *map(str, network), "--batch-size", str(shape.batch_size), "--tokens", str(tokens),
-            "--precision", precision, "--clock", args.clock,
+            "--precision", precision, "--clock", args.clock, "--device", args.device,
         ]  # fmt: skip
         if args.nanogpt:
             command += ["--nanogpt", str(args.nanogpt)]
         self.name = name
+        self.card_mib: list[float] = []
         self.said = tokens.with_name(f"{name}.txt")
         with self.said.open("w") as said:
             self.process = subprocess.Popen(
@@ -229,10 +253,13 @@ class Variant:
         answer = self.process.stdout.readline()
         if not answer:
             sys.exit(f"{self.name} ended:\n{self.said.read_text()[-2000:]}")
-        return float(answer)
+        seconds, *self.card_mib = map(float, answer.split())
+        return seconds
 
     def peak_mib(self) -> float:
-        """Of resident memory; nan on a system that does not tell."""
+        """Of the card's memory, or of the resident: nan on a system that does not tell."""
+        if self.card_mib:
+            return self.card_mib[0]
         status = Path(f"/proc/{self.process.pid}/status")
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024 if status.is_file() else float("nan")
 

@@ -33,7 +33,7 @@ BLOCK_SIZE = 64
 NANOGPT_STEPS = 2000
 VALIDATION_BATCHES = 145  # of 12 x 64 tokens: the whole validation set
 NANOGPT = (
-    "device=cpu", "compile=False", f"eval_iters={VALIDATION_BATCHES}", f"eval_interval={NANOGPT_STEPS}",
+    "compile=False", f"eval_iters={VALIDATION_BATCHES}", f"eval_interval={NANOGPT_STEPS}",
     "log_interval=1", "block_size=64", "batch_size=12", "n_layer=4", "n_head=4", "n_embd=128",
     f"max_iters={NANOGPT_STEPS}", f"lr_decay_iters={NANOGPT_STEPS}", "dropout=0.0",
 )  # fmt: skip
@@ -43,18 +43,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="char-rnn's input.txt")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="nanoGPT's folder")
+    parser.add_argument("--gpu", action="store_true", help="all of it on a CUDA card, in seconds by the clock")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn (3)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers to this file")
     args = parser.parse_args()
+    device = "cuda" if args.gpu else "cpu"
     runs: dict[str, Callable[[Path], dict[str, float]]] = {
-        "recipe nanogpt": lambda folder: fit(folder, args.source, "shakespeare_char_cpu", 1400),
-        "recipe modern": lambda folder: fit(folder, args.source, "modern_char_cpu", 275),
+        "recipe nanogpt": lambda folder: fit(folder, args.source, device, "shakespeare_char_cpu", 1400),
+        "recipe modern": lambda folder: fit(folder, args.source, device, "modern_char_cpu", 275),
         "recipe modern, longer": lambda folder: fit(
-            folder, args.source, "modern_char_cpu", 1250, batch_size=24, options=["--model.optim.lr=7e-3"]
+            folder, args.source, device, "modern_char_cpu", 1250, batch_size=24, options=["--model.optim.lr=7e-3"]
         ),
     }
     if args.nanogpt:
-        runs = {"nanoGPT's train.py": lambda folder: nanogpt(folder, args.nanogpt), **runs}
+        runs = {"nanoGPT's train.py": lambda folder: nanogpt(folder, args.nanogpt, device), **runs}
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     record: dict[str, Any] = {
         "command": " ".join(["python", "scripts/bench_target.py", *sys.argv[1:]]),
@@ -85,10 +87,10 @@ def main() -> None:
         )
 
 
-def nanogpt(folder: Path, source: Path) -> dict[str, float]:
-    arguments = [f"--{argument}" for argument in (*NANOGPT, f"out_dir={folder}")]
+def nanogpt(folder: Path, source: Path, device: str) -> dict[str, float]:
+    arguments = [f"--{argument}" for argument in (*NANOGPT, f"device={device}", f"out_dir={folder}")]
     command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *arguments]
-    said, seconds = run_command(command, source)
+    said, seconds = run_command(command, source, device)
     losses = re.findall(rf"step {NANOGPT_STEPS}: .*val loss ([\d.]+)", said)
     step_ms = [float(ms) for ms in re.findall(r"^iter \d+: .*time ([\d.]+)ms", said, re.MULTILINE)]
     return {
@@ -101,15 +103,21 @@ def nanogpt(folder: Path, source: Path) -> dict[str, float]:
 
 
 def fit(
-    folder: Path, source: Path, config: str, steps: int, batch_size: int = 12, options: Sequence[str] = ()
+    folder: Path,
+    source: Path,
+    device: str,
+    config: str,
+    steps: int,
+    batch_size: int = 12,
+    options: Sequence[str] = (),
 ) -> dict[str, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     command = [sys.executable, "-m", "nanogpt_lit", "fit", "--config", f"configs/{config}.yaml"]
     command += [f"--data.source={source.resolve()}", f"--trainer.default_root_dir={folder}"]
     command += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
-    command += [f"--data.batch_size={batch_size}", *options]
-    _, seconds = run_command(command, ROOT)
+    command += [f"--data.batch_size={batch_size}", f"--trainer.accelerator={device}", *options]
+    _, seconds = run_command(command, ROOT, device)
     events = EventAccumulator(str(folder / "version_0"))
     events.Reload()
     loss = {event.step: event.value for event in events.Scalars("val/loss")}[steps]
@@ -123,11 +131,12 @@ def fit(
     }
 
 
-def run_command(command: list[str], folder: Path) -> tuple[str, float]:
-    """What it says, and the seconds of a processor that it takes."""
-    started_s = children_s()
+def run_command(command: list[str], folder: Path, device: str) -> tuple[str, float]:
+    """What it says, and the seconds of a processor that it takes; where a card computes, seconds by the clock."""
+    clock = children_s if device == "cpu" else time.perf_counter
+    started_s = clock()
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    seconds = children_s() - started_s
+    seconds = clock() - started_s
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended:\n{done.stdout[-2000:]}")
     return done.stdout, seconds

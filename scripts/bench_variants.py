@@ -1,7 +1,8 @@
 """One variant of a training step, in a process of its own: bench.py starts it and says when each step is due.
 
 It reads a line from its standard input before each step and answers with the seconds that the step took: from the
-moment it is handed a batch to the moment it asks for the next one. The loop, its callbacks and its logger are in them.
+moment it is handed a batch to the moment it asks for the next one, with the card's work done. The loop, its callbacks
+and its logger are in them. On a card a second number is the peak of its memory so far, in MiB.
 """
 
 import argparse
@@ -55,19 +56,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--nanogpt", type=Path, help="a folder with nanoGPT's model.py")
     args = parser.parse_args()
     n_layer, n_head, n_embd, vocab_size, block_size = args.network
     config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=False, gelu="erf")  # as nanoGPT
-    turns = Turns(args.tokens, config, args.batch_size, args.clock)
+    turns = Turns(args.tokens, config, args.batch_size, args.clock, args.device)
     torch.manual_seed(0)
     with redirect_stdout(sys.stderr):  # libraries print
         if args.variant.startswith("nanogpt"):
-            drive(nanogpt_step(config, args.nanogpt, "compiled" in args.variant, args.precision), turns)
+            drive(nanogpt_step(config, args.nanogpt, "compiled" in args.variant, args.precision, args.device), turns)
         elif args.variant == "matmul":
-            drive(matmul_step(args.precision), turns)
+            drive(matmul_step(args.precision, args.device), turns)
         elif args.variant == "transformers":
-            drive(transformers_step(config, args.precision), turns)
+            drive(transformers_step(config, args.precision, args.device), turns)
         elif args.variant == "transformers trainer":
             transformers_trainer(config, args.precision, turns)
         elif args.variant == "lightning":
@@ -79,10 +81,11 @@ def main() -> None:
 class Turns(IterableDataset):
     """Random windows of a file of tokens, each when the parent asks for it; ends the process with the parent."""
 
-    def __init__(self, tokens: Path, config: GPTConfig, batch_size: int, clock: str) -> None:
+    def __init__(self, tokens: Path, config: GPTConfig, batch_size: int, clock: str, device: str) -> None:
         self.data = np.memmap(tokens, dtype=np.uint16, mode="r")
         self.batch_size, self.block_size = batch_size, config.block_size
-        self.clock = time.perf_counter if clock == "wall" else time.process_time
+        self.read_clock = time.perf_counter if clock == "wall" else time.process_time
+        self.device = device
         self.answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
         self.generator = np.random.default_rng(0)
 
@@ -90,8 +93,14 @@ class Turns(IterableDataset):
         while sys.stdin.readline():
             started_s = self.clock()
             yield self.windows()
-            print(self.clock() - started_s, file=self.answers, flush=True)
+            peak_mib = [torch.cuda.max_memory_allocated() / 2**20] if self.device == "cuda" else []
+            print(self.clock() - started_s, *peak_mib, file=self.answers, flush=True)
         raise SystemExit
+
+    def clock(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return self.read_clock()
 
     def windows(self) -> Batch:
         starts = self.generator.integers(len(self.data) - self.block_size, size=self.batch_size)
@@ -128,7 +137,9 @@ def plain(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
     from nanogpt_lit.loops import reference
     from nanogpt_lit.loops.contract import LoopSettings
 
-    reference.train(module, turns, [], LoopSettings(FOR_EVER, gradient_clip_val=1.0, precision=precision))
+    reference.train(
+        module.to(turns.device), turns, [], LoopSettings(FOR_EVER, gradient_clip_val=1.0, precision=precision)
+    )
 
 
 def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
@@ -143,11 +154,11 @@ def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
     from nanogpt_lit.loops.lightning_stops import StepStops
 
     meter, validations = StepMeter(), ValidationRecord()
-    plugin = precision_plugin(precision, "cpu")
+    plugin = precision_plugin(precision, turns.device)
     assert plugin is not None
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator=turns.device,
             max_steps=FOR_EVER,
             gradient_clip_val=1.0,
             log_every_n_steps=10,
@@ -166,8 +177,10 @@ def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
         trainer.fit(module, turns)
 
 
-def nanogpt_step(config: GPTConfig, folder: Path, compiled: bool, precision: str) -> Callable[[Batch], None]:
-    """What nanoGPT's train.py does in a step on a processor: float32 whatever its dtype says, and no fused AdamW."""
+def nanogpt_step(
+    config: GPTConfig, folder: Path, compiled: bool, precision: str, device: str
+) -> Callable[[Batch], None]:
+    """What nanoGPT's train.py does in a step. On a processor: float32 whatever its dtype says, and no fused AdamW."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     assert spec is not None
     assert spec.loader is not None
@@ -175,27 +188,40 @@ def nanogpt_step(config: GPTConfig, folder: Path, compiled: bool, precision: str
     sys.modules[spec.name] = theirs
     spec.loader.exec_module(theirs)
     shape = {name: getattr(config, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
-    model = theirs.GPT(theirs.GPTConfig(**shape, dropout=0.0, bias=False))
-    optimizer = model.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), "cpu")
+    model = theirs.GPT(theirs.GPTConfig(**shape, dropout=0.0, bias=False)).to(device)
+    optimizer = model.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), device)
     network = torch.compile(model) if compiled else model
+    scaler = torch.amp.GradScaler(device, enabled=precision == "16-mixed")
+    mixed = device == "cuda" and precision != "32-true"
 
     def step(batch: Batch) -> None:
-        _, loss = network(*batch)
-        loss.backward()
+        with torch.autocast(device, dtype_of(precision), enabled=mixed):
+            _, loss = network(*on(device, batch))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def matmul_step(precision: str) -> Callable[[Batch], None]:
+def dtype_of(precision: str) -> torch.dtype:
+    return {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(precision, torch.float32)
+
+
+def on(device: str, batch: Batch) -> Batch:
+    return batch[0].to(device), batch[1].to(device)
+
+
+def matmul_step(precision: str, device: str) -> Callable[[Batch], None]:
     """Products of square matrices into memory that is there, by the quicker library: what arithmetic could run at."""
     from nanogpt_lit.gpt.products import multiply_by_onednn
 
-    multiply_by_onednn()
-    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
-    a, b, product = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, dtype=torch.float32).to(dtype) for _ in range(3))
+    if device == "cpu":
+        multiply_by_onednn()
+    a, b, product = (torch.randn(MATMUL_SIDE, MATMUL_SIDE).to(device, dtype_of(precision)) for _ in range(3))
 
     def step(batch: Batch) -> None:
         torch.mm(a, b, out=product)
@@ -215,17 +241,21 @@ def transformers_network(config: GPTConfig) -> nn.Module:
     )  # fmt: skip
 
 
-def transformers_step(config: GPTConfig, precision: str) -> Callable[[Batch], None]:
+def transformers_step(config: GPTConfig, precision: str, device: str) -> Callable[[Batch], None]:
     """GPT2LMHeadModel in a plain loop, with our optimizer; it shifts the targets itself and returns the logits."""
-    model = transformers_network(config)
+    model = transformers_network(config).to(device)
     optimizer = build_optimizer(model.named_parameters(), AdamWConfig())
+    scaler = torch.amp.GradScaler(device, enabled=precision == "16-mixed")
 
     def step(batch: Batch) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            loss = model(input_ids=batch[0], labels=batch[0]).loss
-        loss.backward()
+        tokens, _ = on(device, batch)
+        with torch.autocast(device, dtype_of(precision), enabled=precision != "32-true"):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return step
@@ -244,8 +274,8 @@ def transformers_trainer(config: GPTConfig, precision: str, turns: Turns) -> Non
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=FOR_EVER, use_cpu=True, report_to=[], save_strategy="no", logging_steps=10,
-            bf16=precision == "bf16-mixed",
+            folder, max_steps=FOR_EVER, use_cpu=turns.device == "cpu", report_to=[], save_strategy="no",
+            logging_steps=10, bf16=precision == "bf16-mixed", fp16=precision == "16-mixed",
         )  # fmt: skip
         Loaded(transformers_network(config), arguments, train_dataset=turns).train()
 

@@ -115,6 +115,14 @@ def test_matrices_are_multiplied_by_onednn_and_the_tiles_of_attention_by_mkl():
     assert tiles == [{products.MKL}] * 2  # forward and backward
 
 
+def test_short_attention_in_bfloat16_is_computed_in_float32():
+    q, k, v = torch.randn(3, 2, 2, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = products.attention(q, k, v, is_causal=True)
+    wide = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    assert torch.equal(y, wide.bfloat16())
+
+
 @onednn_only
 def test_a_backward_pass_that_fails_inside_attention_leaves_the_bits_of_the_next():
     module = network()

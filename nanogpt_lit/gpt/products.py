@@ -63,11 +63,11 @@ def by_mkl(device: torch.device) -> Iterator[None]:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """F.scaled_dot_product_attention, whose kernel multiplies tiles, forward and backward."""
-    on_processor = type(q) is Tensor and q.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_processor = type(q) is Tensor and q.device.type == "cpu"
     if on_processor and q.dtype == torch.bfloat16 and q.size(2) <= SHORT:
         with torch.autocast("cpu", enabled=False):
             return attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
-    if not on_processor or torch.get_float32_matmul_precision() != ONEDNN:
+    if not on_processor or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != ONEDNN:
         return F.scaled_dot_product_attention(q, k, v, **options)
     with by_mkl(q.device):
         y = F.scaled_dot_product_attention(q, k, v, **options)
