@@ -1,10 +1,10 @@
 """`python -m nanogpt_lit COMMAND`. Light commands answer at once: torch is imported when there is work for it."""
 
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
+
+from nanogpt_lit.errors import UserError
 
 COMMANDS = {
     "fit": ("nanogpt_lit.cli:run", "train, from text or from a checkpoint; with --keep-alive, again after a crash"),
@@ -82,16 +82,10 @@ def exit_code(command: Callable[[], int]) -> int:
             report_error(error)
         # A reset connection is a process that died, a data worker's say: no file that the user could look after.
         of_a_file = isinstance(error, OSError) and not isinstance(error, ConnectionResetError)
-        if not of_a_file and not (isinstance(error, ValueError) and raised_by_us(error)):
+        if not of_a_file and not isinstance(error, UserError):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def raised_by_us(error: BaseException) -> bool:
-    """Whether a file of this package raised the error: then it is a sentence for the user, and no defect."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
 if __name__ == "__main__":

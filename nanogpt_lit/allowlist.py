@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from jsonargparse import set_parsing_settings
 
+from nanogpt_lit.errors import UserError
+
 TRUST = "--trust"
 
 ALLOWED = (
@@ -39,7 +41,7 @@ _trusted: set[str] = set()  # by the parser that was made last: jsonargparse's s
 
 
 def split_trusted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(packages that the command line trusts, the other arguments). Raises ValueError for what is no package."""
+    """(packages that the command line trusts, the other arguments). Raises UserError for what is no package."""
     packages, others = [], []
     rest = iter(arguments)
     for argument in rest:
@@ -49,9 +51,9 @@ def split_trusted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         package = package if equals else next(rest, "")
         if not package or not all(part.isidentifier() for part in package.split(".")):
-            raise ValueError(f"{TRUST} takes a package, such as {TRUST} my_package, and not {package!r}.")
+            raise UserError(f"{TRUST} takes a package, such as {TRUST} my_package, and not {package!r}.")
         if package.partition(".")[0] == "jsonargparse":  # it refuses this too: a value could then change the rules
-            raise ValueError(f"{TRUST} {package} would let a configuration trust whatever it likes; name your package.")
+            raise UserError(f"{TRUST} {package} would let a configuration trust whatever it likes; name your package.")
         packages.append(package)
     return packages, others
 

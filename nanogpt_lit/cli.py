@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.clock import awake_s
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> int:
         # Of Lightning's own processes the first speaks for all: it would take another's code for a crash.
         return stopped.reason.exit_code if stopped.first_rank else 0
     except MisconfigurationException as error:  # how Lightning says that a setting cannot be
-        raise ValueError(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split())) from error
     finally:
         # Lightning leaves gloo's group, and its threads, to the interpreter's exit, which then now and then aborts.
         if has_group():

@@ -7,6 +7,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from nanogpt_lit.errors import UserError
+
 
 def parser_of(command: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
     """usage: what follows the command; None lists its options"""
@@ -32,7 +34,7 @@ def generate(arguments: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     options = parser.parse_args(arguments[1:])
     if options.num_samples < 1:
-        raise ValueError(f"--num-samples={options.num_samples} must be at least 1.")
+        raise UserError(f"--num-samples={options.num_samples} must be at least 1.")
 
     import torch
 
@@ -190,7 +192,7 @@ def keep_alive(arguments: list[str]) -> int:
     parser.add_argument("script", metavar="SCRIPT", help="scripts/train_accelerate.py, or one that takes its options")
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
     if not Path(options.script).is_file():
-        raise ValueError(f"SCRIPT={options.script} is no file; scripts/train_accelerate.py is one.")
+        raise UserError(f"SCRIPT={options.script} is no file; scripts/train_accelerate.py is one.")
 
     from nanogpt_lit.supervisor import keep_alive
 

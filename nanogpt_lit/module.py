@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from nanogpt_lit.elastic.elastic import Elastic, ElasticConfig
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT, GPTConfig, config_of_checkpoint
 from nanogpt_lit.gpt.products import choose_products
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
@@ -59,7 +60,7 @@ class LitNanoGPT(LightningModule):
         self.save_hyperparameters({name: asdict(config) for name, config in configs.items()} | plain)
         for name in ("optimizer_state", "weights"):
             if optim.state_bits == 8 and (where := getattr(memory, name)) != "card":
-                raise ValueError(
+                raise UserError(
                     f"model.optim.state_bits=8 keeps its moments on the card, and model.memory.{name} is {where}; "
                     f"set model.memory.{name}=card, or model.optim.state_bits=32."
                 )
@@ -69,7 +70,7 @@ class LitNanoGPT(LightningModule):
         self.gpt = GPT(gpt)
         self.host_weights = apply_techniques(self.gpt, memory)
         if compile and self.host_weights is not None:
-            raise ValueError(
+            raise UserError(
                 f"model.compile=true does not go with model.memory.weights={memory.weights}, whose weights come and "
                 "go; set model.compile=false."
             )
@@ -109,7 +110,7 @@ class LitNanoGPT(LightningModule):
         """Shards the network over the processes when Lightning's ModelParallelStrategy offers a device mesh.
 
         FSDP2: each process keeps its share of every weight, gradient and optimizer state; a block is whole only while
-        it computes. Raises ValueError for a mesh that divides single matrices.
+        it computes. Raises UserError for a mesh that divides single matrices.
         """
         if self.device_mesh is None:
             return
@@ -120,23 +121,23 @@ class LitNanoGPT(LightningModule):
             return  # Lightning asks before every fit, validate and test
         tensor_parallel_size = self.device_mesh["tensor_parallel"].size()
         if tensor_parallel_size > 1:
-            raise ValueError(
+            raise UserError(
                 f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} would divide single matrices, which "
                 "this network does not; set tensor_parallel_size=1 and data_parallel_size to the number of processes."
             )
         for name in ("optimizer_state", "weights"):
             if (where := getattr(self.memory_config, name)) != "card":
-                raise ValueError(
+                raise UserError(
                     f"model.memory.{name}={where} moves whole tensors and does not go with ModelParallelStrategy, "
                     f"which shards them over the processes; set model.memory.{name}=card, or trainer.strategy=ddp."
                 )
         if self.optim_config.state_bits == 8:
-            raise ValueError(
+            raise UserError(
                 "model.optim.state_bits=8 needs whole tensors and does not go with ModelParallelStrategy, which shards "
                 "them over the processes; set model.optim.state_bits=32, or trainer.strategy=ddp."
             )
         if self.optim_config.matrices == "muon":
-            raise ValueError(
+            raise UserError(
                 "model.optim.matrices=muon needs whole matrices and does not go with ModelParallelStrategy, which "
                 "shards them over the processes; set model.optim.matrices=adamw, or trainer.strategy=ddp."
             )
@@ -156,7 +157,7 @@ class LitNanoGPT(LightningModule):
             if saved[name] != value and name != "dropout"
         ]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint holds another network: model.gpt.{', '.join(differing)}; "
                 "use the YAML that it was trained with."
             )

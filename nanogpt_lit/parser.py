@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from nanogpt_lit.allowlist import TRUST, limit_imports, refusal, split_trusted
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.places import check_arguments, check_places
 
 WORDS = {
@@ -32,7 +33,7 @@ class Parser(LightningArgumentParser):
     _is_parsing = False
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
-        """Raises ValueError for settings that name a place they may not."""
+        """Raises UserError for settings that name a place they may not."""
         if Parser._is_parsing:  # the parser of a command, called by that of all commands, which knows whom to trust
             return super().parse_args(args, *more, **options)
         trusted, args = split_trusted(sys.argv[1:] if args is None else args)
@@ -42,7 +43,7 @@ class Parser(LightningArgumentParser):
         try:
             config = super().parse_args(args, *more, **options)
         except ImportError as error:  # a class_path where no class is expected is refused past jsonargparse's own net
-            raise ValueError(sentence(str(error), [])) from error
+            raise UserError(sentence(str(error), [])) from error
         finally:
             Parser._is_parsing = False
         settings = config[config.subcommand] if config.get("subcommand") else config

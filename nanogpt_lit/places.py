@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nanogpt_lit.errors import UserError
+
 PATH = re.compile(r"(\w+_)?(config|dir|dirpath|filename|path|root|source|tokenizer)")
 """Keys whose values are paths. Lightning opens those with fsspec, which knows dozens of schemes."""
 ADDRESS = re.compile(r"\w[\w+.-]+(://|::)")
@@ -25,7 +27,7 @@ KEYWORDS = re.compile(r"(best|last|hpc|registry(:.*)?)")
 
 
 def check_places(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for an address where a path is meant, and for a name that leaves its folder.
+    """Raises UserError for an address where a path is meant, and for a name that leaves its folder.
 
     settings: of fit, as nested mappings
     """
@@ -38,17 +40,17 @@ def check_places(settings: Mapping[str, Any]) -> None:
         if isinstance(value, str) and keys[-1] in NAMES:
             _check_name(".".join(keys), value, Path(next((beside[f] for f in FOLDERS if beside.get(f)), root)))
         if keys[-1] == "class_path" and "dict_kwargs" in keys:
-            raise ValueError(f"{'.'.join(keys)}={value} stands where no class is made; move it to init_args.")
+            raise UserError(f"{'.'.join(keys)}={value} stands where no class is made; move it to init_args.")
     word = settings.get("ckpt_path")
     if isinstance(word, str) and KEYWORDS.fullmatch(word):
-        raise ValueError(
+        raise UserError(
             f"ckpt_path={word} leaves it to Lightning to find a checkpoint, and it may begin anew where it finds none; "
             "name the file."
         )
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Raises ValueError for an address where the command line means a YAML, before it is opened."""
+    """Raises UserError for an address where the command line means a YAML, before it is opened."""
     for argument, following in pairwise([*arguments, ""]):
         option, equals, value = argument.partition("=")
         if option.startswith("-") and option.lstrip("-") in SECTIONS:
@@ -58,15 +60,15 @@ def check_arguments(arguments: Sequence[str]) -> None:
 def _check_path(key: str, value: str) -> None:
     if address := ADDRESS.match(value):
         works = "a path without file://" if address[0] == "file://" else "download it first and name the file"
-        raise ValueError(f"{key}={value} is an address, and only files of this machine are opened; {works} works.")
+        raise UserError(f"{key}={value} is an address, and only files of this machine are opened; {works} works.")
     if "\0" in value:
-        raise ValueError(f"{key}={value!r} holds a NUL, which no path may.")
+        raise UserError(f"{key}={value!r} holds a NUL, which no path may.")
 
 
 def _check_name(key: str, name: str, folder: Path) -> None:
     # A link in the way leads elsewhere too.
     if CLIMBS.match(name) or not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{key}={name!r} leads out of {folder}; a plain name stays in it.")
+        raise UserError(f"{key}={name!r} leads out of {folder}; a plain name stays in it.")
 
 
 def _values(

@@ -9,6 +9,7 @@ from typing import Any
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.prepare import stale_reason
 from nanogpt_lit.data.tokenizer import parse_tokenizer, tokenizer_from_file
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
@@ -40,7 +41,7 @@ QUICK_TOLERANCE = 0.1
 def plan_run(settings: Any, budget: Budget, lightning: bool = True) -> Plan:
     """settings: the sections of the YAML, as fit reads them   lightning: whether its Trainer drives, or accelerate
 
-    Raises ValueError for settings that cannot be, and where the vocabulary is not known before the text is read.
+    Raises UserError for settings that cannot be, and where the vocabulary is not known before the text is read.
     """
     gpt = network(settings)
     own, shape = own_rung(settings), step_shape(settings, gpt, lightning)
@@ -133,7 +134,7 @@ def step_shape(settings: Any, gpt: GPTConfig, lightning: bool) -> StepShape:
     trainer = settings.trainer
     precision = full_precision_name(trainer.precision)
     if not lightning and precision.endswith("-true") and precision != "32-true":
-        raise ValueError(
+        raise UserError(
             f"trainer.precision={precision} is for Lightning's Trainer only; 32-true, bf16-mixed and 16-mixed run in "
             "every loop."
         )
@@ -170,7 +171,7 @@ def vocab_size(settings: Any) -> int:
         return datamodule.vocab_size
     if kind == "bpe":
         return int(argument)  # at most: a short text has fewer pairs to merge
-    raise ValueError(
+    raise UserError(
         f"data.tokenizer={data['tokenizer']} has as many tokens as the text has characters, and {shards_dir} has no "
         "shards yet; run `prepare` with the same YAML first, or give --model.gpt.vocab_size 100."
     )

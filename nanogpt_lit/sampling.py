@@ -24,7 +24,7 @@ def continue_text(
     """Yields what follows the prompt, piece by piece as it is made, until the model ends the document.
 
     An empty prompt begins a new document. A piece holds whole characters only: a token may end inside one.
-    The global random state is left alone. Raises ValueError for a prompt that the tokenizer cannot encode.
+    The global random state is left alone. Raises UserError for a prompt that the tokenizer cannot encode.
     """
     device = next(gpt.parameters()).device
     tokens = torch.tensor([[tokenizer.eot, *tokenizer.encode(prompt).tolist()]], dtype=torch.int64, device=device)

@@ -13,6 +13,7 @@ from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import check_run_file
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.elastic.elastic import ElasticConfig
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.machine import device_type, slow_precision, unused_card, usable_precision
 from nanogpt_lit.loops.pieces import changed_settings
@@ -117,7 +118,7 @@ class SettingsCLI(LightningCLI):
         pass
 
     def complete_settings(self) -> None:
-        """Fills in what the text and the machine decide. Raises ValueError for settings that cannot be."""
+        """Fills in what the text and the machine decide. Raises UserError for settings that cannot be."""
         settings = self.settings
         # What checks itself at construction is built here first, so that a mistake is named before the data is made.
         GPTConfig(**settings.model.gpt)
@@ -158,7 +159,7 @@ class SettingsCLI(LightningCLI):
         if factor is None:
             return
         if trainer.enable_checkpointing is False or not writes_run_files(trainer):
-            raise ValueError(
+            raise UserError(
                 f"spike_factor={factor} goes back to a checkpoint of one file, and this run writes none; leave it out, "
                 "or set trainer.enable_checkpointing=true and trainer.strategy=auto or ddp."
             )
@@ -172,11 +173,11 @@ class SettingsCLI(LightningCLI):
         if settings.get("resume") is None or self.subcommand not in (None, "fit"):
             return
         if settings.get("ckpt_path") is not None:
-            raise ValueError(
+            raise UserError(
                 f"resume=auto looks for a checkpoint and ckpt_path={settings.ckpt_path} names one; leave one out."
             )
         if not writes_run_files(settings.trainer):
-            raise ValueError(
+            raise UserError(
                 f"resume=auto does not know the checkpoints of trainer.strategy={settings.trainer.strategy}; "
                 "name one with ckpt_path."
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.supervised import ERROR, FOLDER, TOKENS
 
 KEEP_ALIVE = "--keep-alive"
@@ -35,7 +36,7 @@ def keep_alive(options: Sequence[str], program: Sequence[str] = FIT) -> int:
 
     program: what Python runs in its place; it takes the options of fit, and reports as fit does (supervised.py)
 
-    Returns the exit code of the last fit, as a shell counts it. Raises ValueError for arguments that name a checkpoint.
+    Returns the exit code of the last fit, as a shell counts it. Raises UserError for arguments that name a checkpoint.
     """
     command = command_of((option for option in options if option != KEEP_ALIVE), program)
     check_no_checkpoint(command)
@@ -45,7 +46,7 @@ def keep_alive(options: Sequence[str], program: Sequence[str] = FIT) -> int:
 
 
 def supervised_fit(options: Sequence[str]) -> list[str]:
-    """The command of `fit --keep-alive` with these options. Raises ValueError as `keep_alive` does."""
+    """The command of `fit --keep-alive` with these options. Raises UserError as `keep_alive` does."""
     check_no_checkpoint(options)
     return command_of([KEEP_ALIVE, *options])
 
@@ -59,7 +60,7 @@ def check_no_checkpoint(words: Sequence[str]) -> None:
     for word, following in pairwise([*words, ""]):
         option, equals, value = word.partition("=")
         if option in ("--ckpt_path", "--resume") and (value if equals else following) != "auto":
-            raise ValueError(
+            raise UserError(
                 f"{option} names one checkpoint and {KEEP_ALIVE} goes on from the newest each time; leave {option} out."
             )
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from nanogpt_lit.errors import UserError
+
 TASK_NAMESPACE = "http://schemas.microsoft.com/windows/2004/02/mit/task"
 
 SYSTEMD = """\
@@ -52,9 +54,9 @@ def systemd_word(word: str) -> str:
 
 
 def one_line(folder: Path) -> str:
-    """As settings without quotes read it. Raises ValueError for a folder that they cannot name."""
+    """As settings without quotes read it. Raises UserError for a folder that they cannot name."""
     if "\n" in str(folder) or str(folder) != str(folder).strip():
-        raise ValueError(f"{str(folder)!r} is a folder that systemd cannot name; one without line breaks works.")
+        raise UserError(f"{str(folder)!r} is a folder that systemd cannot name; one without line breaks works.")
     return str(folder).replace("%", "%%")
 
 

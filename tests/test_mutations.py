@@ -14,7 +14,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanogpt_lit.__main__ import raised_by_us
 from nanogpt_lit.checkpoint.accelerate_format import (
     BESIDE,
     OPTIMIZER,
@@ -33,6 +32,7 @@ from nanogpt_lit.checkpoint.tensor_file import write_tensors
 from nanogpt_lit.data.prepare import PrepareConfig, prepare, stale_reason
 from nanogpt_lit.data.shards import MANIFEST, TokenShards, read_manifest
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, ByteTokenizer, read_tokenizer_files, tokenizer_from_files
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.settings import SettingsCLI
@@ -52,7 +52,7 @@ def answer(read):
     except (ValueError, OSError) as error:
         refused = error
     # An OSError is told by its own text (nanogpt_lit/__main__.py); a ValueError must be ours to be told.
-    assert isinstance(refused, OSError) or raised_by_us(refused), repr(refused)
+    assert isinstance(refused, (OSError, UserError)), repr(refused)
     assert len(str(refused).splitlines()) == 1, str(refused)
     return None
 

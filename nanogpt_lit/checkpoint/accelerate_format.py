@@ -21,6 +21,7 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.checkpoint.tree import put_together, take_apart
 from nanogpt_lit.durable import durable_folder
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.random_state import RandomState
 
 WEIGHTS, OPTIMIZER, SCALER = "model.safetensors", "optimizer.bin", "scaler.pt"
@@ -66,19 +67,17 @@ def with_accelerates_names(state: RandomState, batches: int) -> dict[str, Any]:
 def read_folder(folder: Path) -> RunState:
     """The run of a folder by `write_folder`, or by save_state when nanogpt_lit.json was copied into it.
 
-    Raises ValueError, naming the file, for one that is missing, damaged, or holds more than data.
+    Raises UserError, naming the file, for one that is missing, damaged, or holds more than data.
     """
     beside = read_beside(folder)
     schedule = read_schedule(folder)
     random_states = list(read_random_states(folder))
     if not random_states:
-        raise ValueError(
-            f"{folder / RANDOM.format(0)} is missing: it says after how many micro-batches the run stands."
-        )
+        raise UserError(f"{folder / RANDOM.format(0)} is missing: it says after how many micro-batches the run stands.")
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
+        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
     optimizer = read_pickle(folder / OPTIMIZER)
     scaler = read_pickle(folder / SCALER) if (folder / SCALER).is_file() else None
     try:
@@ -100,7 +99,7 @@ def read_folder(folder: Path) -> RunState:
         )
         check_counts(state)
     except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder} is not as accelerate and `python -m nanogpt_lit convert` wrote it ({type(error).__name__})."
         ) from error
     return state
@@ -109,7 +108,7 @@ def read_folder(folder: Path) -> RunState:
 def read_beside(folder: Path) -> dict[str, Any]:
     path = folder / BESIDE
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no {BESIDE}, which says what network and data it belongs to; copy it from the folder that "
             "`python -m nanogpt_lit convert` made for this run."
         )
@@ -117,7 +116,7 @@ def read_beside(folder: Path) -> dict[str, Any]:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return {name: put_together(kept[name], {}) for name in KEPT_BESIDE if name in kept or name not in LATER}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not as `python -m nanogpt_lit convert` wrote it ({error}).") from error
+        raise UserError(f"{path} is not as `python -m nanogpt_lit convert` wrote it ({error}).") from error
 
 
 def read_schedule(folder: Path) -> dict[str, Any]:
@@ -126,7 +125,7 @@ def read_schedule(folder: Path) -> dict[str, Any]:
             schedule = read_pickle(path)
             if "last_epoch" in schedule and "skipped_steps" in schedule:
                 return schedule
-    raise ValueError(
+    raise UserError(
         f"{folder} holds no state of the schedule; register it first: accelerator.register_for_checkpointing(schedule)."
     )
 
@@ -151,7 +150,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise TypeError(f"a {type(content).__name__}")
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged, missing, or holds more than tensors and numbers ({type(error).__name__})."
         ) from error
     return content

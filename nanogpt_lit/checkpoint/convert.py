@@ -11,18 +11,19 @@ from nanogpt_lit.checkpoint.run_file import SUFFIX, check_counts, load_run, save
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.durable import durable_file
+from nanogpt_lit.errors import UserError
 
 
 def convert(source: Path, target: Path) -> RunState:
     """Writes the checkpoint at `source` as what the name of `target` says, and returns it.
 
     .safetensors is the format of every loop here, .ckpt Lightning's, a name without a suffix accelerate's folder.
-    Raises ValueError for a source that is none of the three, and for a target that is there already.
+    Raises UserError for a source that is none of the three, and for a target that is there already.
     """
     if target.exists():
-        raise ValueError(f"{target} exists already; name another, or remove it first.")
+        raise UserError(f"{target} exists already; name another, or remove it first.")
     if target.suffix not in (SUFFIX, ".ckpt", ""):
-        raise ValueError(
+        raise UserError(
             f"{target} names no format; FILE{SUFFIX} is nanogpt_lit's, FILE.ckpt Lightning's, and a name without a "
             "suffix accelerate's folder."
         )
@@ -53,7 +54,7 @@ def read_ckpt(path: Path) -> RunState:
         return state
     except Exception as error:  # what the readers of zip, of pickle and of a dictionary raise is not one family
         reason = " ".join(str(error).split())[:100]
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged, or is not a checkpoint that Lightning wrote of one optimizer and one schedule "
             f"({type(error).__name__}: {reason})."
         ) from error

@@ -29,7 +29,7 @@ class PatientSaver:
         self._writing: list[Future[None]] = []
 
     def save(self, path: Path, state: RunState) -> None:
-        """Raises ValueError as `save_run` does."""
+        """Raises UserError as `save_run` does."""
         check_finite(path, state.weights)
         content = RunContent.of(state)
         if self._thread is None:

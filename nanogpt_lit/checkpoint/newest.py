@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_lit.checkpoint.run_file import SUFFIX, verify_run
+from nanogpt_lit.errors import UserError
 
 PREFERRED = ("last", "best", "previous")
 """Of those written in the same instant."""
@@ -24,7 +25,7 @@ class Newest:
 def newest_checkpoint(root: Path) -> Newest | None:
     """Of the run below `root` that was saved last: its newest checkpoint whose every byte is as it was written.
 
-    None where no run has one. Raises ValueError where there are some and none is whole: starting anew would bury them.
+    None where no run has one. Raises UserError where there are some and none is whole: starting anew would bury them.
     """
     found = sorted(root.glob(f"*/checkpoints/*{SUFFIX}"), key=age)
     if not found:
@@ -39,7 +40,7 @@ def newest_checkpoint(root: Path) -> Newest | None:
             damaged.append(str(error))
             continue
         return Newest(path, step, [f"{sentence} Going on from {path}, step {step:,}." for sentence in damaged[:1]])
-    raise ValueError(
+    raise UserError(
         f"resume=auto finds no whole checkpoint in {found[0].parent}: {damaged[0]} Move that run away to start anew, "
         "or name another run's checkpoint with ckpt_path."
     )

@@ -18,6 +18,7 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import TensorFile, write_tensors
 from nanogpt_lit.checkpoint.tree import put_together, take_apart
 from nanogpt_lit.durable import durable_file
+from nanogpt_lit.errors import UserError
 
 SUFFIX = ".safetensors"
 FORMAT = 1
@@ -38,7 +39,7 @@ def save_run(path: Path, state: RunState) -> None:
     """Writes a checkpoint, which appears whole and on the disk or not at all.
 
     A file called `last` makes the one that it replaces `previous`, so that there is always one that no write touches.
-    Raises ValueError for weights that are not finite, and leaves the file alone.
+    Raises UserError for weights that are not finite, and leaves the file alone.
     """
     check_finite(path, state.weights)
     RunContent.of(state).write(path)
@@ -79,7 +80,7 @@ def check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         # The two ends tell of all, nan too, and hold no mask the size of the tensor.
         if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            raise ValueError(
+            raise UserError(
                 f"{name} holds numbers that are not finite, and {path} is not written with them; go on from a "
                 "checkpoint that was written before, with a lower model.optim.lr."
             )
@@ -88,7 +89,7 @@ def check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
 def load_run(path: Path) -> RunState:
     """Reads a checkpoint and compares every byte of it with its checksums.
 
-    Raises ValueError, naming the file, for one that is missing, damaged, or not a checkpoint.
+    Raises UserError, naming the file, for one that is missing, damaged, or not a checkpoint.
     """
     with open_run(path) as file:
         description = description_of(file)
@@ -97,7 +98,7 @@ def load_run(path: Path) -> RunState:
 
 
 def check_run_file(path: Path) -> None:
-    """Raises ValueError for a file that is none, by its beginning alone, before anything is built."""
+    """Raises UserError for a file that is none, by its beginning alone, before anything is built."""
     with open_run(path) as file:
         description_of(file)
 
@@ -105,7 +106,7 @@ def check_run_file(path: Path) -> None:
 def verify_run(path: Path) -> int:
     """Compares every byte of a checkpoint with its checksums, a tensor at a time, and returns its step.
 
-    Raises ValueError as `load_run` does.
+    Raises UserError as `load_run` does.
     """
     with open_run(path) as file:
         description = description_of(file)
@@ -126,7 +127,7 @@ class StoredNetwork:
 
 
 def load_stored_network(path: Path) -> StoredNetwork:
-    """Reads the weights and the tokenizer, a third of the file. Raises ValueError as `load_run` does."""
+    """Reads the weights and the tokenizer, a third of the file. Raises UserError as `load_run` does."""
     with open_run(path) as file:
         description = description_of(file)
         tensors = file.read(name for name in file.names if not name.startswith(("optimizer.", "random.", "lightning.")))
@@ -144,13 +145,13 @@ def load_stored_network(path: Path) -> StoredNetwork:
 
 def open_run(path: Path) -> TensorFile:
     if path.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{path} is a folder; a checkpoint is one file, and `python -m nanogpt_lit convert {path} FILE{SUFFIX}` "
             "makes one of accelerate's folder."
         )
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob(f"*{SUFFIX}"))
-        raise ValueError(
+        raise UserError(
             f"{path} does not exist; "
             + (f"there are {', '.join(beside)} beside it." if beside else f"fit writes best{SUFFIX} and last{SUFFIX}.")
         )
@@ -164,7 +165,7 @@ def description_of(file: TensorFile) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise incomplete(file.path, error) from error
     if number != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{file.path} has format {number} and this nanogpt_lit reads {FORMAT}; it was written by "
             f"{description.get('written_by')}."
         )
@@ -196,8 +197,8 @@ def check_counts(state: RunState) -> None:
             raise TypeError(f"{name}={count!r}")
 
 
-def incomplete(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is a checkpoint without all that nanogpt_lit keeps in one ({type(error).__name__}).")
+def incomplete(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is a checkpoint without all that nanogpt_lit keeps in one ({type(error).__name__}).")
 
 
 def stored_once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -207,7 +208,7 @@ def stored_once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     shared: dict[str, str] = {}
     for name, tensor in weights.items():
         if name.startswith(tuple(f"{state}." for state in STATES)):
-            raise ValueError(f"the weight {name} has a name that a checkpoint uses for something else.")
+            raise UserError(f"the weight {name} has a name that a checkpoint uses for something else.")
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         first = first_of.setdefault(place, name) if tensor.numel() else name
         if first == name:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.random_state import RandomState
 
 
@@ -47,7 +48,7 @@ class RunState:
     def batches_on(self, processes: int, accumulate_grad_batches: int, dropout: float) -> int:
         """Micro-batches of each of `processes` processes that go on with the sample that follows.
 
-        Raises ValueError where the samples of a step, or the masks of dropout, would be others than without the stop.
+        Raises UserError where the samples of a step, or the masks of dropout, would be others than without the stop.
         """
         if (processes, accumulate_grad_batches) == (self.processes, self.accumulate_grad_batches):
             return self.batches
@@ -59,13 +60,13 @@ class RunState:
                 works = f"trainer.accumulate_grad_batches={per_step // processes} does here"
                 if per_step % processes:
                     works = f"a number of processes that divides {per_step} can"
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint was trained by {then} micro-batches a step and cannot go on by {processes} x "
                     f"trainer.accumulate_grad_batches={accumulate_grad_batches}, whose steps have other samples; "
                     f"{works}."
                 )
             if dropout > 0:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint was trained by {self.processes} processes, each with dropout masks of its own, "
                     f"and cannot go on by {processes} with model.gpt.dropout={dropout}; start {self.processes}, or set "
                     "model.gpt.dropout=0."
@@ -73,7 +74,7 @@ class RunState:
         if inside_a_step or batches % accumulate_grad_batches:
             divisors = [n for n in range(1, batches + 1) if batches % n == 0]
             nearest = min(divisors, key=lambda n: (abs(n - accumulate_grad_batches), n))
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint stands after {batches} micro-batches, which trainer.accumulate_grad_batches="
                 f"{accumulate_grad_batches} cuts inside a step; {nearest} does not."
             )

@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanogpt_lit.errors import UserError
+
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -76,7 +78,7 @@ def sha256(content: memoryview | bytes) -> str:
 class TensorFile:
     """A file to read from, whose header has been checked. Tensors are checked when they are read.
 
-    Raises ValueError, naming the file, for one that is damaged or was not written by `write_tensors`.
+    Raises UserError, naming the file, for one that is damaged or was not written by `write_tensors`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -132,13 +134,13 @@ class TensorFile:
     ) -> None:
         self._file.__exit__(kind, error, traceback)
 
-    def _damaged(self, what: str) -> ValueError:
-        return ValueError(
+    def _damaged(self, what: str) -> UserError:
+        return UserError(
             f"{self.path} is damaged: {what} differs from its checksum; take another checkpoint of the run."
         )
 
-    def _foreign(self) -> ValueError:
-        return ValueError(
+    def _foreign(self) -> UserError:
+        return UserError(
             f"{self.path} is not a checkpoint of nanogpt_lit, or only the beginning of one; Lightning's .ckpt and "
             "accelerate's folders become one by `python -m nanogpt_lit convert FROM TO`."
         )

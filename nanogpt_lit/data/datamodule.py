@@ -25,6 +25,7 @@ from nanogpt_lit.data.tokenizer import (
     tokenizer_from_files,
 )
 from nanogpt_lit.data.workers import leave_signals_to_training, quiet_context
+from nanogpt_lit.errors import UserError
 
 SPLITS = ("train", "val")
 ORDER_FIELDS = ("seed", "block_size", "batch_size")
@@ -46,7 +47,7 @@ class TokenWindows(Dataset[Batch]):
 
     def __len__(self) -> int:
         # Asked by Lightning's distributed sampler alone.
-        raise ValueError(
+        raise UserError(
             "trainer.use_distributed_sampler=true would deal out samples that are dealt out already; set it to false."
         )
 
@@ -95,7 +96,7 @@ class TokenDataModule(LightningDataModule):
             ("num_workers", num_workers, 0),
         ):
             if value < least:
-                raise ValueError(f"data.{name}={value} must be at least {least}.")
+                raise UserError(f"data.{name}={value} must be at least {least}.")
         self.prepare_config = PrepareConfig(source, tokenizer, text_key, val_fraction, skip_undecodable)
         self.shards_dir = Path(shards_dir or "shards")
         self.block_size = block_size
@@ -156,7 +157,7 @@ class TokenDataModule(LightningDataModule):
             return self._tokenizer_of_foreign_shards()
         files = read_tokenizer_files(self.folder)
         if files_sha256(files) != read_manifest(self.folder).get("tokenizer", {}).get("sha256"):
-            raise ValueError(f"the tokenizer in {self.folder} is not the one its shards were made with; prepare again.")
+            raise UserError(f"the tokenizer in {self.folder} is not the one its shards were made with; prepare again.")
         return tokenizer_from_files(files)
 
     def _tokenizer_of_foreign_shards(self) -> Tokenizer:
@@ -167,7 +168,7 @@ class TokenDataModule(LightningDataModule):
             return ByteTokenizer()
         if kind == "file":
             return tokenizer_from_file(Path(argument))
-        raise ValueError(
+        raise UserError(
             f"data.tokenizer={self.prepare_config.tokenizer} is made from text, but data.source={self.folder} holds "
             "tokens; name the tokenizer they were made with: gpt2, byte or a .tiktoken file."
         )
@@ -177,9 +178,9 @@ class TokenDataModule(LightningDataModule):
         return self.tokenizer.vocab_size
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
-        """Raises ValueError when the data has ids that the model lacks."""
+        """Raises UserError when the data has ids that the model lacks."""
         if model_vocab_size < self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"model.gpt.vocab_size={model_vocab_size} is smaller than the {self.vocab_size} of the tokenizer "
                 f"{self.tokenizer.name}; {self.vocab_size} or more works, or leave it out."
             )
@@ -242,9 +243,9 @@ class TokenDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError for a checkpoint whose token ids mean something else."""
+        """Raises UserError for a checkpoint whose token ids mean something else."""
         if files_sha256(state_dict["tokenizer"]) != self.tokenizer.sha256:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained with another tokenizer than {self.tokenizer.name} in {self.folder}; "
                 "use the data.source and data.tokenizer it was trained with."
             )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, Self
 
+from nanogpt_lit.errors import UserError
+
 PIECE_CHARS = 1 << 16  # keeps 32 threads busy with a small file, and is still 10 ms of work for one
 BLOCK_BYTES = 1 << 16
 CUT_LOOKBACK = 1 << 15  # characters searched for a good place to cut
@@ -48,7 +50,7 @@ class FileDocument:
     stop: int | None = None
 
     def pieces(self) -> Iterator[str]:
-        """Raises UndecodableError at bytes that are not UTF-8, ValueError when the file cannot be read."""
+        """Raises UndecodableError at bytes that are not UTF-8, UserError when the file cannot be read."""
         return cut_pieces(self._decoded())
 
     def _decoded(self) -> Iterator[str]:
@@ -97,7 +99,7 @@ class FileDocument:
         return self
 
 
-class UndecodableError(ValueError):
+class UndecodableError(UserError):
     """Bytes that are not UTF-8 text."""
 
     def __init__(self, path: Path, offset: int) -> None:
@@ -109,12 +111,12 @@ class UndecodableError(ValueError):
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The file for reading. Any OSError, when opening or later, becomes a ValueError that names it."""
+    """The file for reading. Any OSError, when opening or later, becomes a UserError that names it."""
     try:
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        raise ValueError(f"data.source: {path} cannot be read ({error.strerror}).") from error
+        raise UserError(f"data.source: {path} cannot be read ({error.strerror}).") from error
 
 
 def cut_pieces(blocks: Iterable[str]) -> Iterator[str]:

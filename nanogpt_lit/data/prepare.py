@@ -37,6 +37,7 @@ from nanogpt_lit.data.tokenizer import (
     tokenizer_from_file,
 )
 from nanogpt_lit.durable import partial_of, write_durably
+from nanogpt_lit.errors import UserError
 
 SAMPLE_CHARS = 1 << 20  # text that is encoded to see how large the shards will be
 ROOM_MARGIN = 1.2  # the rest of the text may be denser, and every document has its end-of-text
@@ -75,7 +76,7 @@ class PrepareConfig:
 def stale_reason(config: PrepareConfig, folder: Path) -> str | None:
     """Why the folder has to be prepared (again), or None when it is current. Reads no text.
 
-    Raises ValueError when the source is not there.
+    Raises UserError when the source is not there.
     """
     return _stale_reason(config.request(config.open_source()), Path(folder))
 
@@ -104,7 +105,7 @@ def prepare(config: PrepareConfig, folder: Path, *, show_progress: bool = True) 
     """Make the folder hold the shards of this request, and return its manifest; nothing to do when it does already.
 
     Safe against interruption at any moment and against other processes doing the same: one works, the others wait.
-    Raises ValueError for anything that is wrong with the source, the tokenizer, the folder or the disk.
+    Raises UserError for anything that is wrong with the source, the tokenizer, the folder or the disk.
     """
     folder = Path(folder).resolve()
     source = config.open_source()
@@ -112,7 +113,7 @@ def prepare(config: PrepareConfig, folder: Path, *, show_progress: bool = True) 
     if _stale_reason(request, folder) is None and not has_leftovers(folder):
         return read_manifest(folder)
     if isinstance(source, FilesSource) and folder.is_relative_to(source.root.resolve()):
-        raise ValueError(f"data.shards_dir={folder} lies inside data.source={config.source}; shards are not text.")
+        raise UserError(f"data.shards_dir={folder} lies inside data.source={config.source}; shards are not text.")
     split = Split.plan(source, config.val_fraction)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -122,8 +123,8 @@ def prepare(config: PrepareConfig, folder: Path, *, show_progress: bool = True) 
                 check_replaceable(folder)
                 _prepare(config, source, request, split, folder, show_progress)
             return read_manifest(folder)
-    except OSError as error:  # those of reading the source are ValueErrors already
-        raise ValueError(f"data.shards_dir={folder} cannot be written ({error.strerror or error}).") from error
+    except OSError as error:  # those of reading the source are UserErrors already
+        raise UserError(f"data.shards_dir={folder} cannot be written ({error.strerror or error}).") from error
 
 
 def summary(manifest: dict[str, Any], folder: Path) -> str:
@@ -216,14 +217,14 @@ def training_text(source: Source, split: Split, budget: int = TRAINING_BYTES) ->
 
 
 def check_room(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
-    """Raises ValueError when the shards will hardly fit on the disk."""
+    """Raises UserError when the shards will hardly fit on the disk."""
     text_bytes = source.text_bytes()
     free = shutil.disk_usage(folder.parent).free
     if text_bytes is None or text_bytes * tokenizer.dtype.itemsize * ROOM_MARGIN < free:
         return  # no text has more tokens than bytes
     needed = int(text_bytes * tokens_per_byte(source, tokenizer) * tokenizer.dtype.itemsize * ROOM_MARGIN)
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"data.shards_dir={folder} needs about {needed / 1e9:,.1f} GB for the shards, the disk has "
             f"{free / 1e9:,.1f} GB free; make room, or name a folder on another disk."
         )

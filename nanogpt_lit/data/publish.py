@@ -10,6 +10,7 @@ from pathlib import Path
 from nanogpt_lit.data.shards import MANIFEST
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, TOKENIZER_RANKS
 from nanogpt_lit.durable import partial_of, sync_folder
+from nanogpt_lit.errors import UserError
 
 NAMES = {MANIFEST, TOKENIZER_JSON, TOKENIZER_RANKS}
 SHARD_NAME = re.compile(r"(train|val)_\d+\.bin")
@@ -36,15 +37,15 @@ def recover(folder: Path) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises ValueError unless the folder is missing, empty, or holds our files and nothing else."""
+    """Raises UserError unless the folder is missing, empty, or holds our files and nothing else."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"data.shards_dir={folder} is a file; name a folder.")
+        raise UserError(f"data.shards_dir={folder} is a file; name a folder.")
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if name not in NAMES and not SHARD_NAME.fullmatch(name)]
     if names and (foreign or MANIFEST not in names):
-        raise ValueError(
+        raise UserError(
             f"data.shards_dir={folder} holds files that this program did not write ({(foreign or names)[0]}); "
             "name another folder, or empty this one."
         )

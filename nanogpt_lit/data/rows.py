@@ -8,6 +8,7 @@ from typing import Any
 
 from nanogpt_lit.data.documents import TextDocument, UndecodableError, opened
 from nanogpt_lit.data.tokenizer import without_surrogates
+from nanogpt_lit.errors import UserError
 
 ROWS_AT_ONCE = 256
 
@@ -16,7 +17,7 @@ def jsonl_documents(path: Path, key: str, skipped: set[str] | None) -> Iterator[
     """The text under `key` of every line; empty lines do not count.
 
     skipped: None refuses a line that is not UTF-8; a set has its place added and the line left out.
-    Raises ValueError with file and line for one that is not JSON or has no such text.
+    Raises UserError with file and line for one that is not JSON or has no such text.
     """
     offset = 0
     with opened(path) as file:
@@ -35,16 +36,16 @@ def jsonl_documents(path: Path, key: str, skipped: set[str] | None) -> Iterator[
             try:
                 row = json.loads(text)
             except ValueError as error:
-                raise ValueError(f"{where} is not JSON ({error}).") from error
+                raise UserError(f"{where} is not JSON ({error}).") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{where} is not a JSON object such as {{{json.dumps(key)}: ...}}.")
+                raise UserError(f"{where} is not a JSON object such as {{{json.dumps(key)}: ...}}.")
             value = text_of(row, key, where)
             # Only an escape can bring half a surrogate pair into JSON.
             yield TextDocument(without_surrogates(value) if "\\u" in text else value)
 
 
 def parquet_documents(path: Path, key: str) -> Iterator[TextDocument]:
-    """The column `key`, a few rows in memory at a time. Raises ValueError without that column or without pyarrow."""
+    """The column `key`, a few rows in memory at a time. Raises UserError without that column or without pyarrow."""
     number = 0
     try:
         with _parquet(path, key) as file:
@@ -53,7 +54,7 @@ def parquet_documents(path: Path, key: str) -> Iterator[TextDocument]:
                     number += 1
                     yield TextDocument(text_of({key: value}, key, f"data.source: {path}, row {number}"))
     except OSError as error:
-        raise ValueError(f"data.source: {path} cannot be read after row {number} ({error}).") from error
+        raise UserError(f"data.source: {path} cannot be read after row {number} ({error}).") from error
 
 
 def parquet_text_bytes(path: Path, key: str) -> int:
@@ -69,41 +70,41 @@ def _parquet(path: Path, key: str) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f'data.source={path}: Parquet needs the package pyarrow: `pip install "nanogpt_lit[parquet]"`.'
         ) from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"data.source: {path} is not a readable Parquet file ({error}).") from error
+        raise UserError(f"data.source: {path} is not a readable Parquet file ({error}).") from error
     names = file.schema_arrow.names
     if key not in names:
-        raise ValueError(f"data.source: {path} has no column {key!r} (data.text_key); its columns: {', '.join(names)}.")
+        raise UserError(f"data.source: {path} has no column {key!r} (data.text_key); its columns: {', '.join(names)}.")
     return file
 
 
 def hub_documents(name: str, config: str | None, key: str) -> Iterator[TextDocument]:
-    """The column `key` of the train split of a hub data set, streamed. Raises ValueError without `datasets`."""
+    """The column `key` of the train split of a hub data set, streamed. Raises UserError without `datasets`."""
     source = f"data.source=hf:{name}" + (f":{config}" if config else "")
     # The text is fetched, and nothing is told about this machine.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(f'{source} needs the package datasets: `pip install "nanogpt_lit[hub]"`.') from error
+        raise UserError(f'{source} needs the package datasets: `pip install "nanogpt_lit[hub]"`.') from error
     try:
         rows = load_dataset(name, config, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield TextDocument(text_of(row, key, f"{source}, row {number}"))
     except OSError as error:  # no such data set, no network, a connection that broke: all are OSErrors
-        raise ValueError(f"{source} cannot be read: {error}") from error
+        raise UserError(f"{source} cannot be read: {error}") from error
 
 
 def text_of(row: dict[str, Any], key: str, where: str) -> str:
-    """The text under the key. Raises ValueError naming the keys there are, or what stands there instead of text."""
+    """The text under the key. Raises UserError naming the keys there are, or what stands there instead of text."""
     if key not in row:
-        raise ValueError(f"{where} has no {key!r} (data.text_key); its keys: {', '.join(map(str, row)) or 'none'}.")
+        raise UserError(f"{where} has no {key!r} (data.text_key); its keys: {', '.join(map(str, row)) or 'none'}.")
     value = row[key]
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key!r} (data.text_key) holds {type(value).__name__}, not text.")
+        raise UserError(f"{where}: {key!r} (data.text_key) holds {type(value).__name__}, not text.")
     return value

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 
+from nanogpt_lit.errors import UserError
+
 # 4 rounds are proven for large halves. With halves of 1 or 2 bits, the orders of an epoch of 2 to 12 windows come out
 # about equally often from 10 rounds on (tests/test_sampler.py); at 6, some orders of 5 windows are twice too frequent.
 ROUNDS = 10  # even
@@ -56,12 +58,12 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 def windows_in(n_tokens: int, block_size: int, split: str) -> int:
-    """How many windows lie side by side in the stream. Raises ValueError when not even one fits."""
+    """How many windows lie side by side in the stream. Raises UserError when not even one fits."""
     if n_tokens <= block_size:
         works = "more text" if split == "train" else "more text or a larger data.val_fraction"
         if n_tokens > 1:
             works = f"data.block_size={n_tokens - 1} or less, or {works}"
-        raise ValueError(
+        raise UserError(
             f"data.block_size={block_size} is a block longer than the shards: it needs {block_size + 1:,} tokens, "
             f"the split {split!r} has {n_tokens:,}; what works: {works}."
         )
@@ -125,7 +127,7 @@ class ValidationOrder(Sampler[list[int]]):
     def __init__(self, n_tokens: int, block_size: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.n_windows = windows_in(n_tokens, block_size, "val")
         if self.n_windows < world:
-            raise ValueError(
+            raise UserError(
                 f"the split 'val' has {self.n_windows} windows of data.block_size={block_size}, fewer than the {world} "
                 "processes; a larger data.val_fraction or a smaller data.block_size works."
             )

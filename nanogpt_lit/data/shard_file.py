@@ -26,6 +26,8 @@ from typing import Self
 
 import numpy as np
 
+from nanogpt_lit.errors import UserError
+
 MAGIC = b"NGLSHARD"
 VERSION = 1
 HEADER = struct.Struct("<8sIIQI")
@@ -54,7 +56,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, vocab_size: int) -> None:
         if not 1 <= vocab_size < 1 << 32:
-            raise ValueError(f"a shard needs a vocabulary size from 1 to 2**32 - 1, got {vocab_size}.")
+            raise UserError(f"a shard needs a vocabulary size from 1 to 2**32 - 1, got {vocab_size}.")
         self.path = Path(path)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
@@ -70,16 +72,16 @@ class ShardWriter:
         return self._sha256.hexdigest()
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append tokens (any integer dtype). Raises ValueError for an id outside [0, vocab_size), writing nothing."""
+        """Append tokens (any integer dtype). Raises UserError for an id outside [0, vocab_size), writing nothing."""
         tokens = np.asarray(tokens)
         if tokens.size == 0:
             return
         if tokens.dtype.kind not in "iu":
-            raise ValueError(f"tokens must be integers, got {tokens.dtype}.")
+            raise UserError(f"tokens must be integers, got {tokens.dtype}.")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             wrong = low if low < 0 else high
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {self.vocab_size} ({self.path.name}).")
+            raise UserError(f"token id {wrong} is outside the vocabulary of {self.vocab_size} ({self.path.name}).")
         chunk = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
         self._file.write(chunk)
         self._sha256.update(chunk)
@@ -91,7 +93,7 @@ class ShardWriter:
             return
         try:
             if self.n_tokens == 0:
-                raise ValueError(f"{self.path}: no tokens were written; a shard holds at least one.")
+                raise UserError(f"{self.path}: no tokens were written; a shard holds at least one.")
             self._file.seek(0)
             self._file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.n_tokens, self.vocab_size))
             self._file.flush()
@@ -135,25 +137,25 @@ class ShardFile:
     def open(cls, path: Path, headerless: bool = False) -> Self:
         """Recognise the format by its first bytes and check the size against the header; reads 4 KB at most.
 
-        headerless: a file without a header we know is nanoGPT's bare uint16. Raises ValueError for anything else.
+        headerless: a file without a header we know is nanoGPT's bare uint16. Raises UserError for anything else.
         """
         try:
             with path.open("rb") as file:
                 head = file.read(4096)
             size = path.stat().st_size
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
+            raise UserError(f"{path} cannot be read ({error.strerror}).") from error
         if size == 0:
-            raise ValueError(f"{path} is empty; write the shards again.")
+            raise UserError(f"{path} is empty; write the shards again.")
         if head.startswith(MAGIC):
             return cls._ours(path, head)._checked(size)
         if is_llmc(head):
             return cls._llmc(path, head)._checked(size)
         other = _looks_like(head)
         if other:
-            raise ValueError(f"{path} looks like {other}, not like token shards; point data.source at the text itself.")
+            raise UserError(f"{path} looks like {other}, not like token shards; point data.source at the text itself.")
         if not headerless:
-            raise ValueError(
+            raise UserError(
                 f"{path} has neither our header nor llm.c's; nanoGPT's bare uint16 tokens are read from files named "
                 "train.bin and val.bin."
             )
@@ -162,14 +164,12 @@ class ShardFile:
     @classmethod
     def _ours(cls, path: Path, head: bytes) -> Self:
         if len(head) < HEADER_BYTES:
-            raise ValueError(f"{path} is truncated inside its header; write the shards again.")
+            raise UserError(f"{path} is truncated inside its header; write the shards again.")
         _, version, itemsize, n_tokens, vocab_size = HEADER.unpack_from(head)
         if version != VERSION:
-            raise ValueError(
-                f"{path} is shard version {version}, this program reads {VERSION}; prepare the data again."
-            )
+            raise UserError(f"{path} is shard version {version}, this program reads {VERSION}; prepare the data again.")
         if vocab_size == 0 or itemsize != token_dtype(vocab_size).itemsize:
-            raise ValueError(
+            raise UserError(
                 f"{path} says {itemsize} bytes per token for a vocabulary of {vocab_size}: the header is damaged; "
                 "prepare the data again."
             )
@@ -178,21 +178,21 @@ class ShardFile:
     @classmethod
     def _llmc(cls, path: Path, head: bytes) -> Self:
         if len(head) < HEADER_BYTES:
-            raise ValueError(f"{path} is truncated inside its header; copy the file again.")
+            raise UserError(f"{path} is truncated inside its header; copy the file again.")
         magic, version, n_tokens = LLMC_HEADER.unpack_from(head)
         dtype = LLMC_TOKENS.get((magic, version))
         if dtype is None:
-            raise ValueError(f"{path} is an llm.c file of version {version}; known are {sorted(LLMC_TOKENS)}.")
+            raise UserError(f"{path} is an llm.c file of version {version}; known are {sorted(LLMC_TOKENS)}.")
         return cls(path, dtype, HEADER_BYTES, n_tokens, None)
 
     @classmethod
     def _bare(cls, path: Path, head: bytes, size: int) -> Self:
         if size % 2:
-            raise ValueError(f"{path} holds {size:,} bytes, an odd number: no file of uint16 tokens; copy it again.")
+            raise UserError(f"{path} holds {size:,} bytes, an odd number: no file of uint16 tokens; copy it again.")
         first = np.frombuffer(head[: len(head) // 2 * 2], dtype="<u2")
         # uint32 or int64 ids read as uint16 are ids with zeros between: all in range, and a model of nothing.
         if len(first) >= 32 and not first[1::2].any() and first[::2].any():
-            raise ValueError(
+            raise UserError(
                 f"{path} looks like tokens wider than uint16 (every second one is 0); "
                 "nanoGPT's format is uint16, so write it again with dtype=np.uint16."
             )
@@ -201,12 +201,12 @@ class ShardFile:
     def _checked(self, size: int) -> Self:
         expected = self.offset + self.n_tokens * self.dtype.itemsize
         if size != expected:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} is {size:,} bytes, but {self.n_tokens:,} {self.dtype.name} tokens and the header make "
                 f"{expected:,}: {'truncated' if size < expected else 'something was appended'}; copy or write it again."
             )
         if self.n_tokens <= 0:
-            raise ValueError(f"{self.path} holds no tokens; write the shards again.")
+            raise UserError(f"{self.path} holds no tokens; write the shards again.")
         return self
 
     def map(self) -> np.ndarray:

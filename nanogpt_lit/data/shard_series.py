@@ -6,6 +6,7 @@ from typing import Any, Self
 from nanogpt_lit.data.encoder import TokenBatch
 from nanogpt_lit.data.shard_file import ShardWriter
 from nanogpt_lit.data.split import Side
+from nanogpt_lit.errors import UserError
 
 SHARD_TOKENS = 100_000_000
 
@@ -39,11 +40,11 @@ class ShardSeries:
         self._writer = None
 
     def close(self) -> dict[str, Any]:
-        """Its entry in the manifest. Raises ValueError when nothing was written."""
+        """Its entry in the manifest. Raises UserError when nothing was written."""
         if self._writer is not None:
             self._finish(self._writer)
         if not self.shards:
-            raise ValueError(f"data.source holds too little text: nothing is left for {self.side}.")
+            raise UserError(f"data.source holds too little text: nothing is left for {self.side}.")
         return {
             "tokens": self.tokens,
             "documents": self.documents,

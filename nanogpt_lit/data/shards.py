@@ -18,6 +18,7 @@ import numpy as np
 
 from nanogpt_lit.data.inside import file_inside
 from nanogpt_lit.data.shard_file import ShardFile, ShardWriter, is_llmc, token_dtype
+from nanogpt_lit.errors import UserError
 
 __all__ = ["MANIFEST", "MANIFEST_FORMAT", "ShardWriter", "TokenShards", "read_manifest", "ready_format", "token_dtype"]
 
@@ -30,20 +31,20 @@ WINDOWS_PER_MAPPING = 1024
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of our shards, checked as far as readers rely on it. Raises ValueError."""
+    """The manifest of a folder of our shards, checked as far as readers rely on it. Raises UserError."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); prepare the data again.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); prepare the data again.") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); prepare the data again.") from error
+        raise UserError(f"{path} is not valid JSON ({error}); prepare the data again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise ValueError(f'{path} is no manifest of ours ("format": {MANIFEST_FORMAT}); prepare the data again.')
+        raise UserError(f'{path} is no manifest of ours ("format": {MANIFEST_FORMAT}); prepare the data again.')
     try:
         _check_manifest(manifest, folder)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} lacks or garbles {error}; prepare the data again.") from error
+        raise UserError(f"{path} lacks or garbles {error}; prepare the data again.") from error
     return manifest
 
 
@@ -87,7 +88,7 @@ class TokenShards:
         self.starts = [0, *accumulate(file.n_tokens for file in files)]
         sizes = {file.vocab_size for file in files}
         if len(sizes) > 1:
-            raise ValueError(f"{files[0].path.parent} mixes shards of vocabularies {sizes}; prepare the data again.")
+            raise UserError(f"{files[0].path.parent} mixes shards of vocabularies {sizes}; prepare the data again.")
         self.vocab_size = sizes.pop() if sizes else None
         # Ids at or above it never leave `read`. Foreign files do not name theirs: check_vocabulary sets it.
         self.vocab_limit = self.vocab_size
@@ -98,11 +99,11 @@ class TokenShards:
     def open(cls, folder: Path, split: str) -> Self:
         """The split `train` or `val` of a folder in any of the three formats.
 
-        Takes time by the number of files, not by their size. Raises ValueError naming the file that is wrong.
+        Takes time by the number of files, not by their size. Raises UserError naming the file that is wrong.
         """
         kind = ready_format(folder)
         if kind is None:
-            raise ValueError(f"{folder} holds no token shards: no {MANIFEST}, no train.bin, no *train*.bin.")
+            raise UserError(f"{folder} holds no token shards: no {MANIFEST}, no train.bin, no *train*.bin.")
         if kind == "ours":
             return cls._ours(folder, split)
         if kind == "nanogpt":
@@ -110,18 +111,18 @@ class TokenShards:
         else:
             paths = sorted(folder.glob(f"*{split}*.bin"))
             if not paths:
-                raise ValueError(f"{folder} holds no file named *{split}*.bin.")
+                raise UserError(f"{folder} holds no file named *{split}*.bin.")
         return cls([ShardFile.open(path, headerless=kind == "nanogpt") for path in paths])
 
     @classmethod
     def _ours(cls, folder: Path, split: str) -> Self:
         shards = read_manifest(folder)["splits"].get(split, {}).get("shards", [])
         if not shards:
-            raise ValueError(f"{folder / MANIFEST} lists no shards of the split {split!r}; prepare the data again.")
+            raise UserError(f"{folder / MANIFEST} lists no shards of the split {split!r}; prepare the data again.")
         files = [ShardFile.open(file_inside(folder, shard["file"], MANIFEST)) for shard in shards]
         for file, shard in zip(files, shards, strict=True):
             if file.n_tokens != shard["tokens"]:
-                raise ValueError(
+                raise UserError(
                     f"{file.path} holds {file.n_tokens:,} tokens, {MANIFEST} says {shard['tokens']:,}: "
                     "it belongs to another preparation; prepare the data again."
                 )
@@ -137,7 +138,7 @@ class TokenShards:
     def read_windows(self, starts: Sequence[int], length: int) -> np.ndarray:
         """One window per start, int64 (len(starts), length).
 
-        Raises IndexError beyond the stream, ValueError for an id outside the vocabulary: a file that changed
+        Raises IndexError beyond the stream, UserError for an id outside the vocabulary: a file that changed
         underneath is reported here rather than as an illegal access on the card.
         """
         self._windows_mapped += len(starts)
@@ -150,7 +151,7 @@ class TokenShards:
         if self.vocab_limit is not None and windows.size and windows.max() >= self.vocab_limit:
             row, column = divmod(int(windows.argmax()), length)
             k, position = self._locate(starts[row] + column)
-            raise ValueError(
+            raise UserError(
                 f"{self.files[k].path} holds token id {windows[row, column]} at position {position:,}, beyond the "
                 f"vocabulary of {self.vocab_limit}: the file is damaged or has changed; write the shards again."
             )
@@ -174,14 +175,14 @@ class TokenShards:
         return k, position - self.starts[k]
 
     def check_vocabulary(self, vocab_size: int, cache: Path | None = None) -> None:
-        """Raises ValueError unless every token id is below `vocab_size`, the tokenizer's.
+        """Raises UserError unless every token id is below `vocab_size`, the tokenizer's.
 
         Ours say it in the header. Foreign files are scanned once, in one pass; `cache` (a JSON file) keeps each
         one's largest id for as long as its name, size and time of change stay.
         """
         for file, needed in zip(self.files, self._vocabularies(cache), strict=True):
             if needed > vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"{file.path} needs a vocabulary of {needed}, its tokenizer has {vocab_size}; set data.tokenizer "
                     "to the one these tokens were made with."
                 )

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from nanogpt_lit.data.documents import Document, FileDocument, UndecodableError, opened
 from nanogpt_lit.data.rows import hub_documents, jsonl_documents, parquet_documents, parquet_text_bytes
+from nanogpt_lit.errors import UserError
 
 JSONL = {".jsonl", ".ndjson"}
 PARQUET = {".parquet"}
@@ -43,23 +44,23 @@ class Source(Protocol):
 
 
 def open_source(source: str, text_key: str = "text", skip_undecodable: bool = False) -> Source:
-    """The source that `data.source` names. Raises ValueError when there is no such thing or it holds no files."""
+    """The source that `data.source` names. Raises UserError when there is no such thing or it holds no files."""
     if source == "stdlib":
         return StdlibSource()
     if source.startswith("hf:"):
         return HubSource(source, text_key)
     if "://" in source:
-        raise ValueError(f"data.source={source} is an address; download it and give the file's path.")
+        raise UserError(f"data.source={source} is an address; download it and give the file's path.")
     if not source:
-        raise ValueError(f"data.source is empty; what works: {WHAT_WORKS}.")
+        raise UserError(f"data.source is empty; what works: {WHAT_WORKS}.")
     path = Path(source).expanduser()
     if path.is_file():
         return FilesSource(path, [path], text_key, skip_undecodable)
     if path.is_dir():
         return FilesSource(path, visible_files(path), text_key, skip_undecodable)
     if path.exists():
-        raise ValueError(f"data.source={source} is neither a file nor a folder; what works: {WHAT_WORKS}.")
-    raise ValueError(f"data.source={source} does not exist; what works: {WHAT_WORKS}.")
+        raise UserError(f"data.source={source} is neither a file nor a folder; what works: {WHAT_WORKS}.")
+    raise UserError(f"data.source={source} does not exist; what works: {WHAT_WORKS}.")
 
 
 class FilesSource:
@@ -73,14 +74,14 @@ class FilesSource:
         # Known before anything is read, so that a file that changes meanwhile makes the result stale.
         self._stats = {path: path.stat() for path in paths}
         if not any(stat.st_size for stat in self._stats.values()):
-            raise ValueError(f"data.source={root} holds no text: {len(paths)} files, all empty.")
+            raise UserError(f"data.source={root} holds no text: {len(paths)} files, all empty.")
 
     @cached_property
     def text_paths(self) -> list[Path]:
-        """Without binary files. Raises ValueError when no other is there."""
+        """Without binary files. Raises UserError when no other is there."""
         paths = [path for path in self._stats if path.suffix.lower() in JSONL | PARQUET or not is_binary(path)]
         if not paths:
-            raise ValueError(f"data.source={self.root} holds no text, only binary files (a zero byte near the start).")
+            raise UserError(f"data.source={self.root} holds no text, only binary files (a zero byte near the start).")
         return paths
 
     def documents(self) -> Iterator[Document]:
@@ -129,9 +130,7 @@ class StdlibSource(FilesSource):
         root = Path(sysconfig.get_path("stdlib"))
         paths = [path for path in visible_files(root, NOT_STDLIB) if path.suffix == ".py"]
         if not paths:
-            raise ValueError(
-                f"data.source=stdlib: this Python has no library sources in {root}; name a file or folder."
-            )
+            raise UserError(f"data.source=stdlib: this Python has no library sources in {root}; name a file or folder.")
         super().__init__(root, paths, skip_undecodable=True)
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -147,7 +146,7 @@ class HubSource:
         self.text_key = text_key
         self.skipped: set[str] = set()
         if self.name.count("/") != 1 or not all(self.name.split("/")):
-            raise ValueError(f"data.source={source}: a hub data set is written hf:OWNER/NAME or hf:OWNER/NAME:CONFIG.")
+            raise UserError(f"data.source={source}: a hub data set is written hf:OWNER/NAME or hf:OWNER/NAME:CONFIG.")
 
     def documents(self) -> Iterator[Document]:
         return hub_documents(self.name, self.config or None, self.text_key)
@@ -166,7 +165,7 @@ def visible_files(root: Path, left_out: Collection[str] = ()) -> list[Path]:
     """
 
     def unreadable(error: OSError) -> None:
-        raise ValueError(f"data.source: {error.filename} cannot be read ({error.strerror}).") from error
+        raise UserError(f"data.source: {error.filename} cannot be read ({error.strerror}).") from error
 
     paths = []
     for folder, folders, names in os.walk(root, onerror=unreadable):

@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from nanogpt_lit.data.documents import Document
 from nanogpt_lit.data.sources import Source
+from nanogpt_lit.errors import UserError
 
 Side = Literal["train", "val"]
 
@@ -32,13 +33,13 @@ class Split:
 
     @classmethod
     def plan(cls, source: Source, val_fraction: float) -> Self:
-        """Looks at the first 1 / val_fraction documents. Raises ValueError for a source without text."""
+        """Looks at the first 1 / val_fraction documents. Raises UserError for a source without text."""
         check_val_fraction(val_fraction)
         starts = (next(document.pieces(), "") for document in source.documents())
         wanted = math.ceil(1 / val_fraction)
         hashes = [hash_of_start(start) for start in islice(filter(None, starts), wanted)]
         if not hashes:
-            raise ValueError("data.source holds no text: every document is empty.")
+            raise UserError("data.source holds no text: every document is empty.")
         if len(hashes) < wanted or len(set(hashes)) == 1:
             return cls(val_fraction)
         return cls(val_fraction, by_document=True, always_val=min(hashes), always_train=max(hashes))
@@ -65,9 +66,9 @@ class Split:
 
 
 def check_val_fraction(val_fraction: float) -> None:
-    """Raises ValueError outside (0, 0.5]."""
+    """Raises UserError outside (0, 0.5]."""
     if not 0 < val_fraction <= 0.5:
-        raise ValueError(f"data.val_fraction={val_fraction} must be above 0 and at most 0.5; 0.1 holds out a tenth.")
+        raise UserError(f"data.val_fraction={val_fraction} must be above 0 and at most 0.5; 0.1 holds out a tenth.")
 
 
 def hash_of_start(text: str) -> float:

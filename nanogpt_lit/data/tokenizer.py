@@ -18,6 +18,7 @@ import tiktoken
 from nanogpt_lit.data.bpe import Ranks, dump_ranks, gpt2_ranks, parse_ranks
 from nanogpt_lit.data.inside import file_inside
 from nanogpt_lit.data.shard_file import token_dtype
+from nanogpt_lit.errors import UserError
 
 EOT = "<|endoftext|>"
 """How end-of-text is written when tokens are decoded. In a document these characters are plain text."""
@@ -124,7 +125,7 @@ class CharTokenizer(Tokenizer):
         ids = self._id_of[np.minimum(codes, len(self._id_of) - 1)]
         if ids.size and ids.min() < 0:
             unknown = chr(codes[ids.argmin()])
-            raise ValueError(
+            raise UserError(
                 f"the character {unknown!r} (U+{ord(unknown):04X}) is not among the {len(self.characters)} that this "
                 "char tokenizer was made from; leave it out, or train with data.tokenizer: byte, which knows every one."
             )
@@ -141,13 +142,13 @@ class BytePairTokenizer(Tokenizer):
 
     def __init__(self, name: str, ranks: Ranks, pattern: str, specials: Mapping[str, int]) -> None:
         if not isinstance(specials, Mapping) or EOT not in specials:
-            raise ValueError(f"the tokenizer {name} has no special token {EOT}; documents are separated by it.")
+            raise UserError(f"the tokenizer {name} has no special token {EOT}; documents are separated by it.")
         ids = [*ranks.values(), *specials.values()]
         for token_id in ids:
             if type(token_id) is not int or not 0 <= token_id < ID_LIMIT:
-                raise ValueError(f"the tokenizer {name} has the token id {token_id!r}; 0 to {ID_LIMIT - 1:,} work.")
+                raise UserError(f"the tokenizer {name} has the token id {token_id!r}; 0 to {ID_LIMIT - 1:,} work.")
         if len(set(ids)) != len(ids):
-            raise ValueError(f"the tokenizer {name} gives a special token the id of another token.")
+            raise UserError(f"the tokenizer {name} gives a special token the id of another token.")
         token_bytes = [UNKNOWN] * (max(ids) + 1)
         for token, rank in ranks.items():
             token_bytes[rank] = token
@@ -160,7 +161,7 @@ class BytePairTokenizer(Tokenizer):
                 name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: self.eot}
             )
         except (ValueError, TypeError) as error:
-            raise ValueError(f"the tokenizer {name} has a pattern that is not a regular expression: {error}") from error
+            raise UserError(f"the tokenizer {name} has a pattern that is not a regular expression: {error}") from error
 
     def _encode(self, text: str) -> np.ndarray:
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
@@ -206,28 +207,28 @@ def gpt2_tokenizer() -> GPT2Tokenizer:
 
 
 def parse_tokenizer(value: str) -> tuple[Literal["gpt2", "byte", "char", "bpe", "file"], str]:
-    """What `data.tokenizer` asks for: (kind, the part after the colon or the path). Raises ValueError early."""
+    """What `data.tokenizer` asks for: (kind, the part after the colon or the path). Raises UserError early."""
     match value.partition(":"):
         case ("gpt2" | "byte" | "char") as kind, "", "":
             return kind, ""
         case "bpe", ":", size:
             if not size.isdecimal() or int(size) < 258:
-                raise ValueError(
+                raise UserError(
                     f"data.tokenizer={value}: the vocabulary is a number from 258 (256 bytes, end-of-text and one "
                     "merge); bpe:32000 works."
                 )
             return "bpe", size
     if not value.endswith(".tiktoken"):
-        raise ValueError(f"data.tokenizer={value} is not a tokenizer; what works: {WHAT_WORKS}.")
+        raise UserError(f"data.tokenizer={value} is not a tokenizer; what works: {WHAT_WORKS}.")
     if not Path(value).expanduser().is_file():
-        raise ValueError(f"data.tokenizer={value}: there is no such file; what works: {WHAT_WORKS}.")
+        raise UserError(f"data.tokenizer={value}: there is no such file; what works: {WHAT_WORKS}.")
     return "file", value
 
 
 def tokenizer_from_file(path: Path) -> BytePairTokenizer:
     """A user's `.tiktoken` file; the pattern and specials of FILE.json beside it, else GPT-2's ways.
 
-    Raises ValueError when either is not what it should be.
+    Raises UserError when either is not what it should be.
     """
     path = path.expanduser()
     try:
@@ -235,19 +236,19 @@ def tokenizer_from_file(path: Path) -> BytePairTokenizer:
         beside = path.with_suffix(".json")
         described = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"data.tokenizer={path} cannot be read: {error}.") from error
+        raise UserError(f"data.tokenizer={path} cannot be read: {error}.") from error
     if not isinstance(described, dict):
-        raise ValueError(f"{beside} must hold an object with `pattern` and `specials`.")
+        raise UserError(f"{beside} must hold an object with `pattern` and `specials`.")
     specials = described.get("specials", {EOT: max(ranks.values()) + 1})
     return BytePairTokenizer(described.get("name", path.stem), ranks, described.get("pattern", GPT2_PATTERN), specials)
 
 
 def tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
-    """The tokenizer that `files()` described. Raises ValueError when a file is missing or altered."""
+    """The tokenizer that `files()` described. Raises UserError when a file is missing or altered."""
     try:
         described = json.loads(files[TOKENIZER_JSON])
     except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{TOKENIZER_JSON} is missing or no JSON ({error}); prepare the data again.") from error
+        raise UserError(f"{TOKENIZER_JSON} is missing or no JSON ({error}); prepare the data again.") from error
     try:
         match described["kind"]:
             case "byte":
@@ -262,24 +263,24 @@ def tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
             case "bpe":
                 ranks_text = files[TOKENIZER_RANKS]
                 if hashlib.sha256(ranks_text.encode()).hexdigest() != described["ranks_sha256"]:
-                    raise ValueError(f"{TOKENIZER_RANKS} is not the one that {TOKENIZER_JSON} describes.")
+                    raise UserError(f"{TOKENIZER_RANKS} is not the one that {TOKENIZER_JSON} describes.")
                 ranks = parse_ranks(ranks_text, TOKENIZER_RANKS)
                 return BytePairTokenizer(described["name"], ranks, described["pattern"], described["specials"])
             case kind:
-                raise ValueError(f"{TOKENIZER_JSON} describes a tokenizer of kind {kind!r}, which this version lacks.")
+                raise UserError(f"{TOKENIZER_JSON} describes a tokenizer of kind {kind!r}, which this version lacks.")
     except (KeyError, TypeError) as error:
-        raise ValueError(f"the tokenizer's files lack {error}; prepare the data again.") from error
+        raise UserError(f"the tokenizer's files lack {error}; prepare the data again.") from error
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, str]:
-    """The tokenizer files in a folder of prepared shards. Raises ValueError without a tokenizer.json there."""
+    """The tokenizer files in a folder of prepared shards. Raises UserError without a tokenizer.json there."""
     try:
         files = {TOKENIZER_JSON: _read_exactly(file_inside(folder, TOKENIZER_JSON))}
         ranks = file_inside(folder, TOKENIZER_RANKS)
         if ranks.is_file():
             files[TOKENIZER_RANKS] = _read_exactly(ranks)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder} holds no readable {TOKENIZER_JSON}: {error}.") from error
+        raise UserError(f"{folder} holds no readable {TOKENIZER_JSON}: {error}.") from error
     return files
 
 

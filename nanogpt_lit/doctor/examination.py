@@ -12,6 +12,7 @@ from nanogpt_lit.doctor.packages import check_packages
 from nanogpt_lit.doctor.processor import check_processor
 from nanogpt_lit.doctor.shards import check_shards
 from nanogpt_lit.doctor.sleep import check_sleep
+from nanogpt_lit.errors import UserError
 
 RUN_SETTINGS = "config.yaml"
 """What fit keeps of its settings in the folder of a run."""
@@ -20,10 +21,10 @@ RUN_SETTINGS = "config.yaml"
 def examine(run: Path | None, config: Path | None) -> Iterator[Finding]:
     """run: a run's folder, or one of several runs   config: a YAML of fit, for the run that it has made or will make
 
-    Raises ValueError for a run that is not there, and for a YAML that cannot be read.
+    Raises UserError for a run that is not there, and for a YAML that cannot be read.
     """
     if run is not None and not run.is_dir():
-        raise ValueError(f"--run={run} is not a folder; fit names its own when it begins and when it ends.")
+        raise UserError(f"--run={run} is not a folder; fit names its own when it begins and when it ends.")
     settings = read_settings(config) if config is not None else {}
     yield from check_packages()
     yield from check_processor()
@@ -48,13 +49,13 @@ def shard_folders(root: Path, settings: dict[str, Any] | None) -> list[Path]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """As far as they say where a run is. What else is wrong with them, `plan` and `fit` tell. Raises ValueError."""
+    """As far as they say where a run is. What else is wrong with them, `plan` and `fit` tell. Raises UserError."""
     import yaml  # type: ignore[import-untyped]
 
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}).") from error
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}).") from error
     return settings if isinstance(settings, dict) else {}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_lit.doctor.finding import Finding
+from nanogpt_lit.errors import UserError
 
 BLOCK_BYTES = 1 << 22
 
@@ -28,7 +29,7 @@ def check_shards(folder: Path) -> Iterator[Finding]:
             return
         manifest = read_manifest(folder)
         if files_sha256(read_tokenizer_files(folder)) != manifest["tokenizer"]["sha256"]:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer in {folder} is not the one its shards were made with; prepare the data again."
             )
         listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]

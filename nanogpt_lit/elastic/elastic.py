@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from nanogpt_lit.elastic.finding import Finding
 from nanogpt_lit.elastic.micro_batch import Loss
 from nanogpt_lit.elastic.steps import Steps
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.memory.techniques import MemoryConfig
 
@@ -44,7 +45,7 @@ class ElasticConfig:
 
     def __post_init__(self) -> None:
         if self.budget_mib is not None and self.budget_mib < 1:
-            raise ValueError(
+            raise UserError(
                 f"model.elastic.budget_mib={self.budget_mib} must be at least 1; 3200 leaves room for a desktop on a "
                 "4 GiB card, null sets no limit."
             )
@@ -72,7 +73,7 @@ class Elastic:
     def restore(self, finding: Mapping[str, Any]) -> None:
         """Goes at least as far as what the run has found before, or another process of it.
 
-        Raises ValueError for what it cannot have found.
+        Raises UserError for what it cannot have found.
         """
         if self.config.enabled:
             self._finding.restore(finding)
@@ -120,7 +121,7 @@ class Elastic:
     def __call__(self, loss: Loss, tokens: Tensor, targets: Tensor) -> Tensor:
         """loss(tokens, targets), a mean over targets, whose backward is elastic too.
 
-        Not attached, it is the loss and no more. Raises ValueError when nothing is left that would make it fit.
+        Not attached, it is the loss and no more. Raises UserError when nothing is left that would make it fit.
         """
         if self._steps is None:
             return loss(tokens, targets)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from nanogpt_lit.elastic.climb import as_high, changed, climb, next_rung
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.memory.techniques import MemoryConfig
 
@@ -39,18 +40,18 @@ class Finding:
         return ", ".join(f"{name}={value}" for name, value in self.state_dict().items())
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes at least as far as a state_dict. Raises ValueError for what a run cannot have found."""
+        """Goes at least as far as a state_dict. Raises UserError for what a run cannot have found."""
         for kind, name in NAMES.items():
             sequences = state.get(name)
             if sequences is not None:
                 if type(sequences) is not int or sequences < 1:
-                    raise ValueError(f"the checkpoint's elastic.{name}={sequences!r} is no number of sequences.")
+                    raise UserError(f"the checkpoint's elastic.{name}={sequences!r} is no number of sequences.")
                 self._at_most(kind, sequences)
         climbed = state.get("memory", {})
         try:
             height = replace(self.own, **climbed)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the checkpoint's elastic.memory={climbed!r} is no setting of model.memory.") from error
+            raise UserError(f"the checkpoint's elastic.memory={climbed!r} is no setting of model.memory.") from error
         # As high as the run had climbed, from the YAML of today: whoever has put the techniques there is there already.
         while not as_high(self._memory, height) and self._climb("recast_weights" in climbed):
             pass

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nanogpt_lit.elastic.shortage import MIB, attempt
+from nanogpt_lit.errors import UserError
 
 
 class GuardedOptimizer:
@@ -65,7 +66,7 @@ class GuardedOptimizer:
         # A count that was made in this step is 0 until the update of its group.
         new = [state[p]["step"] for p in set(state).difference(had_state) if "step" in state[p]]
         if begun or any(float(count) > 0 for count in new):
-            raise ValueError(
+            raise UserError(
                 f"memory ended inside an update of the weights ({shortage}), which cannot be done again; go on from "
                 "the last checkpoint with model.optim.implementation=fused, which needs no memory of its own there."
             )
@@ -76,7 +77,7 @@ class GuardedOptimizer:
         _, shortage = attempt(self._step)
         if shortage is not None:
             mib = sum(8 * p.numel() for p in self.parameters) / MIB
-            raise ValueError(
+            raise UserError(
                 f"the optimizer's state, {mib:,.0f} MiB, does not fit beside weights and gradients ({shortage}); "
                 "set model.memory.optimizer_state=host."
             )

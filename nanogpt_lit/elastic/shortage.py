@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from nanogpt_lit.errors import UserError
+
 MIB = 2**20
 
 # RuntimeErrors of allocators that have no class of their own: cuBLAS and cuDNN, the driver, the processor's, Apple's.
@@ -46,13 +48,13 @@ def cap_card_memory(device: torch.device, budget_mib: int | None, system: str = 
     """Makes PyTorch's allocator fail beyond budget_mib, or under Windows beyond what is free now. Returns the way back.
 
     Windows lends a card that is full memory of the host, some ten times slower, and nobody is told. A tighter limit
-    that somebody else has set stays. Raises ValueError for a budget that the card does not have.
+    that somebody else has set stays. Raises UserError for a budget that the card does not have.
     """
     if device.type != "cuda":
         return lambda: None
     free, total = torch.cuda.mem_get_info(device)
     if budget_mib is not None and budget_mib * MIB > total:
-        raise ValueError(
+        raise UserError(
             f"model.elastic.budget_mib={budget_mib} is more than the {total // MIB} MiB of the card; leave it out."
         )
     if budget_mib is not None:

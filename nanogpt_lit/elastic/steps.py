@@ -20,6 +20,7 @@ from nanogpt_lit.elastic.micro_batch import (
     share_of,
 )
 from nanogpt_lit.elastic.shortage import MIB, attempt
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.random_state import RandomState, random_state, set_random_state
 
@@ -172,19 +173,19 @@ class Steps:
             ready.backward()
 
     def _all_fit(self, exchange: Exchange, shortage: str | None, at: MicroBatch) -> bool:
-        """Whether memory lasted in all processes; all go on with what each has found. Raises ValueError in all when
+        """Whether memory lasted in all processes; all go on with what each has found. Raises UserError in all when
         one of them cannot go on."""
-        nothing_left: ValueError | None = None
+        nothing_left: UserError | None = None
         if shortage is not None:
             try:
                 self._make_room("backward", shortage, at)
-            except ValueError as error:
+            except UserError as error:
                 nothing_left = error
         verdict = LOST if nothing_left is not None else FAILED if self._has_failed else FITS
         own = self._finding.numbers()
         worst, *numbers = exchange.agree([verdict, *own])
         if worst == LOST:
-            raise nothing_left or ValueError(
+            raise nothing_left or UserError(
                 "memory ended in another process, which says what does not fit and cannot go on."
             )
         self._has_failed = False
@@ -214,12 +215,12 @@ class Steps:
                 differentiate(part, batch, batch.d_loss)
 
     def _make_room(self, phase: str, shortage: str, at: MicroBatch) -> None:
-        """Halves the pieces, or else climbs; says so. Raises ValueError when neither is left."""
+        """Halves the pieces, or else climbs; says so. Raises UserError when neither is left."""
         at.pending = None
         self._has_failed |= phase != "validation"
         found = self._finding.grow(phase != "validation", at.tokens.size(0), at.casts_weights)
         if found is None:
-            raise ValueError(self._nothing_left(phase, shortage, at))
+            raise UserError(self._nothing_left(phase, shortage, at))
         give_back()
         self._say(f"out of memory in {phase} ({shortage}): {found}; the same step is done again")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.cache import KeyValueCache
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.gpt.products import by_mkl
@@ -38,18 +39,18 @@ def generate(
     per token does not grow with the length of the text, and both settings of use_cache see the same contexts.
 
     While the iterator lives the model is in eval mode; when it ends or is closed, each module is as it was before.
-    Raises ValueError at once, before the first token, for arguments that make no sense.
+    Raises UserError at once, before the first token, for arguments that make no sense.
     """
     if tokens.dim() != 2 or tokens.size(1) == 0:
-        raise ValueError(f"--prompt has shape {tuple(tokens.shape)}; give (B, T) with at least one token per row.")
+        raise UserError(f"--prompt has shape {tuple(tokens.shape)}; give (B, T) with at least one token per row.")
     if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens={max_new_tokens} must be at least 1; 200 makes a paragraph or two.")
+        raise UserError(f"--max-new-tokens={max_new_tokens} must be at least 1; 200 makes a paragraph or two.")
     if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"--temperature={temperature} must be 0 (always the likeliest token) or more; try 0.8.")
+        raise UserError(f"--temperature={temperature} must be 0 (always the likeliest token) or more; try 0.8.")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"--top-k={top_k} must be at least 1; try 200, or leave it out to draw from all tokens.")
+        raise UserError(f"--top-k={top_k} must be at least 1; try 200, or leave it out to draw from all tokens.")
     if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"--top-p={top_p} must be in (0, 1]; try 0.95, or leave it out to draw from all tokens.")
+        raise UserError(f"--top-p={top_p} must be in (0, 1]; try 0.95, or leave it out to draw from all tokens.")
     if generator is None:
         generator = torch.Generator(tokens.device)
         generator.seed()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.cache import KeyValueCache, LayerCache
 from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
 from nanogpt_lit.gpt.products import attention
@@ -66,23 +67,23 @@ class GPTConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 default = GPTConfig.__dataclass_fields__[name].default
-                raise ValueError(f"model.gpt.{name}={size} must be at least 1; GPT-2 uses {default or 50257}.")
+                raise UserError(f"model.gpt.{name}={size} must be at least 1; GPT-2 uses {default or 50257}.")
         if self.n_embd % self.n_head != 0:
             divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             n_head = min(divisors, key=lambda n: abs(n - self.n_head))
-            raise ValueError(
+            raise UserError(
                 f"model.gpt.n_embd={self.n_embd} does not divide into n_head={self.n_head} equal heads; "
                 f"n_head={n_head} gives {self.n_embd // n_head} channels per head."
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"model.gpt.dropout={self.dropout} is not in [0, 1); 0.0 turns dropout off.")
+            raise UserError(f"model.gpt.dropout={self.dropout} is not in [0, 1); 0.0 turns dropout off.")
         if self.gelu not in ("tanh", "erf"):
-            raise ValueError(f"model.gpt.gelu={self.gelu!r} is not known; use 'tanh' (GPT-2) or 'erf' (nanoGPT).")
+            raise UserError(f"model.gpt.gelu={self.gelu!r} is not known; use 'tanh' (GPT-2) or 'erf' (nanoGPT).")
         for name, known in (("activation", ("gelu", "relu2")), ("positions", ("learned", "rotary"))):
             if (value := getattr(self, name)) not in known:
-                raise ValueError(f"model.gpt.{name}={value!r} is not known; use {known[0]!r} (GPT-2) or {known[1]!r}.")
+                raise UserError(f"model.gpt.{name}={value!r} is not known; use {known[0]!r} (GPT-2) or {known[1]!r}.")
         if self.positions == "rotary" and (self.n_embd // self.n_head) % 2 != 0:
-            raise ValueError(
+            raise UserError(
                 f"model.gpt.positions=rotary turns pairs of channels, and n_embd={self.n_embd} over "
                 f"n_head={self.n_head} gives each head {self.n_embd // self.n_head}; n_embd={2 * self.n_embd} gives an "
                 "even number."
@@ -97,11 +98,11 @@ was where training began."""
 def config_of_checkpoint(saved: Mapping[str, Any]) -> GPTConfig:
     """saved: the fields that a checkpoint names; the others were not there to choose, and have their defaults
 
-    Raises ValueError for a network that this version does not have.
+    Raises UserError for a network that this version does not have.
     """
     for name in saved.keys() - GPTConfig.__dataclass_fields__.keys():
         if saved[name] not in FORMER_FIELDS.get(name, ()):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's network has model.gpt.{name}={saved[name]}, which this version of nanogpt_lit does "
                 "not know; use the version that wrote it."
             )
@@ -109,12 +110,12 @@ def config_of_checkpoint(saved: Mapping[str, Any]) -> GPTConfig:
 
 
 class GPT(nn.Module):
-    """tokens (B, T) -> logits (B, T, V). Raises ValueError when config.vocab_size is None."""
+    """tokens (B, T) -> logits (B, T, V). Raises UserError when config.vocab_size is None."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
-            raise ValueError("model.gpt.vocab_size=None leaves the embedding without a size; GPT-2's is 50257.")
+            raise UserError("model.gpt.vocab_size=None leaves the embedding without a size; GPT-2's is 50257.")
         self.config = config
         self.transformer = Transformer(config, config.vocab_size)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -148,7 +149,7 @@ class GPT(nn.Module):
         """The last hidden states (B, T, C), normed and ready for the head.
 
         tokens: (B, T) int64. With a cache, the tokens continue those it holds, and are added to it.
-        Raises ValueError when the sequence is longer than block_size.
+        Raises UserError when the sequence is longer than block_size.
         """
         return self.transformer(tokens, cache)
 
@@ -195,7 +196,7 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         end = start + tokens.size(1)
         if end > self.block_size:
-            raise ValueError(
+            raise UserError(
                 f"A sequence of {end} tokens is longer than model.gpt.block_size={self.block_size}; "
                 "give shorter sequences or a larger block_size."
             )

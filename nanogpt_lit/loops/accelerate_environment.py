@@ -6,6 +6,7 @@ without a word either way. Here a contradiction is an error that names both side
 
 from collections.abc import Mapping
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.accelerate_loop import MIXED_PRECISION
 
 PRECISION_OF = {theirs: ours for ours, theirs in MIXED_PRECISION.items()}
@@ -28,42 +29,42 @@ PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_S
 def check_environment(
     precision: str, accumulate_grad_batches: int, device: str, environ: Mapping[str, str]
 ) -> str | None:
-    """Raises ValueError where the environment contradicts the YAML; a sentence where it yields to it.
+    """Raises UserError where the environment contradicts the YAML; a sentence where it yields to it.
 
     precision: of the YAML, before any fallback   device: that will be used
     """
     for variable in ENGINES:
         if is_true(environ.get(variable)):
-            raise ValueError(
+            raise UserError(
                 f"accelerate's environment asks for {variable}={environ[variable]}, and this loop runs one device or "
                 "DDP; run `accelerate config` again for distributed_type: NO or MULTI_GPU."
             )
     for variable in NARROWER_FLOATS:
         if environ.get(variable, "0") not in ("", "0"):  # accelerate takes "no" for a yes here
-            raise ValueError(
+            raise UserError(
                 f"accelerate's environment asks for {variable}={environ[variable]}, and trainer.precision decides how "
                 "wide numbers are; take downcast_bf16 out of accelerate's file, or unset the variable."
             )
     chosen = environ.get("ACCELERATE_TORCH_DEVICE", "")
     if chosen and chosen.partition(":")[0] != device:
-        raise ValueError(
+        raise UserError(
             f"accelerate's environment asks for ACCELERATE_TORCH_DEVICE={chosen}, and trainer.accelerator comes to "
             f"{device}; unset the variable, or set trainer.accelerator."
         )
     backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
-        raise ValueError(
+        raise UserError(
             f"accelerate's environment asks for ACCELERATE_DYNAMO_BACKEND={backend}, and the YAML decides that by "
             "model.compile; answer no to dynamo in `accelerate config` and set model.compile=true."
         )
     if is_true(environ.get("ACCELERATE_USE_CPU")) and device != "cpu":
-        raise ValueError(
+        raise UserError(
             f"accelerate's environment asks for ACCELERATE_USE_CPU={environ['ACCELERATE_USE_CPU']}, and "
             f"trainer.accelerator comes to {device}; set trainer.accelerator=cpu, or leave --cpu out."
         )
     steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if steps is not None and steps != str(accumulate_grad_batches):
-        raise ValueError(
+        raise UserError(
             f"accelerate's environment asks for ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps}, and the YAML for "
             f"trainer.accumulate_grad_batches={accumulate_grad_batches}; set one to the other."
         )
@@ -80,7 +81,7 @@ def _precision_remark(precision: str, theirs: str | None) -> str | None:
             f"precision: accelerate's environment says no mixed precision, the YAML says {precision}: {precision} it is"
         )
     works = f"set trainer.precision={PRECISION_OF[theirs]}, or " if theirs in PRECISION_OF else ""
-    raise ValueError(
+    raise UserError(
         f"accelerate's environment asks for ACCELERATE_MIXED_PRECISION={theirs}, and the YAML for "
         f"trainer.precision={precision}; {works}`accelerate launch --mixed_precision {ours or 'no'}`."
     )
@@ -98,28 +99,28 @@ def _unheard(environ: Mapping[str, str]) -> str | None:
 
 
 def launched_processes(environ: Mapping[str, str]) -> int:
-    """As many as accelerate launch, torchrun or mpirun say that they started. Raises ValueError for no number."""
+    """As many as accelerate launch, torchrun or mpirun say that they started. Raises UserError for no number."""
     name = next((name for name in PROCESSES if name in environ), None)
     if name is None:
         return 1
     if not environ[name].isdecimal() or int(environ[name]) < 1:
-        raise ValueError(f"{name}={environ[name]} in the environment is no number of processes; unset it, or set 1.")
+        raise UserError(f"{name}={environ[name]} in the environment is no number of processes; unset it, or set 1.")
     return int(environ[name])
 
 
 def check_processes(asked: int | None, launched: int, running: int) -> None:
-    """Raises ValueError when accelerate runs another number of processes than the YAML or the launcher asks for.
+    """Raises UserError when accelerate runs another number of processes than the YAML or the launcher asks for.
 
     asked: trainer.devices times trainer.num_nodes, None when the YAML leaves it open
     `accelerate launch --cpu --num_processes 2` starts one process, and says nothing.
     """
     if launched != running:
-        raise ValueError(
+        raise UserError(
             f"the launcher asks for WORLD_SIZE={launched} processes, and accelerate runs {running}: each would train "
             "alone; on processors set trainer.accelerator=cpu."
         )
     if asked is not None and asked != running:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices and trainer.num_nodes ask for {asked} processes, and accelerate runs {running}; start it "
             f"with `accelerate launch --multi_gpu --num_processes {asked}`, on processors with `torchrun "
             f"--nproc_per_node {asked}` (accelerate launch --cpu starts only one), or set trainer.devices={running}."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import (
     LoopSettings,
     MeanLoss,
@@ -135,7 +136,7 @@ def train(
                 observer.on_stop(step)
                 return
         if batches == 0:
-            raise ValueError("the training loader is empty; its data needs at least one batch.")
+            raise UserError("the training loader is empty; its data needs at least one batch.")
     end(train_loader)
     stop_elastic(parts.module)
     observer.on_train_end()

@@ -13,6 +13,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from nanogpt_lit.errors import UserError
+
 AUTOCAST_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -35,14 +37,14 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         if self.precision not in AUTOCAST_DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"trainer.precision={self.precision} is for Lightning's Trainer only; "
                 f"{', '.join(AUTOCAST_DTYPES)} run in every loop."
             )
         for name in ("max_steps", "accumulate_grad_batches", "val_check_interval", "limit_val_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"trainer.{name}={value} must be at least 1.")
+                raise UserError(f"trainer.{name}={value} must be at least 1.")
 
     def validates_after(self, batches: int, step: int) -> bool:
         """Whether to validate, `batches` micro-batches and `step` optimizer steps into the run."""

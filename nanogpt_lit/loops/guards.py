@@ -9,11 +9,13 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from nanogpt_lit.errors import UserError
+
 IN_A_ROW = 20
 """Steps left out before a run is given up: a scale of 65,536 has then been halved to 1/16."""
 
 
-class NotFinite(ValueError):  # noqa: N818 - a fact about the run
+class NotFinite(UserError):  # noqa: N818 - a fact about the run
     """What a run is given up for."""
 
 

@@ -14,6 +14,7 @@ from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, to_lightning
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run
 from nanogpt_lit.durable import sweep
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.curves import ValidationRecord
 from nanogpt_lit.loops.elastic_start import elastic_of, finding_of, share_finding
 from nanogpt_lit.loops.resume import (
@@ -155,17 +156,17 @@ class ExactResume(Callback):
 
 
 def check_trigger(callback: ModelCheckpoint, accumulate_grad_batches: int) -> None:
-    """Raises ValueError for a ModelCheckpoint that saves at any moment.
+    """Raises UserError for a ModelCheckpoint that saves at any moment.
 
     Gradients are in no checkpoint: one made between two micro-batches of a step goes on to other weights than its run.
     """
     if callback.save_on_exception:
-        raise ValueError(
+        raise UserError(
             "trainer.callbacks holds a ModelCheckpoint with save_on_exception=true, which may save half a step; "
             "leave it out: the checkpoint of the last validation stays."
         )
     if callback._train_time_interval is not None and accumulate_grad_batches > 1:
-        raise ValueError(
+        raise UserError(
             "trainer.callbacks holds a ModelCheckpoint with train_time_interval, which may save half a step of "
             f"trainer.accumulate_grad_batches={accumulate_grad_batches}; every_n_train_steps counts whole steps."
         )

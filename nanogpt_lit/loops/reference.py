@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import (
     AUTOCAST_DTYPES,
     LoopSettings,
@@ -145,11 +146,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def with_last(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Each batch, and whether the loader ends with it. Raises ValueError for a loader that has none."""
+    """Each batch, and whether the loader ends with it. Raises UserError for a loader that has none."""
     batches = iter(loader)
     batch = next(batches, None)
     if batch is None:
-        raise ValueError("the training loader is empty; its data needs at least one batch.")
+        raise UserError("the training loader is empty; its data needs at least one batch.")
     for following in batches:
         yield batch, False
         batch = following

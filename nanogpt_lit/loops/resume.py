@@ -56,7 +56,7 @@ def restore(parts: Parts, state: RunState) -> None:
     """Puts a run's state into its parts; the random state follows just before the first batch.
 
     Empties the state of weights and moments: whoever still holds it would hold them a second time.
-    Raises ValueError when the checkpoint holds another network.
+    Raises UserError when the checkpoint holds another network.
     """
     check_network(parts.module, state)
     parts.module.load_state_dict(state.weights)
@@ -92,13 +92,13 @@ def choose_again(optimizer: Optimizer, schedule: LRScheduler, chosen: list[dict[
 
 
 def check_network(module: nn.Module, state: RunState) -> None:
-    """Raises ValueError when the checkpoint holds another network, in the words of a LightningModule's own hook."""
+    """Raises UserError when the checkpoint holds another network, in the words of a LightningModule's own hook."""
     if hasattr(module, "on_load_checkpoint"):
         module.on_load_checkpoint({"hyper_parameters": state.hyper_parameters})  # type: ignore[operator]
 
 
 def batches_done(state: RunState, module: nn.Module, accumulate_grad_batches: int, processes: int) -> int:
-    """Micro-batches that each process is to take as done. Raises ValueError where the samples or masks would differ."""
+    """Micro-batches that each process is to take as done. Raises UserError where the samples or masks would differ."""
     dropout = max((part.p for part in module.modules() if isinstance(part, nn.Dropout)), default=0.0)
     return state.batches_on(processes, accumulate_grad_batches, dropout)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX, load_run
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Parts
 from nanogpt_lit.loops.curves import say
 from nanogpt_lit.loops.guards import NotFinite
@@ -28,9 +29,9 @@ class SpikeGuard:
     """Told of each micro-batch and each step, by every process, before the step is validated or saved."""
 
     def __init__(self, factor: float) -> None:
-        """factor: of the median, above which a loss is a spike. Raises ValueError unless it is above 1."""
+        """factor: of the median, above which a loss is a spike. Raises UserError unless it is above 1."""
         if not factor > 1:
-            raise ValueError(f"spike_factor={factor} must be above 1; 2 goes back at twice the median of recent steps.")
+            raise UserError(f"spike_factor={factor} must be above 1; 2 goes back at twice the median of recent steps.")
         self.factor = factor
         self.folder: Path | None = None
         """Of the run's checkpoints; None where there are none."""

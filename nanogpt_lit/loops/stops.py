@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.processes import are_several, rank
 
 STOP_FILE = "stop"
@@ -163,7 +164,7 @@ def seconds_of(max_time: str | timedelta | Mapping[str, int] | None) -> float | 
     if isinstance(max_time, str):
         parts = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time.strip())
         if parts is None:
-            raise ValueError(f"trainer.max_time={max_time} should be DD:HH:MM:SS; 00:08:00:00 is eight hours.")
+            raise UserError(f"trainer.max_time={max_time} should be DD:HH:MM:SS; 00:08:00:00 is eight hours.")
         days, hours, minutes, seconds = map(int, parts.groups())
         max_time = timedelta(days, hours=hours, minutes=minutes, seconds=seconds)
     elif isinstance(max_time, Mapping):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import AdamW, adamw
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.memory.host import Mark, host_of, lanes, page_lock
 
 BUCKET_ELEMENTS = 2**22
@@ -94,7 +95,7 @@ class HostAdamW(AdamW):
                 if p.grad is None or p in self._moments:
                     continue
                 if not p.is_contiguous():
-                    raise ValueError(
+                    raise UserError(
                         f"model.memory.optimizer_state=host takes contiguous parameters and met one of strides "
                         f"{p.stride()}; card takes any."
                     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.cache import LayerCache
 from nanogpt_lit.gpt.loss import chunked_cross_entropy
 from nanogpt_lit.gpt.model import GPT, Block
@@ -52,30 +53,30 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         if self.loss_chunk_tokens is not None and self.loss_chunk_tokens < 1:
-            raise ValueError(
+            raise UserError(
                 f"model.memory.loss_chunk_tokens={self.loss_chunk_tokens} must be at least 1; 256 is a good start, "
                 "null computes the loss at once."
             )
         if self.recompute not in ("none", "selective", "full"):
-            raise ValueError(f"model.memory.recompute={self.recompute!r} is not known; use none, selective or full.")
+            raise UserError(f"model.memory.recompute={self.recompute!r} is not known; use none, selective or full.")
         if self.recompute_every < 1:
-            raise ValueError(f"model.memory.recompute_every={self.recompute_every} must be at least 1, every block.")
+            raise UserError(f"model.memory.recompute_every={self.recompute_every} must be at least 1, every block.")
         if self.recompute_every > 1 and self.recompute == "none":
-            raise ValueError(
+            raise UserError(
                 f"model.memory.recompute_every={self.recompute_every} does nothing while recompute is none; "
                 "set model.memory.recompute to selective or full."
             )
         if self.block_inputs not in ("card", "host"):
-            raise ValueError(f"model.memory.block_inputs={self.block_inputs!r} is not known; use card or host.")
+            raise UserError(f"model.memory.block_inputs={self.block_inputs!r} is not known; use card or host.")
         if self.block_inputs == "host" and self.recompute != "full":
-            raise ValueError(
+            raise UserError(
                 f"model.memory.block_inputs=host does nothing while recompute is {self.recompute}, which keeps more "
                 "than the inputs of blocks; set model.memory.recompute=full."
             )
         if self.optimizer_state not in ("card", "host"):
-            raise ValueError(f"model.memory.optimizer_state={self.optimizer_state!r} is not known; use card or host.")
+            raise UserError(f"model.memory.optimizer_state={self.optimizer_state!r} is not known; use card or host.")
         if self.weights not in ("card", "host", "streamed"):
-            raise ValueError(f"model.memory.weights={self.weights!r} is not known; use card, host or streamed.")
+            raise UserError(f"model.memory.weights={self.weights!r} is not known; use card, host or streamed.")
 
 
 def apply_techniques(gpt: GPT, memory: MemoryConfig) -> HostWeights | None:

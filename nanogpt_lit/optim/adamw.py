@@ -7,6 +7,7 @@ from typing import Literal
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.optim.muon import MuonBesideAdamW
 
 
@@ -40,26 +41,26 @@ class AdamWConfig:
     def __post_init__(self) -> None:
         for name, low, high in (("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0), ("muon_momentum", 0.0, 1.0)):
             if not low <= getattr(self, name) < high:
-                raise ValueError(f"model.optim.{name}={getattr(self, name)} is outside [0, 1); 0.9 to 0.99 is usual.")
+                raise UserError(f"model.optim.{name}={getattr(self, name)} is outside [0, 1); 0.9 to 0.99 is usual.")
         if self.lr <= 0:
-            raise ValueError(f"model.optim.lr={self.lr} must be positive; GPT-2 124M trains at 6e-4.")
+            raise UserError(f"model.optim.lr={self.lr} must be positive; GPT-2 124M trains at 6e-4.")
         if self.matrices not in ("adamw", "muon"):
-            raise ValueError(f"model.optim.matrices={self.matrices!r} is not known; use adamw or muon.")
+            raise UserError(f"model.optim.matrices={self.matrices!r} is not known; use adamw or muon.")
         if self.muon_lr is not None and self.muon_lr <= 0:
-            raise ValueError(f"model.optim.muon_lr={self.muon_lr} must be positive; null takes model.optim.lr.")
+            raise UserError(f"model.optim.muon_lr={self.muon_lr} must be positive; null takes model.optim.lr.")
         if self.muon_lr is not None and self.matrices != "muon":
-            raise ValueError(
+            raise UserError(
                 f"model.optim.muon_lr={self.muon_lr} does nothing while matrices is {self.matrices}; "
                 "set model.optim.matrices=muon."
             )
         if self.state_bits not in (32, 8):
-            raise ValueError(f"model.optim.state_bits={self.state_bits} is not known; use 32 or 8.")
+            raise UserError(f"model.optim.state_bits={self.state_bits} is not known; use 32 or 8.")
         if self.state_bits == 8 and self.matrices == "muon":
-            raise ValueError(
+            raise UserError(
                 "model.optim.state_bits=8 is for AdamW alone, and matrices is muon; set model.optim.state_bits=32."
             )
         if self.weight_decay < 0:
-            raise ValueError(f"model.optim.weight_decay={self.weight_decay} must not be negative; 0.1 is usual.")
+            raise UserError(f"model.optim.weight_decay={self.weight_decay} must not be negative; 0.1 is usual.")
 
 
 def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
@@ -81,7 +82,7 @@ def build_optimizer(
 ) -> Optimizer:
     """adamw: a class that does the same with its state elsewhere
 
-    Raises ValueError where bitsandbytes is wanted and missing.
+    Raises UserError where bitsandbytes is wanted and missing.
     """
     if config.state_bits == 8:
         return _adamw_in_8_bits(param_groups(named_parameters, config.weight_decay), config)
@@ -111,7 +112,7 @@ def _adamw_in_8_bits(groups: list[dict], config: AdamWConfig) -> Optimizer:
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError:
-        raise ValueError(
+        raise UserError(
             'model.optim.state_bits=8 needs bitsandbytes; install it with pip install -e ".[eight_bit]", or set '
             "model.optim.state_bits=32."
         ) from None

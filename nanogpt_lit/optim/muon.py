@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from nanogpt_lit.errors import UserError
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic, by Jordan et al.: steepest at zero, so that five rounds bring most singular values near 1. They do
 not converge: values end between 0.7 and 1.2, which serves as well."""
@@ -79,7 +81,7 @@ class MuonBesideAdamW(Optimizer):
 
     adamw:    holds the parameters that are not Muon's, and may keep their moments where it likes
     lr:       per step, in AdamW's measure: an update has the root mean square 0.2 * lr, which is about AdamW's
-    Raises ValueError for what is no whole matrix.
+    Raises UserError for what is no whole matrix.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class MuonBesideAdamW(Optimizer):
     ) -> None:
         for matrix in matrices:
             if matrix.dim() != 2:
-                raise ValueError(
+                raise UserError(
                     f"model.optim.matrices=muon needs whole matrices and met a tensor of shape {tuple(matrix.shape)}, "
                     "as a strategy that divides them leaves; set trainer.strategy=ddp or model.optim.matrices=adamw."
                 )

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from nanogpt_lit.errors import UserError
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -25,21 +27,21 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.total_steps < 1:
-            raise ValueError(
+            raise UserError(
                 f"trainer.max_steps={self.total_steps} gives the learning rate no end to decay to; "
                 "set the number of optimizer steps, for example trainer.max_steps=1000."
             )
         if self.warmup_steps < 0:
-            raise ValueError(f"model.schedule.warmup_steps={self.warmup_steps} must not be negative; 0 means none.")
+            raise UserError(f"model.schedule.warmup_steps={self.warmup_steps} must not be negative; 0 means none.")
         if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(
+            raise UserError(
                 f"model.schedule.min_lr_ratio={self.min_lr_ratio} is outside [0, 1]; "
                 "0.1 ends at a tenth of the peak, 1 keeps the rate constant after warm-up."
             )
         if self.decay not in ("cosine", "cooldown"):
-            raise ValueError(f"model.schedule.decay={self.decay!r} is not known; use cosine or cooldown.")
+            raise UserError(f"model.schedule.decay={self.decay!r} is not known; use cosine or cooldown.")
         if not 0 < self.cooldown_ratio <= 1:
-            raise ValueError(
+            raise UserError(
                 f"model.schedule.cooldown_ratio={self.cooldown_ratio} is outside (0, 1]; 0.4 falls over the last 40 %."
             )
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.plan.cards import CARDS, Card, card_of
 
 System = Literal["linux", "windows"]
@@ -38,7 +39,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.measured_mib is None and self.usable_mib < 256:
-            raise ValueError(
+            raise UserError(
                 f"--vram={self.card.vram_mib}MiB leaves {self.usable_mib} MiB after the driver and the CUDA context; "
                 "a card of 2 GiB or more can train."
             )
@@ -79,20 +80,20 @@ def context_mib(multiprocessors: int) -> int:
 
 
 def card_named(name: str) -> Card:
-    """The card of `plan --card`, in any spelling: rtx2050, "RTX 2050". Raises ValueError for one that is not listed."""
+    """The card of `plan --card`, in any spelling: rtx2050, "RTX 2050". Raises UserError for one that is not listed."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia").replace("geforce", ""))
     for card in CARDS:
         if plain == card.name.replace("-", ""):
             return card
-    raise ValueError(
+    raise UserError(
         f"--card={name} is not known; known are {', '.join(card.name for card in CARDS)}. "
         "For another, give its memory: --vram 4GiB."
     )
 
 
 def parse_mib(option: str, text: str) -> int:
-    """MiB of "4GiB", "4GB", "3200MiB" or "3200": makers of cards write GB for GiB. Raises ValueError for others."""
+    """MiB of "4GiB", "4GB", "3200MiB" or "3200": makers of cards write GB for GiB. Raises UserError for others."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb|m)?\s*", text.lower())
     if match is None or float(match[1]) == 0:
-        raise ValueError(f"{option}={text} is not an amount of memory; 4GiB or 3200MiB is.")
+        raise UserError(f"{option}={text} is not an amount of memory; 4GiB or 3200MiB is.")
     return round(float(match[1]) * (1024 if (match[2] or "m").startswith("g") else 1))

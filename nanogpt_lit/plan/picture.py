@@ -4,6 +4,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.plan.allocator import MIB
 from nanogpt_lit.plan.plan import Plan
 from nanogpt_lit.plan.trace import CATEGORIES, Moment
@@ -16,9 +17,9 @@ COLOURS = {
 
 
 def write_picture(plan: Plan, title: str, path: Path) -> None:
-    """Raises ValueError when the file does not end in .svg."""
+    """Raises UserError when the file does not end in .svg."""
     if path.suffix != ".svg":
-        raise ValueError(f"--picture={path} must end in .svg.")
+        raise UserError(f"--picture={path} must end in .svg.")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(svg(plan, title), encoding="utf-8")
 

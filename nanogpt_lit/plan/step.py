@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from nanogpt_lit.collector import no_collector
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.shape_tensor import ShapeMode
@@ -49,13 +50,13 @@ class StepShape:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ValueError(f"trainer.precision={self.precision} cannot be planned; {', '.join(PRECISIONS)} can.")
+            raise UserError(f"trainer.precision={self.precision} cannot be planned; {', '.join(PRECISIONS)} can.")
         for key, size in (
             ("data.batch_size", self.batch_size),
             ("trainer.accumulate_grad_batches", self.accumulate_grad_batches),
         ):
             if size < 1:
-                raise ValueError(f"{key}={size} must be at least 1.")
+                raise UserError(f"{key}={size} must be at least 1.")
 
 
 @no_collector()  # when it runs depends on all that ran before: a trace must not

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.strategies.table import ROW_OF, STRATEGIES, Row
 
 # Sections of the file, and what their keys begin with; accelerate also takes the keys without that.
@@ -59,7 +60,7 @@ class Translation:
 
 
 def read_accelerate_file(path: Path) -> dict[str, Any]:
-    """The keys of the file, those of a section as `section.key`. Raises ValueError for what accelerate would ignore,
+    """The keys of the file, those of a section as `section.key`. Raises UserError for what accelerate would ignore,
     or read as something else, without a word."""
     if not path.is_file():
         raise FileNotFoundError(f"--to-trainer={path} is no file; `accelerate config` writes one and says where.")
@@ -70,11 +71,11 @@ def read_accelerate_file(path: Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or type(error).__name__
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(
+        raise UserError(
             f"--to-trainer={path} is not the plain YAML of `accelerate config`: {problem}{where}."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"--to-trainer={path} holds no keys; `accelerate config` writes one a line.")
+        raise UserError(f"--to-trainer={path} holds no keys; `accelerate config` writes one a line.")
     values = {key: _value(key, value) for key, value in _flat(content)}
     values.setdefault("mixed_precision", "no")
     _check_sections(values)
@@ -98,7 +99,7 @@ def _flat(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield _known(str(key)), value
             continue
         if not isinstance(value, dict | None):
-            raise ValueError(
+            raise UserError(
                 f"accelerate's {key} should hold keys of its own; `accelerate config` writes them indented."
             )
         for name, inner in (value or {}).items():
@@ -111,7 +112,7 @@ def _known(key: str) -> str:
     if key not in ROW_OF:
         nearest = difflib.get_close_matches(key, ROW_OF, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "take it out, or ask `accelerate config` for a new file."
-        raise ValueError(f"accelerate knows no key {key[:100] if key.isprintable() else ascii(key[:100])}; {hint}")
+        raise UserError(f"accelerate knows no key {key[:100] if key.isprintable() else ascii(key[:100])}; {hint}")
     return key
 
 
@@ -120,15 +121,15 @@ def _value(key: str, value: Any) -> Any:
     if any(
         isinstance(item, str) and not item.isprintable() for item in (value if isinstance(value, list) else [value])
     ):
-        raise ValueError(f"accelerate's {key} holds characters that a terminal would obey; write it in plain ones.")
+        raise UserError(f"accelerate's {key} holds characters that a terminal would obey; write it in plain ones.")
     if key in LISTS and isinstance(value, list) and all(isinstance(i, str | int | float | bool | None) for i in value):
         return value
     if not isinstance(value, str | int | float | bool | None):
-        raise ValueError(f"accelerate's {key} should be one value; `accelerate config` writes no more.")
+        raise UserError(f"accelerate's {key} should be one value; `accelerate config` writes no more.")
     if value is None:
         return None
     if key == "distributed_type" and value is False:
-        raise ValueError("accelerate's distributed_type is false: YAML reads a bare NO so; write 'NO' in quotes.")
+        raise UserError("accelerate's distributed_type is false: YAML reads a bare NO so; write 'NO' in quotes.")
     if key == "mixed_precision" and value is False:
         return "no"
     if isinstance(ROW_OF[key].default, bool) or key == "use_cpu":
@@ -137,7 +138,7 @@ def _value(key: str, value: Any) -> Any:
         try:
             return int(str(value)) if key in WHOLE_NUMBERS else float(value)
         except ValueError:
-            raise ValueError(f"accelerate's {key}={str(value)[:100]} should be a number, for example 1.") from None
+            raise UserError(f"accelerate's {key}={str(value)[:100]} should be a number, for example 1.") from None
     return value
 
 
@@ -145,18 +146,18 @@ def _check_sections(values: Mapping[str, Any]) -> None:
     kind = values.get("distributed_type")
     kinds = [name for strategy in STRATEGIES for name in strategy.accelerate]
     if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
-        raise ValueError(
+        raise UserError(
             f"accelerate's compute_environment={values['compute_environment']} has no Trainer to go to; "
             "LOCAL_MACHINE has."
         )
     if kind not in kinds:
-        raise ValueError(
+        raise UserError(
             f"accelerate's distributed_type={kind} is no strategy of Lightning; {', '.join(dict.fromkeys(kinds))} are."
         )
     for section, (key, asked) in ASKED_BY.items():
         inside = next((name for name in values if name.startswith(section + ".")), None)
         if inside is not None and values.get(key) != asked:
-            raise ValueError(
+            raise UserError(
                 f"accelerate does not read {inside} beside {key}={values.get(key)}; "
                 f"set {key}: {asked}, or take {section} out."
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.strategies.table import DDP, FSDP2, SHORT_NAMES, SINGLE, STRATEGIES, Strategy
 from nanogpt_lit.strategies.trainer_section import asked_processes, full_precision_name
 
@@ -28,14 +29,14 @@ def named_strategy(strategy: Any, processes: int | None = 1) -> Strategy | None:
 
 
 def check_strategy(trainer: Mapping[str, Any], device: str) -> None:
-    """Raises ValueError when trainer.strategy lacks something here. device: "cuda", "mps" or "cpu"
+    """Raises UserError when trainer.strategy lacks something here. device: "cuda", "mps" or "cpu"
 
     Lightning would say so only after the data is made, or with a traceback, or at the first step.
     """
     strategy = named_strategy(trainer["strategy"])
     if strategy is None and isinstance(trainer["strategy"], str):
         nearest = difflib.get_close_matches(trainer["strategy"], [*SHORT_NAMES, FSDP2.lightning], n=1)
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy={trainer['strategy']} is no strategy of Lightning; "
             + (
                 f"did you mean {nearest[0]}?"
@@ -47,12 +48,12 @@ def check_strategy(trainer: Mapping[str, Any], device: str) -> None:
         return
     name = trainer["strategy"] if isinstance(trainer["strategy"], str) else strategy.lightning
     if strategy.package is not None and find_spec(strategy.package) is None:
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy={name} needs the package {strategy.package}; pip install {strategy.package}, or set "
             "trainer.strategy=ddp."
         )
     if strategy.needs_cuda and device != "cuda":
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy={name} needs CUDA cards, and trainer.accelerator comes to {device} here; "
             "ddp and ModelParallelStrategy run on processors too."
         )
@@ -60,7 +61,7 @@ def check_strategy(trainer: Mapping[str, Any], device: str) -> None:
 
 
 def check_weights(trainer: Mapping[str, Any], where: str, device: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Raises ValueError for weights in host memory and more than one card: DistributedDataParallel exchanges gradients
+    """Raises UserError for weights in host memory and more than one card: DistributedDataParallel exchanges gradients
     between cards, and these are not on one. Processes without cards exchange them where they are.
 
     where: model.memory.weights
@@ -71,14 +72,14 @@ def check_weights(trainer: Mapping[str, Any], where: str, device: str, environ: 
 
     processes = asked_processes(trainer) or int(environ.get("WORLD_SIZE", torch.cuda.device_count()))
     if processes > 1:
-        raise ValueError(
+        raise UserError(
             f"model.memory.weights={where} keeps the gradients in host memory, where {processes} processes with a card "
             "each cannot exchange them; set trainer.devices=1, or model.memory.weights=card."
         )
 
 
 def check_started(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
-    """Raises ValueError when torchrun or srun has started another number of processes than the section asks for."""
+    """Raises UserError when torchrun or srun has started another number of processes than the section asks for."""
     asked = asked_processes(trainer)
     for launcher, sign, count in (
         ("torchrun", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"),
@@ -86,22 +87,22 @@ def check_started(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.en
     ):
         started = environ.get(count)
         if asked is not None and sign in environ and started is not None and int(started) != asked:
-            raise ValueError(
+            raise UserError(
                 f"trainer.devices={trainer['devices']} and trainer.num_nodes={trainer['num_nodes']} ask for {asked} "
                 f"processes, and {launcher} has started {started}; set one to the other."
             )
 
 
 def check_combination(strategy: Strategy, precision: Any, gradient_clip_val: float | None) -> None:
-    """Raises ValueError for a setting that Lightning refuses together with the strategy, on any machine."""
+    """Raises UserError for a setting that Lightning refuses together with the strategy, on any machine."""
     precision = full_precision_name(precision)
     if strategy.precisions is not None and precision not in strategy.precisions:
-        raise ValueError(
+        raise UserError(
             f"trainer.precision={precision} does not go with {strategy.lightning}, which has no gradient scaler; set "
             f"trainer.precision to one of {', '.join(strategy.precisions)}, or trainer.strategy=ddp."
         )
     if gradient_clip_val and not strategy.clips:
-        raise ValueError(
+        raise UserError(
             f"trainer.gradient_clip_val={gradient_clip_val} does not go with {strategy.lightning}, where "
             f"Lightning cannot clip the norm; set it to null, or trainer.strategy={FSDP2.lightning}."
         )
@@ -123,20 +124,20 @@ def complete_sizes(trainer: Namespace, environ: Mapping[str, str] = os.environ) 
     if arguments.tensor_parallel_size == "auto":
         arguments.tensor_parallel_size = 1
     if arguments.tensor_parallel_size != 1:
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy.tensor_parallel_size={arguments.tensor_parallel_size} would divide single matrices, "
             "which this network does not; leave it out."
         )
     processes = asked_processes(vars(trainer)) or (int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None)
     if arguments.data_parallel_size == "auto":
         if processes is None:
-            raise ValueError(
+            raise UserError(
                 f"trainer.devices={trainer['devices']} leaves open over how many processes {FSDP2.lightning} shards; "
                 "set a number, for example trainer.devices=2."
             )
         arguments.data_parallel_size = processes
     if processes is not None and arguments.data_parallel_size != processes:
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy.data_parallel_size={arguments.data_parallel_size} should be the {processes} processes "
             "of trainer.devices and trainer.num_nodes; leave it out."
         )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.strategies.accelerate_file import Translation, asks_for_nothing
 from nanogpt_lit.strategies.check import check_combination
 from nanogpt_lit.strategies.table import (
@@ -42,7 +43,7 @@ class Source:
         return self.left.get(key) == wanted and self.left.pop(key) == wanted
 
     def remarks(self) -> list[str]:
-        """One for each key left over that asks for something. Raises ValueError where leaving it would train another
+        """One for each key left over that asks for something. Raises UserError where leaving it would train another
         thing."""
         remarks = []
         for key, value in self.left.items():
@@ -51,13 +52,13 @@ class Source:
                 continue
             sentence = row.instead.format(value=value) or "leave it out: nothing reads it here"
             if row.refused:
-                raise ValueError(f"accelerate's {key}={value} has no counterpart: {sentence}.")
+                raise UserError(f"accelerate's {key}={value} has no counterpart: {sentence}.")
             remarks.append(f"{key}={value}: {sentence}")
         return remarks
 
 
 def to_trainer(values: Mapping[str, Any]) -> Translation:
-    """The trainer section for what read_accelerate_file read. Raises ValueError for values at odds with each other."""
+    """The trainer section for what read_accelerate_file read. Raises UserError for values at odds with each other."""
     source = Source(values)
     kind, use_cpu = source.take("distributed_type"), source.take("use_cpu", values["distributed_type"] == "MULTI_CPU")
     processes, machines = source.take("num_processes", 1), source.take("num_machines", 1)
@@ -74,7 +75,7 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
     mixed_precision = source.take("mixed_precision", "no")
     names = {theirs: ours for ours, theirs in PRECISIONS.items()}
     if mixed_precision not in names:
-        raise ValueError(f"accelerate's mixed_precision={mixed_precision} is not known; {', '.join(names)} are.")
+        raise UserError(f"accelerate's mixed_precision={mixed_precision} is not known; {', '.join(names)} are.")
     trainer["precision"] = names[mixed_precision]
     check_combination(strategy, trainer["precision"], None)
     trainer |= _strategy_section(strategy, source, processes)
@@ -90,14 +91,14 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
 
 def _strategy(kind: str, fsdp_version: int, use_cpu: bool) -> Strategy:
     if kind == "FSDP" and fsdp_version not in (1, 2):
-        raise ValueError(f"accelerate's fsdp_config.fsdp_version={fsdp_version} is not known; 1 and 2 are.")
+        raise UserError(f"accelerate's fsdp_config.fsdp_version={fsdp_version} is not known; 1 and 2 are.")
     if kind == "FSDP" and use_cpu:
-        raise ValueError(
+        raise UserError(
             "accelerate's distributed_type=FSDP beside use_cpu=True is trained as DDP without a word; set "
             "distributed_type: MULTI_CPU for that, or use_cpu: false."
         )
     if (use_cpu and kind not in ("NO", "MULTI_CPU")) or (kind == "MULTI_CPU" and not use_cpu):
-        raise ValueError(
+        raise UserError(
             f"accelerate's use_cpu={use_cpu} contradicts distributed_type={kind}; processors are NO or MULTI_CPU with "
             "use_cpu: true."
         )
@@ -112,22 +113,22 @@ def _gpu_ids(value: Any) -> list[int]:
     try:
         return [int(item) for item in str(value).split(",")]
     except ValueError:
-        raise ValueError(f"accelerate's gpu_ids={value} should be all, or numbers such as 0,1.") from None
+        raise UserError(f"accelerate's gpu_ids={value} should be all, or numbers such as 0,1.") from None
 
 
 def _check_processes(strategy: Strategy, processes: int, machines: int, gpu_ids: list[int]) -> None:
     if machines < 1 or processes < 1 or processes % machines:
-        raise ValueError(
+        raise UserError(
             f"accelerate's num_processes={processes} does not divide over num_machines={machines}; it counts the "
             "processes of all machines together."
         )
     if strategy is SINGLE and processes > 1:
-        raise ValueError(
+        raise UserError(
             f"accelerate's num_processes={processes} contradicts distributed_type=NO, which starts one; "
             "MULTI_GPU and MULTI_CPU start more."
         )
     if gpu_ids and len(gpu_ids) != processes // machines:
-        raise ValueError(
+        raise UserError(
             f"accelerate's gpu_ids={','.join(map(str, gpu_ids))} contradicts num_processes={processes}: "
             f"{processes // machines} on each machine; write as many numbers, or all."
         )
@@ -138,9 +139,9 @@ def _rendezvous(source: Source, machines: int) -> list[str]:
     if machines == 1:
         return []
     if rank is not None and rank >= machines:
-        raise ValueError(f"accelerate's machine_rank={rank} is not below num_machines={machines}; the first is 0.")
+        raise UserError(f"accelerate's machine_rank={rank} is not below num_machines={machines}; the first is 0.")
     if address is None or port is None:
-        raise ValueError(
+        raise UserError(
             f"accelerate's num_machines={machines} needs main_process_ip and main_process_port, the address of the "
             "machine whose machine_rank is 0."
         )
@@ -177,7 +178,7 @@ def _fsdp_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
     names = {str(source.left.get(f"fsdp_config.fsdp_{key}")) for key in ("reshard_after_forward", "sharding_strategy")}
     named = sorted(names & set(SHARDINGS))
     if len(named) > 1:
-        raise ValueError(
+        raise UserError(
             f"accelerate's fsdp_sharding_strategy and fsdp_reshard_after_forward name both {' and '.join(named)}; "
             "keep one."
         )
@@ -203,7 +204,7 @@ def _fsdp_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
 def _fsdp2_arguments(source: Source, processes: int) -> dict[str, Any]:
     shards = source.take("parallelism_config.parallelism_config_dp_shard_size", 1)
     if shards not in (1, processes):
-        raise ValueError(
+        raise UserError(
             f"accelerate's parallelism_config_dp_shard_size={shards} leaves some of num_processes={processes} "
             "without a share; set one to the other."
         )
@@ -222,12 +223,12 @@ def _deepspeed_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]
     given = {name: value for name, value in given.items() if value not in (None, "none", "")}
     config = given.pop("deepspeed_config_file", None)
     if config is not None and given:
-        raise ValueError(
+        raise UserError(
             f"accelerate's deepspeed_config_file={config} and {', '.join(given)} both configure DeepSpeed; keep one."
         )
     paths = {given[name] for name in ("offload_optimizer_nvme_path", "offload_param_nvme_path") if name in given}
     if len(paths) > 1:
-        raise ValueError(
+        raise UserError(
             f"accelerate's two nvme paths are {' and '.join(sorted(paths))}, and Lightning has one nvme_path."
         )
     arguments: dict[str, Any] = {"config": config} if config is not None else {"stage": given.get("zero_stage", 2)}

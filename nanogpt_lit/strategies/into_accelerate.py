@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.strategies.accelerate_file import Translation
 from nanogpt_lit.strategies.check import check_combination, named_strategy
 from nanogpt_lit.strategies.table import (
@@ -43,7 +44,7 @@ def into_accelerate(
     """trainer: the whole section, as plain data (null may be left out)   changed: what in it is not fit's default
 
     compiles: model.compile   environ: where the first node of several is (MASTER_ADDR, MASTER_PORT, NODE_RANK)
-    Raises ValueError for what accelerate has no name for and without which it would train another thing.
+    Raises UserError for what accelerate has no name for and without which it would train another thing.
     """
     remarks: list[str] = []
     processes = asked_processes(trainer)
@@ -86,24 +87,24 @@ def into_accelerate(
 def _checked(strategy: Strategy | None, trainer: Mapping[str, Any], processes: int | None, use_cpu: bool) -> Strategy:
     accelerator, precision = trainer["accelerator"], full_precision_name(trainer.get("precision"))
     if accelerator not in ("auto", "cpu", "gpu", "cuda", "mps", "tpu"):
-        raise ValueError(f"trainer.accelerator={accelerator} is not translated; auto, cpu, gpu, cuda, mps and tpu are.")
+        raise UserError(f"trainer.accelerator={accelerator} is not translated; auto, cpu, gpu, cuda, mps and tpu are.")
     if strategy is None:
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy={trainer['strategy']} has no name in accelerate; auto, ddp, fsdp, ModelParallelStrategy "
             "and deepspeed have."
         )
     if precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision={precision} has no name in accelerate; {', '.join(PRECISIONS)} have.")
+        raise UserError(f"trainer.precision={precision} has no name in accelerate; {', '.join(PRECISIONS)} have.")
     check_combination(strategy, precision, trainer.get("gradient_clip_val"))
     if use_cpu and strategy in (FSDP, FSDP2):
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy={strategy.lightning} with trainer.accelerator=cpu: accelerate would train DDP without a "
             "word; set trainer.strategy=ddp, or trainer.accelerator=gpu."
         )
     if use_cpu and strategy.needs_cuda:
-        raise ValueError(f"trainer.strategy={strategy.lightning} needs CUDA cards; set trainer.accelerator=gpu.")
+        raise UserError(f"trainer.strategy={strategy.lightning} needs CUDA cards; set trainer.accelerator=gpu.")
     if processes is None and strategy is not SINGLE:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices={trainer['devices']} leaves the number of processes open, which accelerate's file "
             "names; set for example trainer.devices=2."
         )

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nanogpt_lit.errors import UserError
+
 if TYPE_CHECKING:  # whose torch takes a second to import, and the section can be read without
     from nanogpt_lit.loops.contract import LoopSettings
 
@@ -22,36 +24,34 @@ def full_precision_name(precision: Any) -> str:
 
 
 def check_followed(trainer: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raises ValueError for a key that is set and that only Lightning's Trainer follows: it would be ignored."""
+    """Raises UserError for a key that is set and that only Lightning's Trainer follows: it would be ignored."""
     from nanogpt_lit.loops.contract import AUTOCAST_DTYPES
 
     foreign = [c["class_path"] for c in trainer["callbacks"] or [] if not c["class_path"].endswith(TEXT_SAMPLES)]
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"trainer.callbacks holds {foreign[0]}, and only Lightning's Trainer calls it; "
             "take it out, or train with `python -m nanogpt_lit fit`."
         )
     for key, value in trainer.items():
         if key not in FOLLOWED | WITHOUT_EFFECT and value != defaults.get(key):
-            raise ValueError(
+            raise UserError(
                 f"trainer.{key} is set, and only Lightning's Trainer follows it; "
                 "take it out, or train with `python -m nanogpt_lit fit`."
             )
     if trainer["strategy"] not in ("auto", "ddp"):
-        raise ValueError(f"trainer.strategy={trainer['strategy']} does not run here; auto and ddp do.")
+        raise UserError(f"trainer.strategy={trainer['strategy']} does not run here; auto and ddp do.")
     if full_precision_name(trainer["precision"]) not in AUTOCAST_DTYPES:
-        raise ValueError(
-            f"trainer.precision={trainer['precision']} does not run here; {', '.join(AUTOCAST_DTYPES)} do."
-        )
+        raise UserError(f"trainer.precision={trainer['precision']} does not run here; {', '.join(AUTOCAST_DTYPES)} do.")
     interval = trainer["val_check_interval"]
     if interval is not None and not isinstance(interval, int):
-        raise ValueError(
+        raise UserError(
             f"trainer.val_check_interval={interval} should be an integer: micro-batches between validations."
         )
 
 
 def check_saves_whole_steps(trainer: Mapping[str, Any]) -> None:
-    """Raises ValueError when checkpoints, which are made at validations, would be made inside a step.
+    """Raises UserError when checkpoints, which are made at validations, would be made inside a step.
 
     Gradients are in no checkpoint: one of half a step would go on to other weights than the run it was made in.
     """
@@ -61,7 +61,7 @@ def check_saves_whole_steps(trainer: Mapping[str, Any]) -> None:
     below = interval // accumulate * accumulate
     if interval != below:
         works = " or ".join(str(n) for n in (below, below + accumulate) if n)
-        raise ValueError(
+        raise UserError(
             f"trainer.val_check_interval={interval} would save a checkpoint inside a step of "
             f"trainer.accumulate_grad_batches={accumulate} micro-batches; {works} works."
         )

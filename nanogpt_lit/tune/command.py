@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nanogpt_lit.collector import quick_imports
 from nanogpt_lit.commands import parser_of
+from nanogpt_lit.errors import UserError
 
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 
@@ -26,10 +27,10 @@ def tune(arguments: list[str]) -> int:
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
     budget_s = seconds_of_budget(options.budget)
     if not options.config.is_file():
-        raise ValueError(f"--config={options.config} is no file; configs/quickstart.yaml is one.")
+        raise UserError(f"--config={options.config} is no file; configs/quickstart.yaml is one.")
     out = options.out or options.config.with_name(f"{options.config.stem}_tuned.yaml")
     if out.exists():
-        raise ValueError(f"--out={out} is there already; name another, or move it away.")
+        raise UserError(f"--out={out} is there already; name another, or move it away.")
 
     with quick_imports():
         from nanogpt_lit.tune.run import run
@@ -40,5 +41,5 @@ def tune(arguments: list[str]) -> int:
 def seconds_of_budget(text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
     if match is None or float(match[1]) == 0:
-        raise ValueError(f"--budget={text} is not a time; 600s, 10min and 1h are.")
+        raise UserError(f"--budget={text} is not a time; 600s, 10min and 1h are.")
     return float(match[1]) * SECONDS[match[2]]

@@ -11,6 +11,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from nanogpt_lit.durable import write_durably
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.clock import awake_s
 from nanogpt_lit.loops.machine import hardware
 from nanogpt_lit.loops.stops import Reason, Stops
@@ -33,7 +34,7 @@ def run(config: Path, settings_of_fit: Sequence[str], budget_s: float, out: Path
     given = yaml.safe_load(cli.parser.dump(cli.config, skip_default=True))
     processes = asked_processes(vars(cli.settings.trainer))
     if processes is not None and processes > 1:
-        raise ValueError(f"trainer.devices asks for {processes} processes and tune measures one; --trainer.devices=1.")
+        raise UserError(f"trainer.devices asks for {processes} processes and tune measures one; --trainer.devices=1.")
     cli.complete_settings()
     settings = cli.settings
     own = Candidate(

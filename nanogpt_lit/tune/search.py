@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.tune.candidate import Candidate, micro_batches, other_steps
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -98,14 +99,14 @@ def search(
 ) -> Found:
     """fits: whether a candidate's micro-batch fits the memory   seed: of the runs that choose; others decide
 
-    Raises ValueError where the budget is too short to tell anything.
+    Raises UserError where the budget is too short to tell anything.
     """
     started_s, found = clock(), Found(own, max_steps)
     found.speeds = trials.speeds([own], min(2.0, 0.01 * budget_s))
     units = len(recipes) * len(RATES) + UNITS[1] * SECOND_ROUND + UNITS[2] * 2 * SEEDS
     needed_s = units * MIN_STEPS * found.step_s(own) * (1 + VALIDATION)
     if needed_s > budget_s:
-        raise ValueError(
+        raise UserError(
             f"--budget={budget_s:g}s is too short: a step of this network takes {found.step_s(own):.2g} s here, and "
             f"comparing runs of {MIN_STEPS} steps or more needs --budget {math.ceil(needed_s / 60)}min."
         )

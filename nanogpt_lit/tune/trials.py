@@ -40,7 +40,7 @@ class Trials:
             self.val_batches = min(self.val_batches, limit)
 
     def build(self, candidate: Candidate, steps: int) -> LitNanoGPT:
-        """Raises ValueError where the candidate's recipe does not go with the rest of the YAML."""
+        """Raises UserError where the candidate's recipe does not go with the rest of the YAML."""
         model = self._settings.model
         changed = model_section(model, self._own, candidate)
         # A schedule of the run's own shape, and as short as the trial.
