@@ -1,6 +1,5 @@
 """accelerate's default_config.yaml, read with suspicion (somebody else may have written it), and what is written."""
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,31 +8,20 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.strategies.table import ROW_OF, STRATEGIES, Row
+from nanogpt_lit.strategies.table import ROW_OF, STRATEGIES
 
-# Sections of the file, and what their keys begin with; accelerate also takes the keys without that.
+# Sections that have counterparts, and what their keys begin with; accelerate also takes the keys without that.
 SECTIONS = {
     "deepspeed_config": "",
     "dynamo_config": "dynamo_",
-    "fp8_config": "fp8_",
     "fsdp_config": "fsdp_",
-    "megatron_lm_config": "megatron_lm_",
-    "mpirun_config": "mpirun_",
     "parallelism_config": "parallelism_config_",
 }
 # A section that accelerate does not read unless another key asks for it.
 ASKED_BY = {
     "deepspeed_config": ("distributed_type", "DEEPSPEED"),
-    "fp8_config": ("mixed_precision", "fp8"),
     "fsdp_config": ("distributed_type", "FSDP"),
-    "megatron_lm_config": ("distributed_type", "MEGATRON_LM"),
     "parallelism_config": ("distributed_type", "FSDP"),
-}
-# accelerate config asks for these by one name, and accelerate launch takes them by another.
-OTHER_NAMES = {
-    "fp8_config.fp8_amax_history_length": "fp8_config.fp8_amax_history_len",
-    "fp8_config.fp8_amax_compute_algorithm": "fp8_config.fp8_amax_compute_algo",
-    "fp8_config.fp8_fp8_format": "fp8_config.fp8_format",
 }
 WHOLE_NUMBERS = {
     "num_processes", "num_machines", "machine_rank", "main_process_port", "fsdp_config.fsdp_version",
@@ -41,7 +29,6 @@ WHOLE_NUMBERS = {
     "parallelism_config.parallelism_config_dp_shard_size",
 }  # fmt: skip
 NUMBERS = {"deepspeed_config.gradient_clipping"}
-LISTS = {"commands", "tpu_env", "tpu_vm", "fp8_config.fp8_override_linear_precision"}
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -82,9 +69,9 @@ def read_accelerate_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def asks_for_nothing(row: Row, value: Any) -> bool:
-    """Whether a value needs no counterpart: accelerate's default, or empty."""
-    return value == row.default or value in (None, "", "none") or value in ([], [""])
+def asks_for_nothing(key: str, value: Any) -> bool:
+    """Whether a value needs no counterpart: it is empty, off, or accelerate's default."""
+    return value in (ROW_OF[key].default if key in ROW_OF else False, None, "", "none", "no", "default", [], [""], {})
 
 
 def _flat(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -96,7 +83,7 @@ def _flat(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
         content["dynamo_config"] = {"dynamo_backend": content.pop("dynamo_backend")}
     for key, value in content.items():
         if key not in SECTIONS:
-            yield _known(str(key)), value
+            yield _printable(key), value
             continue
         if not isinstance(value, dict | None):
             raise UserError(
@@ -104,28 +91,21 @@ def _flat(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             )
         for name, inner in (value or {}).items():
             full = name if str(name).startswith(SECTIONS[key]) else f"{SECTIONS[key]}{name}"
-            yield _known(f"{key}.{full}"), inner
+            yield _printable(f"{key}.{full}"), inner
 
 
-def _known(key: str) -> str:
-    key = OTHER_NAMES.get(key, key)
-    if key not in ROW_OF:
-        nearest = difflib.get_close_matches(key, ROW_OF, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "take it out, or ask `accelerate config` for a new file."
-        raise UserError(f"accelerate knows no key {key[:100] if key.isprintable() else ascii(key[:100])}; {hint}")
-    return key
+def _printable(key: Any) -> str:
+    return str(key)[:100] if str(key).isprintable() else ascii(str(key)[:100])
 
 
 def _value(key: str, value: Any) -> Any:
-    """The value as a bool, number, string or list of those."""
-    if any(
-        isinstance(item, str) and not item.isprintable() for item in (value if isinstance(value, list) else [value])
-    ):
-        raise UserError(f"accelerate's {key} holds characters that a terminal would obey; write it in plain ones.")
-    if key in LISTS and isinstance(value, list) and all(isinstance(i, str | int | float | bool | None) for i in value):
+    """The value as a bool, number or string; that of a key without a counterpart as it is."""
+    if key not in ROW_OF:
         return value
     if not isinstance(value, str | int | float | bool | None):
         raise UserError(f"accelerate's {key} should be one value; `accelerate config` writes no more.")
+    if isinstance(value, str) and not value.isprintable():
+        raise UserError(f"accelerate's {key} holds characters that a terminal would obey; write it in plain ones.")
     if value is None:
         return None
     if key == "distributed_type" and value is False:

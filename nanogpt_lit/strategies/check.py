@@ -37,7 +37,7 @@ def check_strategy(trainer: Mapping[str, Any], device: str) -> None:
     if strategy is None and isinstance(trainer["strategy"], str):
         nearest = difflib.get_close_matches(trainer["strategy"], [*SHORT_NAMES, FSDP2.lightning], n=1)
         raise UserError(
-            f"trainer.strategy={trainer['strategy']} is no strategy of Lightning; "
+            f"trainer.strategy={trainer['strategy']} is no strategy that is known here; "
             + (
                 f"did you mean {nearest[0]}?"
                 if nearest

@@ -1,5 +1,6 @@
 """From accelerate's default_config.yaml to the trainer section, by table.py."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,6 @@ from nanogpt_lit.strategies.table import (
     RENDEZVOUS,
     ROW_OF,
     SINGLE,
-    XLA,
     Strategy,
 )
 
@@ -38,23 +38,23 @@ class Source:
         value = self.left.pop(key, None)
         return default if value is None else value
 
-    def take_if(self, key: str, wanted: Any) -> bool:
-        """Takes the key when it has this value."""
-        return self.left.get(key) == wanted and self.left.pop(key) == wanted
-
     def remarks(self) -> list[str]:
         """One for each key left over that asks for something. Raises UserError where leaving it would train another
         thing."""
-        remarks = []
-        for key, value in self.left.items():
-            row = ROW_OF[key]
-            if asks_for_nothing(row, value):
-                continue
-            sentence = row.instead.format(value=value) or "leave it out: nothing reads it here"
-            if row.refused:
-                raise UserError(f"accelerate's {key}={value} has no counterpart: {sentence}.")
-            remarks.append(f"{key}={value}: {sentence}")
-        return remarks
+        return [remark for key, value in self.left.items() if (remark := _remark(key, value)) is not None]
+
+
+def _remark(key: str, value: Any) -> str | None:
+    if asks_for_nothing(key, value):
+        return None
+    if key not in ROW_OF:
+        section, _, _ = key.rpartition(".")
+        nearest = difflib.get_close_matches(key, [known for known in ROW_OF if known.startswith(section)], 1, 0.9)
+        return f"{key}: " + (f"did you mean {nearest[0]}?" if nearest else "Lightning's Trainer has no such key")
+    sentence = ROW_OF[key].instead.format(value=value) or "leave it out: nothing reads it here"
+    if ROW_OF[key].refused:
+        raise UserError(f"accelerate's {key}={value} has no counterpart: {sentence}.")
+    return f"{key}={value}: {sentence}"
 
 
 def to_trainer(values: Mapping[str, Any]) -> Translation:
@@ -86,6 +86,15 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
     if not strategy.clips:
         trainer["gradient_clip_val"] = None
         remarks.append("trainer.gradient_clip_val: Lightning cannot clip the norm here; fsdp_version: 2 can")
+    if strategy is not DEEPSPEED:
+        remarks.append(
+            "trainer.accumulate_grad_batches, trainer.gradient_clip_val: accelerate keeps both in your script "
+            "(Accelerator(gradient_accumulation_steps=...), clip_grad_norm_); take them over from there"
+        )
+    elif trainer["strategy"].get("init_args", {}).get("offload_optimizer"):
+        remarks.append(
+            "deepspeed_config.offload_optimizer_device: DeepSpeed offloads its own optimizer, DeepSpeedCPUAdam"
+        )
     return Translation(content, remarks + source.remarks())
 
 
@@ -102,7 +111,7 @@ def _strategy(kind: str, fsdp_version: int, use_cpu: bool) -> Strategy:
             f"accelerate's use_cpu={use_cpu} contradicts distributed_type={kind}; processors are NO or MULTI_CPU with "
             "use_cpu: true."
         )
-    choices = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "DEEPSPEED": DEEPSPEED, "XLA": XLA}
+    choices = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "DEEPSPEED": DEEPSPEED}
     return choices[kind] if kind != "FSDP" else (FSDP, FSDP2)[fsdp_version - 1]
 
 
@@ -152,14 +161,12 @@ def _rendezvous(source: Source, machines: int) -> list[str]:
 def _accelerator(strategy: Strategy, use_cpu: bool, gpu_ids: list[int]) -> str:
     if use_cpu:
         return "cpu"
-    if strategy is XLA:
-        return "tpu"
     return "auto" if strategy is SINGLE and not gpu_ids else "gpu"
 
 
 def _strategy_section(strategy: Strategy, source: Source, processes: int) -> dict[str, Any]:
     """trainer.strategy, and the keys beside it that accelerate keeps with the strategy."""
-    if strategy in (SINGLE, XLA):
+    if strategy is SINGLE:
         return {"strategy": "auto"}
     if strategy is DDP:
         return {"strategy": "ddp"}
@@ -189,10 +196,11 @@ def _fsdp_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
         "sharding_strategy": named[0] if named else SHARDINGS[0],
         "cpu_offload": source.take("fsdp_config.fsdp_offload_params", False),
     }
-    if source.take_if("fsdp_config.fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"):
-        arguments["auto_wrap_policy"] = [LAYER]
+    policy = source.left.get("fsdp_config.fsdp_auto_wrap_policy") or "NO_WRAP"
+    if policy == "NO_WRAP":
+        source.left.pop("fsdp_config.fsdp_auto_wrap_policy", None)
     else:
-        source.take_if("fsdp_config.fsdp_auto_wrap_policy", "NO_WRAP")
+        arguments["auto_wrap_policy"] = [LAYER]  # by size has no counterpart: its remark says so
     if source.take("fsdp_config.fsdp_activation_checkpointing", False):
         arguments["activation_checkpointing_policy"] = [LAYER]
     if source.left.get("fsdp_config.fsdp_state_dict_type") in FSDP_STATE_DICTS:

@@ -19,17 +19,17 @@ from nanogpt_lit.strategies.table import (
     SHORT_NAMES,
     SINGLE,
     TABLE,
-    XLA,
+    Row,
     Strategy,
 )
 from nanogpt_lit.strategies.trainer_section import asked_processes, full_precision_name
 
 # What accelerate config writes whatever the answers are.
 ALWAYS = {
-    "compute_environment": "LOCAL_MACHINE", "debug": False, "downcast_bf16": "no", "enable_cpu_affinity": False,
-    "machine_rank": 0, "main_training_function": "main", "rdzv_backend": "static", "same_network": True, "tpu_env": [],
-    "tpu_use_cluster": False, "tpu_use_sudo": False,
+    "compute_environment": "LOCAL_MACHINE", "debug": False, "machine_rank": 0, "main_training_function": "main",
+    "rdzv_backend": "static", "same_network": True,
 }  # fmt: skip
+ONLY_LIGHTNING = Row(None, None, None, "only Lightning's Trainer has it: train with fit, or take it out")
 PLUGINS = {
     DDP: "DistributedDataParallelKwargs",
     FSDP: "FullyShardedDataParallelPlugin",
@@ -50,8 +50,6 @@ def into_accelerate(
     processes = asked_processes(trainer)
     use_cpu = trainer["accelerator"] == "cpu"
     strategy = named_strategy(trainer["strategy"], processes or 1)
-    if trainer["accelerator"] == "tpu" and trainer["strategy"] == "auto":
-        strategy = XLA
     strategy = _checked(strategy, trainer, processes, use_cpu)
     if processes is None:
         processes = 1
@@ -69,6 +67,11 @@ def into_accelerate(
     if strategy in (SINGLE, DDP) and not use_cpu:
         devices = trainer["devices"]
         content["gpu_ids"] = ",".join(map(str, devices)) if isinstance(devices, list) else "all"
+    if use_cpu and processes > 1:
+        remarks.append(
+            f"num_processes={processes}: `accelerate launch` starts one process on CPUs; start them by "
+            f"`torchrun --nproc-per-node={processes} {OUR_SCRIPT}`"
+        )
     if compiles:
         content["dynamo_config"] = {"dynamo_backend": "INDUCTOR"}
         remarks.append(f"model.compile=True: {OUR_SCRIPT} compiles by itself; take dynamo_config out for it")
@@ -86,8 +89,8 @@ def into_accelerate(
 
 def _checked(strategy: Strategy | None, trainer: Mapping[str, Any], processes: int | None, use_cpu: bool) -> Strategy:
     accelerator, precision = trainer["accelerator"], full_precision_name(trainer.get("precision"))
-    if accelerator not in ("auto", "cpu", "gpu", "cuda", "mps", "tpu"):
-        raise UserError(f"trainer.accelerator={accelerator} is not translated; auto, cpu, gpu, cuda, mps and tpu are.")
+    if accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
+        raise UserError(f"trainer.accelerator={accelerator} is not translated; auto, cpu, gpu, cuda and mps are.")
     if strategy is None:
         raise UserError(
             f"trainer.strategy={trainer['strategy']} has no name in accelerate; auto, ddp, fsdp, ModelParallelStrategy "
@@ -195,15 +198,12 @@ def _deepspeed(arguments: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict
 def _remarks(trainer: Mapping[str, Any], changed: Mapping[str, Any], strategy: Strategy) -> list[str]:
     """A line for each key of the section without a place in the file, keys with the same answer on one line."""
     keys_of: dict[str, list[str]] = {}
-    for row in TABLE:
-        section, _, key = (row.lightning or "").partition(".")
-        if section != "trainer" or key not in trainer or not row.instead:
-            continue
-        value = trainer[key]
-        if value == row.default or (row.accelerate is None and key not in changed):
+    rows = {row.lightning: row for row in TABLE}
+    for key, value in trainer.items():
+        row = rows.get(f"trainer.{key}", ONLY_LIGHTNING)
+        if not row.instead or value == row.default or (row.accelerate is None and key not in changed):
             continue
         if row.accelerate is not None and strategy is DEEPSPEED:  # whose section carries them
             continue
-        sentence = row.instead.format(value=value)
-        keys_of.setdefault(sentence, []).append(f"trainer.{key}")
+        keys_of.setdefault(row.instead.format(value=value), []).append(f"trainer.{key}")
     return [f"{', '.join(keys)}: {sentence}" for sentence, keys in keys_of.items()]
