@@ -227,10 +227,8 @@ def explain(base: Case, data: TokenDataModule) -> list[dict[str, Any]]:
     rows = []
     for settled in SETTLED:
         drift = seen[settled.name] if settled.name in seen else settled.drift(base, data)
-        rows.append(
-            {"difference": settled.name, "breaks": settled.breaks, "loop": settled.loop, "seen": str(drift)}
-            | asdict(drift)
-        )
+        named = {"difference": settled.name, "breaks": settled.breaks, "loop": settled.loop}
+        rows.append(named | {"seen": settled.describe(drift)} | asdict(drift))
     heads = ["not settled", "what happens", "in", "first difference from plain PyTorch"]
     print(markdown_table(heads, [[row["difference"], row["breaks"], row["loop"], row["seen"]] for row in rows]))
     return rows

@@ -23,7 +23,12 @@ from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position
 from nanogpt_lit.data.turns import in_turns
-from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes, launched_processes
+from nanogpt_lit.loops.accelerate_environment import (
+    check_environment,
+    check_processes,
+    check_running,
+    launched_processes,
+)
 from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
 from nanogpt_lit.loops.clock import awake_s
 from nanogpt_lit.loops.contract import Observer
@@ -66,18 +71,19 @@ def main(arguments: list[str]) -> int:
         os.environ,
     )
     check_followed(vars(trainer), vars(cli.parser.get_defaults().trainer))
+    processes = launched_processes(os.environ)
+    check_processes(asked_processes(vars(trainer)), processes)
     cli.complete_settings()
     module, data = cli.build()
     data.setup()
     start = load_run(Path(cli.settings.ckpt_path)) if cli.settings.ckpt_path else None
     if start is not None:
         data.load_state_dict(dict(start.data))
-    processes = launched_processes(os.environ)
     train_loader, val_loader = loaders(data, processes, start.batches * start.processes if start is not None else 0)
     settings = loop_settings(vars(trainer), val_batches=len(val_loader) // processes, seed=cli.seed)
 
     accelerator = Accelerator(**accelerator_options(settings, cli.device))
-    check_processes(asked_processes(vars(trainer)), processes, accelerator.num_processes)
+    check_running(processes, accelerator.num_processes)
     if start is not None:  # before there is a folder
         check_network(module, start)
         batches_done(start, module, settings.accumulate_grad_batches, accelerator.num_processes)

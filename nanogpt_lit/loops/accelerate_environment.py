@@ -108,22 +108,29 @@ def launched_processes(environ: Mapping[str, str]) -> int:
     return int(environ[name])
 
 
-def check_processes(asked: int | None, launched: int, running: int) -> None:
-    """Raises UserError when accelerate runs another number of processes than the YAML or the launcher asks for.
+def check_processes(asked: int | None, launched: int) -> None:
+    """Raises UserError when the launcher has started another number of processes than the YAML asks for.
 
+    To be called before any process waits for another: one that is refused is gone before the others have met it.
     asked: trainer.devices times trainer.num_nodes, None when the YAML leaves it open
+    """
+    if asked is not None and asked != launched:
+        raise UserError(
+            f"trainer.devices and trainer.num_nodes ask for {asked} processes, and accelerate runs {launched}; start "
+            f"it with `accelerate launch --multi_gpu --num_processes {asked}`, on processors with `torchrun "
+            f"--nproc_per_node {asked}` (accelerate launch --cpu starts only one), or set trainer.devices={launched}."
+        )
+
+
+def check_running(launched: int, running: int) -> None:
+    """Raises UserError when accelerate runs another number of processes than the launcher says that it started.
+
     `accelerate launch --cpu --num_processes 2` starts one process, and says nothing.
     """
     if launched != running:
         raise UserError(
             f"the launcher asks for WORLD_SIZE={launched} processes, and accelerate runs {running}: each would train "
             "alone; on processors set trainer.accelerator=cpu."
-        )
-    if asked is not None and asked != running:
-        raise UserError(
-            f"trainer.devices and trainer.num_nodes ask for {asked} processes, and accelerate runs {running}; start it "
-            f"with `accelerate launch --multi_gpu --num_processes {asked}`, on processors with `torchrun "
-            f"--nproc_per_node {asked}` (accelerate launch --cpu starts only one), or set trainer.devices={running}."
         )
 
 

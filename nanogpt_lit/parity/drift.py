@@ -39,6 +39,8 @@ class Settled:
     """A case in which it matters."""
     off: Callable[[], Any]
     """A context without it."""
+    only_rounds: bool = False
+    """Whether it changes nothing but the order of a sum, which a CPU's kernels may round to the same bits."""
 
     def drift(self, base: Case, data: TokenDataModule) -> Drift:
         """What happens without it. A case of several processes is for `drifts_together`."""
@@ -50,3 +52,6 @@ class Settled:
         except RuntimeError as error:
             return Drift(None, None, str(error).split(".")[0])
         return Drift(compare(expected, found), distance_of_weights(expected, found))
+
+    def describe(self, drift: Drift) -> str:
+        return "rounded alike on this CPU" if self.only_rounds and not drift else str(drift)
