@@ -80,7 +80,7 @@ def exit_code(command: Callable[[], int]) -> int:
     except BaseException as error:
         if supervised():
             report_error(error)
-        # A reset connection is a process that died, a data worker's say: no file that the user could look after.
+        # A reset connection is a process that died, of several say: no file that the user could look after.
         of_a_file = isinstance(error, OSError) and not isinstance(error, ConnectionResetError)
         if not of_a_file and not isinstance(error, UserError):
             raise

@@ -148,7 +148,6 @@ def step_shape(settings: Any, gpt: GPTConfig, lightning: bool) -> StepShape:
         zeroes_after_forward=lightning,
         validates=trainer.limit_val_batches != 0,
         tf32=settings.model.get("tf32", False),
-        data_workers=settings.data.num_workers,
     )
 
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from torture_process import warm_up
@@ -30,9 +30,9 @@ from torture_trial import KINDS, STEPS, STOPS, Reference, Result, Setup, Trial, 
 from nanogpt_lit.loops.machine import hardware
 
 SETUPS = [
-    Setup(precision, accumulate, workers, nan_every, recipe)
+    Setup(precision, accumulate, nan_every, recipe)
     for nan_every in (0, 11)
-    for workers, recipe in ((0, "nanogpt"), (2, "modern"))
+    for recipe in ("nanogpt", "modern")
     for precision, accumulate in (("32-true", 1), ("bf16-mixed", 3))
 ]
 
@@ -57,7 +57,7 @@ def main() -> int:
     trials = [trial(number, args) for number in numbers]
     warm_up()
     references: dict[Setup, Reference] = {}
-    for setup in dict.fromkeys(alone(trial.setup) for trial in trials):
+    for setup in dict.fromkeys(trial.setup for trial in trials):
         # The first by an interpreter of its own: so the copies are compared with what a user starts. It costs ten
         # seconds, which a handful of trials would notice.
         fresh = not references and args.count >= 10
@@ -76,15 +76,9 @@ def main() -> int:
 def trial(number: int, args: argparse.Namespace) -> Trial:
     draw = random.Random(f"{args.seed} {number}")
     setup = SETUPS[number % args.setups]
-    kinds = [kind for kind in KINDS if kind != "worker killed" or setup.workers]
     # The first disturbances take turns, so that few trials have all of them; the others are drawn.
-    disturbances = [kinds[number % len(kinds)], *draw.choices(kinds, k=draw.randint(0, 2))]
+    disturbances = [KINDS[number % len(KINDS)], *draw.choices(KINDS, k=draw.randint(0, 2))]
     return Trial(number, setup, disturbances, draw, args.loop, args.processes)
-
-
-def alone(setup: Setup) -> Setup:
-    """What the undisturbed run is trained with: workers may not matter."""
-    return replace(setup, workers=0)
 
 
 def run_all(trials: list[Trial], references: dict[Setup, Reference], root: Path, jobs: int) -> list[Result]:
@@ -106,7 +100,7 @@ def run_all(trials: list[Trial], references: dict[Setup, Reference], root: Path,
 
 
 def run_one(trial: Trial, references: dict[Setup, Reference], root: Path) -> Result:
-    result = trial.run(references[alone(trial.setup)], root / f"trial_{trial.number}")
+    result = trial.run(references[trial.setup], root / f"trial_{trial.number}")
     happened = ", ".join(f"{piece['disturbance']} ({piece['exit']})" for piece in result.pieces)
     print(
         f"{trial.number:4}  {'ok' if result.failure is None else 'FAILED: ' + result.failure}  {happened}", flush=True

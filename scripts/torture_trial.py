@@ -36,7 +36,7 @@ POSIX_ONLY = ("INT", "TERM", "HUP", "TERM, then KILL", "killed at a byte", "disk
 """Windows sends a process no signal, and has no limit on files."""
 KINDS = [
     kind
-    for kind in ("KILL", *STOPS, "TERM, then KILL", *FROM_WITHIN, *DAMAGES, "worker killed")
+    for kind in ("KILL", *STOPS, "TERM, then KILL", *FROM_WITHIN, *DAMAGES)
     if os.name == "posix" or kind not in POSIX_ONLY
 ]
 
@@ -49,7 +49,6 @@ def left_out() -> str | None:
 class Setup:
     precision: str
     accumulate: int
-    workers: int
     nan_every: int
     """One micro-batch in so many has gradients that are NaN; 0 for none."""
     recipe: str
@@ -64,7 +63,7 @@ class Setup:
             "--model.gpt.n_layer=2", "--model.gpt.n_head=2", "--model.gpt.n_embd=32", "--model.gpt.dropout=0.1",
             "--model.schedule.warmup_steps=4", f"--data.source={text}", "--data.tokenizer=byte",
             "--data.block_size=32", "--data.batch_size=4", "--data.val_fraction=0.1",
-            f"--data.num_workers={self.workers}", "--resume=auto",
+            "--resume=auto",
             *recipe_options(self.recipe),
             *(["--trainer.strategy=ddp", f"--trainer.devices={processes}"] if processes > 1 else []),
         ]  # fmt: skip
@@ -201,7 +200,7 @@ class Trial:
     ) -> float | None:
         """At a random moment; seconds after training began, None where it was before. left: share of the run"""
         moment_s = None
-        if self._draw.random() < 0.9 or kind == "worker killed":
+        if self._draw.random() < 0.9:
             wait_for_training(running, output)
             moment_s = round(left * self._draw.uniform(0, self._reference.training_s), 3)
             time.sleep(moment_s)
@@ -216,11 +215,7 @@ class Trial:
         return moment_s
 
     def _send(self, kind: str, pid: int) -> None:
-        if kind == "worker killed":
-            workers = psutil.Process(pid).children()
-            if workers:
-                self._draw.choice(workers).kill()
-        elif kind in ("INT", "HUP"):  # a terminal's, to all that it has started
+        if kind in ("INT", "HUP"):  # a terminal's, to all that it has started
             os.killpg(pid, getattr(signal, f"SIG{kind}"))
         elif kind.startswith("TERM"):
             os.kill(pid, signal.SIGTERM)
@@ -308,7 +303,7 @@ class Trial:
             raise Failed(f"the curves differ: {sorted(set(curves) ^ set(expected.curves))[:4]}")
         if leftovers := list(newest.path.parent.glob(f"*{PARTIAL}")):
             raise Failed(f"{leftovers[0]} is left")
-        deadline_s = time.monotonic() + 30  # torch's workers look every 5 s whether their process is still there
+        deadline_s = time.monotonic() + 30  # a process of several may still be ending
         while left := [group for group in self._groups if alive(group)]:
             if time.monotonic() > deadline_s:
                 raise Failed(f"a process of the ended run is left, in group {left[0]}")

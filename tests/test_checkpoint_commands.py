@@ -20,7 +20,7 @@ def halves(text, root, *more):
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory):
     root = tmp_path_factory.mktemp("undisturbed")
-    assert fit(*halves(text, root, "--data.num_workers=2")) == 0
+    assert fit(*halves(text, root)) == 0
     return root / "version_0"
 
 

@@ -76,7 +76,6 @@ class Setup:
     accumulate: int = 1
     scaler: tuple = ()
     implementation: str = "fused"
-    workers: int = 0
     modern: bool = False
 
     def settings(self, until):
@@ -96,7 +95,7 @@ class Setup:
         return LitNanoGPT(gpt, optim, schedule)
 
     def data(self, shards):
-        data = TokenDataModule(**shards, num_workers=self.workers)
+        data = TokenDataModule(**shards)
         data.setup()
         return data
 
@@ -225,7 +224,7 @@ _undisturbed = {}
 def assert_never_switched(chain, setup, shards, tmp_path):
     key = setup, shards["source"]
     if key not in _undisturbed:
-        _undisturbed[key] = run_chain("P", replace(setup, workers=0), shards, tmp_path / "undisturbed")
+        _undisturbed[key] = run_chain("P", setup, shards, tmp_path / "undisturbed")
     expected_values, expected_validations, expected_end = _undisturbed[key]
     values, validations, end = run_chain(chain, setup, shards, tmp_path / "switched")
     assert list(values) == list(range(1, STEPS + 1))
@@ -267,8 +266,8 @@ def test_a_run_that_moves_between_loops_has_the_bits_of_one_that_does_not(chain,
 
 AT_ITS_END = [
     ("L4A", Setup("16-mixed", 3, FLOAT16)),
-    ("A4L", Setup("bf16-mixed", 3, workers=2)),
-    ("L8L", Setup("32-true", 3, workers=2)),
+    ("A4L", Setup("bf16-mixed", 3)),
+    ("L8L", Setup("32-true", 3)),
 ]
 
 

@@ -329,7 +329,7 @@ def test_an_error_that_is_no_users_mistake_keeps_its_traceback(monkeypatch):
         main(["generate"])
 
 
-def test_a_data_worker_that_was_killed_is_no_mistake_of_the_user():
+def test_another_process_that_was_killed_is_no_mistake_of_the_user():
     def reads_from_it():
         raise ConnectionResetError(104, "Connection reset by peer")
 

@@ -62,24 +62,22 @@ def drawn(data: TokenDataModule, n: int) -> list[Batch]:
 # Batches without a Trainer -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_equal_a_naive_loop_whatever_the_workers(ready, num_workers):
-    batches = drawn(data_of(ready, num_workers=num_workers), 100)  # more than two epochs of 41 batches
+def test_batches_equal_a_naive_loop(ready):
+    batches = drawn(data_of(ready), 100)  # more than two epochs of 41 batches
     assert equal(batches, naive_batches(0, 100))
     for tensor in batches[0]:
         assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == ((B, T), torch.int64, True)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loop_of_ones_own_states_rank_world_and_first_batch(ready, num_workers):
-    data = data_of(ready, num_workers=num_workers)
+def test_a_loop_of_ones_own_states_rank_world_and_first_batch(ready):
+    data = data_of(ready)
     data.position = Position(rank=1, world=2, batches_done=lambda: 7)
     assert equal(drawn(data, 10), naive_batches(7, 10, rank=1, world=2))
 
 
-def test_batches_that_workers_fetched_ahead_are_neither_lost_nor_repeated(ready):
+def test_a_loader_that_is_started_again_goes_on_behind_the_batches_that_were_trained_on(ready):
     done = 0
-    data = data_of(ready, num_workers=2)
+    data = data_of(ready)
     data.position = Position(batches_done=lambda: done)
     loader = data.train_dataloader()
     for _ in range(3):  # three short epochs of a loop that keeps its loader
@@ -96,7 +94,7 @@ def test_iterating_leaves_the_global_random_state_alone(ready):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_a_spawned_worker_receives_is_small_and_serves_the_same(ready):
+def test_what_a_spawned_process_receives_is_small_and_serves_the_same(ready):
     dataset = data_of(ready).train_dataloader().dataset
     before = dataset.__getitems__([0, 500])
     sent = pickle.dumps(dataset)
@@ -158,16 +156,13 @@ def fit(data: TokenDataModule, folder: Path, max_steps: int, ckpt_path: Path | N
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("epochs_of", [1.0, 4, 6])
-def test_a_run_stopped_at_step_3_and_resumed_sees_the_batches_of_an_uninterrupted_one(
-    ready, tmp_path, num_workers, epochs_of
-):
+def test_a_run_stopped_at_step_3_and_resumed_sees_the_batches_of_an_uninterrupted_one(ready, tmp_path, epochs_of):
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-    first = fit(data_of(ready, num_workers=num_workers), tmp_path, 3, callbacks=[save], limit_train_batches=epochs_of)
+    first = fit(data_of(ready), tmp_path, 3, callbacks=[save], limit_train_batches=epochs_of)
     assert equal(first.seen, naive_batches(0, 6))
     resumed = fit(
-        data_of(ready, num_workers=num_workers),
+        data_of(ready),
         tmp_path,
         20,
         ckpt_path=tmp_path / "step=3.ckpt",
@@ -177,9 +172,8 @@ def test_a_run_stopped_at_step_3_and_resumed_sees_the_batches_of_an_uninterrupte
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_several_epochs_of_lightnings_continue_instead_of_replaying(ready, tmp_path, num_workers):
-    recorder = fit(data_of(ready, num_workers=num_workers), tmp_path, 15, limit_train_batches=10)
+def test_several_epochs_of_lightnings_continue_instead_of_replaying(ready, tmp_path):
+    recorder = fit(data_of(ready), tmp_path, 15, limit_train_batches=10)
     assert equal(recorder.seen, naive_batches(0, 30))
 
 
@@ -239,7 +233,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(ready):
 
 def test_resuming_with_another_order_of_samples_says_so(ready):
     state = data_of(ready).state_dict()
-    data_of(ready, num_workers=2).load_state_dict(state)
+    data_of(ready).load_state_dict(state)
     with pytest.warns(UserWarning, match=r"data.seed was 1337 and is 7"):
         data_of(ready, seed=7).load_state_dict(state)
 
@@ -289,9 +283,7 @@ def test_a_folder_of_our_shards_is_a_source_with_its_own_tokenizer(text, tmp_pat
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("block_size", 0), ("batch_size", 0), ("num_workers", -1), ("val_fraction", 1.5)]
-)
+@pytest.mark.parametrize(("key", "value"), [("block_size", 0), ("batch_size", 0), ("val_fraction", 1.5)])
 def test_values_that_cannot_work_are_refused_by_name(key, value):
     with pytest.raises(ValueError, match=rf"data\.{key}={value}"):
         TokenDataModule(**{key: value})

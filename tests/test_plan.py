@@ -85,13 +85,6 @@ def test_json_has_what_a_program_needs(plan):
     assert [rung["own"] for rung in answer["ladder"]].count(True) == 1
 
 
-def test_processes_that_read_ahead_take_host_memory(plan):
-    configured = settings("--data.num_workers=3")
-    footprint = plan_rung(configured, own_rung(configured), plan.budget.card)
-    assert footprint.host_memory_mib == plan.own.footprint.host_memory_mib + 3 * plan_module.WORKER_MIB
-    assert footprint.reserved_mib == plan.own.footprint.reserved_mib
-
-
 def test_the_cheapest_rung_is_the_quickest_that_fits(tight):
     assert not tight.own.fits
     cheapest = tight.cheapest

@@ -135,7 +135,7 @@ def test_files_are_mapped_anew_after_many_windows_so_that_pages_do_not_pile_up(t
     assert mapped == ["train_00000.bin", "train_00001.bin"] * 3
 
 
-def test_shards_travel_to_a_worker_without_their_mappings(tmp_path):
+def test_shards_travel_to_another_process_without_their_mappings(tmp_path):
     write_ours(tmp_path, 500, np.arange(20_000) % 500)
     shards = TokenShards.open(tmp_path, "train")
     assert shards.read(0, 400)[-1] == 399

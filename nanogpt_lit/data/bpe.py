@@ -113,7 +113,7 @@ def train_ranks(texts: Iterable[str], n_ranks: int, show_progress: bool = False)
         raise UserError(
             'data.tokenizer=bpe:N needs the package tokenizers: `pip install "nanogpt_lit[bpe]"`.'
         ) from error
-    # Unset, the library warns at every fork after it has used threads: once per DataLoader worker, on Linux.
+    # Unset, the library warns at every fork after it has used threads: once per process that is forked, on Linux.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     byte_of = byte_characters()
     tokenizer = Tokenizer(models.BPE())

@@ -24,7 +24,6 @@ from nanogpt_lit.data.tokenizer import (
     tokenizer_from_file,
     tokenizer_from_files,
 )
-from nanogpt_lit.data.workers import leave_signals_to_training, quiet_context
 from nanogpt_lit.errors import UserError
 
 SPLITS = ("train", "val")
@@ -53,7 +52,7 @@ class TokenWindows(Dataset[Batch]):
 
 
 def already_stacked(batch: Any) -> Batch:
-    """The collate_fn: batches come stacked. A function of the module, because workers receive it by pickle."""
+    """The collate_fn: batches come stacked."""
     return batch
 
 
@@ -71,8 +70,6 @@ class TokenDataModule(LightningDataModule):
         shards_dir: Folder of the shards; by default `shards` in trainer.default_root_dir.
         block_size: Tokens per sequence.
         batch_size: Sequences per micro-batch.
-        num_workers: Processes that read ahead of training. 0 reads in the training process, which takes about 0.1 ms
-            a batch; more helps where the disk is slow.
         seed: Decides the order of samples, and nothing else.
     """
 
@@ -86,22 +83,16 @@ class TokenDataModule(LightningDataModule):
         shards_dir: str | None = None,
         block_size: int = 1024,
         batch_size: int = 4,
-        num_workers: int = 0,
         seed: int = 1337,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("block_size", block_size, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise UserError(f"data.{name}={value} must be at least {least}.")
+        for name, value in (("block_size", block_size), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"data.{name}={value} must be at least 1.")
         self.prepare_config = PrepareConfig(source, tokenizer, text_key, val_fraction, skip_undecodable)
         self.shards_dir = Path(shards_dir or "shards")
         self.block_size = block_size
         self.batch_size = batch_size
-        self.num_workers = num_workers
         self.seed = seed
         self.position: Position | None = None
         """For a loop other than Lightning's Trainer, which sets it before it asks for a loader."""
@@ -205,27 +196,25 @@ class TokenDataModule(LightningDataModule):
         """Endless: trainer.max_steps ends a run."""
         shards = self._shards["train"]
         order = BatchOrder(len(shards), self.block_size, self.batch_size, self.seed, self._current_position())
-        return self._loader(shards, order, self.num_workers)
+        return self._loader(shards, order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Every window of the validation split once, read in this process: workers would idle between validations."""
+        """Every window of the validation split once."""
         shards, position = self._shards["val"], self._current_position()
         order = ValidationOrder(len(shards), self.block_size, self.batch_size, position.rank, position.world)
-        return self._loader(shards, order, num_workers=0)
+        return self._loader(shards, order)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The validation split: there is no third one, and none is held back from the user."""
         return self.val_dataloader()
 
-    def _loader(self, shards: TokenShards, order: Sampler[list[int]], num_workers: int) -> DataLoader[Batch]:
+    def _loader(self, shards: TokenShards, order: Sampler[list[int]]) -> DataLoader[Batch]:
+        # Read in this process: a batch is a copy out of a memory map, about 0.1 ms, which processes that read ahead
+        # would only slow down.
         return DataLoader(
             TokenWindows(shards, self.block_size),
             batch_sampler=order,
             collate_fn=already_stacked,
-            num_workers=num_workers,
-            worker_init_fn=leave_signals_to_training,
-            multiprocessing_context=quiet_context() if num_workers > 0 else None,
-            persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Every iterator of a DataLoader draws a number. From a generator of its own, or dropout would depend on
             # how often a loop starts one.

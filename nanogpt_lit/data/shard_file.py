@@ -125,7 +125,7 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """Where the tokens of one file are. Holds no open file, so it travels to worker processes by pickle."""
+    """Where the tokens of one file are. Holds no open file, so it travels to other processes by pickle."""
 
     path: Path
     dtype: np.dtype

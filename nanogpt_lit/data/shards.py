@@ -208,7 +208,7 @@ class TokenShards:
         return [known[key] + 1 for key in keys]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # a worker process maps the files itself; mappings do not travel
+        return {**self.__dict__, "_maps": {}}  # another process maps the files itself; mappings do not travel
 
 
 def _read_cache(cache: Path | None) -> dict[str, int]:

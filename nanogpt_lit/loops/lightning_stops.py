@@ -33,8 +33,8 @@ class StepStops(Callback):
             type(connector).register_signal_handlers(connector)
             self._listen(trainer)
 
-        # Between its own handlers and the start of the data workers, which takes seconds, Lightning calls no hook; and
-        # it takes all handlers down itself.
+        # Between its own handlers and the start of the loaders Lightning calls no hook; and it takes all handlers down
+        # itself.
         connector.register_signal_handlers = register_signal_handlers  # type: ignore[method-assign]
 
     def _listen(self, trainer: Trainer) -> None:

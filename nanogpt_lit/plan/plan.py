@@ -22,10 +22,6 @@ PROCESS_MIB = 1500
 """Host memory of the process itself: Python, PyTorch and Lightning (370 MiB with a CPU build) and the CUDA libraries,
 whose share is a budget and not a measurement."""
 
-WORKER_MIB = 280
-"""Of each process that reads ahead (data.num_workers), where it is spawned, as under Windows and macOS: measured with a
-CPU build. One that is forked shares nearly all of it."""
-
 Build = Callable[[MemoryConfig], nn.Module]
 
 
@@ -164,9 +160,7 @@ def measure(build: Build, rung: Rung, shape: StepShape, card: Card) -> Footprint
     return Footprint(
         allocated_mib=usage.allocated / MIB,
         reserved_mib=usage.reserved / MIB,
-        host_memory_mib=PROCESS_MIB
-        + WORKER_MIB * shape.data_workers
-        + max(categories["weights"], trace.host_peak_bytes / MIB),
+        host_memory_mib=PROCESS_MIB + max(categories["weights"], trace.host_peak_bytes / MIB),
         categories_mib=categories,
         phases_mib={phase: moment.bytes / MIB for phase, moment in trace.peaks.items()},
         fullest_phase=peak.phase,

@@ -45,8 +45,6 @@ class StepShape:
     PyTorch and accelerate free them at the end of their own."""
     validates: bool = True
     tf32: bool = False
-    data_workers: int = 0
-    """Processes that read ahead; their memory is the host's."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
