@@ -6,21 +6,21 @@ from typing import Any
 import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningCLI
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.clock import awake_s
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
-from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves, add_text
+from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves
 from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, with_run_files
+from nanogpt_lit.loops.lightning_folder import RunFolder, run_folder
 from nanogpt_lit.loops.lightning_guards import FiniteSteps, SpikeRollback
 from nanogpt_lit.loops.lightning_logger import PatientLogger, go_on
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
-from nanogpt_lit.loops.pieces import config_file
 from nanogpt_lit.loops.processes import has_group
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.slurm import requeue
@@ -57,20 +57,13 @@ def prepare(arguments: list[str]) -> int:
     return 0
 
 
-class SaveConfig(SaveConfigCallback):
-    """Keeps the run's full configuration in its folder, as config.yaml, and in TensorBoard's TEXT tab."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        add_text(trainer, "config", self.parser.dump(self.config))
-
-
 class NanoGPTCLI(SettingsCLI):
     """Builds `LitNanoGPT`, `TokenDataModule` and a Trainer, and runs them."""
 
     def __init__(self, args: list[str]) -> None:
         self.meter = StepMeter()
         self.validations = ValidationRecord()
-        super().__init__(args, run=True, save_config_callback=SaveConfig)
+        super().__init__(args, run=True)
 
     def before_instantiate_classes(self) -> None:
         self.complete_settings()
@@ -88,11 +81,9 @@ class NanoGPTCLI(SettingsCLI):
             kwargs["plugins"] = with_run_files(kwargs.get("plugins", trainer.plugins))
         if self.subcommand != "fit":
             # Only a fit makes a run: the others leave no folder behind.
-            self.save_config_callback = None
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
         if self.resumed is not None:
             self.say_what_changed()
-            self.save_config_kwargs["config_filename"] = config_file(self.resumed.run_folder)
             for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
                 go_on(logger, self.resumed.run_folder, self.resumed.step)
         if trainer.logger in (None, True):
@@ -107,7 +98,7 @@ class NanoGPTCLI(SettingsCLI):
 
     def _callbacks(self, trainer: Namespace) -> list[Callback]:
         """The YAML's callbacks and those of every run; one of the YAML's takes the place of ours of the same kind."""
-        callbacks: list[Callback] = list(trainer.callbacks or [])
+        callbacks: list[Callback] = [RunFolder(self.kept_settings()), *(trainer.callbacks or [])]
         if self.spikes is not None:
             spikes = self.spikes
             self.meter.went_back = lambda: spikes.went_back
@@ -136,7 +127,7 @@ class NanoGPTCLI(SettingsCLI):
                 device=trainer.strategy.root_device,
                 accumulate_grad_batches=trainer.accumulate_grad_batches,
                 batch_size=self.datamodule.batch_size,
-                run_folder=relative_to_here(run_folder(trainer)),
+                run_folder=relative_to_here(str(run_folder(trainer))),
                 seed=self.seed,
             )
         )
@@ -154,7 +145,7 @@ class NanoGPTCLI(SettingsCLI):
                 validations=self.validations,
                 sample=sample,
                 checkpoints={name: relative_to_here(path) for name, path in saved.items()},
-                run_folder=Path(relative_to_here(run_folder(trainer))),
+                run_folder=Path(relative_to_here(str(run_folder(trainer)))),
             )
         )
 
@@ -176,7 +167,3 @@ class NanoGPTCLI(SettingsCLI):
 
 def callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]  # its connectors set it
-
-
-def run_folder(trainer: Trainer) -> str:
-    return trainer.log_dir or trainer.default_root_dir

@@ -19,6 +19,8 @@ def durable_file(path: Path, keep_as: Path | None = None) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
+    if partial.is_dir():  # not ours, and no reason to write nothing
+        partial = partial_of(path.with_name(f"{path.name}.{os.getpid()}"))
     try:
         with partial.open("w+b") as file:
             yield file
@@ -75,8 +77,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Removes files that writes which were cut short left behind; call it before the first write of a run."""
-    leftovers = sorted(folder.glob(f"*{PARTIAL}"))
+    """Removes files that writes which were cut short left behind; call it before the first write of a run.
+
+    A folder of such a name was not left by a checkpoint's write, and stays.
+    """
+    leftovers = sorted(path for path in folder.glob(f"*{PARTIAL}") if not path.is_dir() or path.is_symlink())
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
     return leftovers

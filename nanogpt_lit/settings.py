@@ -5,8 +5,9 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
@@ -16,7 +17,7 @@ from nanogpt_lit.elastic.elastic import ElasticConfig
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.machine import device_type, slow_precision, unused_card, usable_precision
-from nanogpt_lit.loops.pieces import changed_settings
+from nanogpt_lit.loops.pieces import changed_settings, latest_config
 from nanogpt_lit.loops.slurm import was_requeued
 from nanogpt_lit.loops.spikes import SpikeGuard
 from nanogpt_lit.loops.stops import seconds_of
@@ -51,18 +52,16 @@ class SettingsCLI(LightningCLI):
     trainer.max_steps gives model.schedule.total_steps, and the tokenizer gives model.gpt.vocab_size.
     """
 
-    def __init__(
-        self, args: list[str], run: bool = False, save_config_callback: type[SaveConfigCallback] | None = None
-    ) -> None:
+    def __init__(self, args: list[str], run: bool = False) -> None:
         # Field docstrings become --help.
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         self.resumed: Newest | None = None
         self.spikes: SpikeGuard | None = None
+        self._chose_shards_dir = False
         super().__init__(
             LitNanoGPT,
             TokenDataModule,
-            save_config_callback=save_config_callback,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,  # it would write without bringing the file to the disk
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=1337,
             parser_kwargs={"allow_abbrev": False},
@@ -193,15 +192,29 @@ class SettingsCLI(LightningCLI):
 
     def say_what_changed(self) -> None:
         """The command line wins over the checkpoint; the user should see where."""
-        if self.resumed is not None:
-            now = self._parser(self.subcommand).dump(self.settings)
-            for line in changed_settings(self.resumed.run_folder, now):
-                rank_zero_print(f"resume: {line}")
+        if self.resumed is None:
+            return
+        before, remarks = latest_config(self.resumed.run_folder)
+        changes = changed_settings(before, yaml.safe_load(self.kept_settings())) if before is not None else []
+        for line in (*remarks, *changes):
+            rank_zero_print(f"resume: {line}")
+
+    def kept_settings(self) -> str:
+        """The configuration that a run keeps in its folder, YAML.
+
+        A data.shards_dir that was not set stays so: the YAML may be used again for another run, which is to make
+        shards of its own.
+        """
+        settings = self.settings.clone()
+        if self._chose_shards_dir:
+            settings.data.shards_dir = None
+        return self._parser(self.subcommand).dump(settings, skip_unset=False)
 
     def prepare_data(self) -> TokenDataModule:
         """Text to shards, when they are missing or were made from something else."""
         settings = self.settings
         if settings.data.shards_dir is None:
+            self._chose_shards_dir = True
             settings.data.shards_dir = str(Path(settings.trainer.default_root_dir) / "shards")
         datamodule = TokenDataModule(**settings.data)
         datamodule.prepare_data()

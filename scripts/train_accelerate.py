@@ -36,7 +36,7 @@ from nanogpt_lit.loops.guards import NotFinite, give_up
 from nanogpt_lit.loops.journal import Journal, OtherProcess, next_folder
 from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.machine import device_type
-from nanogpt_lit.loops.pieces import config_file
+from nanogpt_lit.loops.pieces import keep_config
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.resume import batches_done, check_network
 from nanogpt_lit.loops.slurm import requeue, requeue_signal
@@ -110,9 +110,8 @@ def main(arguments: list[str]) -> int:
             start=start,
             spikes=cli.spikes,
         )
-        config = cli.parser.dump(cli.config)
-        (folder / config_file(folder)).write_text(config, encoding="utf-8")
-        journal.add_text("config", config)
+        keep_config(folder, cli.kept_settings())
+        journal.add_text("config", cli.kept_settings())
     accelerator.print(
         opening_lines(
             gpt=module.gpt,

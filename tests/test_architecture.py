@@ -55,7 +55,7 @@ FRAMEWORKS = {
         "cli", "settings", "parser", "module", "data.datamodule",
         "loops.lightning_callbacks", "loops.lightning_checkpoint",
         "loops.lightning_observer", "loops.lightning_precision", "loops.lightning_stops", "loops.lightning_guards",
-        "loops.lightning_logger",
+        "loops.lightning_logger", "loops.lightning_folder",
         "parity.runs", "parity.settled",
     },
     "accelerate": {"loops.accelerate_loop", "parity.runs", "parity.settled"},

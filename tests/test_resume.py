@@ -2,14 +2,16 @@
 
 import csv
 import json
+import os
 
 import pytest
 import torch
-from small_runs import LOOPS, accelerate, curves, different, fit, small_run
+from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small_run
 
 from nanogpt_lit.checkpoint.newest import newest_checkpoint
-from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.loops.pieces import changed_settings, config_file
+from nanogpt_lit.checkpoint.run_file import load_run, save_run
+from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.loops.pieces import changed_settings, config_file, latest_config
 from nanogpt_lit.loops.resume import choose_again, chosen_settings
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
@@ -154,13 +156,81 @@ def test_each_piece_of_a_run_keeps_its_configuration(tmp_path):
         names.append(config_file(tmp_path))
         (tmp_path / names[-1]).write_text(f"model:\n  lr: {n}\n  deep: {{a: 1}}\n")
     assert names == ["config.yaml", *(f"config_{n}.yaml" for n in range(2, 12))]
-    now = "model: {lr: 11, deep: {a: 1}, new: 3}\nresume: auto\n"
-    assert changed_settings(tmp_path, now) == ["model.lr: 10 before, 11 from here on"]
+    now = {"model": {"lr": 11, "deep": {"a": 1}, "new": 3}, "resume": "auto"}
+    before, remarks = latest_config(tmp_path)
+    assert not remarks
+    assert changed_settings(before, now) == ["model.lr: 10 before, 11 from here on"]
 
 
-def test_a_null_that_is_left_out_of_a_list_is_no_change_and_another_value_is_one(tmp_path):
-    (tmp_path / "config.yaml").write_text("logger: [{class_path: A, init_args: {version: null, name: a}}]\n")
-    assert changed_settings(tmp_path, "logger: [{class_path: A, init_args: {name: a}}]") == []
-    for other in ("{version: 0, name: a}", "{name: b}", "{}"):
-        (line,) = changed_settings(tmp_path, f"logger: [{{class_path: A, init_args: {other}}}]")
+def test_a_null_that_is_left_out_of_a_list_is_no_change_and_another_value_is_one():
+    def logger(**init_args):
+        return {"logger": [{"class_path": "A", "init_args": init_args}]}
+
+    before = logger(version=None, name="a")
+    assert changed_settings(before, logger(name="a")) == []
+    for other in ({"version": 0, "name": "a"}, {"name": "b"}, {}):
+        (line,) = changed_settings(before, logger(**other))
         assert line.startswith("logger: ")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_step_decides_inside_a_run_whatever_the_clock_said_and_the_times_only_between_runs(
+    loop, text, tmp_path, monkeypatch, capsys
+):
+    crash(loop, text, tmp_path, monkeypatch, forward_call=17)
+    folder = tmp_path / LOOPS[loop]
+    for name, modified_s in (("last", 100), ("previous", 200), ("best", 300)):  # a clock set back before each save
+        os.utime((folder / LAST).with_stem(name), (modified_s, modified_s))
+    older = tmp_path / "version_7" / LAST
+    older.parent.mkdir(parents=True)
+    save_run(older, RunState({}, {}, {}, {}, {}, None, [], 900, 900, 1, 1))
+    os.utime(older, (150, 150))
+    assert newest_checkpoint(tmp_path).path == folder / LAST
+    assert newest_checkpoint(tmp_path).step == 6
+    os.utime(older, (400, 400))
+    assert newest_checkpoint(tmp_path).step == 900
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_stray_things_in_a_run_are_told_and_passed_over(loop, undisturbed, text, tmp_path, monkeypatch, capsys):
+    crash(loop, text, tmp_path, monkeypatch, forward_call=17)
+    folder = tmp_path / LOOPS[loop]
+    (folder / "config_2.yaml").write_text("data: {seed: 1")
+    (folder / "config_3.yaml").write_bytes(bytes(400))
+    (folder / "config_4.yaml").mkdir()
+    (folder / "config_5.yaml").write_text("half a word")
+    (folder / "stop").mkdir()
+    (folder / "checkpoints/last.safetensors.partial").mkdir()
+    (folder / "checkpoints/a.safetensors").symlink_to(tmp_path / "disk that is away")
+    (folder / "checkpoints/b.safetensors").mkdir()
+    capsys.readouterr()
+    assert loop(*small_run(text, tmp_path), "--resume=auto", "--model.optim.lr=0.001") == 0
+    told = "".join(capsys.readouterr())
+    for stray in ("config_2.yaml", "config_3.yaml", "config_4.yaml", "config_5.yaml", "checkpoints/a.safetensors",
+                  "checkpoints/b.safetensors", "checkpoints/last.safetensors.partial", "stop"):  # fmt: skip
+        assert any(f"{folder / stray} " in line for line in told.splitlines()), stray
+    assert "resume: model.optim.lr: 0.0006 before, 0.001 from here on" in told
+    assert (folder / "config_6.yaml").is_file()
+    assert load_run(folder / LAST).step == 8
+
+
+def test_links_to_a_disk_that_is_away_do_not_start_a_run_anew(text, tmp_path, capsys):
+    checkpoints = tmp_path / "version_0/checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "last.safetensors").symlink_to(tmp_path / "away")
+    assert fit(*small_run(text, tmp_path), "--resume=auto") == 2
+    assert f"last.safetensors is a link to {tmp_path / 'away'}, which is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_runs_saved_settings_make_another_run_shards_of_its_own(loop, text, tmp_path):
+    options = [option for option in small_run(text, tmp_path / "a") if "shards_dir" not in option]
+    assert loop(*options, "--trainer.max_steps=1", "--trainer.gradient_clip_val=null") == 0
+    manifest = (tmp_path / "a/shards/manifest.json").read_bytes()
+    saved = tmp_path / "a" / LOOPS[loop] / "config.yaml"
+    other = tmp_path / "other.txt"
+    other.write_text(BOTTLES.replace("beer", "milk"))
+    assert loop(f"--config={saved}", f"--trainer.default_root_dir={tmp_path / 'b'}", f"--data.source={other}") == 0
+    assert (tmp_path / "a/shards/manifest.json").read_bytes() == manifest
+    assert (tmp_path / "b/shards/manifest.json").is_file()
+    assert "gradient_clip_val: null" in (tmp_path / "b" / LOOPS[loop] / "config.yaml").read_text()  # the default is 1

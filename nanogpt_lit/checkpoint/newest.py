@@ -1,13 +1,13 @@
-"""The checkpoint that a run goes on from by itself: the newest one that is whole."""
+"""The checkpoint that a run goes on from by itself: the latest one that is whole."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_lit.checkpoint.run_file import SUFFIX, verify_run
+from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of, verify_run
 from nanogpt_lit.errors import UserError
 
 PREFERRED = ("last", "best", "previous")
-"""Of those written in the same instant."""
+"""Of those that hold the same step."""
 
 
 @dataclass(frozen=True)
@@ -15,38 +15,65 @@ class Newest:
     path: Path
     step: int
     remarks: list[str]
-    """A line for each newer one that is damaged."""
+    """A line for each that would have come first and cannot be read."""
 
     @property
     def run_folder(self) -> Path:
         return self.path.parent.parent
 
 
-def newest_checkpoint(root: Path) -> Newest | None:
-    """Of the run below `root` that was saved last: its newest checkpoint whose every byte is as it was written.
+def newest_run(root: Path) -> Path | None:
+    """The run below `root` that was saved last, by the modification times of its checkpoints; None if there is none."""
+    found = [path for path in root.glob(f"*/checkpoints/*{SUFFIX}") if not path.is_dir()]
+    return max(found, key=modified_ns).parent.parent if found else None
 
-    None where no run has one. Raises UserError where there are some and none is whole: starting anew would bury them.
+
+def newest_checkpoint(root: Path) -> Newest | None:
+    """Of the run below `root` that was saved last: the checkpoint of the highest step whose every byte is as written.
+
+    Modification times only choose between runs: inside one, a clock that was set back, or a copy that did not keep
+    them, must not cost steps. None where no run has a checkpoint. Raises UserError where there are some and none is
+    whole: starting anew would bury them.
     """
-    found = sorted(root.glob(f"*/checkpoints/*{SUFFIX}"), key=age)
-    if not found:
+    run = newest_run(
+        root
+    )  # never another run's checkpoint: it would go on from other weights than the user takes it to
+    if run is None:
         return None
-    # Never another run's: it would go on from other weights than the user takes it to.
-    of_the_run = [path for path in found if path.parent == found[0].parent]
     damaged: list[str] = []
-    for path in of_the_run:
+    tried: list[tuple[int, int, Path]] = []
+    for path in sorted((run / "checkpoints").glob(f"*{SUFFIX}"), key=preference):
+        try:
+            tried.append((-step_of(path), preference(path), path))
+        except (ValueError, OSError) as error:
+            damaged.append(reason(path, error))
+    for _, _, path in sorted(tried):
         try:
             step = verify_run(path)
-        except ValueError as error:
-            damaged.append(str(error))
+        except (ValueError, OSError) as error:
+            damaged.append(reason(path, error))
             continue
-        return Newest(path, step, [f"{sentence} Going on from {path}, step {step:,}." for sentence in damaged[:1]])
+        if damaged:
+            damaged[-1] += f" Going on from {path}, step {step:,}."
+        return Newest(path, step, damaged)
     raise UserError(
-        f"resume=auto finds no whole checkpoint in {found[0].parent}: {damaged[0]} Move that run away to start anew, "
-        "or name another run's checkpoint with ckpt_path."
+        f"resume=auto finds no whole checkpoint in {run / 'checkpoints'}: {damaged[0]} Move that run away to start "
+        "anew, or name another run's checkpoint with ckpt_path."
     )
 
 
-def age(path: Path) -> tuple[int, int]:
-    """Sorts the newest first."""
-    rank = PREFERRED.index(path.stem) if path.stem in PREFERRED else len(PREFERRED)
-    return -path.stat().st_mtime_ns, rank
+def modified_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # a link to nothing: the disk that it leads to may only be away
+        return path.lstat().st_mtime_ns
+
+
+def preference(path: Path) -> int:
+    return PREFERRED.index(path.stem) if path.stem in PREFERRED else len(PREFERRED)
+
+
+def reason(path: Path, error: Exception) -> str:
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link to {path.readlink()}, which is not there."
+    return f"{str(error).rstrip('.')}."

@@ -103,6 +103,19 @@ def check_run_file(path: Path) -> None:
         description_of(file)
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its header, which is checked. Raises UserError as `load_run` does."""
+    with open_run(path) as file:
+        return described_step(path, description_of(file))
+
+
+def described_step(path: Path, description: Mapping[str, Any]) -> int:
+    if not isinstance(description.get("step"), int):
+        raise incomplete(path, KeyError("step"))
+    step: int = description["step"]
+    return step
+
+
 def verify_run(path: Path) -> int:
     """Compares every byte of a checkpoint with its checksums, a tensor at a time, and returns its step.
 
@@ -112,9 +125,7 @@ def verify_run(path: Path) -> int:
         description = description_of(file)
         for name in file.names:
             file.read([name])
-    if not isinstance(description.get("step"), int):
-        raise incomplete(path, KeyError("step"))
-    return description["step"]
+    return described_step(path, description)
 
 
 @dataclass(frozen=True)

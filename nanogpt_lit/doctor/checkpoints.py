@@ -21,9 +21,24 @@ def check_checkpoints(run: Path) -> Iterator[Finding]:
     for path in files:
         yield check_checkpoint(path)
     for path in sorted(run.rglob(f"*{SUFFIX}{PARTIAL}")):
-        yield Finding(
-            "look", "checkpoint", f"{path} is left of a write that was cut short, or under way; fit removes it"
-        )
+        if not path.is_dir():
+            told = f"{path} is left of a write that was cut short, or under way; fit removes it"
+            yield Finding("look", "checkpoint", told)
+
+
+def largest_checkpoint(run: Path) -> int | None:
+    """Its bytes."""
+    return max((path.stat().st_size for path in checkpoint_files(run) if path.is_file()), default=None)
+
+
+def check_strays(root: Path) -> Iterator[Finding]:
+    """What lies in a run's folder and means nothing there. fit passes it over."""
+    for path in sorted(root.rglob(f"checkpoints/*{PARTIAL}")):
+        if path.is_dir():
+            yield Finding("look", "run", f"{path} is a folder, of no use to the run: remove it")
+    for path in sorted(root.rglob("stop")):
+        if path.is_dir():
+            yield Finding("look", "run", f"{path} is a folder, and only a file of that name stops a run: remove it")
 
 
 def check_checkpoint(path: Path) -> Finding:
@@ -32,6 +47,8 @@ def check_checkpoint(path: Path) -> Finding:
 
     from nanogpt_lit.checkpoint.run_file import STATES, description_of, open_run
 
+    if path.is_symlink() and not path.exists():
+        return Finding("wrong", "checkpoint", f"{path} is a link to {path.readlink()}, which is not there")
     try:
         with open_run(path) as file:
             description = description_of(file)

@@ -10,13 +10,13 @@ from torch import Tensor
 from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.durable import sweep
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, is_drawn, perplexity
+from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, is_drawn, perplexity, say
 from nanogpt_lit.loops.elastic_start import share_finding
 from nanogpt_lit.loops.machine import peak_flops_of
 from nanogpt_lit.loops.patient_writer import PatientWriter
+from nanogpt_lit.loops.pieces import tidied
 from nanogpt_lit.loops.progress import Progress
 from nanogpt_lit.loops.resume import capture, random_states
 from nanogpt_lit.loops.spikes import SpikeGuard
@@ -65,7 +65,8 @@ class Journal(Observer):
             self.meter.earlier_s = start.trained_s
             self.validations.load_state_dict(dict(start.validations))
         self.sample: str | None = None
-        sweep(folder / "checkpoints")
+        for stray in tidied(folder, folder / "checkpoints"):
+            say(stray)
         self._write_sample = write_sample
         self._data_state = data_state
         self.saver = PatientSaver()

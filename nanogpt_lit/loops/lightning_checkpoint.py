@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, to_lightning
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run
-from nanogpt_lit.durable import sweep
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.curves import ValidationRecord
+from nanogpt_lit.loops.curves import ValidationRecord, say
 from nanogpt_lit.loops.elastic_start import elastic_of, finding_of, share_finding
+from nanogpt_lit.loops.lightning_folder import run_folder
+from nanogpt_lit.loops.pieces import tidied
 from nanogpt_lit.loops.resume import (
     batches_done,
     choose_again,
@@ -101,11 +102,13 @@ class ExactResume(Callback):
                 callback.FILE_EXTENSION = SUFFIX  # type: ignore[attr-defined]  # ModelCheckpoint's
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        folder = run_folder(trainer)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 check_trigger(callback, trainer.accumulate_grad_batches)
                 if callback.dirpath and trainer.is_global_zero:
-                    sweep(Path(callback.dirpath))
+                    for stray in tidied(folder, Path(callback.dirpath)):
+                        say(stray)
         self._chosen = [chosen_settings(optimizer) for optimizer in trainer.optimizers]
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -37,7 +37,8 @@ def go_on(logger: Logger | bool | None, run_folder: Path, step: int) -> None:
     if not kept.exists():
         return
     with kept.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        # A power loss may have left half a row, or zeros.
+        rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdecimal() and int(row["step"]) <= step]
     logger._version = run_folder.name
     logger.experiment.metrics = [{name: value for name, value in row.items() if value} for row in rows]
     logger.save()

@@ -6,35 +6,66 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from nanogpt_lit.durable import PARTIAL, sweep, write_durably
+from nanogpt_lit.loops.stops import STOP_FILE
+
 OF_ONE_PIECE = ("ckpt_path", "resume")
 
 
+def keep_config(run_folder: Path, config: str) -> None:
+    """Writes the configuration of a piece, YAML: config.yaml for the first of a run, config_2.yaml for the second."""
+    write_durably(run_folder / config_file(run_folder), config)
+
+
 def config_file(run_folder: Path) -> str:
-    """config.yaml for the first piece of a run, config_2.yaml for the second."""
-    kept = config_files(run_folder)
-    return f"config_{len(kept) + 1}.yaml" if kept else "config.yaml"
+    highest = max((number_of(path) for path in run_folder.glob("config*.yaml")), default=0)
+    return f"config_{highest + 1}.yaml" if highest else "config.yaml"
 
 
-def config_files(run_folder: Path) -> list[Path]:
-    """In the order in which they were written."""
-    found = list(run_folder.glob("config_*.yaml"))
-    numbered = sorted((path for path in found if path.stem[7:].isdigit()), key=lambda path: int(path.stem[7:]))
-    first = run_folder / "config.yaml"
-    return [first, *numbered] if first.is_file() else numbered
+def number_of(config: Path) -> int:
+    """1 of config.yaml, n of config_n.yaml, 0 of another file."""
+    number = config.stem.removeprefix("config_")
+    return 1 if config.stem == "config" else int(number) if number.isdecimal() else 0
 
 
-def changed_settings(run_folder: Path, now: str) -> list[str]:
-    """What this piece has set differently from the one before it, a line each. now: its configuration, YAML"""
-    kept = config_files(run_folder)
-    if not kept:
-        return []
-    before = flat(yaml.safe_load(kept[-1].read_text(encoding="utf-8")) or {})
-    after = flat(yaml.safe_load(now) or {})
+def latest_config(run_folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The configuration of the piece before this one, and a sentence for each newer one that cannot be read.
+
+    None where there is none: it is only read to say what has changed.
+    """
+    remarks = []
+    for path in sorted(run_folder.glob("config*.yaml"), key=number_of, reverse=True):
+        if not number_of(path):
+            continue
+        try:
+            kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:100]
+            remarks.append(f"{path} cannot be read ({reason}), and is passed over.")
+            continue
+        if isinstance(kept, dict):
+            return kept, remarks
+        remarks.append(f"{path} holds no settings, and is passed over.")
+    return None, remarks
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a piece has set differently from the one before it, a line each."""
+    was, is_now = flat(before), flat(now)
     return [
-        f"{key}: {before[key]} before, {value} from here on"
-        for key, value in after.items()
-        if key in before and without_nulls(before[key]) != without_nulls(value) and key not in OF_ONE_PIECE
+        f"{key}: {was[key]} before, {value} from here on"
+        for key, value in is_now.items()
+        if key in was and without_nulls(was[key]) != without_nulls(value) and key not in OF_ONE_PIECE
     ]
+
+
+def tidied(run_folder: Path, checkpoints: Path) -> list[str]:
+    """Removes what writes that were cut short left in `checkpoints`. Returns a sentence for each thing in the way."""
+    sweep(checkpoints)
+    strays = [f"{path} is a folder, and is passed over" for path in sorted(checkpoints.glob(f"*{PARTIAL}"))]
+    if (run_folder / STOP_FILE).is_dir():
+        strays.append(f"{run_folder / STOP_FILE} is a folder, and is passed over: a file of that name stops the run")
+    return strays
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

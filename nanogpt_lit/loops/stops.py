@@ -132,13 +132,13 @@ class Stops:
         if strongest < 0:
             return False
         self.reason = RANKED[strongest]
-        if self._folder is not None and rank() == 0:
+        if self._folder is not None and rank() == 0 and (self._folder / STOP_FILE).is_file():
             (self._folder / STOP_FILE).unlink(missing_ok=True)  # or it would stop the run that goes on
         return True
 
     def _asking(self) -> list[Reason]:
         asking = [] if self._signalled is None else [self._signalled]
-        if self._folder is not None and (self._folder / STOP_FILE).exists():
+        if self._folder is not None and (self._folder / STOP_FILE).is_file():
             asking.append(Reason.STOP_FILE)
         if self._max_time_s is not None and self._clock() - self._started_s >= self._max_time_s:
             asking.append(Reason.MAX_TIME)
