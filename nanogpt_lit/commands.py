@@ -82,7 +82,7 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("--desktop-on-card", action="store_true", help="the screen is drawn by this card")
     parser.add_argument("--loop", choices=["lightning", "accelerate"], default="lightning", help="what drives the run")
     parser.add_argument("--json", action="store_true", help="print the plan for a program")
-    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the memory of one step")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory of one step, .svg or .png")
     parser.add_argument(
         "--largest", action="store_true", help="also find the largest that fits, as configured and with all techniques"
     )
@@ -92,13 +92,15 @@ def plan(arguments: list[str]) -> int:
 
     with quick_imports():
         from nanogpt_lit.plan.budget import choose_budget
-        from nanogpt_lit.plan.picture import write_picture
+        from nanogpt_lit.plan.picture import check_picture, write_picture
         from nanogpt_lit.plan.report import report, report_largest
         from nanogpt_lit.planning import largest_that_fits, plan_run
         from nanogpt_lit.settings import SettingsCLI, quiet_lightning
 
     quiet_lightning()
     budget = choose_budget(options.card, options.vram, options.usable, options.os, options.desktop_on_card)
+    if options.picture is not None:
+        check_picture(options.picture)
     cli = SettingsCLI(args=settings_of_fit)
     title = ", ".join(str(path) for path in cli.config.get("config") or []) or "the defaults"
     planned = plan_run(cli.settings, budget, lightning=options.loop == "lightning")

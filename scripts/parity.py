@@ -243,7 +243,10 @@ def write(out: Path, report: dict[str, Any], outcomes: list[tuple[Point, Outcome
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (out / "report.html").write_text(page(report, outcomes), encoding="utf-8")
     if outcomes:
-        (out / "curves.svg").write_text(picture(outcomes), encoding="utf-8")
+        if (drawn := picture(outcomes)) is None:
+            print('no curves.svg: matplotlib is missing (pip install "nanogpt_lit[plot]")')
+        else:
+            (out / "curves.svg").write_text(drawn, encoding="utf-8")
     for k, (_, outcome) in enumerate(outcomes, start=1):
         for loop, curves in outcome.curves.items():
             draw_in_tensorboard(curves, out / f"case_{k:02}" / loop)

@@ -8,7 +8,7 @@ from nanogpt_lit.parity.compare import FRAMEWORKS, Outcome
 from nanogpt_lit.parity.curves import points
 from nanogpt_lit.parity.grid import Point
 from nanogpt_lit.parity.memory import WHAT_IT_IS
-from nanogpt_lit.parity.pictures import overlaid, sheet
+from nanogpt_lit.parity.pictures import Panel, sheet
 from nanogpt_lit.parity.record import FINAL, Difference
 
 COLUMNS = {
@@ -53,8 +53,10 @@ def comparison(report: Mapping[str, Any], outcomes: Sequence[tuple[Point, Outcom
         "every micro-batch, the gradient norm, learning rate and loss scale of every step, every validation loss, and "
         "at the end every parameter, the states of optimizer, schedule and scaler, and the random state.</p>"
     )
-    yield "<h2>The training loss of each case</h2><p>Dots are validation losses. A line that hides another lies on it; "
-    yield f"a red mark is the first step where a loop differs from plain PyTorch.</p>{picture(outcomes)}"
+    if (drawn := picture(outcomes)) is not None:
+        yield "<h2>The training loss of each case</h2>"
+        yield "<p>Dots are validation losses. A line that hides another lies on it; "
+        yield f"a red line is the first step where a loop differs from plain PyTorch.</p>{drawn[drawn.index('<svg') :]}"
     yield "<h2>The cases</h2>"
     heads = [*outcomes[0][0], "skipped", "compared", *FRAMEWORKS]
     rows = [
@@ -96,16 +98,16 @@ def explanation(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     )
 
 
-def picture(outcomes: Sequence[tuple[Point, Outcome]]) -> str:
-    """The curves of every case as one SVG."""
-    return sheet([(panel(outcome), named(point)) for point, outcome in outcomes])
+def picture(outcomes: Sequence[tuple[Point, Outcome]]) -> str | None:
+    """The curves of every case as one SVG; None without matplotlib."""
+    return sheet([panel(point, outcome) for point, outcome in outcomes])
 
 
-def panel(outcome: Outcome) -> str:
+def panel(point: Point, outcome: Outcome) -> Panel:
     lines = {loop: points(curves, "train/loss") for loop, curves in outcome.curves.items()}
     dots = {loop: points(curves, "val/loss") for loop, curves in outcome.curves.items()}
     steps = [step_of(difference, lines) for difference in outcome.differences.values() if difference is not None]
-    return overlaid(lines, dots, min(steps, default=None))
+    return Panel(named(point), lines, dots, min(steps, default=None))
 
 
 def step_of(difference: Difference, lines: Mapping[str, Sequence[tuple[int, float]]]) -> int:
