@@ -560,6 +560,17 @@ def test_the_command_refuses_in_one_sentence_and_prints_no_half_of_a_file(capsys
              "--trainer.devices=2"],
             "data_parallel_size=3 should be the 2 processes",
         ),
+        (["--trainer.strategy=ddp_spawn"], "(start_method=spawn), which hand back no checkpoints and no curves; set"),
+        (["--trainer.strategy=ddp_fork"], "trainer.strategy=ddp_fork trains in copies of this process (start_method="),
+        (["--trainer.strategy=ddp_notebook"], "set trainer.strategy=ddp, which starts processes too"),
+        (
+            ["--trainer.strategy=ddp_fork_find_unused_parameters_true"],
+            "set trainer.strategy=ddp_find_unused_parameters_true, which",
+        ),
+        (
+            ["--trainer.strategy=DDPStrategy", "--trainer.strategy.start_method=spawn", "--trainer.devices=2"],
+            "set start_method=popen, which starts processes too",
+        ),
         (["--trainer.strategy=dpp"], "trainer.strategy=dpp is no strategy that is known here; did you mean ddp?"),
     ],
 )  # fmt: skip

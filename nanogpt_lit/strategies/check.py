@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -47,6 +48,7 @@ def check_strategy(trainer: Mapping[str, Any], device: str) -> None:
     if strategy is None:
         return
     name = trainer["strategy"] if isinstance(trainer["strategy"], str) else strategy.lightning
+    check_start_method(name, trainer["strategy"])
     if strategy.package is not None and find_spec(strategy.package) is None:
         raise UserError(
             f"trainer.strategy={name} needs the package {strategy.package}; pip install {strategy.package}, or set "
@@ -58,6 +60,24 @@ def check_strategy(trainer: Mapping[str, Any], device: str) -> None:
             "ddp and ModelParallelStrategy run on processors too."
         )
     check_combination(strategy, trainer["precision"], trainer["gradient_clip_val"])
+
+
+def check_start_method(name: str, strategy: Any) -> None:
+    """Raises UserError for a strategy that trains in copies of this process.
+
+    Lightning brings the weights back out of them, and no checkpoints, no curves and no reason to stop.
+    """
+    if isinstance(strategy, str):
+        arguments = SHORT_NAMES[name][1] if name in SHORT_NAMES else {}
+        works = "trainer.strategy=" + re.sub("_(spawn|fork|notebook)", "", name)
+    else:
+        arguments, works = getattr(strategy, "init_args", {}), "start_method=popen"
+    method = arguments.get("start_method", "popen")
+    if method != "popen":
+        raise UserError(
+            f"trainer.strategy={name} trains in copies of this process (start_method={method}), which hand back no "
+            f"checkpoints and no curves; set {works}, which starts processes too."
+        )
 
 
 def check_weights(trainer: Mapping[str, Any], where: str, device: str, environ: Mapping[str, str] = os.environ) -> None:
