@@ -35,6 +35,7 @@ SMALLER = {
     "nanogpt_lit doctor": "",
     "nanogpt_lit keep-alive-unit": "",
     "nanogpt_lit accelerate-config": "",
+    "nanogpt_lit eval": "",
     "nanogpt_lit generate": "--max-new-tokens=4",
     "scripts/parity.py": "--steps=2 --precision 32-true --optimizer fused --processes 1 --skip-memory --out=ROOT/p",
     "scripts/bench.py --start": "1",

@@ -76,6 +76,10 @@ class Tokenizer(ABC):
         table, size = self._token_bytes, self.vocab_size
         return b"".join(table[t] if 0 <= t < size else UNKNOWN for t in map(int, tokens))
 
+    def byte_lengths(self) -> np.ndarray:
+        """(vocab_size,) int64: how many bytes of UTF-8 each id decodes to."""
+        return np.array([len(token) for token in self._token_bytes], dtype=np.int64)
+
     def files(self) -> dict[str, str]:
         """File name to text; `tokenizer_from_files` turns it back into this tokenizer."""
         return {TOKENIZER_JSON: json.dumps(self._description(), indent=1) + "\n"}
