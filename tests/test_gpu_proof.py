@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.plan.budget import choose_budget, parse_mib
 
 ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("gpu_proof", ROOT / "scripts" / "gpu_proof.py")
@@ -48,7 +49,7 @@ def test_a_dry_run_trains_beside_its_plan_and_claims_nothing(tmp_path, capsys):
     assert row["steps"] == gpu_proof.STEPS
     assert 0 < row["planned_allocated_mib"] <= row["planned_reserved_mib"]
     assert "measured_reserved_mib" not in row  # a processor has nothing to measure here
-    assert "rtx2050_xl.yaml, at most 4,096 MiB" in capsys.readouterr().out
+    assert "rtx2050_xl.yaml, at most 3,200 MiB" in capsys.readouterr().out
 
 
 @pytest.mark.long
@@ -71,7 +72,7 @@ def test_the_command_goes_through_every_part(tmp_path, capfd):
     assert record["ladder"][0]["slowdown_to_first_that_ran"] == 1
     assert record["parity"]["identical"] is True
     assert "tests/test_host_weights.py" in record["tests"]["files"]
-    assert "rtx2050.yaml, at most 4,096 MiB" in capfd.readouterr().out
+    assert "rtx2050.yaml, at most 3,200 MiB" in capfd.readouterr().out
 
 
 def test_utilisation_is_the_arithmetic_of_the_tokens_over_the_rate_of_the_card(monkeypatch):
@@ -115,3 +116,23 @@ def test_out_of_memory_is_recorded(monkeypatch):
 
     monkeypatch.setattr(gpu_proof, "NanoGPTCLI", fit)
     assert gpu_proof.run_here([], None)["failed"].startswith("CUDA out of memory")
+
+
+def test_the_limit_is_set_on_the_device_that_is_in_use(monkeypatch):
+    limits = []
+    monkeypatch.setattr(gpu_proof, "NanoGPTCLI", lambda args: SimpleNamespace(
+        model=None, device="cpu", trainer=SimpleNamespace(global_step=1), meter=SimpleNamespace(tokens_per_s=1.0)
+    ))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=4000 * 2**20))
+    # What lies below the function that refuses: a build for CPUs does not have it.
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *limit: limits.append(limit), raising=False)
+    assert gpu_proof.run_here([], 3200)["steps"] == 1
+    assert limits == [(0.8, 0)]
+
+
+def test_no_limit_is_more_than_a_4_gb_card_can_give():
+    usable_mib = choose_budget("rtx2050", system="linux").usable_mib
+    assert all(parse_mib("--caps", cap) <= usable_mib for cap in gpu_proof.CAPS)
