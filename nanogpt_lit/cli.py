@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
+from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.clock import awake_s
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
@@ -33,17 +34,19 @@ from nanogpt_lit.strategies.table import DDP, FSDP2, SINGLE
 def run(arguments: list[str]) -> int:
     """`fit`, `validate` and `test`; arguments begin with the command. Returns the exit code."""
     quiet_lightning()
+    lock = RunLock()
     try:
-        NanoGPTCLI(args=arguments)
+        NanoGPTCLI(args=arguments, lock=lock)
     except Stopped as stopped:
         rank_zero_print(str(stopped))
         if stopped.reason is Reason.PREEMPTED and stopped.first_rank:
             print(requeue(), flush=True)  # the job ends with it
         # Of Lightning's own processes the first speaks for all: it would take another's code for a crash.
-        return stopped.reason.exit_code if stopped.first_rank else 0
+        return stopped.exit_code if stopped.first_rank else 0
     except MisconfigurationException as error:  # how Lightning says that a setting cannot be
         raise UserError(" ".join(str(error).split())) from error
     finally:
+        lock.release()
         # Lightning leaves gloo's group, and its threads, to the interpreter's exit, which then now and then aborts.
         if has_group():
             dist.destroy_process_group()
@@ -60,10 +63,10 @@ def prepare(arguments: list[str]) -> int:
 class NanoGPTCLI(SettingsCLI):
     """Builds `LitNanoGPT`, `TokenDataModule` and a Trainer, and runs them."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], lock: RunLock | None = None) -> None:
         self.meter = StepMeter()
         self.validations = ValidationRecord()
-        super().__init__(args, run=True)
+        super().__init__(args, run=True, lock=lock)
 
     def before_instantiate_classes(self) -> None:
         self.complete_settings()
@@ -98,7 +101,7 @@ class NanoGPTCLI(SettingsCLI):
 
     def _callbacks(self, trainer: Namespace) -> list[Callback]:
         """The YAML's callbacks and those of every run; one of the YAML's takes the place of ours of the same kind."""
-        callbacks: list[Callback] = [RunFolder(self.kept_settings()), *(trainer.callbacks or [])]
+        callbacks: list[Callback] = [RunFolder(self.kept_settings(), self.lock), *(trainer.callbacks or [])]
         if self.spikes is not None:
             spikes = self.spikes
             self.meter.went_back = lambda: spikes.went_back
@@ -108,7 +111,7 @@ class NanoGPTCLI(SettingsCLI):
         if not any(isinstance(callback, TextSamples) for callback in callbacks):
             callbacks.append(TextSamples())
         callbacks.append(FiniteSteps())
-        callbacks.append(StepStops(seconds_of(trainer.max_time)))
+        callbacks.append(StepStops(seconds_of(trainer.max_time), self.save_times))
         if trainer.enable_progress_bar is not False:
             callbacks.append(StepProgressBar(self.meter, self.validations))
         if trainer.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
@@ -136,7 +139,11 @@ class NanoGPTCLI(SettingsCLI):
     def after_fit(self) -> None:
         trainer = self.trainer
         sample = next((c.latest for c in callbacks(trainer) if isinstance(c, TextSamples)), None)
-        saved = {c.filename or "": c.best_model_path for c in callbacks(trainer) if isinstance(c, ModelCheckpoint)}
+        saved = {
+            c.filename or "": str(c.path) if isinstance(c, RunCheckpoint) else c.best_model_path
+            for c in callbacks(trainer)
+            if isinstance(c, ModelCheckpoint)
+        }
         rank_zero_print(
             closing_table(
                 steps=trainer.global_step,
@@ -148,6 +155,9 @@ class NanoGPTCLI(SettingsCLI):
                 run_folder=Path(relative_to_here(str(run_folder(trainer)))),
             )
         )
+        for callback in callbacks(trainer):
+            if isinstance(callback, StepStops) and callback.unsaved is not None:
+                raise callback.unsaved
 
     def before_validate(self) -> None:
         self.config_init[self.subcommand].verbose = False  # our line says it, with the perplexity

@@ -10,14 +10,17 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
+from nanogpt_lit.checkpoint.newest import Newest, latest_of, newest_run
 from nanogpt_lit.checkpoint.run_file import check_run_file
+from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.elastic.elastic import ElasticConfig
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.machine import device_type, slow_precision, unused_card, usable_precision
 from nanogpt_lit.loops.pieces import changed_settings, latest_config
+from nanogpt_lit.loops.processes import is_first
+from nanogpt_lit.loops.save_times import EVERY_MINUTES, SaveTimes
 from nanogpt_lit.loops.slurm import was_requeued
 from nanogpt_lit.loops.spikes import SpikeGuard
 from nanogpt_lit.loops.stops import seconds_of
@@ -52,7 +55,9 @@ class SettingsCLI(LightningCLI):
     trainer.max_steps gives model.schedule.total_steps, and the tokenizer gives model.gpt.vocab_size.
     """
 
-    def __init__(self, args: list[str], run: bool = False) -> None:
+    def __init__(self, args: list[str], run: bool = False, lock: RunLock | None = None) -> None:
+        """lock: taken on the run that is gone on with; None where nothing is trained"""
+        self.lock = lock
         # Field docstrings become --help.
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         self.resumed: Newest | None = None
@@ -94,6 +99,18 @@ class SettingsCLI(LightningCLI):
             help="When the loss of a step is above this many times the median of the 64 before, go back to the last "
             "checkpoint and leave out the samples since; 2 is usual.",
         )
+        parser.add_argument(
+            "--checkpoint_every_minutes",
+            type=float | None,
+            default=EVERY_MINUTES,
+            help="Save last after so many minutes without a checkpoint, whether or not the run validates.",
+        )
+        parser.add_argument(
+            "--checkpoint_every_steps",
+            type=int | None,
+            default=None,
+            help="Save last after every so many optimizer steps, besides after each validation and at the end.",
+        )
         parser.link_arguments("data.block_size", "model.gpt.block_size")
         parser.link_arguments("trainer.max_steps", "model.schedule.total_steps")
 
@@ -129,6 +146,7 @@ class SettingsCLI(LightningCLI):
             check_saves_whole_steps(vars(settings.trainer))
             seconds_of(settings.trainer.max_time)
             self._guard_against_spikes()
+            self._plan_saves()
         self._find_resumed()
         if settings.get("ckpt_path") is not None and writes_run_files(settings.trainer):
             check_run_file(Path(settings.ckpt_path))
@@ -164,6 +182,15 @@ class SettingsCLI(LightningCLI):
             )
         self.spikes = SpikeGuard(factor)
 
+    def _plan_saves(self) -> None:
+        settings = self.settings
+        self.save_times = SaveTimes(settings.checkpoint_every_minutes, settings.checkpoint_every_steps)
+        if settings.trainer.limit_val_batches == 0 and settings.trainer.enable_checkpointing is not False:
+            rank_zero_print(
+                "checkpoints: trainer.limit_val_batches=0 validates nothing, so there is no best; last is saved "
+                f"{self.save_times}"
+            )
+
     def _find_resumed(self) -> None:
         """resume=auto: the checkpoint to go on from, as ckpt_path, and the run that it belongs to."""
         settings = self.settings
@@ -181,10 +208,13 @@ class SettingsCLI(LightningCLI):
                 "name one with ckpt_path."
             )
         root = Path(settings.trainer.default_root_dir)
-        self.resumed = newest_checkpoint(root)
-        if self.resumed is None:
+        run = newest_run(root)
+        if run is None:
             rank_zero_print(f"resume: no checkpoint in {root}, starting from the beginning")
             return
+        if self.lock is not None and is_first():  # before its data or its checkpoints are looked at
+            self.lock.acquire(run)
+        self.resumed = latest_of(run)
         for remark in self.resumed.remarks:
             rank_zero_print(remark)
         rank_zero_print(f"resume: going on from {self.resumed.path}, step {self.resumed.step:,}")

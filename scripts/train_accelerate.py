@@ -19,10 +19,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
 from nanogpt_lit.__main__ import exit_code
+from nanogpt_lit.checkpoint.disk import END_S, STOP_S
 from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position
 from nanogpt_lit.data.turns import in_turns
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.accelerate_environment import (
     check_environment,
     check_processes,
@@ -37,6 +40,7 @@ from nanogpt_lit.loops.journal import Journal, OtherProcess, next_folder
 from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.machine import device_type
 from nanogpt_lit.loops.pieces import keep_config
+from nanogpt_lit.loops.processes import told
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.resume import batches_done, check_network
 from nanogpt_lit.loops.slurm import requeue, requeue_signal
@@ -62,7 +66,14 @@ class AccelerateCLI(SettingsCLI):
 
 def main(arguments: list[str]) -> int:
     quiet_lightning()
-    cli = AccelerateCLI(arguments)
+    lock = RunLock()
+    try:
+        return run(AccelerateCLI(arguments, lock=lock), lock)
+    finally:
+        lock.release()
+
+
+def run(cli: AccelerateCLI, lock: RunLock) -> int:
     trainer = cli.settings.trainer
     remark = check_environment(
         full_precision_name(trainer.precision),
@@ -93,11 +104,19 @@ def main(arguments: list[str]) -> int:
     samples = TextSamples(**text_samples(vars(trainer)))
     saves = trainer.enable_checkpointing is not False
     every = trainer.log_every_n_steps
-    observer: Observer = OtherProcess(settings, log_every_n_steps=every, device=accelerator.device, saves=saves)
+    observer: Observer = OtherProcess(
+        settings,
+        log_every_n_steps=every,
+        device=accelerator.device,
+        saves=saves,
+        batches=start.batches * start.processes // accelerator.num_processes if start is not None else 0,
+        save_times=cli.save_times,
+    )
     cli.say_what_changed()
     resumed = cli.resumed.run_folder if cli.resumed is not None else None
-    folder = resumed or next_folder(Path(trainer.default_root_dir), "accelerate")
+    folder = told(resumed or next_folder(Path(trainer.default_root_dir), "accelerate"))
     if accelerator.is_main_process:
+        lock.acquire(folder)
         observer = journal = Journal(
             folder,
             settings,
@@ -109,6 +128,7 @@ def main(arguments: list[str]) -> int:
             data_state=data.state_dict if saves else None,
             start=start,
             spikes=cli.spikes,
+            save_times=cli.save_times,
         )
         keep_config(folder, cli.kept_settings())
         journal.add_text("config", cli.kept_settings())
@@ -136,14 +156,23 @@ def main(arguments: list[str]) -> int:
     finally:
         if isinstance(observer, Journal):
             observer.close()
-    if stops.reason is not None:
+    unsaved = None
+    try:
         if isinstance(observer, Journal):
-            last = observer.checkpoints.get("last") if not observer.saver.failing else None
-            print(Stopped(stops.reason, observer.step, last and relative_to_here(last), saves), flush=True)
+            observer.saver.insist(END_S if stops.reason is None else STOP_S)
+    except UserError as error:
+        unsaved = error
+    if stops.reason is not None:
+        code = stops.reason.exit_code
+        if isinstance(observer, Journal):
+            last = observer.checkpoints.get("last") if unsaved is None else None
+            stopped = Stopped(stops.reason, observer.step, last and relative_to_here(last), saves)
+            code = stopped.exit_code
+            print(stopped, flush=True)
             if stops.reason is Reason.PREEMPTED:
                 print(requeue(), flush=True)  # the job ends with it
         accelerator.end_training()
-        return stops.reason.exit_code
+        return code
     if isinstance(observer, Journal):
         print(
             closing_table(
@@ -157,6 +186,8 @@ def main(arguments: list[str]) -> int:
             )
         )
     accelerator.end_training()
+    if unsaved is not None:
+        raise unsaved
     return 0
 
 

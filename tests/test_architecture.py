@@ -35,7 +35,7 @@ ALLOWED = {
     "settings": {
         "module", "gpt", "optim", "memory", "elastic", "data", "loops", "parser", "checkpoint", "strategies",
     },
-    "cli": {"settings", "loops", "strategies"},
+    "cli": {"settings", "checkpoint", "loops", "strategies"},
     "evaluate": {"commands", "collector", "checkpoint", "data", "gpt", "loops", "plan", "sampling"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
     "planning": {"module", "gpt", "optim", "data", "memory", "plan", "strategies"},

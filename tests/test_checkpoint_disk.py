@@ -1,5 +1,6 @@
 """A checkpoint that is written beside the training: it is of one step, and what goes wrong with it is not lost."""
 
+import json
 import sys
 import threading
 
@@ -106,3 +107,67 @@ def test_a_full_disk_that_takes_no_warning_either_ends_nothing(tmp_path, monkeyp
     saver.save(tmp_path / "last.safetensors", run_state(2, w=torch.ones(3)))
     assert not saver.failing
     assert load_run(tmp_path / "last.safetensors").step == 2
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for name, seconds in (("PAUSE_S", 0.05), ("END_S", 0.3), ("STOP_S", 0.3)):
+        for module in ("nanogpt_lit.checkpoint.disk", "nanogpt_lit.loops.lightning_stops"):
+            monkeypatch.setattr(f"{module}.{name}", seconds, raising=False)
+
+
+def full_disk(monkeypatch, *, from_step, tries=10**6):
+    """The disk takes no checkpoint of that step or a later one, so many times."""
+    write, left = run_file.RunContent.write, iter(range(tries))
+
+    def fails(self, path):
+        if json.loads(self.description)["step"] >= from_step and next(left, None) is not None:
+            raise OSError(28, "No space left on device")
+        write(self, path)
+
+    monkeypatch.setattr(run_file.RunContent, "write", fails)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_disk_that_is_full_at_the_end_is_no_success_and_the_table_names_what_there_is(
+    loop, quick, text, tmp_path, monkeypatch, capsys
+):
+    full_disk(monkeypatch, from_step=6)
+    assert loop(*small_run(text, tmp_path)) == 2
+    out, err = capsys.readouterr()
+    last = tmp_path / LOOPS[loop] / LAST
+    assert f"last checkpoint  {last} (step 4)\n" in out
+    assert f"best checkpoint  {last.with_stem('best')} (step 4)\n" in out
+    error = err.splitlines()[-1]
+    assert error.startswith("error: the run ended at step 8 and ")
+    assert "--resume auto repeats the steps since the last checkpoint" in error
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_at_the_end_a_full_disk_is_tried_again_until_there_is_room(loop, quick, text, tmp_path, monkeypatch):
+    assert loop(*small_run(text, tmp_path / "undisturbed")) == 0
+    full_disk(monkeypatch, from_step=8, tries=5)
+    assert loop(*small_run(text, tmp_path / "full")) == 0
+    for name in ("last", "best"):
+        paths = [(tmp_path / root / LOOPS[loop] / LAST).with_stem(name) for root in ("undisturbed", "full")]
+        assert not different(*paths)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_stop_in_peace_that_the_disk_does_not_take_is_no_success_either(
+    loop, quick, text, tmp_path, monkeypatch, capsys
+):
+    full_disk(monkeypatch, from_step=3)
+    forward = LitNanoGPT.forward
+
+    def stops(self, tokens, targets):
+        (tmp_path / LOOPS[loop] / "stop").touch()
+        return forward(self, tokens, targets)
+
+    monkeypatch.setattr(LitNanoGPT, "forward", stops)
+    assert loop(*small_run(text, tmp_path, "--trainer.val_check_interval=100")) == 0
+    assert "after step 1; saved" in capsys.readouterr().out
+    assert loop(*small_run(text, tmp_path, "--trainer.val_check_interval=100"), "--resume=auto") == 0
+    assert loop(*small_run(text, tmp_path, "--trainer.val_check_interval=100"), "--resume=auto") == 2
+    assert "after step 3; nothing was saved: the disk took no checkpoint" in capsys.readouterr().out
+    assert load_run(tmp_path / LOOPS[loop] / LAST).step == 2

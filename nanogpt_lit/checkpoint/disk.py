@@ -2,31 +2,38 @@
 
 import shutil
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from nanogpt_lit.checkpoint.run_file import RunContent, check_finite
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.errors import UserError
 
 BESIDES = 2**20
 """Bytes, for the header and what is not in tensors."""
+END_S, STOP_S = 300.0, 20.0
+"""For how long a save that failed is tried again at a run's end, and where it was asked to stop."""
+PAUSE_S = 5.0
 
 
 class PatientSaver:
     """Saves where it can. Where it cannot, it says so once, keeps what there is, and tries again at the next save.
 
     In the background, what it writes are the run's own tensors, not copies: they stay as they are through the forward
-    and backward passes that follow, until the next optimizer step, which has to `wait`.
+    and backward passes that follow, until the next optimizer step, which has to call `let_go`.
     """
 
     def __init__(self) -> None:
         self.failing = False
         """Whether the latest save failed."""
         self.in_background = False
-        """Whether the loop calls `wait` before each optimizer step; otherwise `save` does."""
+        """Whether the loop calls `let_go` before each optimizer step; otherwise `save` waits."""
         self._thread: ThreadPoolExecutor | None = None  # not yet: a Trainer that starts processes pickles its plugins
         self._writing: list[Future[None]] = []
+        self._unsaved: dict[Path, tuple[RunContent, int]] = {}
+        """What the disk did not take of the step that the run stands at, with that step."""
 
     def save(self, path: Path, state: RunState) -> None:
         """Raises UserError as `save_run` does."""
@@ -43,6 +50,29 @@ class PatientSaver:
         while self._writing:
             self._writing.pop(0).result()
 
+    def let_go(self) -> None:
+        """Returns once the run's tensors may change."""
+        self.wait()
+        self._unsaved.clear()
+
+    def insist(self, patience_s: float) -> None:
+        """Tries again what the disk did not take of this step: for a run that ends here, and has nothing better to do.
+
+        Raises UserError where it is still not saved.
+        """
+        self.wait()
+        until_s = time.monotonic() + patience_s
+        while self._unsaved and time.monotonic() < until_s:
+            time.sleep(min(PAUSE_S, patience_s))
+            for path, (content, step) in list(self._unsaved.items()):
+                self._write(path, content, step)
+        if self._unsaved:
+            path, (_, step) = next(iter(self._unsaved.items()))
+            raise UserError(
+                f"the run ended at step {step:,} and {path} could not be saved: the disk took nothing for "
+                f"{patience_s:,.0f} s. Make room, and --resume auto repeats the steps since the last checkpoint."
+            )
+
     def _write(self, path: Path, content: RunContent, step: int) -> None:
         try:
             check_space(path.parent, content.nbytes + BESIDES)
@@ -50,11 +80,13 @@ class PatientSaver:
         except OSError as error:
             if not self.failing:
                 self._say(
-                    f"{path} could not be saved at step {step:,}: {error}. Training goes on, and tries again at "
-                    "the next save; the checkpoints that are there stay."
+                    f"{path} could not be saved at step {step:,}: {error}. The checkpoints that are there stay. It is "
+                    f"tried again at the next save; at the end of the run, for {END_S / 60:g} minutes."
                 )
             self.failing = True
+            self._unsaved[path] = content, step
             return
+        self._unsaved.pop(path, None)
         if self.failing:
             self._say(f"{path} is saved again, at step {step:,}.")
         self.failing = False

@@ -29,17 +29,17 @@ def newest_run(root: Path) -> Path | None:
 
 
 def newest_checkpoint(root: Path) -> Newest | None:
-    """Of the run below `root` that was saved last: the checkpoint of the highest step whose every byte is as written.
+    """Of the run below `root` that was saved last. None where no run has one. Raises UserError as `latest_of` does."""
+    run = newest_run(root)
+    return None if run is None else latest_of(run)
+
+
+def latest_of(run: Path) -> Newest:
+    """The checkpoint of the highest step whose every byte is as it was written; never another run's.
 
     Modification times only choose between runs: inside one, a clock that was set back, or a copy that did not keep
-    them, must not cost steps. None where no run has a checkpoint. Raises UserError where there are some and none is
-    whole: starting anew would bury them.
+    them, must not cost steps. Raises UserError where no checkpoint is whole: starting anew would bury them.
     """
-    run = newest_run(
-        root
-    )  # never another run's checkpoint: it would go on from other weights than the user takes it to
-    if run is None:
-        return None
     damaged: list[str] = []
     tried: list[tuple[int, int, Path]] = []
     for path in sorted((run / "checkpoints").glob(f"*{SUFFIX}"), key=preference):

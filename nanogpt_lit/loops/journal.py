@@ -19,6 +19,7 @@ from nanogpt_lit.loops.patient_writer import PatientWriter
 from nanogpt_lit.loops.pieces import tidied
 from nanogpt_lit.loops.progress import Progress
 from nanogpt_lit.loops.resume import capture, random_states
+from nanogpt_lit.loops.save_times import SaveTimes
 from nanogpt_lit.loops.spikes import SpikeGuard
 
 
@@ -29,7 +30,7 @@ class Journal(Observer):
     write_sample: a text by the network as it is
     data_state: what a checkpoint keeps of the data; None saves none   start: the checkpoint that the run goes on from
     Where there are several processes, each of the others observes as an OtherProcess.
-    spikes: the loop's, if it has one
+    spikes: the loop's, if it has one   save_times: by default every 15 minutes
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Journal(Observer):
         data_state: Callable[[], dict[str, Any]] | None,
         start: RunState | None = None,
         spikes: SpikeGuard | None = None,
+        save_times: SaveTimes | None = None,
     ) -> None:
         self.folder = folder
         self.settings = settings
@@ -70,6 +72,7 @@ class Journal(Observer):
         self._write_sample = write_sample
         self._data_state = data_state
         self.saver = PatientSaver()
+        self._save_times = save_times or SaveTimes()
         self._saved_step: int | None = None
         self._progress = Progress(settings.max_steps, self.step) if show_progress else None
         # What the piece before this one drew past its checkpoint is drawn again: TensorBoard forgets it.
@@ -79,7 +82,7 @@ class Journal(Observer):
     def on_train_start(self, parts: Parts) -> None:
         self._parts = parts
         self.saver.in_background = True
-        parts.optimizer.register_step_pre_hook(lambda *_: self.saver.wait())
+        parts.optimizer.register_step_pre_hook(lambda *_: self.saver.let_go())
         gpt = parts.module.gpt
         assert isinstance(gpt, GPT)
         self._flops_per_token = gpt.flops_per_token(gpt.config.block_size)
@@ -116,6 +119,10 @@ class Journal(Observer):
             self._draw(curves)
         if self._progress is not None:
             self._progress.update(step, self.meter.drawn_loss, self.meter.tokens_per_s)
+        if self._data_state is None or self.settings.validates_after(self.batches, step):
+            return  # a validation saves
+        if self._save_times.due(step):
+            self._save(self._data_state(), ["last"])
 
     def on_validation_start(self) -> None:
         self.meter.pause()
@@ -135,6 +142,9 @@ class Journal(Observer):
     def on_stop(self, step: int) -> None:
         if self._data_state is not None and self._saved_step != step:
             self._save(self._data_state(), ["last"])
+
+    def on_train_end(self) -> None:
+        self.on_stop(self.step)
 
     def close(self) -> None:
         self._writer.close()
@@ -178,17 +188,31 @@ class Journal(Observer):
         for name in names:
             self.saver.save(self._checkpoint(name), state)
         self._saved_step = self.step
+        self._save_times.saved()
 
 
 class OtherProcess(Observer):
     """Observes on every process but the first, whose Journal asks them for their losses, and for a checkpoint for their
     random states and for what did not fit.
 
-    saves: whether the Journal keeps checkpoints
+    saves: whether the Journal keeps checkpoints   save_times: with the Journal's values
+    batches: micro-batches that each process has done when the run is gone on with
     """
 
-    def __init__(self, settings: LoopSettings, *, log_every_n_steps: int, device: torch.device, saves: bool) -> None:
+    def __init__(
+        self,
+        settings: LoopSettings,
+        *,
+        log_every_n_steps: int,
+        device: torch.device,
+        saves: bool,
+        batches: int = 0,
+        save_times: SaveTimes | None = None,
+    ) -> None:
         self.settings = settings
+        self.batches = batches
+        self._save_times = save_times or SaveTimes()
+        self._step = 0
         self.log_every_n_steps = log_every_n_steps
         self.device = device
         self.saves = saves
@@ -199,12 +223,16 @@ class OtherProcess(Observer):
         self._module = parts.module
 
     def on_batch_end(self, loss: Tensor, tokens: int) -> None:
+        self.batches += 1
         self.meter.add_batch(loss / self.settings.accumulate_grad_batches, tokens)
 
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        self._step = step
         self.meter.end_step()
         if is_drawn(step, self.log_every_n_steps, self.settings.max_steps):
             self.meter.share_loss()
+        if self.saves and not self.settings.validates_after(self.batches, step) and self._save_times.due(step):
+            self._share(step)
 
     def on_validation_end(self, step: int, loss: Tensor) -> None:
         self._share(step)
@@ -213,11 +241,15 @@ class OtherProcess(Observer):
         if self._saved_step != step:
             self._share(step)
 
+    def on_train_end(self) -> None:
+        self.on_stop(self._step)
+
     def _share(self, step: int) -> None:
         if self.saves:
             share_finding(self._module)
             random_states(self.device)
             self._saved_step = step
+            self._save_times.saved()
 
 
 def next_folder(root: Path, name: str) -> Path:

@@ -62,7 +62,10 @@ def with_run_files(plugins: Any) -> list[Any]:
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Writes `best` or `last` after validations: of the whole run, also where it goes on in another folder."""
+    """Writes `best` or `last` after validations, of the whole run, also where it goes on in another folder.
+
+    lightning_stops.py writes `last` at other times.
+    """
 
     def __init__(self, name: Literal["best", "last"], validations: ValidationRecord) -> None:
         super().__init__(
@@ -76,6 +79,14 @@ class RunCheckpoint(ModelCheckpoint):
     @property
     def saved_step(self) -> int:
         return self._last_global_step_saved
+
+    def note_saved(self, step: int) -> None:
+        """Of a checkpoint of this name that was written without a validation."""
+        self._last_global_step_saved = step
+
+    @property
+    def path(self) -> Path:
+        return Path(self.dirpath or ".") / f"{self.filename}{self.FILE_EXTENSION}"
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         # Lightning's own record ends with the folder, and is unknown to the other loops.
@@ -146,7 +157,7 @@ class ExactResume(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         # Not by the optimizer's own hook, which comes before the last backward: Lightning runs it inside the step.
         if isinstance(writer := trainer.strategy.checkpoint_io, RunFileIO):
-            writer.saver.wait()
+            writer.saver.let_go()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(writer := trainer.strategy.checkpoint_io, RunFileIO):

@@ -9,7 +9,10 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from nanogpt_lit.checkpoint.disk import END_S, STOP_S
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.lightning_checkpoint import RunCheckpoint, RunFileIO
+from nanogpt_lit.loops.save_times import SaveTimes
 from nanogpt_lit.loops.stops import Stopped, Stops, ignored_signals
 
 
@@ -20,8 +23,11 @@ class StepStops(Callback):
     exits with 0, SIGHUP kills, SLURM's signal saves from within a handler.
     """
 
-    def __init__(self, max_time_s: float | None = None) -> None:
+    def __init__(self, max_time_s: float | None = None, save_times: SaveTimes | None = None) -> None:
         self.max_time_s = max_time_s
+        self.save_times = save_times or SaveTimes()
+        self.unsaved: UserError | None = None
+        """Why the end of the run is not saved; None where it is."""
         self._step = 0
         self._step_ended = False
 
@@ -55,11 +61,30 @@ class StepStops(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not where the step ends: its validation follows there. trainer.should_stop would validate after any step.
-        if self._step_ended and self._stops.asked():
+        if not self._step_ended:
+            return
+        if self._stops.asked():
             assert self._stops.reason is not None
-            raise Stopped(self._stops.reason, self._step, save_last(trainer), last_path(trainer) is not None)
+            saved = save_last(trainer)
+            try:
+                insist(trainer, STOP_S)
+            except UserError:
+                saved = None
+            raise Stopped(self._stops.reason, self._step, saved, last_path(trainer) is not None)
+        if last_path(trainer) is None:
+            return
+        if saved_step(trainer) == self._step:
+            self.save_times.saved()  # after a validation
+        elif self.save_times.due(self._step):
+            save_last(trainer)
+            self.save_times.saved()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        save_last(trainer)
+        try:
+            insist(trainer, END_S)
+        except UserError as error:
+            self.unsaved = error
         self._stops.__exit__()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
@@ -75,18 +100,27 @@ def requeue_signal(trainer: Trainer) -> int | None:
 
 
 def save_last(trainer: Trainer) -> str | None:
-    """Writes `last` beside the other checkpoints, unless it is of this step already. Its path, None where it failed."""
+    """Writes `last` unless it is of this step already. Returns its path, None where no checkpoints are kept."""
     path = last_path(trainer)
     if path is None:
         return None
-    saved = [callback.saved_step for callback in trainer.checkpoint_callbacks if is_last(callback)]
-    if saved != [trainer.global_step]:
+    if saved_step(trainer) != trainer.global_step:
         trainer.save_checkpoint(path)
-    writer = trainer.strategy.checkpoint_io
-    if isinstance(writer, RunFileIO):
-        writer.saver.wait()
-        return None if writer.saver.failing else str(path)
+        for callback in trainer.checkpoint_callbacks:
+            if is_last(callback):
+                callback.note_saved(trainer.global_step)
     return str(path)
+
+
+def saved_step(trainer: Trainer) -> int | None:
+    """That `last` was written at; None where the YAML's own callbacks keep the checkpoints."""
+    return next((callback.saved_step for callback in trainer.checkpoint_callbacks if is_last(callback)), None)
+
+
+def insist(trainer: Trainer, patience_s: float) -> None:
+    """Raises UserError where a checkpoint of this step is still not on the disk after so long."""
+    if isinstance(writer := trainer.strategy.checkpoint_io, RunFileIO):
+        writer.saver.insist(patience_s)
 
 
 def last_path(trainer: Trainer) -> Path | None:

@@ -1,11 +1,24 @@
 """The processes that train together, if there are several."""
 
+import os
+from collections.abc import Mapping
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+RANKS = (
+    "RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK",
+)  # fmt: skip
+"""The variables in which torchrun, Lightning, srun and mpirun tell a process which one it is."""
+
+
+def is_first(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of its run, before the processes know each other."""
+    return all(environ.get(name, "0") in ("", "0") for name in RANKS)
 
 
 def are_several() -> bool:
@@ -37,3 +50,29 @@ def gathered(mine: T) -> list[T]:
     all_of_them: list[T] = [mine] * dist.get_world_size()
     dist.all_gather_object(all_of_them, mine)
     return all_of_them
+
+
+def told(mine: T) -> T:
+    """What the first process hands in. All have to ask together."""
+    if not are_several():
+        return mine
+    its = [mine]
+    dist.broadcast_object_list(its, src=0)
+    return its[0]
+
+
+class Agreement:
+    """Of all processes on a number, which each of them hands in."""
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+
+    def highest(self, mine: int) -> int:
+        if not are_several():
+            return mine
+        if self._group is None:
+            # Between processors: with a card's own group, each step would wait for the card.
+            self._group = dist.new_group(backend="gloo")
+        number = torch.tensor(mine)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        return int(number)

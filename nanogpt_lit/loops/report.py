@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt_lit.checkpoint.run_file import SUFFIX
+from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.machine import device_name
@@ -46,7 +46,7 @@ def closing_table(
 ) -> str:
     """Steps, tokens, time, losses, a sample, and where everything is.
 
-    checkpoints: what each is ("best", "last") and its file; those with an empty path are left out
+    checkpoints: what each is ("best", "last") and its file; those that are not there are left out
     """
     time = str(timedelta(seconds=round(elapsed_s)))
     if meter.earlier_s:
@@ -61,8 +61,8 @@ def closing_table(
         rows.append(("validation loss", f"{loss:.4f}, perplexity {perplexity(loss):.2f}"))
         best_step, best = validations.best
         rows.append(("best", f"{best:.4f} at step {best_step:,}"))
-    files = {name: path for name, path in checkpoints.items() if path}
-    rows += [(f"{name} checkpoint", path) for name, path in files.items()]
+    files = {name: path for name, path in checkpoints.items() if path and Path(path).exists()}
+    rows += [(f"{name} checkpoint", f"{path}{held_step(Path(path))}") for name, path in files.items()]
     rows.append(("curves", f"tensorboard --logdir {run_folder.parent}"))
     if files:
         rows += writing(Path(next(iter(files.values()))))
@@ -71,6 +71,16 @@ def closing_table(
     if sample is not None:
         lines = ["", *("  | " + line for line in printable(sample).splitlines()), "", *lines]
     return "\n".join(lines)
+
+
+def held_step(checkpoint: Path) -> str:
+    """Told of the file itself: the disk may not have taken a later one."""
+    if checkpoint.suffix != SUFFIX:
+        return ""
+    try:
+        return f" (step {step_of(checkpoint):,})"
+    except (ValueError, OSError):
+        return " (damaged)"
 
 
 def writing(checkpoint: Path) -> list[tuple[str, str]]:

@@ -16,13 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-import torch
-import torch.distributed as dist
-
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.processes import are_several, rank
+from nanogpt_lit.loops.processes import Agreement, rank
 
 STOP_FILE = "stop"
+NOT_SAVED = 2
+"""The exit code of a stop in peace that the disk took no checkpoint of."""
 SAME_KEYSTROKE_S = 1.0
 """torchrun sends its processes a Ctrl-C that the terminal has sent them already."""
 
@@ -66,6 +65,7 @@ class Stopped(Exception):  # noqa: N818 - it is no error
         if saved is None:
             kept = "nothing was saved: " + ("the disk took no checkpoint" if keeps else "checkpoints are off")
         super().__init__(f"stopped by {reason.called} after step {step:,}; {kept}")
+        self.exit_code = reason.exit_code or (NOT_SAVED if keeps and saved is None else 0)
         self.reason = reason
         self.first_rank = rank() == 0  # while there are processes: they part before this is read
 
@@ -95,7 +95,7 @@ class Stops:
         self._signalled_s = 0.0
         self._replaced: dict[int, Any] = {}
         self._reasons = SIGNALS if requeue_by is None else {**SIGNALS, requeue_by: Reason.PREEMPTED}
-        self._group: dist.ProcessGroup | None = None
+        self._agreement = Agreement()
 
     def __enter__(self) -> Self:
         self._started_s = self._clock()
@@ -127,8 +127,7 @@ class Stops:
     def asked(self) -> bool:
         """Whether to stop here. Each process asks after each step, and all get the same answer."""
         strongest = max((RANKED.index(reason) for reason in self._asking()), default=-1)
-        if are_several():
-            strongest = self._agreed(strongest)
+        strongest = self._agreement.highest(strongest)
         if strongest < 0:
             return False
         self.reason = RANKED[strongest]
@@ -143,14 +142,6 @@ class Stops:
         if self._max_time_s is not None and self._clock() - self._started_s >= self._max_time_s:
             asking.append(Reason.MAX_TIME)
         return asking
-
-    def _agreed(self, strongest: int) -> int:
-        if self._group is None:
-            # Between processors: with a card's own group, each step would wait for the card.
-            self._group = dist.new_group(backend="gloo")
-        highest = torch.tensor(strongest)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._group)
-        return int(highest)
 
 
 def ignored_signals() -> set[signal.Signals]:
