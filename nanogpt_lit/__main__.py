@@ -26,7 +26,7 @@ COMMANDS = {
         "nanogpt_lit.commands:accelerate_config",
         "accelerate's default_config.yaml for a YAML of fit, and back",
     ),
-    "convert": ("nanogpt_lit.commands:convert", "a checkpoint from or to Lightning's .ckpt or accelerate's folder"),
+    "convert": ("nanogpt_lit.commands:convert", "a checkpoint from and to the formats of others"),
     "eval": ("nanogpt_lit.evaluate.command:evaluate", "loss, bits per byte, HellaSwag and lm-eval's tasks"),
     "generate": ("nanogpt_lit.commands:generate", "text from a checkpoint, streamed as it is made"),
 }

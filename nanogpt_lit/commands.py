@@ -160,11 +160,12 @@ def accelerate_config(arguments: list[str]) -> int:
 
 
 def convert(arguments: list[str]) -> int:
-    """`convert FROM TO`: a checkpoint from or to one of the frameworks'."""
+    """`convert FROM TO`: a checkpoint from or to a format of others."""
     parser = parser_of(
         "convert",
-        "Writes the checkpoint FROM anew as TO, with the whole state of its run. FROM is a checkpoint of "
-        "nanogpt_lit, a .ckpt of Lightning's Trainer, or a folder of accelerate's save_state.",
+        "Writes the checkpoint FROM anew as TO. FROM is a checkpoint of nanogpt_lit, a .ckpt of Lightning's Trainer, a "
+        "folder of accelerate's save_state, a Hugging Face folder of GPT-2's architecture, nanoGPT's ckpt.pt, or a "
+        "model of llm.c; which, is seen from its content.",
     )
     parser.add_argument("source", type=Path, metavar="FROM")
     parser.add_argument(
@@ -172,14 +173,22 @@ def convert(arguments: list[str]) -> int:
         type=Path,
         metavar="TO",
         help="FILE.safetensors for nanogpt_lit (all loops), FILE.ckpt for Lightning, a name without suffix for "
-        "accelerate's load_state",
+        "accelerate's load_state; each with the whole state of the run",
     )
+    parser.add_argument(
+        "--to",
+        choices=["hf", "gguf", "nanogpt"],
+        help="hf: a folder for transformers' AutoModelForCausalLM and AutoTokenizer. gguf: FILE.gguf for llama.cpp, "
+        "with a Modelfile for Ollama beside it. nanogpt: FILE.pt for nanoGPT's train.py and sample.py",
+    )
+    parser.add_argument("--dtype", choices=["f32", "f16", "bf16", "q8_0"], help="of the matrices in FILE.gguf (f32)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="gpt2, byte or FILE.tiktoken, for a FROM that holds none")
     options = parser.parse_args(arguments[1:])
 
     from nanogpt_lit.checkpoint.convert import convert
 
-    state = convert(options.source, options.target)
-    print(f"{options.target}: step {state.step:,}, {state.tokens:,} tokens")
+    for line in convert(options.source, options.target, options.to, options.dtype, options.tokenizer):
+        print(line)
     return 0
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "durable": set(),
     "errors": set(),
     "data": {"durable"},
-    "checkpoint": {"gpt", "data", "durable", "random_state"},
+    "checkpoint": {"gpt", "optim", "data", "durable", "random_state"},
     "sampling": {"gpt", "data"},
     "module": {"gpt", "optim", "memory", "elastic"},
     "random_state": set(),

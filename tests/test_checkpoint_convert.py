@@ -213,7 +213,11 @@ def test_no_pickle_of_either_framework_runs_code(checkpoint, tmp_path, monkeypat
 
 def test_the_command_says_what_it_wrote_and_refuses_in_one_sentence(checkpoint, tmp_path, capsys):
     assert main(["convert", str(checkpoint), str(tmp_path / "x.ckpt")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'x.ckpt'}: step 4, 64 tokens\n"
+    shape = "1 layers, 2 heads, 8 channels, block 8, vocabulary 11"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{checkpoint}: a checkpoint of nanogpt_lit; {shape}",
+        f"{tmp_path / 'x.ckpt'}: step 4, 64 tokens",
+    ]
     for target, sentence in (
         ("x.ckpt", "x.ckpt exists already"),
         ("x.bin", "x.bin names no format; FILE.safetensors is nanogpt_lit's, FILE.ckpt Lightning's"),

@@ -165,7 +165,7 @@ def test_lone_surrogates_of_a_terminal_are_replaced(gpt2: GPT2Tokenizer) -> None
 
 def test_a_users_tiktoken_file_gets_gpt2s_ways_or_those_of_the_json_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.tiktoken"
-    path.write_text(bpe.dump_ranks(small_bpe()._ranks), encoding="utf-8")
+    path.write_text(bpe.dump_ranks(small_bpe().ranks), encoding="utf-8")
     tokenizer = tokenizer_from_file(path)
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("mine", 261, 260)
     assert tokenizer.encode("hello he").tolist() == [259, 32, 256]
@@ -204,7 +204,7 @@ def test_a_damaged_tiktoken_file_is_refused(tmp_path: Path, text: str, said: str
 )
 def test_a_wrong_json_beside_a_tiktoken_file_is_refused(tmp_path: Path, described: object, said: str) -> None:
     path = tmp_path / "mine.tiktoken"
-    path.write_text(bpe.dump_ranks(small_bpe()._ranks), encoding="utf-8")
+    path.write_text(bpe.dump_ranks(small_bpe().ranks), encoding="utf-8")
     path.with_suffix(".json").write_text(json.dumps(described), encoding="utf-8")
     with pytest.raises(ValueError, match=said):
         tokenizer_from_file(path)

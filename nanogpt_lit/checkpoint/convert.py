@@ -1,33 +1,66 @@
-"""Checkpoints from and to the formats of the two frameworks."""
+"""Checkpoints from and to the formats of others. What a file is, is seen from its content, and no code of it runs."""
 
 import zipfile
 from pathlib import Path
 
 import torch
 
-from nanogpt_lit.checkpoint.accelerate_format import read_folder, write_folder
+from nanogpt_lit.checkpoint import gguf_format, hugging_face_format, llm_c_format, nanogpt_format
+from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder, write_folder
+from nanogpt_lit.checkpoint.known_files import known_as
 from nanogpt_lit.checkpoint.lightning_format import from_lightning, to_lightning
+from nanogpt_lit.checkpoint.network_state import size
 from nanogpt_lit.checkpoint.run_file import SUFFIX, check_counts, load_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.durable import durable_file
 from nanogpt_lit.errors import UserError
 
+FORMATS = {"hf": "", "gguf": gguf_format.SUFFIX, "nanogpt": nanogpt_format.SUFFIX}
+"""What --to names, and how such a target ends."""
 
-def convert(source: Path, target: Path) -> RunState:
-    """Writes the checkpoint at `source` as what the name of `target` says, and returns it.
+
+def convert(
+    source: Path, target: Path, to: str | None = None, dtype: str | None = None, tokenizer: str | None = None
+) -> list[str]:
+    """Writes the checkpoint at `source` as `to`, or as what the name of `target` says, and returns what to tell of it.
 
     .safetensors is the format of every loop here, .ckpt Lightning's, a name without a suffix accelerate's folder.
-    Raises UserError for a source that is none of the three, and for a target that is there already.
+
+    dtype: of the matrices in a GGUF file   tokenizer: its name, for a source that holds none
+    Raises UserError for a source that is none of them, and for a target that is there already.
     """
     if target.exists():
         raise UserError(f"{target} exists already; name another, or remove it first.")
-    if target.suffix not in (SUFFIX, ".ckpt", ""):
+    if to is None:
+        to = next((name for name, suffix in FORMATS.items() if suffix and suffix == target.suffix), None)
+    if to is None and target.suffix not in (SUFFIX, ".ckpt", ""):
         raise UserError(
-            f"{target} names no format; FILE{SUFFIX} is nanogpt_lit's, FILE.ckpt Lightning's, and a name without a "
-            "suffix accelerate's folder."
+            f"{target} names no format; FILE{SUFFIX} is nanogpt_lit's, FILE.ckpt Lightning's, a name without a "
+            "suffix accelerate's folder; --to hf, gguf or nanogpt name others."
         )
-    state = read(source)
+    if to is not None and FORMATS[to] and target.suffix != FORMATS[to]:
+        raise UserError(f"{target} is to be a file for {to}; such a file ends in {FORMATS[to]}.")
+    if dtype is not None and to != "gguf":
+        raise UserError(f"--dtype={dtype} is for --to gguf; the other formats keep float32.")
+    what, state = read(source, tokenizer)
+    gpt = state.hyper_parameters.get("gpt")
+    lines = [f"{source}: {what}" + (f"; {size(gpt)}" if gpt else "")]
+    match to:
+        case "hf":
+            notes = hugging_face_format.write(target, state, source)
+            return [*lines, *notes, f"{target}: a folder for AutoModelForCausalLM and AutoTokenizer"]
+        case "gguf":
+            notes = gguf_format.write(target, state, source, dtype or "f32")
+            modelfile = target.parent / gguf_format.MODELFILE
+            return [
+                *lines,
+                *notes,
+                f"{target}: for llama.cpp, {dtype or 'f32'}; ollama create {target.stem} -f {modelfile}",
+            ]
+        case "nanogpt":
+            notes = nanogpt_format.write(target, state, source)
+            return [*lines, *notes, f"{target}: for nanoGPT's --init_from=resume and sample.py, step {state.step:,}"]
     if target.suffix == SUFFIX:
         save_run(target, state)
     elif target.suffix == ".ckpt":
@@ -35,15 +68,32 @@ def convert(source: Path, target: Path) -> RunState:
             torch.save(to_lightning(state), file)
     else:
         write_folder(target, state)
-    return state
+    lines.append(f"{target}: step {state.step:,}, {state.tokens:,} tokens")
+    if what == NANOGPT:
+        lines.append(f"go on with: fit --ckpt_path {target} {nanogpt_format.fit_options(state)}")
+    return lines
 
 
-def read(source: Path) -> RunState:
-    if source.is_dir():
-        return read_folder(source)
+NANOGPT = "nanoGPT's checkpoint"
+
+
+def read(source: Path, tokenizer: str | None = None) -> tuple[str, RunState]:
+    """What the source is, and its run. Raises UserError, naming the source, for what it is not."""
+    if source.is_dir() and hugging_face_format.recognises(source):
+        return "a Hugging Face folder", hugging_face_format.read(source, tokenizer)
+    if source.is_file() and zipfile.is_zipfile(source) and nanogpt_format.recognises(source):
+        return NANOGPT, nanogpt_format.read(source, tokenizer)
+    if source.is_file() and llm_c_format.recognises(source):
+        return "a model of llm.c", llm_c_format.read(source, tokenizer)
+    if tokenizer is not None:
+        raise UserError(f"--tokenizer={tokenizer} is for a source that holds none, and {source} holds its own.")
     if source.is_file() and zipfile.is_zipfile(source):
-        return read_ckpt(source)
-    return load_run(source)
+        return "a checkpoint of Lightning", read_ckpt(source)
+    if source.is_dir() and ((source / BESIDE).is_file() or known_as(source) is None):
+        return "a folder of accelerate", read_folder(source)
+    if source.exists() and (what := known_as(source)) is not None:
+        raise UserError(f"{source} is not a checkpoint that convert reads; it is {what}.")
+    return "a checkpoint of nanogpt_lit", load_run(source)
 
 
 def read_ckpt(path: Path) -> RunState:

@@ -141,6 +141,6 @@ class TensorFile:
 
     def _foreign(self) -> UserError:
         return UserError(
-            f"{self.path} is not a checkpoint of nanogpt_lit, or only the beginning of one; Lightning's .ckpt and "
-            "accelerate's folders become one by `python -m nanogpt_lit convert FROM TO`."
+            f"{self.path} is not a checkpoint of nanogpt_lit, or only the beginning of one; those of Lightning, "
+            "accelerate, Hugging Face, nanoGPT and llm.c become one by `python -m nanogpt_lit convert FROM TO`."
         )

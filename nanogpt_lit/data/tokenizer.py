@@ -159,7 +159,7 @@ class BytePairTokenizer(Tokenizer):
         for token_text, rank in specials.items():
             token_bytes[rank] = token_text.encode()
         super().__init__(name, token_bytes, specials[EOT])
-        self._ranks, self._pattern, self._specials = ranks, pattern, dict(specials)
+        self.ranks, self.pattern, self.specials = ranks, pattern, dict(specials)
         try:
             self._encoding = tiktoken.Encoding(
                 name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: self.eot}
@@ -180,7 +180,7 @@ class BytePairTokenizer(Tokenizer):
 
     @cached_property
     def _ranks_text(self) -> str:
-        return dump_ranks(self._ranks)
+        return dump_ranks(self.ranks)
 
     def files(self) -> dict[str, str]:
         return {**super().files(), TOKENIZER_RANKS: self._ranks_text}
@@ -188,8 +188,8 @@ class BytePairTokenizer(Tokenizer):
     def _description(self) -> dict[str, Any]:
         return {
             **super()._description(),
-            "pattern": self._pattern,
-            "specials": self._specials,
+            "pattern": self.pattern,
+            "specials": self.specials,
             "ranks_sha256": hashlib.sha256(self._ranks_text.encode()).hexdigest(),
         }
 

@@ -1,0 +1,56 @@
+"""Files and folders of others that convert does not read, known by how they begin."""
+
+import json
+from pathlib import Path
+
+from nanogpt_lit.checkpoint import llm_c_format
+from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, LONGEST_HEADER
+
+BEGINNINGS = {
+    b"GGUF": "a GGUF file of llama.cpp, whose weights may be rounded; give what it was made from",
+    b"lmgg": "a file of llama.cpp from before GGUF; give what it was made from",
+    b"tjgg": "a file of llama.cpp from before GGUF; give what it was made from",
+    b"\x89HDF": "an HDF5 file, as Keras and TensorFlow write; save the model with transformers for PyTorch first",
+    b"\x93NUMPY": "an array of NumPy; weights come as safetensors or as a file of torch",
+    b"\x80": "a pickle, which could run code when it is read; save the weights as safetensors",
+}
+FOLDERS = {
+    "lit_model.pth": "a checkpoint of LitGPT; `litgpt convert_from_litgpt` makes Hugging Face's weights of it",
+    "consolidated.00.pth": "a Llama as Meta publishes it; convert reads GPT-2's architecture",
+    "saved_model.pb": "a SavedModel of TensorFlow; save the model with transformers for PyTorch first",
+    "encoder.json": "GPT-2 as OpenAI published it, for TensorFlow; take Hugging Face's folder, openai-community/gpt2",
+}
+
+
+UNKNOWN = "of none of the formats that `convert --help` lists, or only the beginning of a file"
+
+
+def known_as(path: Path) -> str | None:
+    """What a file or a folder is, with what to do about it; None for a file of ours and for a folder like any other."""
+    if path.is_dir():
+        return next((what for name, what in FOLDERS.items() if (path / name).exists()), None)
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # after the length of a header, which may begin as anything
+        return safetensors_of_others(path)
+    for beginning, what in BEGINNINGS.items():
+        if start.startswith(beginning):
+            return what
+    return llm_c_format.OTHERS.get(int.from_bytes(start[:4], "little"), UNKNOWN)
+
+
+def safetensors_of_others(path: Path) -> str | None:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= LONGEST_HEADER:
+            return UNKNOWN
+        header = file.read(length)
+    if HEADER_DIGEST.encode() in header:
+        return None
+    try:
+        names = json.loads(header).keys()
+    except (ValueError, AttributeError, RecursionError):
+        return UNKNOWN
+    if any("lora_" in name for name in names):
+        return "a LoRA adapter of PEFT; merge it into its model first (merge_and_unload), and save that"
+    return f"weights without their network; give the folder it came in, {path.parent}, with its config.json"

@@ -1,0 +1,146 @@
+"""A network that was trained elsewhere as a run of ours, and the network of any run."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.data.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer, tokenizer_from_file
+from nanogpt_lit.errors import UserError
+from nanogpt_lit.gpt.model import GPT, GPTConfig, config_of_checkpoint
+from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
+from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
+
+PREFIX = "gpt."
+"""Of the network's names in a module's state_dict()."""
+GPT2_SIZES = (50257, 50304)
+"""GPT-2's vocabulary, and the one that nanoGPT pads it to."""
+TIED = "lm_head.weight", "transformer.wte.weight"
+
+
+def new_run(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    config: GPTConfig,
+    tokenizer: Tokenizer,
+    optim: AdamWConfig = AdamWConfig(),  # noqa: B008 - frozen
+    schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
+) -> RunState:
+    """A run at step 0 of the network with these weights, under GPT's own names and in any floating-point type.
+
+    A tied head may be missing. Raises UserError, naming the file, where the weights are not those of the network.
+    """
+    gpt = network(path, weights, config)
+    if tokenizer.vocab_size > gpt.transformer.wte.num_embeddings:
+        raise UserError(
+            f"{path} has a vocabulary of {gpt.transformer.wte.num_embeddings:,} and the tokenizer {tokenizer.name} one "
+            f"of {tokenizer.vocab_size:,}; name the tokenizer it was trained with by --tokenizer."
+        )
+    optimizer = build_optimizer(gpt.named_parameters(), optim)
+    rate = WarmupDecay(optimizer, schedule)
+    return RunState(
+        weights={PREFIX + name: tensor for name, tensor in gpt.state_dict().items()},
+        hyper_parameters={"gpt": asdict(config), "optim": asdict(optim), "schedule": asdict(schedule)},
+        data={"tokenizer": tokenizer.files()},
+        optimizer=optimizer.state_dict(),
+        schedule=rate.state_dict(),
+        scaler=None,
+        random=[],
+        step=0,
+        batches=0,
+        processes=1,
+        accumulate_grad_batches=1,
+    )
+
+
+def network(path: Path, weights: Mapping[str, Tensor], config: GPTConfig) -> GPT:
+    """The network, in float32 and in eval mode."""
+    # Before it is built: a number that lies must not make us build for hours.
+    if config.n_layer > len(weights):
+        raise UserError(f"{path} says n_layer={config.n_layer} and holds {len(weights)} tensors.")
+    weights = dict(weights)
+    if config.tied_head:
+        head, embedding = (weights.get(name) for name in TIED)
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
+            raise UserError(f"{path} says that {TIED[0]} is tied to {TIED[1]}, and the two differ.")
+        weights.pop(TIED[0], None)
+    elsewhere = {name: tensor.shape for name, tensor in weights.items()}
+    with torch.device("meta"):
+        gpt = GPT(config)
+    expected = {
+        name: tensor.shape for name, tensor in gpt.state_dict().items() if not config.tied_head or name != TIED[0]
+    }
+    for name in sorted(expected.keys() | elsewhere.keys()):
+        if name not in elsewhere:
+            raise UserError(f"{path} lacks {name}, which the network that it describes has.")
+        if name not in expected:
+            raise UserError(f"{path} has {name}, which the network that it describes lacks.")
+        if elsewhere[name] != expected[name]:
+            raise UserError(
+                f"{path} has {name} of shape {tuple(elsewhere[name])}, and the network that it describes has "
+                f"{tuple(expected[name])}."
+            )
+        if not weights[name].is_floating_point():
+            raise UserError(f"{path} has {name} in {weights[name].dtype}; floating-point weights can be read.")
+        if not torch.isfinite(weights[name]).all():
+            raise UserError(f"{path} has numbers in {name} that are not finite.")
+    tensors = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    if config.tied_head:
+        tensors[TIED[0]] = tensors[TIED[1]]
+    gpt.load_state_dict(tensors, assign=True)
+    if config.tied_head:
+        gpt.lm_head.weight = gpt.transformer.wte.weight
+    return gpt.eval()
+
+
+def network_of(path: Path, state: RunState) -> GPT:
+    """The network of a run. Raises UserError for the run of another module."""
+    try:
+        config = config_of_checkpoint(state.hyper_parameters["gpt"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} holds another network than LitNanoGPT's, which only the formats of Lightning and accelerate carry."
+        ) from error
+    weights = {name.removeprefix(PREFIX): tensor for name, tensor in state.weights.items()}
+    return network(path, weights, config)
+
+
+def check_expressible(path: Path, config: GPTConfig, name: str) -> None:
+    """Raises UserError for what GPT-2's architecture lacks, in whichever format."""
+    for key, only in (("positions", "learned"), ("qk_norm", False)):
+        if (value := getattr(config, key)) != only:
+            raise UserError(
+                f"{path} has model.gpt.{key}={value}, which {name} cannot express in GPT-2's architecture; a network "
+                f"trained with model.gpt.{key}={only} can go there."
+            )
+
+
+def chosen_tokenizer(path: Path, vocab_size: int, named: str | None) -> Tokenizer:
+    """The tokenizer of a network that brings none. Raises UserError where neither its name nor the vocabulary tells."""
+    match named:
+        case None if vocab_size in GPT2_SIZES:
+            return gpt2_tokenizer()
+        case None:
+            raise UserError(
+                f"{path} holds no tokenizer, and a vocabulary of {vocab_size:,} is not GPT-2's; name it: --tokenizer "
+                "gpt2, byte or FILE.tiktoken."
+            )
+        case "gpt2":
+            return gpt2_tokenizer()
+        case "byte":
+            return ByteTokenizer()
+        case file if file.endswith(".tiktoken") and Path(file).expanduser().is_file():
+            return tokenizer_from_file(Path(file))
+    raise UserError(f"--tokenizer={named} is neither gpt2, nor byte, nor a .tiktoken file that exists.")
+
+
+def size(config: Mapping[str, Any]) -> str:
+    """The shape of a network in words."""
+    return (
+        f"{config['n_layer']} layers, {config['n_head']} heads, {config['n_embd']} channels, "
+        f"block {config['block_size']}, vocabulary {config['vocab_size']:,}"
+    )

@@ -1,0 +1,67 @@
+"""Networks of a second's training, with any tokenizer, as checkpoints: for the tests of the formats of others."""
+
+from pathlib import Path
+
+import torch
+
+from nanogpt_lit.checkpoint.network_state import new_run
+from nanogpt_lit.checkpoint.run_file import save_run
+from nanogpt_lit.data.bpe import train_ranks
+from nanogpt_lit.data.tokenizer import (
+    EOT,
+    GPT2_PATTERN,
+    BytePairTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    gpt2_tokenizer,
+)
+from nanogpt_lit.gpt.model import GPT, GPTConfig
+
+LANGUAGES = (
+    "It's 1,234 o'clock, and they'd rather:\n\tdef f(x):\n    return x  # 3.14\n",
+    "Größe, naïve Café-Besucher und die Straße; „Ja“ – 5 €.\n",
+    "Привет, мир! Съешь ещё этих мягких французских булок, 12345.\n",
+    "中文字符，日本語のテキスト。こんにちは世界！ 🙂👩\u200d👩\u200d👧 한국어\n",
+)
+TEXT = "".join(LANGUAGES) * 4
+
+
+def new_tokenizer(kind):
+    match kind:
+        case "gpt2":
+            return gpt2_tokenizer()
+        case "byte":
+            return ByteTokenizer()
+        case "char":
+            return CharTokenizer.of([TEXT])
+        case "bpe":
+            ranks = train_ranks([TEXT], 300)
+            return BytePairTokenizer("bpe:301", ranks, GPT2_PATTERN, {EOT: 300})
+        case "pattern":
+            ranks = train_ranks([TEXT], 300)
+            return BytePairTokenizer(
+                "mine", ranks, r" ?\p{L}++|\p{N}{1,3}|\s++|[^\s\p{L}\p{N}]++", {EOT: 300, "<|user|>": 301}
+            )
+    raise AssertionError(kind)
+
+
+def trained(tokenizer, text=TEXT, steps=60, vocab_size=None, **shape):
+    """A network after a few steps on the text: what it says is no coin's toss."""
+    torch.manual_seed(1)
+    sizes = {"block_size": 64, "n_layer": 2, "n_head": 3, "n_embd": 48, **shape}
+    gpt = GPT(GPTConfig(vocab_size=vocab_size or tokenizer.vocab_size, **sizes))
+    tokens = torch.tensor([tokenizer.eot, *tokenizer.encode(text).tolist()])
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    T = min(32, sizes["block_size"])
+    for step in range(steps):
+        starts = [0, *torch.randint(len(tokens) - T, (3,)).tolist()] if step else [0] * 4
+        window = torch.stack([tokens[start : start + T + 1] for start in starts])
+        gpt.loss(window[:, :-1], window[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return gpt.eval()
+
+
+def saved(path: Path, gpt, tokenizer):
+    save_run(path, new_run(path, gpt.state_dict(), gpt.config, tokenizer))
+    return path

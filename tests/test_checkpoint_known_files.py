@@ -1,0 +1,58 @@
+"""Known formats of others are named, and never called damaged."""
+
+import json
+import pickle
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nanogpt_lit.__main__ import main
+
+
+def a_gguf(path):
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("x", np.zeros(1, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def a_folder(path, name):
+    path.mkdir()
+    (path / name).write_text("{}")
+
+
+FILES = {
+    "GGUF": (a_gguf, "a GGUF file of llama.cpp"),
+    "GGUF with absurd counts": (lambda p: p.write_bytes(b"GGUF" + b"\xff" * 64), "a GGUF file of llama.cpp"),
+    "NumPy": (lambda p: np.save(p.open("wb"), np.zeros(3)), "an array of NumPy"),
+    "pickle": (lambda p: p.write_bytes(pickle.dumps({})), "a pickle, which could run code"),
+    "old torch": (lambda p: torch.save({}, p, _use_new_zipfile_serialization=False), "a pickle, which could run code"),
+    "safetensors": (lambda p: save_file({"w": torch.zeros(1)}, p), "weights without their network; give the folder"),
+    "LoRA": (lambda p: save_file({"x.lora_A.weight": torch.zeros(1)}, p), "a LoRA adapter of PEFT"),
+    "LitGPT": (lambda p: a_folder(p, "lit_model.pth"), "a checkpoint of LitGPT"),
+    "OpenAI": (lambda p: a_folder(p, "encoder.json"), "GPT-2 as OpenAI published it"),
+    "adapter": (lambda p: a_folder(p, "adapter_config.json"), "holds a PEFT adapter"),
+    "text": (lambda p: p.write_text(json.dumps({"a": 1})), "of none of the formats that"),
+    "nothing": (lambda p: p.write_bytes(b""), "only the beginning of a file"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_is_named_in_one_sentence(tmp_path, capsys, name):
+    write, sentence = FILES[name]
+    write(tmp_path / "theirs")
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "out.safetensors")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+    assert "damaged" not in line
+    assert "nanogpt_lit convert" not in line  # which is the command that was just given
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "out.safetensors")]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
