@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,6 +23,7 @@ from nanogpt_lit.loops.lightning_logger import PatientLogger, go_on
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
+from nanogpt_lit.loops.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.loops.processes import has_group
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.slurm import requeue
@@ -36,7 +38,8 @@ def run(arguments: list[str]) -> int:
     quiet_lightning()
     lock = RunLock()
     try:
-        NanoGPTCLI(args=arguments, lock=lock)
+        with restored_process_settings():
+            NanoGPTCLI(args=arguments, lock=lock)
     except Stopped as stopped:
         rank_zero_print(str(stopped))
         if stopped.reason is Reason.PREEMPTED and stopped.first_rank:
@@ -76,6 +79,8 @@ class NanoGPTCLI(SettingsCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
+        # Before the Trainer looks at the GPU, and for validate and test too.
+        set_for_process(self.model, torch.device(self.device))
         plugin = precision_plugin(trainer.precision, self.device)
         # FSDPStrategy and DeepSpeedStrategy bring precision plugins of their own.
         if plugin is not None and named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2) and not trainer.plugins:

@@ -11,7 +11,6 @@ from torch.optim import AdamW
 from nanogpt_lit.elastic.elastic import Elastic, ElasticConfig
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT, GPTConfig, config_of_checkpoint
-from nanogpt_lit.gpt.products import choose_products
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
@@ -64,6 +63,7 @@ class LitNanoGPT(LightningModule):
                     f"model.optim.state_bits=8 keeps its moments on the card, and model.memory.{name} is {where}; "
                     f"set model.memory.{name}=card, or model.optim.state_bits=32."
                 )
+        self.tf32 = tf32
         self.optim_config = optim
         self.schedule_config = schedule
         self.memory_config = memory
@@ -82,7 +82,6 @@ class LitNanoGPT(LightningModule):
 
         Not logits: accelerate copies every output of forward to float32, which for 4 x 1024 logits of GPT-2 is 0.8 GB.
         """
-        choose_products(tokens, self.hparams["tf32"])  # here, and not in fit: every loop gets the same bits
         return self.elastic(self.loss, tokens, targets)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt_lit.gpt.loss import chunked_cross_entropy, cross_entropy
-from nanogpt_lit.gpt.products import multiply_by_onednn
 from nanogpt_lit.loops.machine import hardware
+from nanogpt_lit.matmul import set_matmul_backend
 from nanogpt_lit.memory.heap import keep_freed_memory
 from nanogpt_lit.parity.memory import peak_bytes
 
@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cpu":  # as fit does
         keep_freed_memory()
-        multiply_by_onednn()
+        set_matmul_backend(torch.device("cpu"), tf32=False)
     variants = {"at once": cross_entropy} | {f"chunks of {n}": partial(in_chunks, n) for n in args.chunks}
     if args.torch:
         variants["linear_cross_entropy"] = of_torch

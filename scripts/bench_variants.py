@@ -115,7 +115,7 @@ def drive(step: Callable[[Batch], None], turns: Turns) -> None:
 
 
 def build(config: GPTConfig, options: dict[str, Any]) -> "LitNanoGPT":
-    from nanogpt_lit.gpt import products
+    from nanogpt_lit import matmul
     from nanogpt_lit.memory.heap import keep_freed_memory
     from nanogpt_lit.memory.techniques import MemoryConfig
     from nanogpt_lit.module import LitNanoGPT
@@ -123,7 +123,7 @@ def build(config: GPTConfig, options: dict[str, Any]) -> "LitNanoGPT":
     if options["heap"]:
         keep_freed_memory()  # as fit does on a processor
     if not options["onednn"]:
-        products._is_exact = lambda: False  # type: ignore[assignment]
+        matmul.onednn_is_exact = lambda: False  # type: ignore[assignment]
     return LitNanoGPT(
         config,
         AdamWConfig(implementation=options["optimizer"]),
@@ -152,6 +152,7 @@ def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
     from nanogpt_lit.loops.lightning_guards import FiniteSteps
     from nanogpt_lit.loops.lightning_precision import precision_plugin
     from nanogpt_lit.loops.lightning_stops import StepStops
+    from nanogpt_lit.loops.process_settings import set_for_process
 
     meter, validations = StepMeter(), ValidationRecord()
     plugin = precision_plugin(precision, turns.device)
@@ -174,6 +175,7 @@ def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
             enable_model_summary=False,
             limit_val_batches=0,
         )
+        set_for_process(module, torch.device(turns.device))  # as fit does
         trainer.fit(module, turns)
 
 
@@ -217,10 +219,10 @@ def on(device: str, batch: Batch) -> Batch:
 
 def matmul_step(precision: str, device: str) -> Callable[[Batch], None]:
     """Products of square matrices into memory that is there, by the quicker library: what arithmetic could run at."""
-    from nanogpt_lit.gpt.products import multiply_by_onednn
+    from nanogpt_lit.matmul import set_matmul_backend
 
     if device == "cpu":
-        multiply_by_onednn()
+        set_matmul_backend(torch.device(device), tf32=False)
     a, b, product = (torch.randn(MATMUL_SIDE, MATMUL_SIDE).to(device, dtype_of(precision)) for _ in range(3))
 
     def step(batch: Batch) -> None:

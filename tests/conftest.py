@@ -33,7 +33,7 @@ def pytest_runtest_setup(item):
     """What one test leaves to the next in the process, put right before any fixture, also a module's, is set up."""
     # The sum of a matrix product depends on the number of threads: bits are compared at one and the same.
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")  # gpt/products.py sets it for a process
+    torch.set_float32_matmul_precision("highest")
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
 

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "nanogpt_lit"
 
 # What each room may import of the others. Within a room, files may import each other.
 ALLOWED = {
-    "gpt": set(),
+    "gpt": {"matmul"},
     "optim": set(),
     "memory": {"gpt"},
     "plan": {"collector", "gpt", "memory"},
@@ -18,6 +18,7 @@ ALLOWED = {
     "collector": set(),
     "durable": set(),
     "errors": set(),
+    "matmul": set(),
     "data": {"durable"},
     "checkpoint": {"gpt", "optim", "data", "durable", "random_state"},
     "sampling": {"gpt", "data"},
@@ -27,7 +28,10 @@ ALLOWED = {
     "supervisor": {"supervised"},
     "units": set(),
     "doctor": {"data", "checkpoint", "loops"},
-    "loops": {"gpt", "optim", "plan", "elastic", "sampling", "checkpoint", "durable", "random_state", "supervised"},
+    "loops": {
+        "gpt", "optim", "plan", "elastic", "sampling", "checkpoint", "durable", "matmul", "random_state",
+        "supervised",
+    },
     "strategies": {"loops"},
     "allowlist": set(),
     "places": set(),

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.gpt.attention import attention
 from nanogpt_lit.gpt.cache import KeyValueCache, LayerCache
 from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
-from nanogpt_lit.gpt.products import attention
 from nanogpt_lit.gpt.rotary import Rotary
 
 

@@ -31,6 +31,7 @@ from nanogpt_lit.loops.contract import (
 )
 from nanogpt_lit.loops.elastic_start import agree_on_steps, start_elastic, stop_elastic
 from nanogpt_lit.loops.guards import SkippedInARow, drop_unless_finite
+from nanogpt_lit.loops.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
 from nanogpt_lit.loops.spikes import SpikeGuard
 
@@ -56,6 +57,7 @@ def accelerator_options(settings: LoopSettings, device: str) -> dict[str, Any]:
     }
 
 
+@restored_process_settings()
 def train(
     accelerator: Accelerator,
     module: nn.Module,
@@ -97,6 +99,7 @@ def train(
         batches, step = batches_done(start, parts.module, accumulate, processes), start.step
     skipped = SkippedInARow(schedule)
     observer.on_train_start(parts)
+    set_for_process(parts.module, accelerator.device)
     seed_dropout(settings.seed, accelerator.process_index)
     if start is not None:
         restore_random_state(start.random, accelerator.process_index, accelerator.device)

@@ -93,7 +93,7 @@ def peak_flops_of(device: torch.device, precision: str, processes: int) -> float
     """FLOP/s of all processes' devices at best, taken to be alike; None where plan/cards.py does not know."""
     if device.type != "cuda":
         return None
-    one = peak_flops(torch.cuda.get_device_name(device), precision, torch.backends.cuda.matmul.allow_tf32)
+    one = peak_flops(torch.cuda.get_device_name(device), precision, torch.backends.cuda.matmul.fp32_precision == "tf32")
     return one and one * processes
 
 

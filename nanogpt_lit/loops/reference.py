@@ -28,12 +28,14 @@ from nanogpt_lit.loops.contract import (
 )
 from nanogpt_lit.loops.elastic_start import agree_on_steps, start_elastic, stop_elastic
 from nanogpt_lit.loops.guards import SkippedInARow, drop_unless_finite
+from nanogpt_lit.loops.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
 from nanogpt_lit.loops.spikes import SpikeGuard
 
 Batch = tuple[Tensor, Tensor]
 
 
+@restored_process_settings()
 def train(
     module: nn.Module,
     train_loader: Iterable[Batch],
@@ -76,6 +78,7 @@ def train(
         batches, step = batches_done(start, module, settings.accumulate_grad_batches, processes), start.step
     skipped = SkippedInARow(schedule)
     observer.on_train_start(parts)
+    set_for_process(module, device)
     seed_dropout(settings.seed, rank)
     if start is not None:
         restore_random_state(start.random, rank, device)

@@ -27,6 +27,7 @@ from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
 from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps, Observed
 from nanogpt_lit.loops.lightning_precision import MixedPrecision, precision_plugin
+from nanogpt_lit.loops.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.loops.processes import rank
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
@@ -125,6 +126,7 @@ class HalfOnProcessors(Accelerator):
             self.scaler = GradScaler("cpu", **(self.scaler_handler.to_kwargs() if self.scaler_handler else {}))
 
 
+@restored_process_settings()
 def run_lightning(case: Case, data: TokenDataModule) -> Run:
     recorder = CurveRecorder(case.settings, case.processes)
     trainer = Trainer(
@@ -137,7 +139,9 @@ def run_lightning(case: Case, data: TokenDataModule) -> Run:
             Observed(recorder),
         ],
     )
-    trainer.fit(case.make_module(), *loaders_of(case, data, rank()))
+    module = case.make_module()
+    set_for_process(module, torch.device(case.device))  # as fit does
+    trainer.fit(module, *loaders_of(case, data, rank()))
     return Run.of(recorder)
 
 

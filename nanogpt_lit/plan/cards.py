@@ -76,7 +76,7 @@ def peak_flops(device_name: str, precision: str, allow_tf32: bool = False) -> fl
     """Dense peak in FLOP/s of one card at a Lightning precision such as "16-mixed", or None when it is not known.
 
     device_name: as torch.cuda.get_device_name() gives it; a processor has no entry
-    allow_tf32: whether float32 matrix products run in TF32 (torch.backends.cuda.matmul.allow_tf32)
+    allow_tf32: whether float32 matrix products run in TF32 (torch.backends.cuda.matmul.fp32_precision == "tf32")
     """
     card = card_of(device_name)
     if card is None:
