@@ -13,6 +13,10 @@ from small_runs import BOTTLES
 from nanogpt_lit.gpt.model import GPTConfig
 
 
+def pytest_addoption(parser):
+    parser.addoption("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, for the long test that runs its train.py")
+
+
 def pytest_configure():
     """A suite that is started with nohup, or in the background of a script, has signals ignored; its runs listen."""
     for name in ("SIGHUP", "SIGINT"):

@@ -65,6 +65,8 @@ FRAMEWORKS = {
     },
     "accelerate": {"loops.accelerate_loop", "parity.runs", "parity.settled"},
 }  # fmt: skip
+OPTIONAL = {"transformers", "gguf", "xllamacpp", "tokenizers", "huggingface_hub", "lm_eval", "datasets", "pyarrow"}
+"""Training needs none of them: what does is an extra, and imports it where it is used."""
 LIGHT = {"__main__", "__init__", "commands"}  # these answer before torch is imported
 EVERYWHERE = {"errors"}  # a light file that every room may import
 
@@ -99,6 +101,11 @@ def test_a_framework_is_imported_only_in_its_rooms(path):
     for name in imports(path):
         root = name.partition(".")[0]
         assert root not in FRAMEWORKS or dotted(path) in FRAMEWORKS[root], f"{dotted(path)} imports {root}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=dotted)
+def test_no_file_needs_an_optional_package_to_be_imported(path):
+    assert not OPTIONAL & {name.partition(".")[0] for name in imports(path, top_level_only=True)}
 
 
 @pytest.mark.parametrize("name", sorted(LIGHT))

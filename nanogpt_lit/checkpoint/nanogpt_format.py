@@ -165,13 +165,15 @@ def write(target: Path, state: RunState, source: Path) -> list[str]:
         moments = {}
         notes.append("The state of its optimizer, which nanoGPT lacks, stays behind: AdamW begins anew there.")
     fresh = build_optimizer(gpt.named_parameters(), replace(optim, matrices="adamw", muon_lr=None, state_bits=32))
-    WarmupDecay(fresh, schedule)
+    WarmupDecay(fresh, schedule)  # gives each group its initial_lr
+    # None leaves the kernel to torch, as nanoGPT does; a state that is loaded brings its own choice along.
+    groups = [{**group, "foreach": None, "fused": None} for group in fresh.state_dict()["param_groups"]]
     best = state.validations.get("best")
     with durable_file(target) as file:
         torch.save(
             {
                 "model": gpt.state_dict(),
-                "optimizer": {**fresh.state_dict(), "state": moments},
+                "optimizer": {"state": moments, "param_groups": groups},
                 "model_args": {name: asdict(config)[name] for name in (*SIZES, "bias", "dropout")},
                 "iter_num": state.step,
                 "best_val_loss": 1e9 if best is None else float(best[1]),

@@ -240,7 +240,8 @@ class TokenDataModule(LightningDataModule):
             )
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         for name in ORDER_FIELDS if fitting else ():
-            saved, here = state_dict[name], getattr(self, name)
+            here = getattr(self, name)
+            saved = state_dict.get(name, here)  # a run that began elsewhere had no such order
             if saved != here:
                 rank_zero_warn(
                     f"data.{name} was {saved} and is {here}: the run goes on in another order of samples, which may "
