@@ -80,7 +80,7 @@ class NanoGPTCLI(SettingsCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
         # Before the Trainer looks at the GPU, and for validate and test too.
-        set_for_process(self.model, torch.device(self.device))
+        set_for_process(self.model, torch.device(self.device), trainer.deterministic)
         plugin = precision_plugin(trainer.precision, self.device)
         # FSDPStrategy and DeepSpeedStrategy bring precision plugins of their own.
         if plugin is not None and named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2) and not trainer.plugins:
@@ -137,6 +137,7 @@ class NanoGPTCLI(SettingsCLI):
                 batch_size=self.datamodule.batch_size,
                 run_folder=relative_to_here(str(run_folder(trainer))),
                 seed=self.seed,
+                deterministic=self.settings.trainer.deterministic,
             )
         )
         self._started_s = awake_s()

@@ -142,6 +142,7 @@ def run(cli: AccelerateCLI, lock: RunLock) -> int:
             batch_size=data.batch_size,
             run_folder=relative_to_here(str(folder)),
             seed=cli.seed,
+            deterministic=settings.deterministic,
         )
     )
     if cli.spikes is not None:

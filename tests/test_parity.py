@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -83,6 +84,7 @@ GRID = {
     "float32": case(),
     "float32, nothing clipped, no dropout": case(clip=None, dropout=0.0),
     "a ragged last window": case(accumulate=4, ragged=10),
+    "deterministic": replace(case(), settings=replace(case().settings, deterministic=True)),
     "bfloat16, accumulation, for-loop": case("bf16-mixed", 4, implementation="for-loop"),
     "bfloat16, ragged, foreach": case("bf16-mixed", 4, implementation="foreach", ragged=6),
     "float16, steps skipped and scale grown": case("16-mixed", 1, scaler=OVERFLOWS),
@@ -328,6 +330,24 @@ def assert_readable(html, picture, cases):
         assert len(drawn) == 3
         assert len(set(drawn)) == 1  # over each other
     assert not re.search(r"src=|href=\"(?!#)", html)  # needs nothing else
+
+
+def test_on_a_gpu_the_script_compares_loops_that_are_strict_and_not_only_warned(script, options, monkeypatch):
+    """With a warning alone, attention's backward pass adds up in no fixed order, and a loop differs from itself."""
+    compared = []
+
+    def compare_all(points, cases, data):
+        compared.extend(cases)
+        sys.exit(0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(script, "hardware", lambda *_: "")  # asks CUDA for a name
+    monkeypatch.setattr(script, "compare_all", compare_all)
+    assert run(script, *options, "--on=cuda", "--trainer.accelerator=cpu") == 0
+    assert {(case.device, case.settings.deterministic) for case in compared} == {("cuda", True)}
+    compared.clear()
+    assert run(script, *options) == 0
+    assert {(case.device, case.settings.deterministic) for case in compared} == {("cpu", None)}
 
 
 def test_the_script_names_the_first_difference_and_leaves_with_1(script, options, tmp_path, capsys, monkeypatch):

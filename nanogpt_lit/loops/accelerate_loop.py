@@ -99,7 +99,7 @@ def train(
         batches, step = batches_done(start, parts.module, accumulate, processes), start.step
     skipped = SkippedInARow(schedule)
     observer.on_train_start(parts)
-    set_for_process(parts.module, accelerator.device)
+    set_for_process(parts.module, accelerator.device, settings.deterministic)
     seed_dropout(settings.seed, accelerator.process_index)
     if start is not None:
         restore_random_state(start.random, accelerator.process_index, accelerator.device)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.process_settings import Deterministic
 
 AUTOCAST_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -34,6 +35,8 @@ class LoopSettings:
     """Validation batches to read; None reads all."""
     seed: int | None = None
     """Of dropout; None goes on with the random state as it is."""
+    deterministic: Deterministic = None
+    """Whether a GPU, which otherwise adds up in no fixed order, repeats the run to the bit."""
 
     def __post_init__(self) -> None:
         if self.precision not in AUTOCAST_DTYPES:

@@ -1,21 +1,73 @@
-"""What a run sets for its whole process, in every loop: how float32 matrices are multiplied."""
+"""What a run sets for its whole process, in every loop: how float32 matrices are multiplied, and whether it repeats.
 
+Many kernels of a GPU add up in whatever order their threads arrive, attention's backward pass among them: a run on a
+GPU differs from itself, by rounding. PyTorch has slower ones that do not. trainer.deterministic is Lightning's key for
+them, and means the same in the other loops.
+"""
+
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
+import torch.utils.deterministic
 from torch import nn
 
 from nanogpt_lit.matmul import restored_matmul_backend, set_matmul_backend
+
+Deterministic = bool | Literal["warn"] | None
+"""As trainer.deterministic: "warn" goes on with a warning, and None leaves the process as it is."""
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
+"""Those with which cuBLAS repeats itself (NVIDIA's cuBLAS documentation, "Results Reproducibility")."""
+_DETERMINISTIC: Any = torch.utils.deterministic
 
 
 @contextmanager
 def restored_process_settings() -> Iterator[None]:
     """Put back at the end of a run, however it ends, what it has set for its process. Also a decorator."""
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = _DETERMINISTIC.fill_uninitialized_memory
+    workspace = os.environ.get(CUBLAS_WORKSPACE)
     with restored_matmul_backend():
-        yield
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(strict, warn_only=warns)
+            _DETERMINISTIC.fill_uninitialized_memory = fills
+            if workspace is None:
+                os.environ.pop(CUBLAS_WORKSPACE, None)
+            else:
+                os.environ[CUBLAS_WORKSPACE] = workspace
 
 
-def set_for_process(module: nn.Module, device: torch.device) -> None:
+def set_for_process(module: nn.Module, device: torch.device, deterministic: Deterministic = None) -> None:
     """Called by every loop before its first batch. device: where the module computes"""
     set_matmul_backend(device, tf32=bool(getattr(module, "tf32", False)))
+    if deterministic is None:
+        return
+    torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
+    if deterministic:
+        # PyTorch would fill all new memory, to show who reads what nobody wrote. Here nobody does, and it takes time.
+        _DETERMINISTIC.fill_uninitialized_memory = False
+        # cuBLAS and PyTorch read it when the process first multiplies on a GPU.
+        if os.environ.get(CUBLAS_WORKSPACE) not in REPEATABLE_WORKSPACES:
+            os.environ[CUBLAS_WORKSPACE] = REPEATABLE_WORKSPACES[0]
+
+
+def repeatability(device: torch.device, processes: int, deterministic: Deterministic) -> str:
+    """Whether another run of the same settings ends with the same bits, a sentence."""
+    if device.type == "cpu":
+        return f"to the bit on this CPU, with {torch.get_num_threads()} thread(s)"
+    if device.type != "cuda":
+        return f"not known for {device.type}"
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if deterministic is not None:
+        strict = deterministic is True
+    if not strict:
+        return "up to rounding, since a GPU adds up in no fixed order; trainer.deterministic=true repeats to the bit"
+    if processes > 1:
+        return f"to the bit, as far as NCCL adds up the gradients of {processes} GPUs in a fixed order"
+    return "to the bit on this GPU"

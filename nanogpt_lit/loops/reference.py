@@ -78,7 +78,7 @@ def train(
         batches, step = batches_done(start, module, settings.accumulate_grad_batches, processes), start.step
     skipped = SkippedInARow(schedule)
     observer.on_train_start(parts)
-    set_for_process(module, device)
+    set_for_process(module, device, settings.deterministic)
     seed_dropout(settings.seed, rank)
     if start is not None:
         restore_random_state(start.random, rank, device)

@@ -9,6 +9,7 @@ from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.machine import device_name
+from nanogpt_lit.loops.process_settings import Deterministic, repeatability
 from nanogpt_lit.sampling import printable
 
 
@@ -22,15 +23,17 @@ def opening_lines(
     batch_size: int,
     run_folder: str,
     seed: int | None,
+    deterministic: Deterministic,
 ) -> str:
-    """What will run: the network, the size of a step, and where it is kept."""
+    """What will run: the network, the size of a step, where it is kept, and whether it can be repeated."""
     batches_per_step, T = accumulate_grad_batches * processes, gpt.config.block_size
     tokens_per_step = batches_per_step * batch_size * T
     return (
         f"network: {gpt.parameter_count(non_embedding=False):,} parameters, {precision} on "
         f"{processes} x {device_name(device)}\n"
         f"step: {batches_per_step} x {batch_size} x {T} = {tokens_per_step:,} tokens\n"
-        f"run: {run_folder}, seed {seed}"
+        f"run: {run_folder}, seed {seed}\n"
+        f"repeatable: {repeatability(device, processes, deterministic)}"
     )
 
 

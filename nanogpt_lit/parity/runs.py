@@ -140,7 +140,7 @@ def run_lightning(case: Case, data: TokenDataModule) -> Run:
         ],
     )
     module = case.make_module()
-    set_for_process(module, torch.device(case.device))  # as fit does
+    set_for_process(module, torch.device(case.device), case.settings.deterministic)  # as fit does
     trainer.fit(module, *loaders_of(case, data, rank()))
     return Run.of(recorder)
 
@@ -154,6 +154,7 @@ def trainer_options(case: Case) -> dict[str, Any]:
         "strategy": "auto" if case.processes == 1 else "ddp",
         # Named, or a cluster's job that this happens to run in would be taken for the launcher.
         "plugins": [lightning_precision(settings.precision, case.scaler, case.device), LightningEnvironment()],
+        "deterministic": settings.deterministic,
         "max_steps": settings.max_steps,
         "accumulate_grad_batches": settings.accumulate_grad_batches,
         "gradient_clip_val": settings.gradient_clip_val,

@@ -138,9 +138,9 @@ TABLE: tuple[Row, ...] = (
     *(
         Row(f"trainer.{name}", None, default, _FROM_YAML)
         for name, default in {
-            "callbacks": None, "default_root_dir": None, "enable_checkpointing": None, "enable_progress_bar": None,
-            "limit_val_batches": None, "log_every_n_steps": None, "max_steps": -1, "max_time": None,
-            "val_check_interval": None,
+            "callbacks": None, "default_root_dir": None, "deterministic": None, "enable_checkpointing": None,
+            "enable_progress_bar": None, "limit_val_batches": None, "log_every_n_steps": None, "max_steps": -1,
+            "max_time": None, "val_check_interval": None,
         }.items()
     ),
     *(
@@ -148,7 +148,6 @@ TABLE: tuple[Row, ...] = (
         for name in ("barebones", "enable_model_summary", "num_sanity_val_steps", "use_distributed_sampler")
     ),
     Row("trainer.gradient_clip_algorithm", None, None, "accelerator.clip_grad_value_(parameters, ...) clips by value"),
-    Row("trainer.deterministic", None, None, "accelerate.utils.set_seed(..., deterministic=True)"),
     Row("trainer.logger", None, None, "Accelerator(log_with=...)"),
     Row("trainer.plugins", None, None, "Accelerator(kwargs_handlers=[...]), where there is one of the kind"),
     Row("trainer.profiler", None, None, "Accelerator(kwargs_handlers=[ProfileKwargs(...)])"),

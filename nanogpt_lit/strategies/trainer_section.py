@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # whose torch takes a second to import, and the section can b
 FOLLOWED = {
     "accelerator", "strategy", "devices", "num_nodes", "precision", "max_steps", "accumulate_grad_batches",
     "gradient_clip_val", "val_check_interval", "limit_val_batches", "log_every_n_steps", "default_root_dir",
-    "enable_progress_bar", "enable_checkpointing", "callbacks", "max_time",
+    "enable_progress_bar", "enable_checkpointing", "callbacks", "max_time", "deterministic",
 }  # fmt: skip
 WITHOUT_EFFECT = {"enable_model_summary", "num_sanity_val_steps", "use_distributed_sampler", "barebones"}
 TEXT_SAMPLES = "lightning_callbacks.TextSamples"  # the one callback that has its like here: journal.py
@@ -84,6 +84,7 @@ def loop_settings(trainer: Mapping[str, Any], val_batches: int, seed: int | None
         val_check_interval=interval,
         limit_val_batches=limit,
         seed=seed,
+        deterministic=trainer["deterministic"],
     )
 
 

@@ -94,6 +94,7 @@ class Trials:
             val_check_interval=val_batches and steps * accumulate,
             limit_val_batches=val_batches,
             seed=seed,
+            deterministic=trainer.deterministic,
         )
         torch.manual_seed(seed)
         module = self.build(candidate, steps).to(self._device)
