@@ -187,12 +187,19 @@ def ending(returncode: int, folder: Path) -> End:
     reports = {name: (folder / name).read_text("utf-8") if (folder / name).exists() else "" for name in (TOKENS, ERROR)}
     error = reports[ERROR]
     if returncode < 0:
-        error = f"killed by {signal.Signals(-returncode).name}"
+        error = f"killed by {name_of(-returncode)}"
     return End(
         code=returncode if returncode >= 0 else 128 - returncode,
         error=error or f"exit code {returncode}",
         tokens=int(reports[TOKENS]) if reports[TOKENS].strip() else None,
     )
+
+
+def name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of a real-time signal, which has none
+        return f"signal {number}"
 
 
 def say(line: str) -> None:

@@ -23,6 +23,7 @@ from torture_ranks import Failed, alive, start_all, wait, wait_for_training
 from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, verify_run
 from nanogpt_lit.durable import PARTIAL
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.recipes import RECIPES
 
@@ -148,7 +149,7 @@ class Trial:
                     raise Failed("the run does not reach its end")
                 self._disturb("none")
             self._compare()
-        except (Failed, ValueError) as failure:
+        except (Failed, UserError) as failure:
             self.result.failure = str(failure)
         for group in self._groups:
             with suppress(OSError, AttributeError):

@@ -12,6 +12,7 @@ import torch
 from small_runs import BOTTLES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import nanogpt_lit.__main__
 from nanogpt_lit.__main__ import COMMANDS, exit_code, main
 from nanogpt_lit.checkpoint.run_file import load_run
 
@@ -327,6 +328,13 @@ def test_an_error_that_is_no_users_mistake_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("nanogpt_lit.commands.generate", broken)
     with pytest.raises(ValueError, match="invalid literal"):
         main(["generate"])
+
+
+@pytest.mark.parametrize("defect", ["int('x')", "list(zip([1], [], strict=True))", "a, b = [1]", "float('x')"])
+def test_a_defect_in_a_file_of_ours_is_not_told_as_the_users_mistake(defect):
+    code = compile(defect, nanogpt_lit.__main__.__file__, "exec")
+    with pytest.raises(ValueError, match=r"invalid literal|shorter|unpack|could not convert"):
+        exit_code(lambda: exec(code))
 
 
 def test_another_process_that_was_killed_is_no_mistake_of_the_user():

@@ -16,7 +16,7 @@ from small_runs import BOTTLES
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.supervisor import Supervisor, keep_alive
+from nanogpt_lit.supervisor import Supervisor, ending, keep_alive
 
 posix = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 
@@ -105,6 +105,17 @@ def test_a_mistake_of_the_user_is_not_tried_again(child, tmp_path, capfd):
     assert run(child("fail(ValueError('data.source=x does not exist.'), 2)")) == 2
     assert starts(tmp_path) == 1
     assert lines(capfd) == ["stopped: ValueError: data.source=x does not exist., which starting again does not mend"]
+
+
+def test_a_defect_before_the_first_step_is_tried_again_and_a_mistake_is_not(child, tmp_path):
+    code = (
+        "from nanogpt_lit.__main__ import exit_code\n"
+        "from nanogpt_lit.errors import UserError\n"
+        "def refuse(): raise UserError('data.source=x does not exist.')\n"
+        "sys.exit(exit_code((lambda: int('x')) if start == 0 else refuse))"
+    )
+    assert run(child(code)) == 2
+    assert starts(tmp_path) == 2
 
 
 def test_a_file_that_fails_in_the_middle_of_training_is_tried_again(child, tmp_path):
@@ -299,3 +310,9 @@ def test_a_fit_that_is_killed_ends_with_the_weights_of_one_that_was_not(tmp_path
     there, here = newest(undisturbed), newest(disturbed)
     assert here.step == there.step == 42
     assert not [name for name, weight in there.weights.items() if not torch.equal(weight, here.weights[name])]
+
+
+@posix
+def test_a_signal_without_a_name_is_told_by_its_number(tmp_path):
+    assert ending(-int(signal.SIGRTMIN + 1), tmp_path).error == f"killed by signal {signal.SIGRTMIN + 1}"
+    assert ending(-int(signal.SIGKILL), tmp_path).error == "killed by SIGKILL"

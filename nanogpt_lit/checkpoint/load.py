@@ -22,7 +22,7 @@ def load_network(path: Path, device: str = "cpu") -> tuple[GPT, Tokenizer]:
             gpt = GPT(config_of_checkpoint(stored.hyper_parameters["gpt"]))
         # assign: the network is never initialised, it takes the tensors of the file as they are.
         gpt.load_state_dict(weights, assign=True)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} holds another network than LitNanoGPT's, which generate cannot run.") from error

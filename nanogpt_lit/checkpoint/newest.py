@@ -45,12 +45,12 @@ def latest_of(run: Path) -> Newest:
     for path in sorted((run / "checkpoints").glob(f"*{SUFFIX}"), key=preference):
         try:
             tried.append((-step_of(path), preference(path), path))
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             damaged.append(reason(path, error))
     for _, _, path in sorted(tried):
         try:
             step = verify_run(path)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             damaged.append(reason(path, error))
             continue
         if damaged:

@@ -96,7 +96,7 @@ def _stale_reason(request: dict[str, Any], folder: Path) -> str | None:
             return f"the tokenizer in {folder} is not the one its shards were made with"
     except (KeyError, TypeError, AttributeError) as error:
         return f"{folder / MANIFEST} lacks or garbles {error}"
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return None
 

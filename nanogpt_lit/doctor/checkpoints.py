@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt_lit.doctor.finding import Finding
+from nanogpt_lit.errors import UserError
 
 SUFFIX = ".safetensors"
 """As checkpoint/run_file.py has it, which imports torch."""
@@ -62,7 +63,7 @@ def check_checkpoint(path: Path) -> Finding:
                         "checkpoint",
                         f"{path} holds weights that are not numbers ({name}): go on from another one",
                     )
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return Finding("wrong", "checkpoint", str(error).rstrip("."))
     size = path.stat().st_size
     step = description.get("step")

@@ -37,7 +37,7 @@ def check_shards(folder: Path) -> Iterator[Finding]:
         vocabulary = manifest["tokenizer"]["vocab_size"]
         # The header has no checksum. Its other fields have been compared with the file and the manifest.
         damaged |= {file.path.name for file in (*train.files, *val.files) if file.vocab_size != vocabulary}
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (UserError, OSError, KeyError, TypeError) as error:
         yield Finding("wrong", "shards", sentence(error, folder))
         return
     for name in sorted(damaged):

@@ -6,6 +6,7 @@ without a word either way. Here a contradiction is an error that names both side
 
 from collections.abc import Mapping
 
+from nanogpt_lit.environment import whole_number
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.accelerate_loop import MIXED_PRECISION
 
@@ -103,9 +104,7 @@ def launched_processes(environ: Mapping[str, str]) -> int:
     name = next((name for name in PROCESSES if name in environ), None)
     if name is None:
         return 1
-    if not environ[name].isdecimal() or int(environ[name]) < 1:
-        raise UserError(f"{name}={environ[name]} in the environment is no number of processes; unset it, or set 1.")
-    return int(environ[name])
+    return whole_number(name, environ, least=1) or 1
 
 
 def check_processes(asked: int | None, launched: int) -> None:

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 
+from nanogpt_lit.environment import whole_number
+
 
 def requeue_signal() -> int | None:
     """What `#SBATCH --signal=USR1@120` sends to such a job; None where this is none."""
@@ -11,7 +13,7 @@ def requeue_signal() -> int | None:
 
 
 def was_requeued() -> bool:
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return bool(whole_number("SLURM_RESTART_COUNT", os.environ))
 
 
 def requeue() -> str:

@@ -153,11 +153,13 @@ def seconds_of(max_time: str | timedelta | Mapping[str, int] | None) -> float | 
     if max_time is None:
         return None
     if isinstance(max_time, str):
-        parts = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time.strip())
+        parts = re.fullmatch(r"([0-9]{1,9}):([0-9]{2}):([0-9]{2}):([0-9]{2})", max_time.strip())
         if parts is None:
             raise UserError(f"trainer.max_time={max_time} should be DD:HH:MM:SS; 00:08:00:00 is eight hours.")
-        days, hours, minutes, seconds = map(int, parts.groups())
-        max_time = timedelta(days, hours=hours, minutes=minutes, seconds=seconds)
-    elif isinstance(max_time, Mapping):
-        max_time = timedelta(**max_time)
+        max_time = dict(zip(("days", "hours", "minutes", "seconds"), map(int, parts.groups()), strict=True))
+    if isinstance(max_time, Mapping):
+        try:
+            max_time = timedelta(**max_time)
+        except (TypeError, OverflowError) as error:
+            raise UserError(f"trainer.max_time={dict(max_time)} is not a time ({error}); hours: 8 is.") from error
     return max_time.total_seconds()

@@ -9,6 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from nanogpt_lit.environment import whole_number
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.strategies.table import DDP, FSDP2, SHORT_NAMES, SINGLE, STRATEGIES, Strategy
 from nanogpt_lit.strategies.trainer_section import asked_processes, full_precision_name
@@ -90,7 +91,7 @@ def check_weights(trainer: Mapping[str, Any], where: str, device: str, environ: 
         return
     import torch  # late: what only translates files needs none
 
-    processes = asked_processes(trainer) or int(environ.get("WORLD_SIZE", torch.cuda.device_count()))
+    processes = asked_processes(trainer) or whole_number("WORLD_SIZE", environ, least=1) or torch.cuda.device_count()
     if processes > 1:
         raise UserError(
             f"model.memory.weights={where} keeps the gradients in host memory, where {processes} processes with a card "
@@ -105,8 +106,8 @@ def check_started(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.en
         ("torchrun", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"),
         ("srun", "SLURM_STEP_ID", "SLURM_NTASKS"),
     ):
-        started = environ.get(count)
-        if asked is not None and sign in environ and started is not None and int(started) != asked:
+        started = whole_number(count, environ, least=1) if sign in environ else None
+        if asked is not None and started is not None and started != asked:
             raise UserError(
                 f"trainer.devices={trainer['devices']} and trainer.num_nodes={trainer['num_nodes']} ask for {asked} "
                 f"processes, and {launcher} has started {started}; set one to the other."
@@ -148,7 +149,7 @@ def complete_sizes(trainer: Namespace, environ: Mapping[str, str] = os.environ) 
             f"trainer.strategy.tensor_parallel_size={arguments.tensor_parallel_size} would divide single matrices, "
             "which this network does not; leave it out."
         )
-    processes = asked_processes(vars(trainer)) or (int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None)
+    processes = asked_processes(vars(trainer)) or whole_number("WORLD_SIZE", environ, least=1)
     if arguments.data_parallel_size == "auto":
         if processes is None:
             raise UserError(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nanogpt_lit.environment import whole_number
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.strategies.accelerate_file import Translation
 from nanogpt_lit.strategies.check import check_combination, named_strategy
@@ -117,7 +118,7 @@ def _checked(strategy: Strategy | None, trainer: Mapping[str, Any], processes: i
 def _rendezvous(content: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
     for key, variable in RENDEZVOUS.items():
         if variable in environ:
-            content[key] = environ[variable] if key == "main_process_ip" else int(environ[variable])
+            content[key] = environ[variable] if key == "main_process_ip" else whole_number(variable, environ)
     missing = [key for key, variable in RENDEZVOUS.items() if variable not in environ]
     return [f"{', '.join(missing)}: add them, on each node its own machine_rank (0 is the first)"] if missing else []
 

@@ -50,7 +50,7 @@ def run(config: Path, settings_of_fit: Sequence[str], budget_s: float, out: Path
             try:
                 with torch.device("meta"):
                     trials.build(replace(own, recipe=name), settings.trainer.max_steps)
-            except ValueError as error:
+            except UserError as error:
                 print(f"without the recipe {name}: {error}", flush=True)
             else:
                 recipes += [name] if name != own.recipe else []
