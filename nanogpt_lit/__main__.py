@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, shown
 
 COMMANDS = {
     "fit": ("nanogpt_lit.cli:run", "train, from text or from a checkpoint; with --keep-alive, again after a crash"),
@@ -30,6 +31,11 @@ COMMANDS = {
     "eval": ("nanogpt_lit.evaluate.command:evaluate", "loss, bits per byte, HellaSwag and lm-eval's tasks"),
     "generate": ("nanogpt_lit.commands:generate", "text from a checkpoint, streamed as it is made"),
 }
+OTHER_NAMES = {
+    "train": "fit", "finetune": "fit", "resume": "fit", "eval": "validate", "evaluate": "validate",
+    "sample": "generate", "export": "convert", "tokenize": "prepare", "memory": "plan", "check": "doctor",
+}  # fmt: skip
+"""What other programs call them."""
 
 HELP = "\n".join(
     [
@@ -51,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(HELP)
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:
-        print(f"error: there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"error: {unknown(arguments[0])}", file=sys.stderr)
         return 2
     if arguments[0] == "fit":
         from nanogpt_lit.supervised import stop_with_supervisor, supervised
@@ -62,6 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if supervised():
             stop_with_supervisor()
     return exit_code(lambda: command_of(arguments[0])(arguments))
+
+
+def unknown(word: str) -> str:
+    """What to say of a command that there is not."""
+    if meant := OTHER_NAMES.get(word.lower()) or next(iter(get_close_matches(word, COMMANDS, n=1)), None):
+        return f"there is no command {word!r}; did you mean {meant}? There are {', '.join(COMMANDS)}."
+    return f"there is no command {word!r}; there are {', '.join(COMMANDS)}."
 
 
 def command_of(name: str) -> Callable[[list[str]], int]:
@@ -85,7 +98,7 @@ def exit_code(command: Callable[[], int]) -> int:
         of_a_file = isinstance(error, OSError) and not isinstance(error, ConnectionResetError)
         if not of_a_file and not isinstance(error, UserError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2
 
 

@@ -1,4 +1,4 @@
-"""The one exception that is told as a sentence."""
+"""The one exception that is told as a sentence, and how it is shown."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with 2. Every other exception is a defect and keeps its traceback.
     """
+
+
+def shown(text: object) -> str:
+    """Text for a terminal: what it would obey, and what no encoding holds, is written as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))

@@ -4,15 +4,24 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse.typing import Path as ParsedPath
 from lightning.pytorch.cli import LightningArgumentParser
 
 from nanogpt_lit.allowlist import TRUST, limit_imports, refusal, split_trusted
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, shown
 from nanogpt_lit.places import check_arguments, check_places
+from nanogpt_lit.yaml_file import check_yaml, read_yaml_file
 
+OTHER_PRECISIONS = {
+    "fp16": "16-mixed", "float16": "16-mixed", "half": "16-mixed", "amp": "16-mixed",
+    "bfloat16": "bf16-mixed", "fp32": "32-true", "float32": "32-true", "tf32": "32-true", "no": "32-true",
+}  # fmt: skip
+"""What other programs call them."""
 WORDS = {
     "int": "an integer",
     "float": "a number",
@@ -22,6 +31,28 @@ WORDS = {
     "dict": "a mapping",
     "NoneType": "null",
 }
+
+
+load_yaml, read_text = get_loader("yaml"), ParsedPath.read_text
+LONGEST_SENTENCE = 1000
+
+
+def load_bounded(text: str) -> Any:
+    """jsonargparse's own reading of a value, which may be any text."""
+    check_yaml(text)
+    try:
+        return load_yaml(text)
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+def read_bounded(path: ParsedPath) -> str:
+    return read_text(path) if str(path) == "-" else read_yaml_file(Path(path.absolute))
+
+
+# jsonargparse opens whatever file a value names, a pipe too, in the encoding of the machine.
+set_loader("yaml", load_bounded, exceptions=(yaml.YAMLError,))
+ParsedPath.read_text = read_bounded  # type: ignore[method-assign,assignment]
 
 
 class Parser(LightningArgumentParser):
@@ -56,8 +87,16 @@ class Parser(LightningArgumentParser):
         return f"{super().format_help(*more, **options)}\n{trust}\n{alive}\n"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        cause: BaseException | None = ex
+        while cause is not None:
+            if isinstance(cause, UserError):  # a sentence already
+                raise cause
+            cause = cause.__cause__ or cause.__context__
         parser = getattr(ex, "subcommand_parser", None) or self
-        print(f"error: {sentence(message, [action.dest for action in parser._actions])}", file=sys.stderr)
+        text = shown(sentence(message, [action.dest for action in parser._actions]))
+        if len(text) > LONGEST_SENTENCE:
+            text = f"{text[: LONGEST_SENTENCE // 2]} ... {text[-LONGEST_SENTENCE // 2 :]}"
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -72,10 +111,14 @@ def sentence(message: str, options: list[str]) -> str:
         key = unknown[1] or unknown[2]
         nearest = difflib.get_close_matches(key, options, n=1)
         return f"there is no option {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    if words := re.search(r"[Uu]nrecognized arguments: ([^-\s]\S*)", message):
+        return f"{words[1]} stands alone; an option goes before it, as in --config {words[1]}"
     if wrong := re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?:\.? Got| Given) value: (.*)', message):
         key, reasons, value = wrong.groups()
         if works := accepted(reasons):
-            return f"{key}={value} does not work; what does: {', '.join(works)}"
+            meant = OTHER_PRECISIONS.get(value.strip("'\"").lower()) if key == "trainer.precision" else None
+            meant = f"; did you mean {meant}?" if meant else ";"
+            return f"{key}={value} does not work{meant} what does: {', '.join(works)}"
     return message
 
 

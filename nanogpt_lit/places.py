@@ -4,13 +4,16 @@ Folders are the user's to choose (trainer.default_root_dir, data.shards_dir, a l
 them, and a name that climbs out again says one place and means another.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.yaml_file import load_yaml_file
 
 PATH = re.compile(r"(\w+_)?(config|dir|dirpath|filename|path|root|source|tokenizer)")
 """Keys whose values are paths. Lightning opens those with fsspec, which knows dozens of schemes."""
@@ -27,11 +30,13 @@ KEYWORDS = re.compile(r"(best|last|hpc|registry(:.*)?)")
 
 
 def check_places(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for an address where a path is meant, and for a name that leaves its folder.
+    """Raises UserError for an address where a path is meant, a name that leaves its folder, and no finite number.
 
     settings: of fit, as nested mappings
     """
     for keys, value, _ in _values(settings):
+        if isinstance(value, int | float) and "init_args" not in keys:
+            _check_number(".".join(keys), value)
         if isinstance(value, str) and PATH.fullmatch(keys[-1]):
             _check_path(".".join(keys), value)
     trainer = settings.get("trainer") or {}
@@ -50,11 +55,41 @@ def check_places(settings: Mapping[str, Any]) -> None:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Raises UserError for an address where the command line means a YAML, before it is opened."""
+    """Raises UserError where the command line means a YAML and names none: an address, or a file that is not there."""
     for argument, following in pairwise([*arguments, ""]):
         option, equals, value = argument.partition("=")
+        value = value if equals else following
         if option.startswith("-") and option.lstrip("-") in SECTIONS:
-            _check_path(option.lstrip("-"), value if equals else following)
+            _check_path(option.lstrip("-"), value)
+        if option in ("--config", "-c"):
+            _check_config(option, value)
+
+
+def _check_config(option: str, value: str) -> None:
+    """Of a file; the parser also takes the YAML itself, which begins with a brace or has a colon."""
+    path = Path(value)
+    if value == "-" or value.lstrip().startswith("{") or (":" in value and not path.exists()):
+        return
+    if not path.exists():
+        there = sorted(p.as_posix() for folder in {path.parent, Path("configs")} for p in folder.glob("*.y*ml"))
+        nearest = get_close_matches(path.as_posix(), there, n=1, cutoff=0.5) or there[:1]
+        works = (
+            f"; did you mean {nearest[0]}?" if nearest else "; name the YAML of a run, such as configs/quickstart.yaml."
+        )
+        raise UserError(f"{option}={value} does not exist{works}")
+    settings = load_yaml_file(path)
+    if not isinstance(settings, dict):
+        raise UserError(f"{value} holds no settings; they are written `trainer:`, and below it `max_steps: 1000`.")
+    for key, section in settings.items():
+        if key in SECTIONS and not isinstance(section, Mapping | str):
+            raise UserError(f"{value}: {key} holds no keys; write them below it, indented, or leave {key} out.")
+
+
+def _check_number(key: str, value: float | int) -> None:
+    if not math.isfinite(value):
+        raise UserError(f"{key}={value} is not a number to train with; a finite one works.")
+    if abs(value) >= 2**63 and isinstance(value, int):
+        raise UserError(f"{key}={value} is more than 64 bits hold; a smaller number works.")
 
 
 def _check_path(key: str, value: str) -> None:

@@ -28,7 +28,7 @@ from nanogpt_lit.memory.heap import keep_freed_memory
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
-from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.optim.schedule import ScheduleConfig, short_of_peak
 from nanogpt_lit.parser import Parser
 from nanogpt_lit.strategies.check import check_started, check_strategy, check_weights, complete_sizes, named_strategy
 from nanogpt_lit.strategies.table import DDP, SINGLE
@@ -141,8 +141,10 @@ class SettingsCLI(LightningCLI):
         MemoryConfig(**settings.model.memory)
         ElasticConfig(**settings.model.elastic)
         AdamWConfig(**settings.model.optim)
-        ScheduleConfig(**settings.model.schedule)
+        schedule = ScheduleConfig(**settings.model.schedule)
         if self.subcommand in (None, "fit"):
+            if sentence := short_of_peak(schedule):
+                rank_zero_print(sentence)
             check_saves_whole_steps(vars(settings.trainer))
             seconds_of(settings.trainer.max_time)
             self._guard_against_spikes()

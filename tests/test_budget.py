@@ -62,3 +62,10 @@ def test_another_card_is_named_by_its_memory():
 def test_a_card_without_room_is_refused():
     with pytest.raises(ValueError, match="--vram=512MiB"):
         choose_budget(vram="512MiB")
+
+
+def test_a_number_without_a_unit_that_no_card_has_is_told_in_gib():
+    with pytest.raises(ValueError, match="--vram=6 has no unit and would be MiB; did you mean --vram 6GiB"):
+        choose_budget(vram="6")
+    with pytest.raises(ValueError, match="is more memory than there is"):
+        choose_budget(vram="9" * 5000 + "GiB")

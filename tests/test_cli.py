@@ -253,6 +253,10 @@ def refusal(capsys, *arguments):
         ("--trainer.max_steps=-1", "trainer.max_steps=-1 gives the learning rate no end"),
         ("--trainer.val_check_interval=0.5", "`val_check_interval` should be an integer"),
         ("--trainer.precision=8-mixed", "trainer.precision"),
+        ("--trainer.precision=fp16", "trainer.precision=fp16 does not work; did you mean 16-mixed? what does: "),
+        ("--config=nowhere/quikstart.yaml", "--config=nowhere/quikstart.yaml does not exist"),
+        ("configs/x.yaml", "configs/x.yaml stands alone; an option goes before it, as in --config configs/x.yaml"),
+        ("--data.source=\x1b[31m", r"data.source=\x1b[31m does not exist"),
         ("--data.block_size=sixteen", "data.block_size"),
         ("--data.tokenizer=gpt5", "data.tokenizer=gpt5"),
         ("--data.source=nowhere.txt", "data.source=nowhere.txt does not exist"),
@@ -273,7 +277,7 @@ def test_an_unknown_key_in_the_yaml_is_refused_with_the_nearest_known_one(tmp_pa
 
 def test_a_yaml_that_is_no_yaml_is_refused(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("trainer: [\n")
-    assert "config" in refusal(capsys, "fit", "--config", str(tmp_path / "run.yaml"))
+    assert "run.yaml is not a YAML that can be read" in refusal(capsys, "fit", "--config", str(tmp_path / "run.yaml"))
 
 
 def test_a_mistake_is_named_before_the_data_is_prepared(options, tmp_path, capsys):
@@ -318,7 +322,31 @@ def test_generate_refuses_what_is_no_checkpoint_of_ours(tmp_path, capsys):
 
 
 def test_an_unknown_command_is_refused_with_those_there_are(capsys):
-    assert f"there are {', '.join(COMMANDS)}" in refusal(capsys, "fti")
+    assert f"there are {', '.join(COMMANDS)}" in refusal(capsys, "xyzzy")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("fti", "fit"), ("train", "fit"), ("sample", "generate"), ("Plan", "plan")]
+)
+def test_an_unknown_command_is_told_the_nearest(word, meant, capsys):
+    assert f"there is no command '{word}'; did you mean {meant}?" in refusal(capsys, word)
+
+
+def test_a_warm_up_that_outlasts_the_run_is_told(options, capsys):
+    refusal_of_the_data = ["--model.schedule.warmup_steps=100", "--data.source=nowhere.txt"]
+    assert run("fit", *options, *refusal_of_the_data) == 2
+    said = "warmup_steps=100 does not end within trainer.max_steps=6: the learning rate reaches 6% of its peak; 0 warms"
+    assert said in capsys.readouterr().out
+
+
+def test_a_missing_yaml_is_told_the_nearest_that_is_there(here, capsys):
+    (here / "configs").mkdir()
+    for name in ("quickstart", "rtx2050"):
+        (here / "configs" / f"{name}.yaml").touch()
+    for wrong in ("configs/quikstart.yaml", "quickstart.yaml", "config/quickstart"):
+        assert f"--config={wrong} does not exist; did you mean configs/quickstart.yaml?" in refusal(
+            capsys, "fit", "--config", wrong
+        )
 
 
 def test_an_error_that_is_no_users_mistake_keeps_its_traceback(monkeypatch):

@@ -14,6 +14,7 @@ from nanogpt_lit.doctor.processor import check_processor
 from nanogpt_lit.doctor.shards import check_shards
 from nanogpt_lit.doctor.sleep import check_sleep
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.yaml_file import load_yaml_file
 
 RUN_SETTINGS = "config*.yaml"
 """What fit keeps of its settings in the folder of a run."""
@@ -85,12 +86,7 @@ def shards_of(settings: dict[str, Any], root: Path) -> Path:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """As far as they say where a run is. What else is wrong with them, `plan` and `fit` tell. Raises UserError."""
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}).") from error
+    settings = load_yaml_file(path)
     return settings if isinstance(settings, dict) else {}
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from nanogpt_lit.durable import PARTIAL, sweep, write_durably
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.stops import STOP_FILE
+from nanogpt_lit.yaml_file import load_yaml_file
 
 OF_ONE_PIECE = ("ckpt_path", "resume")
 
@@ -38,10 +38,9 @@ def latest_config(run_folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
         if not number_of(path):
             continue
         try:
-            kept = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:100]
-            remarks.append(f"{path} cannot be read ({reason}), and is passed over.")
+            kept = load_yaml_file(path)
+        except UserError as error:
+            remarks.append(f"{str(error).rstrip('.')}; it is passed over.")
             continue
         if isinstance(kept, dict):
             return kept, remarks

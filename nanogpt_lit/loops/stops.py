@@ -158,8 +158,9 @@ def seconds_of(max_time: str | timedelta | Mapping[str, int] | None) -> float | 
             raise UserError(f"trainer.max_time={max_time} should be DD:HH:MM:SS; 00:08:00:00 is eight hours.")
         max_time = dict(zip(("days", "hours", "minutes", "seconds"), map(int, parts.groups()), strict=True))
     if isinstance(max_time, Mapping):
+        parts_of_it = dict(max_time)
         try:
-            max_time = timedelta(**max_time)
+            max_time = timedelta(**parts_of_it)
         except (TypeError, OverflowError) as error:
-            raise UserError(f"trainer.max_time={dict(max_time)} is not a time ({error}); hours: 8 is.") from error
+            raise UserError(f"trainer.max_time={parts_of_it} is not a time ({error}); hours: 8 is.") from error
     return max_time.total_seconds()

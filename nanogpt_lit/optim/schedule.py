@@ -46,6 +46,18 @@ class ScheduleConfig:
             )
 
 
+def short_of_peak(config: ScheduleConfig) -> str | None:
+    """A sentence where the run ends before its warm-up does; None where the learning rate reaches its peak."""
+    if config.warmup_steps < config.total_steps:
+        return None
+    reached = config.total_steps / (config.warmup_steps + 1)
+    return (
+        f"model.schedule.warmup_steps={config.warmup_steps} does not end within "
+        f"trainer.max_steps={config.total_steps}: "
+        f"the learning rate reaches {reached:.0%} of its peak; {config.total_steps // 10} warms up over a tenth"
+    )
+
+
 def warmup_decay(step: int, config: ScheduleConfig) -> float:
     """Learning rate of the given step (0 is the first) as a fraction of the peak, as in nanoGPT's train.py.
 

@@ -96,4 +96,8 @@ def parse_mib(option: str, text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb|m)?\s*", text.lower())
     if match is None or float(match[1]) == 0:
         raise UserError(f"{option}={text} is not an amount of memory; 4GiB or 3200MiB is.")
+    if match[2] is None and float(match[1]) < 256:
+        raise UserError(f"{option}={text} has no unit and would be MiB; did you mean {option} {match[1]}GiB?")
+    if len(text) > 20:
+        raise UserError(f"{option}={text[:20]}... is more memory than there is; 4GiB or 3200MiB works.")
     return round(float(match[1]) * (1024 if (match[2] or "m").startswith("g") else 1))

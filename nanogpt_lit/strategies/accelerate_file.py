@@ -9,6 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.strategies.table import ROW_OF, STRATEGIES
+from nanogpt_lit.yaml_file import load_yaml_file
 
 # Sections that have counterparts, and what their keys begin with; accelerate also takes the keys without that.
 SECTIONS = {
@@ -51,16 +52,7 @@ def read_accelerate_file(path: Path) -> dict[str, Any]:
     or read as something else, without a word."""
     if not path.is_file():
         raise FileNotFoundError(f"--to-trainer={path} is no file; `accelerate config` writes one and says where.")
-    try:
-        # Never a loader that builds objects: a file may come from anywhere.
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
-        problem = getattr(error, "problem", None) or type(error).__name__
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"--to-trainer={path} is not the plain YAML of `accelerate config`: {problem}{where}."
-        ) from error
+    content = load_yaml_file(path)
     if not isinstance(content, dict):
         raise UserError(f"--to-trainer={path} holds no keys; `accelerate config` writes one a line.")
     values = {key: _value(key, value) for key, value in _flat(content)}
