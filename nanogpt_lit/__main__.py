@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-from nanogpt_lit.errors import UserError, shown
+from nanogpt_lit.errors import NothingToDo, UserError, shown
 
 COMMANDS = {
     "fit": ("nanogpt_lit.cli:run", "train, from text or from a checkpoint; with --keep-alive, again after a crash"),
@@ -91,6 +91,9 @@ def exit_code(command: Callable[[], int]) -> int:
 
     try:
         return command()
+    except NothingToDo as done:
+        print(done, flush=True)
+        return 0
     except BaseException as error:
         if supervised():
             report_error(error)

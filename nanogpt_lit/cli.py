@@ -27,7 +27,7 @@ from nanogpt_lit.loops.process_settings import restored_process_settings, set_fo
 from nanogpt_lit.loops.processes import has_group
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.slurm import requeue
-from nanogpt_lit.loops.stops import Reason, Stopped, seconds_of
+from nanogpt_lit.loops.stops import Reason, Stopped, go_on_line, seconds_of
 from nanogpt_lit.settings import SettingsCLI, quiet_lightning, rank_zero_print, relative_to_here, writes_run_files
 from nanogpt_lit.strategies.check import named_strategy
 from nanogpt_lit.strategies.table import DDP, FSDP2, SINGLE
@@ -42,6 +42,8 @@ def run(arguments: list[str]) -> int:
             NanoGPTCLI(args=arguments, lock=lock)
     except Stopped as stopped:
         rank_zero_print(str(stopped))
+        if stopped.saved is not None:
+            rank_zero_print(go_on_line(["-m", "nanogpt_lit"], arguments))
         if stopped.reason is Reason.PREEMPTED and stopped.first_rank:
             print(requeue(), flush=True)  # the job ends with it
         # Of Lightning's own processes the first speaks for all: it would take another's code for a crash.

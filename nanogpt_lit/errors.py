@@ -1,4 +1,4 @@
-"""The one exception that is told as a sentence, and how it is shown."""
+"""The exceptions that are told as a sentence, and how it is shown."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,10 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with 2. Every other exception is a defect and keeps its traceback.
     """
+
+
+class NothingToDo(Exception):  # noqa: N818 - it is no error
+    """What was asked for is done already: the command line prints why, and exits with 0."""
 
 
 def shown(text: object) -> str:

@@ -11,15 +11,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from nanogpt_lit.checkpoint.newest import Newest, latest_of, newest_run
-from nanogpt_lit.checkpoint.run_file import check_run_file
+from nanogpt_lit.checkpoint.run_file import check_run_file, step_of
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.elastic.elastic import ElasticConfig
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import NothingToDo, UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.machine import device_type, slow_precision, unused_card, usable_precision
-from nanogpt_lit.loops.pieces import changed_settings, latest_config
-from nanogpt_lit.loops.processes import is_first
+from nanogpt_lit.loops.pieces import changed_settings, latest_config, rate_change
+from nanogpt_lit.loops.processes import is_first, launched_processes
 from nanogpt_lit.loops.save_times import EVERY_MINUTES, SaveTimes
 from nanogpt_lit.loops.slurm import was_requeued
 from nanogpt_lit.loops.spikes import SpikeGuard
@@ -152,6 +152,8 @@ class SettingsCLI(LightningCLI):
         self._find_resumed()
         if settings.get("ckpt_path") is not None and writes_run_files(settings.trainer):
             check_run_file(Path(settings.ckpt_path))
+            if self.subcommand in (None, "fit"):
+                self._check_goes_on(Path(settings.ckpt_path), settings.trainer.max_steps)
         if sentence := unused_card():
             rank_zero_print(sentence)
         self.device = device_type(settings.trainer.accelerator)
@@ -222,6 +224,20 @@ class SettingsCLI(LightningCLI):
         rank_zero_print(f"resume: going on from {self.resumed.path}, step {self.resumed.step:,}")
         settings.ckpt_path = str(self.resumed.path)
 
+    @staticmethod
+    def _check_goes_on(checkpoint: Path, max_steps: int) -> None:
+        """Raises NothingToDo for a checkpoint with all steps of the run."""
+        step = step_of(checkpoint)
+        if not 0 < max_steps <= step:
+            return
+        sentence = (
+            f"{checkpoint} holds step {step:,}, and the run is complete with trainer.max_steps={max_steps}. To go on "
+            f"with it, raise that: --trainer.max_steps {2 * step} would train as much again."
+        )
+        if launched_processes() == 1:
+            raise NothingToDo(sentence)
+        rank_zero_print(sentence)  # the processes are started already, and end together
+
     def say_what_changed(self) -> None:
         """The command line wins over the checkpoint; the user should see where."""
         if self.resumed is None:
@@ -230,6 +246,8 @@ class SettingsCLI(LightningCLI):
         changes = changed_settings(before, yaml.safe_load(self.kept_settings())) if before is not None else []
         for line in (*remarks, *changes):
             rank_zero_print(f"resume: {line}")
+        if before is not None and (rate := rate_change(before, self.settings.as_dict(), self.resumed.step)):
+            rank_zero_print(f"resume: {rate}")
 
     def kept_settings(self) -> str:
         """The configuration that a run keeps in its folder, YAML.

@@ -3,9 +3,13 @@
 Its output goes to the terminal as always: a supervisor that read it would take the progress line away.
 """
 
+import json
 import os
+import shlex
 import signal
+import subprocess
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -14,6 +18,34 @@ FOLDER = "NANOGPT_LIT_SUPERVISED"
 """The environment variable."""
 TOKENS, ERROR = "tokens", "error"
 """The files: tokens trained on so far, and the error that ended the process."""
+
+
+COMMAND = "NANOGPT_LIT_KEPT_ALIVE_BY"
+"""The environment variable with the supervisor's own command, a list in JSON."""
+
+
+def resume_command(program: Sequence[str], arguments: Sequence[str]) -> str:
+    """What to type to go on with a run, quoted for the shell. program, arguments: that it was started with
+
+    A run that is kept alive is gone on with by the command that keeps it alive.
+    """
+    if COMMAND in os.environ:
+        words = json.loads(os.environ[COMMAND])
+    else:
+        words = [*program, *without(arguments, ("--resume", "--ckpt_path")), "--resume", "auto"]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The arguments without these options and their values."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in options:
+            next(words, None)
+        elif word.partition("=")[0] not in options:
+            kept.append(word)
+    return kept
 
 
 def supervised() -> bool:

@@ -1,5 +1,6 @@
 """`fit --keep-alive`: starts a fit again, from its newest checkpoint, whenever it dies of something that may pass."""
 
+import json
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.supervised import ERROR, FOLDER, TOKENS
+from nanogpt_lit.supervised import COMMAND, ERROR, FOLDER, TOKENS
 
 KEEP_ALIVE = "--keep-alive"
 FIT = ("-m", "nanogpt_lit", "fit")
@@ -152,7 +153,7 @@ class Supervisor:
         apart: dict[str, Any] = {"process_group": 0}
         if sys.platform == "win32":
             apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        environment = {**os.environ, FOLDER: str(folder)}
+        environment = {**os.environ, FOLDER: str(folder), COMMAND: json.dumps(sys.orig_argv)}
         with subprocess.Popen(self._command, stdin=subprocess.PIPE, env=environment, **apart) as child:
             self._child = child
             if self._asked_to_stop is not None:  # it came while the child was being started

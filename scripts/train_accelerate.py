@@ -44,7 +44,7 @@ from nanogpt_lit.loops.processes import told
 from nanogpt_lit.loops.report import closing_table, opening_lines
 from nanogpt_lit.loops.resume import batches_done, check_network
 from nanogpt_lit.loops.slurm import requeue, requeue_signal
-from nanogpt_lit.loops.stops import Reason, Stopped, Stops, seconds_of
+from nanogpt_lit.loops.stops import Reason, Stopped, Stops, go_on_line, seconds_of
 from nanogpt_lit.settings import SettingsCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.strategies.trainer_section import (
     asked_processes,
@@ -68,12 +68,12 @@ def main(arguments: list[str]) -> int:
     quiet_lightning()
     lock = RunLock()
     try:
-        return run(AccelerateCLI(arguments, lock=lock), lock)
+        return run(AccelerateCLI(arguments, lock=lock), lock, arguments)
     finally:
         lock.release()
 
 
-def run(cli: AccelerateCLI, lock: RunLock) -> int:
+def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     trainer = cli.settings.trainer
     remark = check_environment(
         full_precision_name(trainer.precision),
@@ -170,6 +170,8 @@ def run(cli: AccelerateCLI, lock: RunLock) -> int:
             stopped = Stopped(stops.reason, observer.step, last and relative_to_here(last), saves)
             code = stopped.exit_code
             print(stopped, flush=True)
+            if last is not None:
+                print(go_on_line([sys.argv[0]], arguments), flush=True)
             if stops.reason is Reason.PREEMPTED:
                 print(requeue(), flush=True)  # the job ends with it
         accelerator.end_training()

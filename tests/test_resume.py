@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from nanogpt_lit.loops.pieces import changed_settings, config_file, latest_confi
 from nanogpt_lit.loops.resume import choose_again, chosen_settings
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
+from nanogpt_lit.supervised import resume_command
 
 LAST = "checkpoints/last.safetensors"
 
@@ -234,3 +237,54 @@ def test_a_runs_saved_settings_make_another_run_shards_of_its_own(loop, text, tm
     assert (tmp_path / "a/shards/manifest.json").read_bytes() == manifest
     assert (tmp_path / "b/shards/manifest.json").is_file()
     assert "gradient_clip_val: null" in (tmp_path / "b" / LOOPS[loop] / "config.yaml").read_text()  # the default is 1
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_finished_run_says_that_it_is_complete_and_a_longer_one_what_the_rate_will_do(loop, text, tmp_path, capsys):
+    assert loop(*small_run(text, tmp_path), "--trainer.max_steps=4") == 0
+    folder = tmp_path / LOOPS[loop]
+    before = (folder / LAST).stat()
+    capsys.readouterr()
+    for option in ("--resume=auto", f"--ckpt_path={folder / LAST}"):
+        assert loop(*small_run(text, tmp_path), "--trainer.max_steps=4", option) == 0
+        said = capsys.readouterr().out
+        assert f"{folder / LAST} holds step 4, and the run is complete with trainer.max_steps=4. " in said
+        assert "--trainer.max_steps 8 would train as much again" in said
+    assert (folder / LAST).stat().st_mtime_ns == before.st_mtime_ns
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert loop(*small_run(text, tmp_path), "--trainer.max_steps=6", "--resume=auto") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "learning rate now" in line]
+    rates = {step: value for (tag, step), value in curves(folder).items() if tag == "train/lr"}
+    rate, was, end = (float(number) for number in re.findall(r" (\d[\d.]*(?:e-\d+)?)(?= where|,|$)", line)[-3:])
+    assert (rate, end) == (pytest.approx(rates[5], rel=1e-2), pytest.approx(rates[6], rel=1e-2))
+    assert was == pytest.approx(6e-5)  # the floor
+    assert line.startswith("resume: the learning rate now decays over 6 steps, not 4: from step 4 on it is ")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_stopped_run_prints_the_command_that_goes_on_with_it(loop, text, tmp_path, capsys, monkeypatch):
+    root = tmp_path / "with a space"
+    root.mkdir()
+    yaml = root / "it's.yaml"
+    yaml.write_text("{}")
+    options = [*small_run(text, root, f"--config={yaml}"), "--resume", "auto", "--data.seed=5"]
+    forward = LitNanoGPT.forward
+
+    def stops(self, tokens, targets):
+        (root / LOOPS[loop] / "stop").touch()
+        return forward(self, tokens, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitNanoGPT, "forward", stops)
+        assert loop(*options) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("go on with: ")]
+    words = shlex.split(line.removeprefix("go on with: "))
+    given = words[words.index(options[0] if loop is accelerate else "fit") :]
+    assert given[loop is fit :] == [*(o for o in options if o not in ("--resume", "auto")), "--resume", "auto"]
+    assert loop(*given[loop is fit :], "--trainer.max_steps=2") == 0
+    assert load_run(root / LOOPS[loop] / LAST).step == 2
+
+
+def test_a_run_that_is_kept_alive_is_gone_on_with_by_what_keeps_it(monkeypatch):
+    monkeypatch.setenv("NANOGPT_LIT_KEPT_ALIVE_BY", '["python", "-m", "nanogpt_lit", "fit", "--keep-alive"]')
+    assert resume_command(["python"], ["fit", "--resume", "auto"]) == "python -m nanogpt_lit fit --keep-alive"

@@ -7,6 +7,7 @@ from typing import Any
 from nanogpt_lit.durable import PARTIAL, sweep, write_durably
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.stops import STOP_FILE
+from nanogpt_lit.optim.schedule import ScheduleConfig, warmup_decay
 from nanogpt_lit.yaml_file import load_yaml_file
 
 OF_ONE_PIECE = ("ckpt_path", "resume")
@@ -56,6 +57,28 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         for key, value in is_now.items()
         if key in was and without_nulls(was[key]) != without_nulls(value) and key not in OF_ONE_PIECE
     ]
+
+
+def rate_change(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> str | None:
+    """What another trainer.max_steps does to the learning rate from `step` on; None where it is the same."""
+    try:
+        (was, old_steps), (rate, steps) = (planned_rate(settings, step) for settings in (before, now))
+        end = planned_rate(now, steps - 1)[0]
+    except (KeyError, TypeError, ValueError):  # settings of another version
+        return None
+    if steps == old_steps:
+        return None
+    return (
+        f"the learning rate now decays over {steps:,} steps, not {old_steps:,}: from step {step:,} on it is {rate:.3g} "
+        f"where it would have been {was:.3g}, and it ends at {end:.3g}"
+    )
+
+
+def planned_rate(settings: Mapping[str, Any], step: int) -> tuple[float, int]:
+    """The learning rate after `step` steps, and the steps of the run."""
+    model, steps = settings["model"], settings["trainer"]["max_steps"]
+    schedule = ScheduleConfig(**{**model["schedule"], "total_steps": steps})
+    return model["optim"]["lr"] * warmup_decay(step, schedule), steps
 
 
 def tidied(run_folder: Path, checkpoints: Path) -> list[str]:

@@ -21,6 +21,14 @@ def is_first(environ: Mapping[str, str] = os.environ) -> bool:
     return all(environ.get(name, "0") in ("", "0") for name in RANKS)
 
 
+SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def launched_processes(environ: Mapping[str, str] = os.environ) -> int:
+    """As many as a launcher has started, this one with them; 1 without a launcher."""
+    return max((int(environ[name]) for name in SIZES if environ.get(name, "").isdecimal()), default=1)
+
+
 def are_several() -> bool:
     return has_group() and dist.get_world_size() > 1
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
@@ -18,8 +18,11 @@ from typing import Any, Self
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.processes import Agreement, rank
+from nanogpt_lit.supervised import resume_command
 
 STOP_FILE = "stop"
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "ACCELERATE_MIXED_PRECISION")
+"""Variables of torchrun, srun and accelerate launch."""
 NOT_SAVED = 2
 """The exit code of a stop in peace that the disk took no checkpoint of."""
 SAME_KEYSTROKE_S = 1.0
@@ -61,13 +64,24 @@ class Stopped(Exception):  # noqa: N818 - it is no error
     """
 
     def __init__(self, reason: Reason, step: int, saved: str | None, keeps: bool) -> None:
-        kept = f"saved {saved}; --resume auto goes on from there"
+        kept = f"saved {saved}"
         if saved is None:
             kept = "nothing was saved: " + ("the disk took no checkpoint" if keeps else "checkpoints are off")
         super().__init__(f"stopped by {reason.called} after step {step:,}; {kept}")
         self.exit_code = reason.exit_code or (NOT_SAVED if keeps and saved is None else 0)
         self.reason = reason
+        self.saved = saved
         self.first_rank = rank() == 0  # while there are processes: they part before this is read
+
+
+def go_on_line(program: Sequence[str], arguments: Sequence[str]) -> str:
+    """What to type to go on with a run that was stopped."""
+    by = ", by what has started it," if any(name in os.environ for name in LAUNCHED) else ""
+    return f"go on{by} with: {resume_command([sys.orig_argv[0], *safe_path(), *program], arguments)}"
+
+
+def safe_path() -> list[str]:
+    return ["-P"] if sys.flags.safe_path else []
 
 
 class Stops:
