@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from torture_process import warm_up
-from torture_trial import KINDS, STEPS, STOPS, Reference, Result, Setup, Trial, left_out, reference
+from torture_trial import GOES_ON, KINDS, STEPS, STOPS, Reference, Result, Setup, Trial, left_out, reference
 
 from nanogpt_lit.loops.machine import hardware
 
@@ -127,8 +127,7 @@ def counts(results: list[Result]) -> list[Counter[str]]:
     for piece in (piece for result in results for piece in result.pieces):
         if (kind := piece["disturbance"]) in KINDS:
             struck[kind] += piece["struck"]
-            # A full disk lets the process go on to the end.
-            before_the_end[kind] += piece["struck"] and (piece["step"] < STEPS or kind == "disk full")
+            before_the_end[kind] += piece["struck"] and (piece["step"] < STEPS or kind in GOES_ON)
             saved[kind] += piece["exit"] == STOPS.get(kind)
             late[kind] += not piece["struck"]
     return counted

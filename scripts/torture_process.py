@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_lit.__main__ import exit_code, main
+from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.cli import NanoGPTCLI
 from nanogpt_lit.durable import PARTIAL
 from nanogpt_lit.module import LitNanoGPT
@@ -39,9 +40,10 @@ class Within:
     kill at call: SIGKILL before or after the `number`-th call to open, sync or rename a file of a checkpoint
     kill at byte: the kernel ends the process where the `number`-th file of a checkpoint would pass `size` bytes
     full disk: there the file can grow no further, as on a full disk; the next file can
+    full to the end: nor can the next ones; what is tried again at the end is tried for a second
     """
 
-    kind: Literal["kill at call", "kill at byte", "full disk"]
+    kind: Literal["kill at call", "kill at byte", "full disk", "full to the end"]
     number: int
     after: bool = False
     size: int = 0
@@ -193,6 +195,8 @@ def limit_nth_file(within: Within) -> None:
 
     files, hard = 0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if within.kind == "full to the end":
+        disk.END_S, disk.PAUSE_S = 1.0, 0.2
     if within.kind == "kill at byte":
         # Python ignores SIGXFSZ, and a write then fails; by default the signal ends the process at that byte.
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -204,7 +208,7 @@ def limit_nth_file(within: Within) -> None:
         files += 1
         if files == within.number:
             resource.setrlimit(resource.RLIMIT_FSIZE, (within.size, hard))
-        elif files == within.number + 1:
+        elif files == within.number + 1 and within.kind != "full to the end":
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     sys.addaudithook(on_event)

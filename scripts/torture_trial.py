@@ -31,13 +31,21 @@ STEPS, VALIDATES_EVERY = 64, 8
 MEASURED = ("throughput/", "memory/", "card/", "time/")
 """Curves of what the machine did: they differ between any two runs."""
 STOPS = {name: code for name, code in (("INT", 130), ("TERM", 143), ("HUP", 129)) if hasattr(signal, f"SIG{name}")}
-FROM_WITHIN = {"killed at a call": "kill at call", "killed at a byte": "kill at byte", "disk full": "full disk"}
+FULL_TO_THE_END, TWO_WRITERS, MOVED_CLOCK = "disk full to the end", "two writers", "moved clock"
+FROM_WITHIN = {
+    "killed at a call": "kill at call",
+    "killed at a byte": "kill at byte",
+    "disk full": "full disk",
+    FULL_TO_THE_END: "full to the end",
+}
+GOES_ON = ("disk full", TWO_WRITERS)
+"""The process goes on to the run's end."""
 DAMAGES = ("truncated", "bit-flipped")
-POSIX_ONLY = ("INT", "TERM", "HUP", "TERM, then KILL", "killed at a byte", "disk full")
+POSIX_ONLY = ("INT", "TERM", "HUP", "TERM, then KILL", "killed at a byte", "disk full", FULL_TO_THE_END)
 """Windows sends a process no signal, and has no limit on files."""
 KINDS = [
     kind
-    for kind in ("KILL", *STOPS, "TERM, then KILL", *FROM_WITHIN, *DAMAGES)
+    for kind in ("KILL", *STOPS, "TERM, then KILL", *FROM_WITHIN, *DAMAGES, TWO_WRITERS, MOVED_CLOCK)
     if os.name == "posix" or kind not in POSIX_ONLY
 ]
 
@@ -173,16 +181,38 @@ class Trial:
         running = start_all(piece, self._processes)
         self._groups += [process.pid for process in running]
         left = 1 - (before.step if before is not None else 0) / STEPS
-        moment_s = self._strike(kind, running, output, left) if kind not in (*FROM_WITHIN, "none") else None
+        moment_s, refused = None, False
+        if kind == TWO_WRITERS:
+            refused = self._refused(piece, running)
+        elif kind not in (*FROM_WITHIN, "none"):
+            moment_s = self._strike(kind, running, output, left)
         codes = wait(running)
         said = output.read_text(encoding="utf-8", errors="replace")
-        struck = "warning: " in said if kind == "disk full" else bool(codes[0] or any(codes))
+        full = kind in ("disk full", FULL_TO_THE_END)
+        struck = refused or ("could not be saved at step" in said if full else bool(codes[0] or any(codes)))
         self.result.pieces.append(
             {"disturbance": kind, "loop": loop, "moment_s": moment_s, "exit": codes[0], "struck": struck}
         )
         self._check(kind, codes, said, before)
         if kind in DAMAGES and struck:
             self._damage(kind)
+        if kind == MOVED_CLOCK:
+            self._move_clock()
+
+    def _refused(self, piece: Piece, running: "list[Forked | subprocess.Popen[bytes]]") -> bool:
+        """Starts the run a second time while it is trained. Whether that was refused; it may have come too late."""
+        while all(process.poll() is None for process in running) and not list(self._folder.glob(f"*/*/*{SUFFIX}")):
+            time.sleep(0.01)  # before its first checkpoint, a run is not one that could be gone on with
+        output = Path(f"{piece.output}_second")
+        second = start_all(replace(piece, loop=self._draw.choice(["fit", "accelerate"]), output=str(output)), 1)
+        self._groups += [process.pid for process in second]
+        (code,) = wait(second)
+        said = output.read_text(encoding="utf-8", errors="replace")
+        if code == 2 and "is being trained by process" in said:
+            return True
+        if code != 0 or "the run is complete" not in said:
+            raise Failed(f"a second writer was not refused but ended with {code}: {said[-2000:]}")
+        return False
 
     def _within(self, kind: str) -> Within | None:
         if kind == "killed at a call":
@@ -246,12 +276,25 @@ class Trial:
                 stopped = re.search(r"after step (\d+); saved", said)
                 if stopped is None or int(stopped[1]) != step:
                     raise Failed(f"SIG{kind}: {said[-500:]!r} but step {step} is saved")
-        if kind in ("disk full", "none") and code != 0:
+        if kind == FULL_TO_THE_END and self.result.pieces[-1]["struck"]:
+            self._check_told_honestly(code, said, after)
+        elif kind in (*GOES_ON, FULL_TO_THE_END, "none") and code != 0:
             raise Failed(f"{kind}: the process ended with {code}: {said[-2000:]}")
         self._points_left_out |= "the curves cannot be written" in said
         # The thread of TensorBoard's writer shows how the full disk ended it.
-        if code in (0, *STOPS.values()) and "Traceback" in said and kind != "disk full":
+        full = kind in ("disk full", FULL_TO_THE_END)
+        if code in (0, *STOPS.values()) and "Traceback" in said and not full:
             raise Failed(f"{kind}: ended with {code}, and a traceback: {said[-2000:]}")
+
+    def _check_told_honestly(self, code: int, said: str, after: Newest | None) -> None:
+        """A run whose end the disk did not take."""
+        if code != 2 or "could not be saved: the disk took nothing" not in said:
+            raise Failed(f"the disk was full to the end, and the process ended with {code}: {said[-2000:]}")
+        for path, step in re.findall(r"^(?:last|best) checkpoint +(\S+) \(step ([\d,]+)\)$", said, re.MULTILINE):
+            if whole_step(Path(path)) != int(step.replace(",", "")):
+                raise Failed(f"{path} was said to hold step {step}, and holds {whole_step(Path(path))}")
+        if after is not None and f"last checkpoint  {after.path.with_stem('last')}" not in said:
+            raise Failed(f"the checkpoint that is there was not named: {said[-2000:]}")
 
     # What happens to its files between two processes.
 
@@ -279,6 +322,18 @@ class Trial:
         for path, (content, stat) in whole.items():
             path.write_bytes(content)
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    def _move_clock(self) -> None:
+        """Each checkpoint of the run gets another time of the last ten years: nothing may follow from it."""
+        before = newest_checkpoint(self._folder)
+        if before is None:
+            return
+        for path in before.path.parent.glob(f"*{SUFFIX}"):
+            time_s = time.time() - self._draw.uniform(0, 10 * 365 * 86_400)
+            os.utime(path, (time_s, time_s))
+        after = newest_checkpoint(self._folder)
+        if after is None or after.step != before.step:
+            raise Failed(f"step {before.step} is saved, and by another clock {after}")
 
     def _damaged(self, kind: str, content: bytes) -> bytes:
         at = self._draw.randrange(len(content))

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
 from nanogpt_lit.__main__ import exit_code
-from nanogpt_lit.checkpoint.disk import END_S, STOP_S
+from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.data.datamodule import TokenDataModule
@@ -160,7 +160,7 @@ def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     unsaved = None
     try:
         if isinstance(observer, Journal):
-            observer.saver.insist(END_S if stops.reason is None else STOP_S)
+            observer.saver.insist(disk.END_S if stops.reason is None else disk.STOP_S)
     except UserError as error:
         unsaved = error
     if stops.reason is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_runs import LOOPS, different, small_run
 
-from nanogpt_lit.checkpoint import run_file
+from nanogpt_lit.checkpoint import disk, run_file
 from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.checkpoint.state import RunState
@@ -112,8 +112,7 @@ def test_a_full_disk_that_takes_no_warning_either_ends_nothing(tmp_path, monkeyp
 @pytest.fixture
 def quick(monkeypatch):
     for name, seconds in (("PAUSE_S", 0.05), ("END_S", 0.3), ("STOP_S", 0.3)):
-        for module in ("nanogpt_lit.checkpoint.disk", "nanogpt_lit.loops.lightning_stops"):
-            monkeypatch.setattr(f"{module}.{name}", seconds, raising=False)
+        monkeypatch.setattr(disk, name, seconds)
 
 
 def full_disk(monkeypatch, *, from_step, tries=10**6):

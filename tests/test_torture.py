@@ -45,7 +45,7 @@ for loop in accelerate_loop, lightning_checkpoint:
 """,
     "it went on from another": """
 from nanogpt_lit import settings
-settings.newest_checkpoint = lambda root: None
+settings.newest_run = lambda root: None
 """,
 }
 RUN = f"""

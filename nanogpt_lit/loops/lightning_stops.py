@@ -9,7 +9,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from nanogpt_lit.checkpoint.disk import END_S, STOP_S
+from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.lightning_checkpoint import RunCheckpoint, RunFileIO
 from nanogpt_lit.loops.save_times import SaveTimes
@@ -67,7 +67,7 @@ class StepStops(Callback):
             assert self._stops.reason is not None
             saved = save_last(trainer)
             try:
-                insist(trainer, STOP_S)
+                insist(trainer, disk.STOP_S)
             except UserError:
                 saved = None
             raise Stopped(self._stops.reason, self._step, saved, last_path(trainer) is not None)
@@ -82,7 +82,7 @@ class StepStops(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         save_last(trainer)
         try:
-            insist(trainer, END_S)
+            insist(trainer, disk.END_S)
         except UserError as error:
             self.unsaved = error
         self._stops.__exit__()
