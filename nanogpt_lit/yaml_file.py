@@ -56,9 +56,9 @@ def read_yaml_file(path: Path) -> str:
         check_yaml(text)
         yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not a YAML that can be read: {reason(error, text)}.") from error
+        raise UserError(f"{path} cannot be read as YAML: {reason(error, text)}.") from error
     except (ValueError, RecursionError, OverflowError) as error:  # of a date or a number that is none
-        raise UserError(f"{path} is not a YAML that can be read: {' '.join(str(error).split())[:200]}.") from error
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}.") from error
     return text
 
 

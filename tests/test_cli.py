@@ -277,7 +277,7 @@ def test_an_unknown_key_in_the_yaml_is_refused_with_the_nearest_known_one(tmp_pa
 
 def test_a_yaml_that_is_no_yaml_is_refused(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("trainer: [\n")
-    assert "run.yaml is not a YAML that can be read" in refusal(capsys, "fit", "--config", str(tmp_path / "run.yaml"))
+    assert "run.yaml cannot be read as YAML" in refusal(capsys, "fit", "--config", str(tmp_path / "run.yaml"))
 
 
 def test_a_mistake_is_named_before_the_data_is_prepared(options, tmp_path, capsys):

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from nanogpt_lit.data.sources import FilesSource, open_source
+from nanogpt_lit.errors import UserError
 
 
 def texts(source: object, **options: Any) -> list[str]:
@@ -213,3 +215,36 @@ def test_the_fingerprint_changes_with_names_sizes_and_times(folder: Path) -> Non
 def test_nothing_is_read_until_documents_are_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "open", lambda *_, **__: pytest.fail("read"))
     assert SimpleNamespace(**open_source(str(folder)).fingerprint()).files == 5
+
+
+def test_a_deeply_nested_line_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' + "[" * 200_000 + "\n")
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        list(open_source(str(tmp_path / "x.jsonl")).documents())
+
+
+def test_parquet_with_damage_or_text_that_is_no_utf8_is_one_sentence(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    raw = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, pyarrow.array([b"caf\xe9", b"ok"], type=pyarrow.binary()).buffers()
+    )
+    parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "latin.parquet")
+    with pytest.raises(UserError, match=r"latin\.parquet cannot be read after row 0 .*utf-8"):
+        list(open_source(str(tmp_path / "latin.parquet")).documents())
+    path = tmp_path / "damaged.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"row {i} " * 20 for i in range(3000)]}), path)
+    whole = path.read_bytes()
+    for place in range(4, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:place] + bytes(b ^ 0xFF for b in whole[place : place + 8]) + whole[place + 8 :])
+        with suppress(UserError):  # damage that still is text cannot be known
+            list(open_source(str(path)).documents())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
+def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        open_source(str(tmp_path / "pipe.txt"))
+    with pytest.raises(UserError, match="holds no text"):
+        open_source(str(tmp_path))

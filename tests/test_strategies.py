@@ -477,15 +477,15 @@ def test_an_accelerate_file_at_odds_with_itself_is_refused_in_one_sentence(value
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"!!python/object/apply:os.system ['touch pwned']", "is not a YAML that can be read"),
+        (b"!!python/object/apply:os.system ['touch pwned']", "cannot be read as YAML"),
         (b"a: !!python/name:os.system", "could not determine a constructor"),
-        (b"a: [", "is not a YAML that can be read"),
+        (b"a: [", "cannot be read as YAML"),
         (b"\xff\xfe\x00", "is UTF-16"),
         (b"- 1\n- 2", "holds no keys"),
         (b"", "holds no keys"),
         (b"num_processes: &a [*a]", "should be one value"),
-        (b"num_processes: 2020-99-99", "is not a YAML that can be read"),
-        (b"[" * 5000, "is not a YAML that can be read"),
+        (b"num_processes: 2020-99-99", "cannot be read as YAML"),
+        (b"[" * 5000, "cannot be read as YAML"),
         (b'gpu_ids: "0\\e[2J"', "gpu_ids holds characters that a terminal would obey"),
     ],
 )

@@ -169,7 +169,7 @@ def test_a_users_tiktoken_file_gets_gpt2s_ways_or_those_of_the_json_beside_it(tm
     tokenizer = tokenizer_from_file(path)
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("mine", 261, 260)
     assert tokenizer.encode("hello he").tolist() == [259, 32, 256]
-    described = {"pattern": ".", "specials": {"<|pad|>": 300, EOT: 301}}
+    described = {"pattern": "(?s:.)", "specials": {"<|pad|>": 300, EOT: 301}}
     path.with_suffix(".json").write_text(json.dumps(described), encoding="utf-8")
     tokenizer = tokenizer_from_file(path)
     assert (tokenizer.vocab_size, tokenizer.eot) == (302, 301)

@@ -11,11 +11,13 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from nanogpt_lit.data.nanogpt_meta import META, characters_of
 from nanogpt_lit.data.prepare import PrepareConfig, prepare, stale_reason, summary
 from nanogpt_lit.data.sampler import BatchOrder, Position, ValidationOrder, windows_in
 from nanogpt_lit.data.shards import TokenShards, read_manifest, ready_format
 from nanogpt_lit.data.tokenizer import (
     ByteTokenizer,
+    CharTokenizer,
     Tokenizer,
     files_sha256,
     gpt2_tokenizer,
@@ -115,6 +117,8 @@ class TokenDataModule(LightningDataModule):
         """Make the shards when they are missing or were made from something else, and check them."""
         if self._source_folder is None:
             self._prepare()
+        elif (characters := self._characters_of_nanogpt()) is not None and getattr(rank_zero_only, "rank", 0) == 0:
+            print(f"data: tokens are the {len(characters.characters)} characters of {self.folder / META}", flush=True)
         for split in SPLITS:
             self._open(split)
 
@@ -153,6 +157,13 @@ class TokenDataModule(LightningDataModule):
 
     def _tokenizer_of_foreign_shards(self) -> Tokenizer:
         kind, argument = parse_tokenizer(self.prepare_config.tokenizer)
+        if (characters := self._characters_of_nanogpt()) is not None:
+            if kind in ("char", "gpt2"):  # the default too
+                return characters
+            raise UserError(
+                f"data.tokenizer={self.prepare_config.tokenizer} is not what data.source={self.folder} was made with: "
+                f"its {META} lists {len(characters.characters)} characters; data.tokenizer: char works."
+            )
         if kind == "gpt2":
             return gpt2_tokenizer()
         if kind == "byte":
@@ -163,6 +174,9 @@ class TokenDataModule(LightningDataModule):
             f"data.tokenizer={self.prepare_config.tokenizer} is made from text, but data.source={self.folder} holds "
             "tokens; name the tokenizer they were made with: gpt2, byte or a .tiktoken file."
         )
+
+    def _characters_of_nanogpt(self) -> CharTokenizer | None:
+        return characters_of(self.folder) if ready_format(self.folder) == "nanogpt" else None
 
     @property
     def vocab_size(self) -> int:

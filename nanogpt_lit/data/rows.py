@@ -35,7 +35,7 @@ def jsonl_documents(path: Path, key: str, skipped: set[str] | None) -> Iterator[
                 continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where} is not JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where} is not a JSON object such as {{{json.dumps(key)}: ...}}.")
@@ -53,8 +53,11 @@ def parquet_documents(path: Path, key: str) -> Iterator[TextDocument]:
                 for value in batch.column(0).to_pylist():
                     number += 1
                     yield TextDocument(text_of({key: value}, key, f"data.source: {path}, row {number}"))
-    except OSError as error:
-        raise UserError(f"data.source: {path} cannot be read after row {number} ({error}).") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, MemoryError) as error:  # pyarrow's, and text that is no UTF-8
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"data.source: {path} cannot be read after row {number} ({reason}).") from error
 
 
 def parquet_text_bytes(path: Path, key: str) -> int:

@@ -17,6 +17,7 @@ import tiktoken
 
 from nanogpt_lit.data.bpe import Ranks, dump_ranks, gpt2_ranks, parse_ranks
 from nanogpt_lit.data.inside import file_inside
+from nanogpt_lit.data.pattern import check_pattern
 from nanogpt_lit.data.shard_file import token_dtype
 from nanogpt_lit.errors import UserError
 
@@ -160,6 +161,10 @@ class BytePairTokenizer(Tokenizer):
             token_bytes[rank] = token_text.encode()
         super().__init__(name, token_bytes, specials[EOT])
         self.ranks, self.pattern, self.specials = ranks, pattern, dict(specials)
+        self._lengths: np.ndarray | None = None
+        if pattern != GPT2_PATTERN:  # which is known to leave nothing out
+            check_pattern(name, pattern)
+            self._lengths = np.array([len(token) for token in token_bytes])
         try:
             self._encoding = tiktoken.Encoding(
                 name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: self.eot}
@@ -168,7 +173,7 @@ class BytePairTokenizer(Tokenizer):
             raise UserError(f"the tokenizer {name} has a pattern that is not a regular expression: {error}") from error
 
     def _encode(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+        return self._checked(text, disallowed_special=())
 
     def encode_stream(self, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:
         # One call for many short documents spares a wait for the interpreter lock after each of them. Where a
@@ -176,7 +181,24 @@ class BytePairTokenizer(Tokenizer):
         if any(EOT in text for text, _ in pieces):
             return super().encode_stream(pieces)
         joined = "".join(EOT + text if starts_document else text for text, starts_document in pieces)
-        return self._encoding.encode_to_numpy(joined, allowed_special={EOT}).astype(self.dtype)
+        return self._checked(joined, allowed_special={EOT})
+
+    def _checked(self, text: str, **specials: Any) -> np.ndarray:
+        """tiktoken's ids. Raises UserError where the pattern gives up on the text, or leaves some of it out."""
+        try:
+            ids = self._encoding.encode_to_numpy(text, **specials)
+        except UnicodeEncodeError:
+            raise
+        except ValueError as error:
+            raise UserError(f"the pattern of the tokenizer {self.name} gives up on this text: {error}") from error
+        if self._lengths is not None:
+            there, encoded = len(text.encode()), int(self._lengths[ids].sum())
+            if encoded != there:
+                raise UserError(
+                    f"the pattern of the tokenizer {self.name} leaves out {there - encoded:,} bytes of {there:,} of a "
+                    "piece of this text; every character has to belong to a word."
+                )
+        return ids.astype(self.dtype)
 
     @cached_property
     def _ranks_text(self) -> str:
