@@ -16,7 +16,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.clock import awake_s
 from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves
-from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, with_run_files
+from nanogpt_lit.loops.lightning_checkpoint import DurableFileIO, ExactResume, RunCheckpoint, RunFileIO, with_writer
 from nanogpt_lit.loops.lightning_folder import RunFolder, run_folder
 from nanogpt_lit.loops.lightning_guards import FiniteSteps, SpikeRollback
 from nanogpt_lit.loops.lightning_logger import PatientLogger, go_on
@@ -45,7 +45,8 @@ def run(arguments: list[str]) -> int:
         if stopped.saved is not None:
             rank_zero_print(go_on_line(["-m", "nanogpt_lit"], arguments))
         if stopped.reason is Reason.PREEMPTED and stopped.first_rank:
-            print(requeue(), flush=True)  # the job ends with it
+            sharded = stopped.saved is not None and Path(stopped.saved).is_dir()  # no start finds it by itself
+            print(f"sbatch it with --ckpt_path {stopped.saved}" if sharded else requeue(), flush=True)
         # Of Lightning's own processes the first speaks for all: it would take another's code for a crash.
         return stopped.exit_code if stopped.first_rank else 0
     except MisconfigurationException as error:  # how Lightning says that a setting cannot be
@@ -88,7 +89,9 @@ class NanoGPTCLI(SettingsCLI):
         if plugin is not None and named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2) and not trainer.plugins:
             kwargs |= {"plugins": [plugin], "precision": None}
         if writes_run_files(trainer):
-            kwargs["plugins"] = with_run_files(kwargs.get("plugins", trainer.plugins))
+            kwargs["plugins"] = with_writer(kwargs.get("plugins", trainer.plugins), RunFileIO())
+        elif named_strategy(trainer.strategy) is FSDP2:
+            kwargs["plugins"] = with_writer(kwargs.get("plugins", trainer.plugins), DurableFileIO())
         if self.subcommand != "fit":
             # Only a fit makes a run: the others leave no folder behind.
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)

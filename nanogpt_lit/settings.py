@@ -10,8 +10,8 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from nanogpt_lit.checkpoint.newest import Newest, latest_of, newest_run
-from nanogpt_lit.checkpoint.run_file import check_run_file, step_of
+from nanogpt_lit.checkpoint.newest import CKPT, Newest, latest_of, newest_run, step_in
+from nanogpt_lit.checkpoint.run_file import SUFFIX, check_run_file
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.elastic.elastic import ElasticConfig
@@ -31,8 +31,9 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig, short_of_peak
 from nanogpt_lit.parser import Parser
 from nanogpt_lit.strategies.check import check_started, check_strategy, check_weights, complete_sizes, named_strategy
-from nanogpt_lit.strategies.table import DDP, SINGLE
+from nanogpt_lit.strategies.table import DDP, FSDP2, SINGLE
 from nanogpt_lit.strategies.trainer_section import check_saves_whole_steps
+from nanogpt_lit.supervised import supervised
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -150,9 +151,10 @@ class SettingsCLI(LightningCLI):
             self._guard_against_spikes()
             self._plan_saves()
         self._find_resumed()
-        if settings.get("ckpt_path") is not None and writes_run_files(settings.trainer):
-            check_run_file(Path(settings.ckpt_path))
-            if self.subcommand in (None, "fit"):
+        if settings.get("ckpt_path") is not None and is_first():  # whose file is the one that counts
+            if writes_run_files(settings.trainer):
+                check_run_file(Path(settings.ckpt_path))
+            if self.subcommand in (None, "fit") and resumable(settings.trainer) is not None:
                 self._check_goes_on(Path(settings.ckpt_path), settings.trainer.max_steps)
         if sentence := unused_card():
             rank_zero_print(sentence)
@@ -198,7 +200,7 @@ class SettingsCLI(LightningCLI):
     def _find_resumed(self) -> None:
         """resume=auto: the checkpoint to go on from, as ckpt_path, and the run that it belongs to."""
         settings = self.settings
-        if was_requeued() and settings.get("ckpt_path") is None and writes_run_files(settings.trainer):
+        if was_requeued() and settings.get("ckpt_path") is None and self.subcommand in (None, "fit"):
             settings.resume = "auto"
         if settings.get("resume") is None or self.subcommand not in (None, "fit"):
             return
@@ -206,37 +208,48 @@ class SettingsCLI(LightningCLI):
             raise UserError(
                 f"resume=auto looks for a checkpoint and ckpt_path={settings.ckpt_path} names one; leave one out."
             )
-        if not writes_run_files(settings.trainer):
+        suffix = resumable(settings.trainer)
+        if suffix is None:
+            who = "fit --keep-alive" if supervised() else "a job queued again" if was_requeued() else "resume=auto"
             raise UserError(
-                f"resume=auto does not know the checkpoints of trainer.strategy={settings.trainer.strategy}; "
-                "name one with ckpt_path."
+                f"{who} goes on from the newest checkpoint that is whole, and those of trainer.strategy="
+                f"{strategy_name(settings.trainer.strategy)} are folders or files that only its own engine reads; set "
+                "trainer.strategy=ddp, or ModelParallelStrategy with save_distributed_checkpoint=false, or start fit "
+                "alone with ckpt_path."
             )
+        if not is_first():
+            return  # the first process decides, and tells the others: they may have no disk in common
         root = Path(settings.trainer.default_root_dir)
-        run = newest_run(root)
+        run = newest_run(root, suffix)
+        if run is None and (other := newest_run(root, CKPT if suffix == SUFFIX else SUFFIX)) is not None:
+            raise UserError(
+                f"the checkpoints in {other} are of another trainer.strategy; `python -m nanogpt_lit convert` makes a "
+                f"file{SUFFIX} of a {CKPT}, or set another trainer.default_root_dir."
+            )
         if run is None:
             rank_zero_print(f"resume: no checkpoint in {root}, starting from the beginning")
             return
-        if self.lock is not None and is_first():  # before its data or its checkpoints are looked at
+        if self.lock is not None:  # before its data or its checkpoints are looked at
             self.lock.acquire(run)
-        self.resumed = latest_of(run)
+        self.resumed = latest_of(run, suffix)
         for remark in self.resumed.remarks:
             rank_zero_print(remark)
         rank_zero_print(f"resume: going on from {self.resumed.path}, step {self.resumed.step:,}")
         settings.ckpt_path = str(self.resumed.path)
 
-    @staticmethod
-    def _check_goes_on(checkpoint: Path, max_steps: int) -> None:
-        """Raises NothingToDo for a checkpoint with all steps of the run."""
-        step = step_of(checkpoint)
+    def _check_goes_on(self, checkpoint: Path, max_steps: int) -> None:
+        """Raises NothingToDo where the run that is gone on with has all its steps."""
+        step = step_in(checkpoint)
         if not 0 < max_steps <= step:
             return
         sentence = (
             f"{checkpoint} holds step {step:,}, and the run is complete with trainer.max_steps={max_steps}. To go on "
             f"with it, raise that: --trainer.max_steps {2 * step} would train as much again."
         )
-        if launched_processes() == 1:
+        # A checkpoint that the user names may be of another run; and processes that are started already end together.
+        if self.resumed is not None and launched_processes() == 1:
             raise NothingToDo(sentence)
-        rank_zero_print(sentence)  # the processes are started already, and end together
+        rank_zero_print(sentence)
 
     def say_what_changed(self) -> None:
         """The command line wins over the checkpoint; the user should see where."""
@@ -287,6 +300,21 @@ def quiet_lightning() -> None:
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def resumable(trainer: Namespace) -> str | None:
+    """How the files are called that resume=auto goes on from; None where the strategy's are of its own kind."""
+    if writes_run_files(trainer):
+        return SUFFIX
+    if named_strategy(trainer.strategy) is not FSDP2:
+        return None
+    arguments = Namespace() if isinstance(trainer.strategy, str) else trainer.strategy.get("init_args") or Namespace()
+    whole = isinstance(trainer.strategy, str) or arguments.get("save_distributed_checkpoint") is False
+    return CKPT if whole else None
+
+
+def strategy_name(strategy: str | Namespace) -> str:
+    return strategy if isinstance(strategy, str) else str(strategy.get("class_path")).rpartition(".")[2]
 
 
 def writes_run_files(trainer: Namespace) -> bool:

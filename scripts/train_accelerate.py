@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 from nanogpt_lit.__main__ import exit_code
 from nanogpt_lit.checkpoint import disk
-from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position
@@ -42,7 +41,7 @@ from nanogpt_lit.loops.machine import device_type
 from nanogpt_lit.loops.pieces import keep_config
 from nanogpt_lit.loops.processes import told
 from nanogpt_lit.loops.report import closing_table, opening_lines
-from nanogpt_lit.loops.resume import batches_done, check_network
+from nanogpt_lit.loops.resume import batches_done, check_network, load_together
 from nanogpt_lit.loops.slurm import requeue, requeue_signal
 from nanogpt_lit.loops.stops import Reason, Stopped, Stops, go_on_line, seconds_of
 from nanogpt_lit.settings import SettingsCLI, quiet_lightning, relative_to_here
@@ -87,15 +86,15 @@ def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     cli.complete_settings()
     module, data = cli.build()
     data.setup()
-    start = load_run(Path(cli.settings.ckpt_path)) if cli.settings.ckpt_path else None
-    if start is not None:
-        data.load_state_dict(dict(start.data))
-    train_loader, val_loader = loaders(data, processes, start.batches * start.processes if start is not None else 0)
+    train_loader, val_loader = loaders(data, processes, 0)
     settings = loop_settings(vars(trainer), val_batches=len(val_loader) // processes, seed=cli.seed)
 
     accelerator = Accelerator(**accelerator_options(settings, cli.device))
     check_running(processes, accelerator.num_processes)
+    start = load_together(Path(cli.settings.ckpt_path) if cli.settings.ckpt_path else None)
     if start is not None:  # before there is a folder
+        data.load_state_dict(dict(start.data))
+        train_loader, val_loader = loaders(data, processes, start.batches * start.processes)
         check_network(module, start)
         batches_done(start, module, settings.accumulate_grad_batches, accelerator.num_processes)
     if remark is not None:

@@ -40,6 +40,7 @@ ALLOWED = {
     "parser": {"allowlist", "places", "yaml_file"},
     "settings": {
         "module", "gpt", "optim", "memory", "elastic", "data", "loops", "parser", "checkpoint", "strategies",
+        "supervised",
     },
     "cli": {"settings", "checkpoint", "loops", "strategies"},
     "evaluate": {"commands", "collector", "checkpoint", "data", "gpt", "loops", "plan", "sampling"},

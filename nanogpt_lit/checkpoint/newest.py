@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of, verify_run
+from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.errors import UserError
 
+CKPT = ".ckpt"
+"""Lightning's own file, which a sharded strategy writes."""
 PREFERRED = ("last", "best", "previous")
 """Of those that hold the same step."""
 
@@ -22,9 +25,9 @@ class Newest:
         return self.path.parent.parent
 
 
-def newest_run(root: Path) -> Path | None:
+def newest_run(root: Path, suffix: str = SUFFIX) -> Path | None:
     """The run below `root` that was saved last, by the modification times of its checkpoints; None if there is none."""
-    found = [path for path in root.glob(f"*/checkpoints/*{SUFFIX}") if not path.is_dir()]
+    found = [path for path in root.glob(f"*/checkpoints/*{suffix}") if not path.is_dir()]
     return max(found, key=modified_ns).parent.parent if found else None
 
 
@@ -34,7 +37,7 @@ def newest_checkpoint(root: Path) -> Newest | None:
     return None if run is None else latest_of(run)
 
 
-def latest_of(run: Path) -> Newest:
+def latest_of(run: Path, suffix: str = SUFFIX) -> Newest:
     """The checkpoint of the highest step whose every byte is as it was written; never another run's.
 
     Modification times only choose between runs: inside one, a clock that was set back, or a copy that did not keep
@@ -42,14 +45,14 @@ def latest_of(run: Path) -> Newest:
     """
     damaged: list[str] = []
     tried: list[tuple[int, int, Path]] = []
-    for path in sorted((run / "checkpoints").glob(f"*{SUFFIX}"), key=preference):
+    for path in sorted((run / "checkpoints").glob(f"*{suffix}"), key=preference):
         try:
-            tried.append((-step_of(path), preference(path), path))
+            tried.append((-step_in(path), preference(path), path))
         except (UserError, OSError) as error:
             damaged.append(reason(path, error))
     for _, _, path in sorted(tried):
         try:
-            step = verify_run(path)
+            step = verify_run(path) if suffix == SUFFIX else step_in(path)
         except (UserError, OSError) as error:
             damaged.append(reason(path, error))
             continue
@@ -60,6 +63,20 @@ def latest_of(run: Path) -> Newest:
         f"resume=auto finds no whole checkpoint in {run / 'checkpoints'}: {damaged[0]} Move that run away to start "
         "anew, or name another run's checkpoint with ckpt_path."
     )
+
+
+def step_in(path: Path) -> int:
+    """Of one of our files, by its header; of one of Lightning's, with every part compared with its checksum.
+
+    Raises UserError for one that cannot be read.
+    """
+    if path.suffix != CKPT:
+        return step_of(path)
+    try:
+        step = read_torch_file(path)["global_step"]
+    except Exception as error:  # what the readers of zip and of pickle raise is not one family
+        raise UserError(f"{path} is damaged, or is no checkpoint of Lightning's ({type(error).__name__}).") from error
+    return int(step)
 
 
 def modified_ns(path: Path) -> int:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -12,16 +14,19 @@ from torch.optim import Optimizer
 
 from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, to_lightning
-from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run
+from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX
+from nanogpt_lit.durable import durable_file
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.curves import ValidationRecord, say
 from nanogpt_lit.loops.elastic_start import elastic_of, finding_of, share_finding
 from nanogpt_lit.loops.lightning_folder import run_folder
 from nanogpt_lit.loops.pieces import tidied
+from nanogpt_lit.loops.processes import told
 from nanogpt_lit.loops.resume import (
     batches_done,
     choose_again,
     chosen_settings,
+    load_together,
     random_states,
     restore_random_state,
 )
@@ -44,7 +49,9 @@ class RunFileIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         self.saver.wait()
-        return to_lightning(load_run(Path(path)))
+        state = load_together(Path(path))
+        assert state is not None, "every process was told the path"
+        return to_lightning(state)
 
     def teardown(self) -> None:
         self.saver.in_background = False
@@ -55,10 +62,19 @@ class RunFileIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def with_run_files(plugins: Any) -> list[Any]:
-    """A Trainer's plugins, and the one above where none of them writes checkpoints."""
+class DurableFileIO(TorchCheckpointIO):
+    """Writes Lightning's own file, for a strategy that reads nothing else: whole, and beside the one before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        with durable_file(path, path.with_stem(PREVIOUS) if path.stem == "last" else None) as file:
+            torch.save(checkpoint, file)
+
+
+def with_writer(plugins: Any, writer: CheckpointIO) -> list[Any]:
+    """A Trainer's plugins, and `writer` where none of them writes checkpoints."""
     given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
-    return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, RunFileIO()]
+    return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, writer]
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -108,6 +124,13 @@ class ExactResume(Callback):
         self._goes_on = False
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        connector = trainer._checkpoint_connector  # in no public place
+
+        def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+            # Where machines have no disk in common, only the first process may have seen a checkpoint.
+            type(connector).resume_start(connector, told(checkpoint_path), weights_only=weights_only)
+
+        connector.resume_start = resume_start  # type: ignore[method-assign]
         if isinstance(trainer.strategy.checkpoint_io, RunFileIO):
             for callback in trainer.checkpoint_callbacks:
                 callback.FILE_EXTENSION = SUFFIX  # type: ignore[attr-defined]  # ModelCheckpoint's

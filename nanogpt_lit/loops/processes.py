@@ -18,7 +18,7 @@ RANKS = (
 
 def is_first(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the first of its run, before the processes know each other."""
-    return all(environ.get(name, "0") in ("", "0") for name in RANKS)
+    return launched_processes(environ) == 1 or all(environ.get(name, "0") in ("", "0") for name in RANKS)
 
 
 SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")

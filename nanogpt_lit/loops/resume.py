@@ -1,6 +1,7 @@
 """A run taken down between two steps, and taken up again: the same bits as if it had never stopped."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,10 +9,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, TensorFile
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Parts
 from nanogpt_lit.loops.elastic_start import finding_of
-from nanogpt_lit.loops.processes import gathered
+from nanogpt_lit.loops.processes import are_several, gathered, rank, told
 from nanogpt_lit.random_state import RandomState, random_state, set_random_state
 
 
@@ -50,6 +54,39 @@ def capture(
         elastic=finding_of(parts.module),
         spikes=spikes or {},
     )
+
+
+def load_together(path: Path | None) -> RunState | None:
+    """The checkpoint that the first process goes on from, for all of them: their machines may have no disk in common.
+
+    Who has the same file reads it, the others are sent it. path: the first one's counts; None starts anew
+    Raises UserError, on all of them, where the first one cannot read it.
+    """
+    if not are_several():
+        return None if path is None else load_run(path)
+    named, digest = told((path is not None, digest_of(path)))
+    if not named:
+        return None
+    state, error = None, None
+    if path is not None and (rank() == 0 or digest_of(path) == digest):
+        try:
+            state = load_run(path)
+        except (UserError, OSError) as problem:
+            error = str(problem)
+    if (error := told(error)) is not None:
+        raise UserError(error)
+    if not all(gathered(state is not None)):
+        sent = told(state if rank() == 0 else None)
+        state = state if state is not None else sent
+    return state
+
+
+def digest_of(path: Path | None) -> str | None:
+    """Of a checkpoint's header, which holds those of its tensors; None for a file that cannot be read."""
+    try:
+        return None if path is None else TensorFile(path).metadata[HEADER_DIGEST]
+    except (ValueError, OSError):
+        return None
 
 
 def restore(parts: Parts, state: RunState) -> None:

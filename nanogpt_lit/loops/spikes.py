@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX, load_run
+from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Parts
 from nanogpt_lit.loops.curves import say
 from nanogpt_lit.loops.guards import NotFinite
-from nanogpt_lit.loops.processes import mean_of_processes, rank
+from nanogpt_lit.loops.processes import mean_of_processes, rank, told
+from nanogpt_lit.loops.resume import load_together
 
 RECENT = 64
 """Steps whose median loss a step is compared with; the first ones of a run are compared with nothing."""
@@ -60,12 +61,13 @@ class SpikeGuard:
     def _go_back(self, step: int, loss: float, parts: Parts) -> None:
         seen = f"step {step:,}: the loss {loss:.3f} is above {self.factor:g} times the median of the {RECENT} before"
         paths = [self.folder / f"{name}{SUFFIX}" for name in ("last", PREVIOUS)] if self.folder is not None else []
-        found = [path for path in paths if path.exists()]
+        found = told([path for path in paths if path.exists()])
         if not found:
             self._say(f"{seen}, and there is no checkpoint yet to go back to")
             return
         for path in found:
-            state = load_run(path)
+            state = load_together(path)
+            assert state is not None, "every process was told the path"
             if state.step not in self._tried:
                 break
         else:
