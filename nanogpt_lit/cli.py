@@ -79,6 +79,7 @@ class NanoGPTCLI(SettingsCLI):
 
     def instantiate_classes(self) -> None:
         LightningCLI.instantiate_classes(self)
+        self.begin(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")

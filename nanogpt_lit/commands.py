@@ -102,6 +102,7 @@ def plan(arguments: list[str]) -> int:
     if options.picture is not None:
         check_picture(options.picture)
     cli = SettingsCLI(args=settings_of_fit)
+    cli.find_beginning()
     title = ", ".join(str(path) for path in cli.config.get("config") or []) or "the defaults"
     planned = plan_run(cli.settings, budget, lightning=options.loop == "lightning")
     if options.picture is not None:
@@ -167,7 +168,7 @@ def convert(arguments: list[str]) -> int:
         "folder of accelerate's save_state, a Hugging Face folder of GPT-2's architecture, nanoGPT's ckpt.pt, or a "
         "model of llm.c; which, is seen from its content.",
     )
-    parser.add_argument("source", type=Path, metavar="FROM")
+    parser.add_argument("source", metavar="FROM", help="a file, a folder, or hf:OWNER/NAME[@REVISION] of the hub")
     parser.add_argument(
         "target",
         type=Path,
@@ -186,8 +187,9 @@ def convert(arguments: list[str]) -> int:
     options = parser.parse_args(arguments[1:])
 
     from nanogpt_lit.checkpoint.convert import convert
+    from nanogpt_lit.checkpoint.hub import fetched
 
-    for line in convert(options.source, options.target, options.to, options.dtype, options.tokenizer):
+    for line in convert(fetched(options.source), options.target, options.to, options.dtype, options.tokenizer):
         print(line)
     return 0
 

@@ -16,6 +16,7 @@ from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.elastic.elastic import ElasticConfig
 from nanogpt_lit.errors import NothingToDo, UserError
+from nanogpt_lit.fine_tuning import Beginning
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.machine import device_type, slow_precision, unused_card, usable_precision
 from nanogpt_lit.loops.pieces import changed_settings, latest_config, rate_change
@@ -62,6 +63,7 @@ class SettingsCLI(LightningCLI):
         # Field docstrings become --help.
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         self.resumed: Newest | None = None
+        self.beginning: Beginning | None = None
         self.spikes: SpikeGuard | None = None
         self._chose_shards_dir = False
         super().__init__(
@@ -92,6 +94,13 @@ class SettingsCLI(LightningCLI):
             default=None,
             help="auto: go on with the newest run below trainer.default_root_dir, from its newest whole checkpoint; "
             "without one, start. A job that SLURM has queued again does so by itself.",
+        )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Fine-tune: begin at step 0 with the weights, the network and the tokenizer of any model that convert "
+            "reads, or of hf:OWNER/NAME[@REVISION]. (ckpt_path goes on with a run, its step, schedule and best.)",
         )
         parser.add_argument(
             "--spike_factor",
@@ -156,6 +165,9 @@ class SettingsCLI(LightningCLI):
                 check_run_file(Path(settings.ckpt_path))
             if self.subcommand in (None, "fit") and resumable(settings.trainer) is not None:
                 self._check_goes_on(Path(settings.ckpt_path), settings.trainer.max_steps)
+        self.find_beginning()
+        if self.beginning is not None and settings.get("ckpt_path") is None:
+            rank_zero_print(str(self.beginning))
         if sentence := unused_card():
             rank_zero_print(sentence)
         self.device = device_type(settings.trainer.accelerator)
@@ -176,6 +188,8 @@ class SettingsCLI(LightningCLI):
         if settings.model.gpt.vocab_size is None:
             settings.model.gpt.vocab_size = datamodule.vocab_size
         datamodule.check_vocabulary(settings.model.gpt.vocab_size)
+        if self.beginning is not None:
+            self.beginning.check_tokenizer(datamodule.tokenizer)
 
     def _guard_against_spikes(self) -> None:
         factor, trainer = self.settings.get("spike_factor"), self.settings.trainer
@@ -251,6 +265,23 @@ class SettingsCLI(LightningCLI):
             raise NothingToDo(sentence)
         rank_zero_print(sentence)
 
+    def find_beginning(self) -> None:
+        """init_from: the model to fine-tune, which brings its network and tokenizer.
+
+        A run that has begun, and goes on by resume or ckpt_path, has them in its checkpoint.
+        """
+        settings = self.settings
+        if settings.get("init_from") is None:
+            return
+        self.beginning = Beginning.of(settings.get("ckpt_path") or settings.init_from)
+        self.beginning.choose(settings)
+
+    def begin(self, module: LitNanoGPT) -> None:
+        """Puts the weights of init_from into a new run's module; those of a resumed run come with its state."""
+        if self.beginning is not None and self.settings.get("ckpt_path") is None:
+            self.beginning.load_into(module, self.settings.data.block_size)
+        self.beginning = None  # its weights need not be held twice
+
     def say_what_changed(self) -> None:
         """The command line wins over the checkpoint; the user should see where."""
         if self.resumed is None:
@@ -286,6 +317,7 @@ class SettingsCLI(LightningCLI):
     def build(self) -> tuple[LitNanoGPT, TokenDataModule]:
         """The module and the data, as fit builds them, once the settings are complete."""
         built = self.parser.instantiate(self.config)
+        self.begin(built.model)
         return built.model, built.data
 
 

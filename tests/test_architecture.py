@@ -40,12 +40,13 @@ ALLOWED = {
     "parser": {"allowlist", "places", "yaml_file"},
     "settings": {
         "module", "gpt", "optim", "memory", "elastic", "data", "loops", "parser", "checkpoint", "strategies",
-        "supervised",
+        "supervised", "fine_tuning",
     },
     "cli": {"settings", "checkpoint", "loops", "strategies"},
     "evaluate": {"commands", "collector", "checkpoint", "data", "gpt", "loops", "plan", "sampling"},
     "parity": {"loops", "module", "gpt", "optim", "data"},
     "planning": {"module", "gpt", "optim", "data", "memory", "plan", "strategies"},
+    "fine_tuning": {"checkpoint", "data", "durable", "gpt"},
     "recipes": set(),
     "tune": {
         "commands", "settings", "module", "gpt", "optim", "memory", "data", "loops", "plan", "planning", "strategies",

@@ -257,7 +257,7 @@ def test_a_folder_that_lies_or_would_run_code_is_refused_in_one_sentence(tmp_pat
 def test_a_folder_without_a_tokenizer_asks_for_its_name_and_gpt2_s_vocabulary_tells_it(tmp_path, capsys):
     theirs(tmp_path / "hf", n_layer=1)
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "x.safetensors")]) == 2
-    assert "holds no tokenizer, and a vocabulary of 257 is not GPT-2's; name it: --tokenizer" in capsys.readouterr().err
+    assert "vocabulary of 257 is not GPT-2's; convert takes its name: --tokenizer" in capsys.readouterr().err
     theirs(tmp_path / "gpt2", n_layer=1, vocab_size=50257)
     assert main(["convert", str(tmp_path / "gpt2"), str(tmp_path / "x.safetensors")]) == 0
     assert "a Hugging Face folder; 1 layers, 3 heads, 48 channels, block 64" in capsys.readouterr().out

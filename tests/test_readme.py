@@ -34,6 +34,7 @@ SMALLER = {
     "nanogpt_lit tune": f"{TINY_RUN} --trainer.default_root_dir=ROOT/runs/tune --out=ROOT/tuned.yaml",
     "nanogpt_lit doctor": "",
     "nanogpt_lit keep-alive-unit": "",
+    "nanogpt_lit convert": "",
     "nanogpt_lit accelerate-config": "",
     "nanogpt_lit eval": "",
     "nanogpt_lit generate": "--max-new-tokens=4",
@@ -74,6 +75,18 @@ def first_run(root):
 @pytest.mark.parametrize("command", RUNS[1:])
 def test_the_command_runs(command, root, first_run):
     run(command, root)
+
+
+@pytest.mark.parametrize("script", [text for language, text in BLOCKS if language == "python"])
+def test_the_script_runs_after_the_commands(script, root, first_run):
+    for command in RUNS:
+        made = re.search(r" (runs/\S+/(?:hf|best\.gguf)) ", f"{command} ")
+        if "convert" in command and made[1] in script and not (root / made[1]).exists():
+            run(command, root)
+    script = script.replace('"runs/', f'"{root.as_posix()}/runs/')
+    answer = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip()
 
 
 def test_the_first_command_prints_what_the_readme_shows(first_run):

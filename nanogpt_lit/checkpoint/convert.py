@@ -10,7 +10,7 @@ from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder, write_
 from nanogpt_lit.checkpoint.known_files import known_as
 from nanogpt_lit.checkpoint.lightning_format import from_lightning, to_lightning
 from nanogpt_lit.checkpoint.network_state import size
-from nanogpt_lit.checkpoint.run_file import SUFFIX, check_counts, load_run, save_run
+from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, check_counts, load_run, load_stored_network, save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.durable import durable_file
@@ -74,7 +74,7 @@ def convert(
     return lines
 
 
-NANOGPT = "nanoGPT's checkpoint"
+NANOGPT, OURS = "nanoGPT's checkpoint", "a checkpoint of nanogpt_lit"
 
 
 def read(source: Path, tokenizer: str | None = None) -> tuple[str, RunState]:
@@ -93,7 +93,15 @@ def read(source: Path, tokenizer: str | None = None) -> tuple[str, RunState]:
         return "a folder of accelerate", read_folder(source)
     if source.exists() and (what := known_as(source)) is not None:
         raise UserError(f"{source} is not a checkpoint that convert reads; it is {what}.")
-    return "a checkpoint of nanogpt_lit", load_run(source)
+    return OURS, load_run(source)
+
+
+def read_network(source: Path, tokenizer: str | None = None) -> tuple[str, StoredNetwork]:
+    """What the source is, and its network alone: of a checkpoint of ours, a third of the file is read."""
+    if source.suffix == SUFFIX and source.is_file() and known_as(source) is None:
+        return OURS, load_stored_network(source)
+    what, state = read(source, tokenizer)
+    return what, StoredNetwork(state.weights, state.hyper_parameters, state.data["tokenizer"])
 
 
 def read_ckpt(path: Path) -> RunState:

@@ -126,8 +126,8 @@ def chosen_tokenizer(path: Path, vocab_size: int, named: str | None) -> Tokenize
             return gpt2_tokenizer()
         case None:
             raise UserError(
-                f"{path} holds no tokenizer, and a vocabulary of {vocab_size:,} is not GPT-2's; name it: --tokenizer "
-                "gpt2, byte or FILE.tiktoken."
+                f"{path} holds no tokenizer, and a vocabulary of {vocab_size:,} is not GPT-2's; convert takes "
+                "its name: --tokenizer gpt2, byte or FILE.tiktoken."
             )
         case "gpt2":
             return gpt2_tokenizer()

@@ -1,0 +1,40 @@
+"""Models of the Hugging Face hub, by name: hf:OWNER/NAME, pinned by hf:OWNER/NAME@REVISION."""
+
+import re
+from pathlib import Path
+
+from nanogpt_lit.errors import UserError
+
+NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+FILES = (
+    "config.json",
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+def fetched(source: str) -> Path:
+    """The path itself, or the folder on this machine that a hub model was downloaded to, named after its revision.
+
+    Raises UserError for a name that is none, without huggingface_hub, and where the hub does not answer.
+    """
+    if not source.startswith("hf:"):
+        return Path(source)
+    match = NAME.fullmatch(source)
+    if match is None:
+        raise UserError(f"{source}: a model of the hub is written hf:OWNER/NAME or hf:OWNER/NAME@REVISION.")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UserError(f'{source} needs the package huggingface_hub: `pip install "nanogpt_lit[hub]"`.') from error
+    try:
+        return Path(snapshot_download(match[1], revision=match[2], allow_patterns=list(FILES)))
+    except (OSError, ValueError, RuntimeError) as error:  # the hub's and the network's errors
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"{source} could not be downloaded ({type(error).__name__}: {reason}); a folder of the model's files works "
+            "without a network."
+        ) from error

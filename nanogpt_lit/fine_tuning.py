@@ -1,0 +1,87 @@
+"""A run that begins with the weights and the tokenizer of another model: step 0, a schedule and a best of its own."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from jsonargparse import Namespace
+from torch import nn
+
+from nanogpt_lit.checkpoint.convert import read_network
+from nanogpt_lit.checkpoint.hub import fetched
+from nanogpt_lit.checkpoint.network_state import size
+from nanogpt_lit.checkpoint.run_file import StoredNetwork
+from nanogpt_lit.data.tokenizer import BytePairTokenizer, Tokenizer, files_sha256, tokenizer_from_files
+from nanogpt_lit.durable import write_durably
+from nanogpt_lit.errors import UserError
+from nanogpt_lit.gpt.model import config_of_checkpoint
+
+POSITIONS = "transformer.wpe.weight"
+ONES_OWN = ("dropout", "block_size")
+"""What a fine-tuned network need not have in common with the one it begins from."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    source: str
+    what: str
+    stored: StoredNetwork
+
+    @classmethod
+    def of(cls, source: str) -> "Beginning":
+        """Reads any model that `convert` reads. Raises UserError as it does."""
+        return cls(source, *read_network(fetched(source)))
+
+    def choose(self, settings: Namespace) -> None:
+        """Sets the network and the tokenizer in settings of fit. Raises UserError for a block_size it has no positions
+        for."""
+        try:
+            saved = asdict(config_of_checkpoint(self.stored.hyper_parameters["gpt"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"init_from={self.source} holds another network than LitNanoGPT's.") from error
+        if settings.data.block_size > saved["block_size"]:
+            raise UserError(
+                f"data.block_size={settings.data.block_size} is longer than the {saved['block_size']} positions of "
+                f"init_from={self.source}; set data.block_size={saved['block_size']} or less."
+            )
+        for name in saved.keys() - set(ONES_OWN):
+            settings.model.gpt[name] = saved[name]
+        tokenizer = tokenizer_from_files(self.stored.tokenizer_files)
+        settings.data.tokenizer = option_of(tokenizer, Path(settings.trainer.default_root_dir))
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError where the shards were made with another one than the model."""
+        if tokenizer.sha256 != files_sha256(self.stored.tokenizer_files):
+            raise UserError(
+                f"init_from={self.source} was trained with another tokenizer than this text has ({tokenizer.name}); a "
+                "char tokenizer knows the characters of its own text alone, and ready shards keep theirs."
+            )
+
+    def load_into(self, module: nn.Module, block_size: int) -> None:
+        """The weights, with the first block_size positions."""
+        weights = dict(self.stored.weights)
+        for name in weights:
+            if name.endswith(POSITIONS):
+                weights[name] = weights[name][:block_size]
+        module.load_state_dict(weights)
+
+    def __str__(self) -> str:
+        shape = size(self.stored.hyper_parameters["gpt"])
+        return f"init: the weights and the tokenizer of {self.source}, {self.what}: {shape}"
+
+
+def option_of(tokenizer: Tokenizer, folder: Path) -> str:
+    """What data.tokenizer calls it; one of byte pairs is written into the folder, in a file of that name."""
+    if tokenizer.kind != "bpe":
+        return tokenizer.kind
+    assert isinstance(tokenizer, BytePairTokenizer)
+    files = tokenizer.files()
+    path = folder / f"tokenizer_{tokenizer.sha256[:12]}.tiktoken"
+    described = {"name": tokenizer.name, "pattern": tokenizer.pattern, "specials": tokenizer.specials}
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # every process of a run comes here
+        if not path.is_file():
+            write_durably(path.with_suffix(".json"), json.dumps(described, indent=1) + "\n")
+            write_durably(path, files["tokenizer.tiktoken"])
+    return str(path)

@@ -1,0 +1,165 @@
+"""fit --init_from: another model's weights and tokenizer, and everything else of a run's own, in every loop."""
+
+import json
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_networks import new_tokenizer, saved, trained
+from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small_run
+
+from nanogpt_lit.__main__ import main
+from nanogpt_lit.checkpoint.convert import convert
+from nanogpt_lit.checkpoint.run_file import load_run, save_run
+from nanogpt_lit.data.tokenizer import CharTokenizer, tokenizer_from_file
+from nanogpt_lit.fine_tuning import option_of
+
+WIDE = ["--model.gpt.n_embd=16", "--model.gpt.vocab_size=301"]
+SHAPE = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A checkpoint far into a run: what is fine-tuned must not go on with its step, its rate or its best."""
+    tokenizer = new_tokenizer("bpe")
+    path = saved(tmp_path / "start.safetensors", trained(tokenizer, **SHAPE), tokenizer)
+    save_run(
+        path, replace(load_run(path), step=500, batches=500, validations={"latest": (500, 0.1), "best": (500, 0.1)})
+    )
+    return path
+
+
+def own_run(text, root, *more):
+    return small_run(text, root, f"--data.shards_dir={root / 'shards'}", "--model.gpt.dropout=0", *more)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_it_begins_at_step_0_with_the_weights_the_tokenizer_and_a_best_of_its_own(text, tmp_path, capsys, loop, start):
+    assert loop(*own_run(text, tmp_path, f"--init_from={start}", "--model.optim.lr=1e-9")) == 0
+    assert (
+        f"init: the weights and the tokenizer of {start}, a checkpoint of nanogpt_lit: 1 layers"
+        in capsys.readouterr().out
+    )
+    folder = tmp_path / LOOPS[loop]
+    points = curves(folder)
+    assert sorted(step for tag, step in points if tag == "train/loss") == list(range(1, 9))
+    assert points["train/lr", 1] < points["train/lr", 2]  # its own warm-up
+    last = load_run(folder / "checkpoints/last.safetensors")
+    assert (last.step, last.batches) == (8, 16)
+    assert last.validations["best"][1] > 0.1
+    assert (folder / "checkpoints/best.safetensors").is_file()
+    before = load_run(start)
+    assert last.data["tokenizer"] == before.data["tokenizer"]
+    assert last.hyper_parameters["gpt"]["n_embd"] == 16  # and not the 8 of small_run
+    for name, tensor in before.weights.items():  # a rate of 1e-9 moves next to nothing
+        ours = last.weights[name]
+        assert torch.allclose(ours, tensor[: len(ours)], rtol=0, atol=1e-6)
+    assert len(last.weights["gpt.transformer.wpe.weight"]) == 16  # the block_size of small_run, of 32 positions
+
+
+def test_both_loops_end_with_the_same_bits_and_a_resume_goes_on_with_the_run_and_not_from_the_start(
+    text, tmp_path, start
+):
+    options = own_run(text, tmp_path, f"--init_from={start}")
+    for loop in LOOPS:
+        assert loop(*options) == 0
+    ends = [tmp_path / name / "checkpoints/last.safetensors" for name in LOOPS.values()]
+    assert not different(*ends)
+    halfway = [*options, "--trainer.val_check_interval=8"]
+    assert fit(*halfway, "--trainer.limit_val_batches=1") == 0
+    middle = tmp_path / "version_1/checkpoints/previous.safetensors"
+    assert load_run(middle).step == 4
+    start.unlink()  # a run that has begun needs it no more
+    for loop, name in ((fit, "version_2"), (accelerate, "accelerate_1")):
+        assert loop(*halfway, f"--ckpt_path={middle}") == 0
+        assert not different(
+            tmp_path / name / "checkpoints/last.safetensors", tmp_path / "version_1/checkpoints/last.safetensors"
+        )
+
+
+def test_it_begins_from_a_folder_of_hugging_face_too(text, tmp_path):
+    tokenizer = new_tokenizer("byte")
+    gpt = trained(tokenizer, gelu="erf", **SHAPE)
+    theirs = tmp_path / "folder"
+    convert(saved(tmp_path / "ours.safetensors", gpt, tokenizer), theirs, to="hf")
+    assert fit(*own_run(text, tmp_path, f"--init_from={theirs}", "--model.optim.lr=1e-9", "--trainer.max_steps=2")) == 0
+    last = load_run(tmp_path / "version_0/checkpoints/last.safetensors")
+    assert torch.allclose(last.weights["gpt.lm_head.weight"], gpt.lm_head.weight, rtol=0, atol=1e-6)
+    assert last.hyper_parameters["gpt"]["gelu"] == "erf"
+
+
+def test_the_loss_begins_where_the_model_was_and_not_where_a_new_one_is(text, tmp_path):
+    tokenizer = new_tokenizer("byte")
+    source = saved(tmp_path / "ours.safetensors", trained(tokenizer, BOTTLES, steps=150, **SHAPE), tokenizer)
+    first = {}
+    for name, more in (("new", []), ("tuned", [f"--init_from={source}"])):
+        root = tmp_path / name
+        assert fit(*own_run(text, root, *more)) == 0
+        first[name] = curves(root / "version_0")["train/loss", 1]
+    assert first["new"] > 5.3  # about log 257
+    assert first["tuned"] < 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--data.block_size=64"], "data.block_size=64 is longer than the 32 positions of init_from="),
+        (["--init_from=nowhere"], "nowhere does not exist"),
+        (["--init_from=hf:gpt2"], "hf:gpt2: a model of the hub is written hf:OWNER/NAME"),
+        (["--init_from=https://x/y"], "is an address"),
+    ],
+)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_cannot_begin_is_refused_in_one_sentence(text, tmp_path, capsys, start, loop, options, sentence):
+    assert loop(*own_run(text, tmp_path, f"--init_from={start}", *options)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert sentence in line
+
+
+def test_a_char_tokenizer_of_another_text_is_refused(text, tmp_path, capsys):
+    tokenizer = CharTokenizer("xyz")
+    source = saved(tmp_path / "ours.safetensors", trained(tokenizer, "xyz" * 99, **SHAPE), tokenizer)
+    assert fit(*own_run(text, tmp_path, f"--init_from={source}")) == 2
+    assert "vocab_size" in (said := capsys.readouterr().err) or "was trained with another tokenizer" in said
+
+
+def test_a_model_of_the_hub_is_fetched_by_its_revision_and_the_extra_is_named(tmp_path, monkeypatch, capsys):
+    tokenizer = new_tokenizer("byte")
+    source = saved(tmp_path / "ours.safetensors", trained(tokenizer, steps=0, **SHAPE), tokenizer)
+    convert(source, tmp_path / "folder", to="hf")
+    asked = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        assert not any("py" in pattern for pattern in allow_patterns)
+        return str(tmp_path / "folder")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert main(["convert", "hf:some/model@abc123", str(tmp_path / "x.safetensors")]) == 0
+    assert asked == [("some/model", "abc123")]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["convert", "hf:some/model", str(tmp_path / "y.safetensors")]) == 2
+    assert 'pip install "nanogpt_lit[hub]"' in capsys.readouterr().err
+
+
+def test_plan_counts_the_network_that_is_tuned_and_tune_refuses_it(text, tmp_path, capsys, start):
+    options = own_run(text, tmp_path, f"--init_from={start}")
+    assert main(["plan", "--vram=4GiB", "--os=linux", "--json", *options]) == 0
+    with_it = json.loads(capsys.readouterr().out)
+    assert main(["plan", "--vram=4GiB", "--os=linux", "--json", *options, "--init_from=null", *WIDE]) == 0
+    assert json.loads(capsys.readouterr().out) == with_it
+    config = tmp_path / "x.yaml"
+    config.write_text(f"init_from: {start}\n")
+    assert main(["tune", f"--config={config}"]) == 2
+    assert "begins with a trained model, and tune measures runs from the start" in capsys.readouterr().err
+
+
+def test_the_tokenizer_file_that_a_run_begins_with_says_the_same(tmp_path):
+    tokenizer = new_tokenizer("pattern")
+    path = Path(option_of(tokenizer, tmp_path / "root"))
+    assert path == Path(option_of(tokenizer, tmp_path / "root"))
+    assert json.loads(path.with_suffix(".json").read_text())["specials"]["<|user|>"] == 301
+    assert tokenizer_from_file(path).sha256 == tokenizer.sha256
