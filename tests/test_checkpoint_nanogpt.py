@@ -188,6 +188,9 @@ class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)
 
+    def __repr__(self):  # part of a test's name, which has to be the same in every process that collects it
+        return "Bomb()"
+
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
