@@ -18,7 +18,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import config_of_checkpoint
 
 POSITIONS = "transformer.wpe.weight"
-ONES_OWN = ("dropout", "block_size")
+ONES_OWN = ("dropout", "block_size", "document_start")
 """What a fine-tuned network need not have in common with the one it begins from."""
 
 

@@ -153,7 +153,7 @@ class LitNanoGPT(LightningModule):
         differing = [
             f"{name} is {saved[name]} there and {value} here"
             for name, value in self.hparams["gpt"].items()
-            if saved[name] != value and name != "dropout"
+            if saved[name] != value and name not in ("dropout", "document_start")
         ]
         if differing:
             raise UserError(

@@ -121,7 +121,9 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
 
 
 def network(settings: Any) -> GPTConfig:
-    return GPTConfig(**{**settings.model.gpt, "vocab_size": vocab_size(settings)})
+    # The mask of separate documents takes as much memory whichever id they begin with.
+    document_start = 0 if settings.data.documents == "separate" else None
+    return GPTConfig(**{**settings.model.gpt, "vocab_size": vocab_size(settings), "document_start": document_start})
 
 
 def module(settings: Any, gpt: GPTConfig, memory: MemoryConfig) -> LitNanoGPT:

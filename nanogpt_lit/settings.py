@@ -188,6 +188,7 @@ class SettingsCLI(LightningCLI):
         if settings.model.gpt.vocab_size is None:
             settings.model.gpt.vocab_size = datamodule.vocab_size
         datamodule.check_vocabulary(settings.model.gpt.vocab_size)
+        settings.model.gpt.document_start = datamodule.document_start
         if self.beginning is not None:
             self.beginning.check_tokenizer(datamodule.tokenizer)
 

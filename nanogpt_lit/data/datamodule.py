@@ -2,7 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -73,6 +73,9 @@ class TokenDataModule(LightningDataModule):
         block_size: Tokens per sequence.
         batch_size: Sequences per micro-batch.
         seed: Decides the order of samples, and nothing else.
+        documents: joined: attention crosses the ends of documents inside a sequence, as GPT-2 was trained. separate:
+            each document is read as if it stood alone, its positions beginning at 0. Costs a mask of block_size x
+            block_size for each sequence, and on a GPU the kernel of attention that takes no mask.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class TokenDataModule(LightningDataModule):
         block_size: int = 1024,
         batch_size: int = 4,
         seed: int = 1337,
+        documents: Literal["joined", "separate"] = "joined",
     ) -> None:
         super().__init__()
         for name, value in (("block_size", block_size), ("batch_size", batch_size)):
@@ -96,6 +100,7 @@ class TokenDataModule(LightningDataModule):
         self.block_size = block_size
         self.batch_size = batch_size
         self.seed = seed
+        self.documents = documents
         self.position: Position | None = None
         """For a loop other than Lightning's Trainer, which sets it before it asks for a loader."""
         self._shards: dict[str, TokenShards] = {}
@@ -181,6 +186,11 @@ class TokenDataModule(LightningDataModule):
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
+
+    @property
+    def document_start(self) -> int | None:
+        """The model's gpt.document_start: what tells documents apart where they are separate."""
+        return self.tokenizer.eot if self.documents == "separate" else None
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
         """Raises UserError when the data has ids that the model lacks."""

@@ -145,7 +145,8 @@ class Scorer:
     @torch.no_grad()
     def _score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Losses in nats (0 where not asked for), and whether each target is the likeliest. (B, T), on the host."""
-        hidden = self.gpt.hidden(tokens.to(self._device)).flatten(0, 1)  # (B*T, C)
+        tokens = tokens.to(self._device)
+        hidden = self.gpt.hidden(tokens, documents=self.gpt.documents(tokens)).flatten(0, 1)  # (B*T, C)
         wanted = targets.to(self._device).flatten()
         losses, is_likeliest = [], []
         for states, ids in zip(hidden.split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE), strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import attention
 from nanogpt_lit.gpt.cache import KeyValueCache, LayerCache
+from nanogpt_lit.gpt.document_mask import Documents
 from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
 from nanogpt_lit.gpt.rotary import Rotary
 
@@ -61,6 +62,10 @@ class GPTConfig:
     qk_norm: bool = False
     """Scale each query and key to length sqrt(n_embd / n_head) before they meet, which bounds attention's logits:
     Henry et al. (arXiv:2010.04245), as Dehghani et al., ViT-22B (arXiv:2302.05442), but with nothing learned."""
+
+    document_start: int | None = None
+    """The id that begins a document: training and evaluation then read each document of a sequence as if it stood
+    alone. None lets attention cross documents, as GPT-2 was trained. data.documents decides; the CLI fills it in."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -145,17 +150,24 @@ class GPT(nn.Module):
         """Logits (B, T, V) of the token after each position. Training calls `loss`, which need not keep them."""
         return self.lm_head(self.hidden(tokens))
 
-    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
         """The last hidden states (B, T, C), normed and ready for the head.
 
         tokens: (B, T) int64. With a cache, the tokens continue those it holds, and are added to it.
+        documents: of the tokens; None reads each sequence as one
         Raises UserError when the sequence is longer than block_size.
         """
-        return self.transformer(tokens, cache)
+        return self.transformer(tokens, cache, documents)
+
+    def documents(self, tokens: Tensor) -> Documents | None:
+        """The documents of tokens (B, T) where config.document_start keeps them apart."""
+        first = self.config.document_start
+        return None if first is None else Documents.of(tokens, first, self.lm_head.weight.dtype)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (B, T) given tokens (B, T); IGNORE_INDEX targets are skipped."""
-        return as_finite_as_its_gradients(self.cross_entropy(self.hidden(tokens), self.lm_head.weight, targets))
+        hidden = self.hidden(tokens, documents=self.documents(tokens))
+        return as_finite_as_its_gradients(self.cross_entropy(hidden, self.lm_head.weight, targets))
 
     def parameter_count(self, non_embedding: bool) -> int:
         """Number of parameters, a tied matrix counted once.
@@ -192,7 +204,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
         end = start + tokens.size(1)
         if end > self.block_size:
@@ -202,10 +214,12 @@ class Transformer(nn.Module):
             )
         x = self.wte(tokens)  # (B, T, C)
         if self.wpe is not None:
-            x = x + self.wpe(torch.arange(start, end, device=tokens.device))
+            positions = torch.arange(start, end, device=tokens.device) if documents is None else documents.positions
+            x = x + self.wpe(positions)
         x = self.drop(x)
+        mask = documents.mask if documents is not None else None
         for layer, block in enumerate(self.h):
-            x = block(x, cache.layers[layer] if cache is not None else None)
+            x = block(x, cache.layers[layer] if cache is not None else None, mask)
         return self.ln_f(x)
 
 
@@ -217,8 +231,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -234,11 +248,11 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        return self.attend(self.c_attn(x), cache)
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        return self.attend(self.c_attn(x), cache, mask)
 
-    def attend(self, qkv: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, 3 * C) -> (B, T, C)"""
+    def attend(self, qkv: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, T, 3 * C) -> (B, T, C)   mask: of documents (B, 1, T, T); None attends to all tokens so far"""
         B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         H, D = self.n_head, C // self.n_head
         q, k, v = qkv.split(C, dim=2)  # each (B, T, C)
@@ -254,7 +268,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)  # (B, H, tokens so far, D)
         # A single query is the newest token and may see every key. Several are always as many as the keys.
         dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, dropout_p=dropout, is_causal=cache is None or T > 1)
+        is_causal = mask is None and (cache is None or T > 1)
+        y = attention(q, k, v, dropout_p=dropout, is_causal=is_causal, mask=mask)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 

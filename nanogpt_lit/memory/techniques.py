@@ -116,30 +116,32 @@ def apply_techniques(gpt: GPT, memory: MemoryConfig) -> HostWeights | None:
     return host
 
 
-def recomputed(function: Callable[..., Any], *args: Tensor, with_dropout: bool = False) -> Any:
-    """function(*args), keeping for backward only the arguments.
+def recomputed(function: Callable[..., Any], *args: Tensor, with_dropout: bool = False, **shared: Any) -> Any:
+    """function(*args, **shared), keeping for backward only the arguments.
+
+    shared: what all blocks have in common; unlike args it does not leave the device with saved_on_host
 
     Backward calls it again, up to the last thing that it needs: a matrix product at the end of function needs its
     factors, and is not computed twice.
     """
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=with_dropout)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=with_dropout, **shared)
 
 
 class RecomputedBlock(Block):
     """Keeps its input alone: 4 bytes a channel and token, where a Block keeps 36 under 16-bit autocast."""
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
         if not torch.is_grad_enabled():
-            return super().forward(x, cache)
-        return recomputed(super().forward, x, with_dropout=self.attn.dropout > 0)
+            return super().forward(x, cache, mask)
+        return recomputed(super().forward, x, with_dropout=self.attn.dropout > 0, mask=mask)
 
 
 class HostInputBlock(RecomputedBlock):
     """Keeps not even that on the card."""
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
         with saved_on_host():
-            return super().forward(x, cache)
+            return super().forward(x, cache, mask)
 
 
 class SelectiveBlock(Block):
@@ -148,10 +150,10 @@ class SelectiveBlock(Block):
     In bytes: the input 4, queries, keys and values 6, attention 2 and its projection 2, the inside of the MLP 8.
     """
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
         if not torch.is_grad_enabled():
-            return super().forward(x, cache)
-        attended = self.attn.attend(recomputed(self._into_attention, x))
+            return super().forward(x, cache, mask)
+        attended = self.attn.attend(recomputed(self._into_attention, x), mask=mask)
         x, inside = recomputed(self._into_mlp, x, attended)
         return x + self.mlp.dropout(recomputed(self._out_of_mlp, inside))
 

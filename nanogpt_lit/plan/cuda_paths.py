@@ -155,10 +155,10 @@ class _FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight), None
 
 
-def _attention_below_autocast(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    q, k, v = _cast((q, k, v), torch.get_autocast_dtype("cpu"))
+def _attention_below_autocast(*args: Any, **kwargs: Any) -> Tensor:
+    args = _cast(args, torch.get_autocast_dtype("cpu"))
     with _ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
-        return aten.scaled_dot_product_attention(q, k, v, *args, **kwargs)
+        return aten.scaled_dot_product_attention(*args, **kwargs)
 
 
 def _attention(
@@ -184,6 +184,11 @@ def _attention(
             q, k, v = (F.pad(tensor, (0, 8 - D % 8)) for tensor in (q, k, v))
         out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
         return out[..., :D] if D % 8 else out
+    if attn_mask is not None:
+        B, H, T, keys = q.size(0), q.size(1), q.size(2), k.size(2)
+        if keys % 8:  # the kernel wants rows of a multiple of 8: PyTorch copies the mask into longer ones
+            attn_mask = F.pad(attn_mask, (0, 8 - keys % 8))[..., :keys]
+        attn_mask = attn_mask.expand(B, H, T, keys)
     keep_logsumexp = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     return aten._scaled_dot_product_efficient_attention(
         q, k, v, attn_mask, keep_logsumexp, dropout_p, is_causal, scale=scale
