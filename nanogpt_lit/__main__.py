@@ -8,28 +8,31 @@ from importlib import import_module
 from nanogpt_lit.errors import NothingToDo, UserError, shown
 
 COMMANDS = {
-    "fit": ("nanogpt_lit.cli:run", "train, from text or from a checkpoint; with --keep-alive, again after a crash"),
-    "validate": ("nanogpt_lit.cli:run", "validation loss and perplexity of a checkpoint"),
-    "test": ("nanogpt_lit.cli:run", "the same on the test set, which is the validation set unless you bring one"),
+    "fit": ("nanogpt_lit.cli.fit:run", "train, from text or from a checkpoint; with --keep-alive, again after a crash"),
+    "validate": ("nanogpt_lit.cli.fit:run", "validation loss and perplexity of a checkpoint"),
+    "test": ("nanogpt_lit.cli.fit:run", "the same on the test set, which is the validation set unless you bring one"),
     "keep-alive": (
-        "nanogpt_lit.commands:keep_alive",
+        "nanogpt_lit.cli.commands:keep_alive",
         "fit --keep-alive for a script that takes fit's options, as scripts/train_accelerate.py does",
     ),
     "keep-alive-unit": (
-        "nanogpt_lit.commands:keep_alive_unit",
+        "nanogpt_lit.cli.commands:keep_alive_unit",
         "what starts fit --keep-alive again after a reboot, for systemd or Windows",
     ),
-    "doctor": ("nanogpt_lit.commands:doctor", "checks this machine, and a run, and says what to do"),
-    "prepare": ("nanogpt_lit.commands:prepare", "text to token shards; fit does it by itself when they are missing"),
-    "plan": ("nanogpt_lit.commands:plan", "whether a run fits a card, and what to change when it does not"),
+    "doctor": ("nanogpt_lit.cli.commands:doctor", "checks this machine, and a run, and says what to do"),
+    "prepare": (
+        "nanogpt_lit.cli.commands:prepare",
+        "text to token shards; fit makes them where they are missing",
+    ),
+    "plan": ("nanogpt_lit.cli.commands:plan", "whether a run fits a card, and what to change when it does not"),
     "tune": ("nanogpt_lit.tune.command:tune", "a better learning rate, batch and recipe for your text and machine"),
     "accelerate-config": (
-        "nanogpt_lit.commands:accelerate_config",
+        "nanogpt_lit.cli.commands:accelerate_config",
         "accelerate's default_config.yaml for a YAML of fit, and back",
     ),
-    "convert": ("nanogpt_lit.commands:convert", "a checkpoint from and to the formats of others"),
+    "convert": ("nanogpt_lit.cli.commands:convert", "a checkpoint from and to the formats of others"),
     "eval": ("nanogpt_lit.evaluate.command:evaluate", "loss, bits per byte, HellaSwag and lm-eval's tasks"),
-    "generate": ("nanogpt_lit.commands:generate", "text from a checkpoint, streamed as it is made"),
+    "generate": ("nanogpt_lit.cli.commands:generate", "text from a checkpoint, streamed as it is made"),
 }
 OTHER_NAMES = {
     "train": "fit", "finetune": "fit", "resume": "fit", "eval": "validate", "evaluate": "validate",
@@ -60,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {unknown(arguments[0])}", file=sys.stderr)
         return 2
     if arguments[0] == "fit":
-        from nanogpt_lit.supervised import stop_with_supervisor, supervised
-        from nanogpt_lit.supervisor import KEEP_ALIVE, keep_alive
+        from nanogpt_lit.runtime.supervised import stop_with_supervisor, supervised
+        from nanogpt_lit.supervise.supervisor import KEEP_ALIVE, keep_alive
 
         if KEEP_ALIVE in arguments:
             return exit_code(lambda: keep_alive(arguments[1:]))
@@ -78,7 +81,7 @@ def unknown(word: str) -> str:
 
 
 def command_of(name: str) -> Callable[[list[str]], int]:
-    from nanogpt_lit.collector import quick_imports
+    from nanogpt_lit.runtime.collector import quick_imports
 
     module_name, _, function_name = COMMANDS[name][0].partition(":")
     with quick_imports():
@@ -87,7 +90,7 @@ def command_of(name: str) -> Callable[[list[str]], int]:
 
 def exit_code(command: Callable[[], int]) -> int:
     """Runs a command; what the user can mend becomes one sentence and 2 instead of a traceback."""
-    from nanogpt_lit.supervised import report_error, supervised
+    from nanogpt_lit.runtime.supervised import report_error, supervised
 
     try:
         return command()

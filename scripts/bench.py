@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_lit.gpt.model import GPT, GPTConfig
-from nanogpt_lit.loops.machine import hardware, peak_flops_of
+from nanogpt_lit.runtime.machine import hardware, peak_flops_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -181,7 +181,7 @@ def summary(shape: Shape, turn: Turn, base: Turn, matmul: Turn) -> dict[str, Any
 
 
 def share_of_peak(shape: Shape, turn: Turn, precision: str) -> float | None:
-    """Of the card's peak; None where plan/cards.py does not know the card."""
+    """Of the card's peak; None where runtime/cards.py does not know the card."""
     import torch
 
     peak = peak_flops_of(torch.device("cuda"), precision, 1)

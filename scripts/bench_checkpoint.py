@@ -23,9 +23,9 @@ from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.contract import Parts, optimizer_and_schedule
-from nanogpt_lit.loops.machine import hardware
-from nanogpt_lit.loops.resume import capture, random_states
 from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.run.resume import capture, random_states
+from nanogpt_lit.runtime.machine import hardware
 
 GPT2 = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
 VARIANTS = ("none", "background", "waited")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.model import GPT, GPTConfig
-from nanogpt_lit.loops.machine import hardware
+from nanogpt_lit.runtime.machine import hardware
 
 BUCKET_TOKENS = 100
 

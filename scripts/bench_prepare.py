@@ -127,7 +127,7 @@ def main() -> None:
         print(json.dumps((measure_peak if args.peak else measure)(args.one, args.source)))
         return
 
-    from nanogpt_lit.loops.machine import hardware  # not above: the measured processes must not hold torch
+    from nanogpt_lit.runtime.machine import hardware  # not above: the measured processes must not hold torch
 
     def run(way: str, *options: str) -> dict[str, Any]:
         command = [sys.executable, __file__, "--one", way, "--source", args.source, *options]

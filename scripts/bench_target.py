@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nanogpt_lit.loops.machine import hardware
+from nanogpt_lit.runtime.machine import hardware
 
 ROOT = Path(__file__).parents[1]
 BLOCK_SIZE = 64

@@ -115,10 +115,10 @@ def drive(step: Callable[[Batch], None], turns: Turns) -> None:
 
 
 def build(config: GPTConfig, options: dict[str, Any]) -> "LitNanoGPT":
-    from nanogpt_lit import matmul
-    from nanogpt_lit.memory.heap import keep_freed_memory
     from nanogpt_lit.memory.techniques import MemoryConfig
     from nanogpt_lit.module import LitNanoGPT
+    from nanogpt_lit.runtime import matmul
+    from nanogpt_lit.runtime.heap import keep_freed_memory
 
     if options["heap"]:
         keep_freed_memory()  # as fit does on a processor
@@ -147,12 +147,12 @@ def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
     from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TrainingCurves
     from nanogpt_lit.loops.lightning_guards import FiniteSteps
     from nanogpt_lit.loops.lightning_precision import precision_plugin
     from nanogpt_lit.loops.lightning_stops import StepStops
-    from nanogpt_lit.loops.process_settings import set_for_process
+    from nanogpt_lit.run.curves import StepMeter, ValidationRecord
+    from nanogpt_lit.runtime.process_settings import set_for_process
 
     meter, validations = StepMeter(), ValidationRecord()
     plugin = precision_plugin(precision, turns.device)
@@ -219,7 +219,7 @@ def on(device: str, batch: Batch) -> Batch:
 
 def matmul_step(precision: str, device: str) -> Callable[[Batch], None]:
     """Products of square matrices into memory that is there, by the quicker library: what arithmetic could run at."""
-    from nanogpt_lit.matmul import set_matmul_backend
+    from nanogpt_lit.runtime.matmul import set_matmul_backend
 
     if device == "cpu":
         set_matmul_backend(torch.device(device), tf32=False)

@@ -31,16 +31,16 @@ from typing import Any
 import torch
 
 from nanogpt_lit.__main__ import exit_code
-from nanogpt_lit.cli import NanoGPTCLI
-from nanogpt_lit.loops.curves import peaks_mib
-from nanogpt_lit.loops.machine import hardware, peak_flops_of
+from nanogpt_lit.cli.fit import NanoGPTCLI
+from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
+from nanogpt_lit.memory.ladder import ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.budget import choose_budget, parse_mib
-from nanogpt_lit.plan.ladder import ladder
+from nanogpt_lit.plan.command import own_rung, plan_rung
 from nanogpt_lit.plan.peak_watch import TOLERANCE, expandable_segments
 from nanogpt_lit.plan.plan import Footprint
-from nanogpt_lit.planning import own_rung, plan_rung
-from nanogpt_lit.settings import SettingsCLI, quiet_lightning
+from nanogpt_lit.run.curves import peaks_mib
+from nanogpt_lit.runtime.machine import hardware, peak_flops_of
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -225,7 +225,7 @@ def run_here(options: list[str], cap_mib: int | None) -> dict[str, Any]:
 
 
 def mfu(cli: Any) -> float | None:
-    """The share of the card's rate that the arithmetic of the last steps reached; None where plan/cards.py has none."""
+    """The share of the peak of the device that the last steps reached; None where runtime/cards.py has no peak."""
     peak = peak_flops_of(cli.trainer.strategy.root_device, str(cli.trainer.precision), 1)
     gpt, tokens_per_s = cli.model.gpt, cli.meter.tokens_per_s
     return None if peak is None else tokens_per_s * gpt.flops_per_token(gpt.config.block_size) / peak

@@ -29,10 +29,9 @@ from typing import Any, NoReturn
 import torch
 
 from nanogpt_lit.__main__ import exit_code
+from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.loops.contract import LoopSettings
-from nanogpt_lit.loops.journal import next_folder
-from nanogpt_lit.loops.machine import hardware
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.compare import FRAMEWORKS, Outcome, compare_loops, compare_together, warm_up
 from nanogpt_lit.parity.curves import draw_in_tensorboard
@@ -43,7 +42,8 @@ from nanogpt_lit.parity.report import markdown_table, page, picture
 from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
 from nanogpt_lit.parity.settled import SETTLED, drifts_together
 from nanogpt_lit.parity.size import CAPS, CAPS_OF_A_LARGE_VOCABULARY, LARGE_VOCABULARY, Size, options_given
-from nanogpt_lit.settings import SettingsCLI, quiet_lightning, relative_to_here
+from nanogpt_lit.run.journal import next_folder
+from nanogpt_lit.runtime.machine import hardware
 
 OF_A_LAUNCHER = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
 

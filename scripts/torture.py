@@ -27,7 +27,7 @@ from pathlib import Path
 from torture_process import warm_up
 from torture_trial import GOES_ON, KINDS, STEPS, STOPS, Reference, Result, Setup, Trial, left_out, reference
 
-from nanogpt_lit.loops.machine import hardware
+from nanogpt_lit.runtime.machine import hardware
 
 SETUPS = [
     Setup(precision, accumulate, nan_every, recipe)

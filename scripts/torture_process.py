@@ -25,10 +25,10 @@ from torch import Tensor
 
 from nanogpt_lit.__main__ import exit_code, main
 from nanogpt_lit.checkpoint import disk
-from nanogpt_lit.cli import NanoGPTCLI
-from nanogpt_lit.durable import PARTIAL
+from nanogpt_lit.cli.fit import NanoGPTCLI
+from nanogpt_lit.cli.settings import quiet_lightning
 from nanogpt_lit.module import LitNanoGPT
-from nanogpt_lit.settings import quiet_lightning
+from nanogpt_lit.runtime.durable import PARTIAL
 
 ACCELERATE = Path(__file__).with_name("train_accelerate.py")
 

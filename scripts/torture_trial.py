@@ -22,10 +22,10 @@ from torture_ranks import Failed, alive, start_all, wait, wait_for_training
 
 from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, verify_run
-from nanogpt_lit.durable import PARTIAL
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.parity.record import leaves, same
-from nanogpt_lit.recipes import RECIPES
+from nanogpt_lit.runtime.durable import PARTIAL
+from nanogpt_lit.tune.recipes import RECIPES
 
 STEPS, VALIDATES_EVERY = 64, 8
 MEASURED = ("throughput/", "memory/", "card/", "time/")

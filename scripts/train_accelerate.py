@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from nanogpt_lit.__main__ import exit_code
 from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.checkpoint.run_lock import RunLock
+from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position
 from nanogpt_lit.data.turns import in_turns
@@ -32,27 +33,26 @@ from nanogpt_lit.loops.accelerate_environment import (
     launched_processes,
 )
 from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
-from nanogpt_lit.loops.clock import awake_s
 from nanogpt_lit.loops.contract import Observer
-from nanogpt_lit.loops.guards import NotFinite, give_up
-from nanogpt_lit.loops.journal import Journal, OtherProcess, next_folder
 from nanogpt_lit.loops.lightning_callbacks import TextSamples
-from nanogpt_lit.loops.machine import device_type
-from nanogpt_lit.loops.pieces import keep_config
-from nanogpt_lit.loops.processes import told
-from nanogpt_lit.loops.report import closing_table, opening_lines
-from nanogpt_lit.loops.resume import batches_done, check_network, load_together
-from nanogpt_lit.loops.slurm import requeue, requeue_signal
-from nanogpt_lit.loops.stops import Reason, Stopped, Stops, go_on_line, seconds_of
-from nanogpt_lit.settings import SettingsCLI, quiet_lightning, relative_to_here
-from nanogpt_lit.strategies.trainer_section import (
+from nanogpt_lit.loops.trainer_section import (
     asked_processes,
     check_followed,
     full_precision_name,
     loop_settings,
     text_samples,
 )
-from nanogpt_lit.supervised import stop_with_supervisor, supervised
+from nanogpt_lit.run.guards import NotFinite, give_up
+from nanogpt_lit.run.journal import Journal, OtherProcess, next_folder
+from nanogpt_lit.run.pieces import keep_config
+from nanogpt_lit.run.report import closing_table, opening_lines
+from nanogpt_lit.run.resume import batches_done, check_network, load_together
+from nanogpt_lit.run.stops import Reason, Stopped, Stops, go_on_line, seconds_of
+from nanogpt_lit.runtime.clock import awake_s
+from nanogpt_lit.runtime.machine import device_type
+from nanogpt_lit.runtime.processes import told
+from nanogpt_lit.runtime.slurm import requeue, requeue_signal
+from nanogpt_lit.runtime.supervised import stop_with_supervisor, supervised
 
 
 class AccelerateCLI(SettingsCLI):

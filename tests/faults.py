@@ -15,7 +15,6 @@ from nanogpt_lit.gpt.loss import IGNORE_INDEX
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate_loop, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
 from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
 from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunFileIO
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps, Observed
@@ -23,6 +22,7 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.runs import Case, HalfOnProcessors, quiet, trainer_options
+from nanogpt_lit.run.curves import StepMeter, ValidationRecord
 
 B, T, V = 4, 8, 11
 ACCUMULATE, STEPS = 2, 3

@@ -1,7 +1,7 @@
 import pytest
 
 from nanogpt_lit.plan.budget import Budget, card_named, choose_budget, context_mib, parse_mib
-from nanogpt_lit.plan.cards import CARDS
+from nanogpt_lit.runtime.cards import CARDS
 
 RTX2050 = card_named("rtx2050")
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanogpt_lit.loops.card_health import CardHealth
-from nanogpt_lit.loops.curves import StepMeter
+from nanogpt_lit.run.curves import StepMeter
+from nanogpt_lit.runtime.card_health import CardHealth
 
 CUDA = torch.device("cuda", 1)
 

@@ -22,11 +22,11 @@ from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings, Observer, optimizer_and_schedule
 from nanogpt_lit.loops.lightning_precision import MixedPrecision
 from nanogpt_lit.loops.reference import train
-from nanogpt_lit.loops.resume import capture, random_states
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same
+from nanogpt_lit.run.resume import capture, random_states
 
 STEPS, B, T = 4, 2, 8
 CPU = torch.device("cpu")

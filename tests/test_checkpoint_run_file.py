@@ -14,10 +14,10 @@ from nanogpt_lit.checkpoint.tensor_file import write_tensors
 from nanogpt_lit.data.tokenizer import CharTokenizer
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.contract import Parts, optimizer_and_schedule
-from nanogpt_lit.loops.resume import capture, random_states, restore, restore_random_state
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same
+from nanogpt_lit.run.resume import capture, random_states, restore, restore_random_state
 
 TOKENIZER = CharTokenizer("héllo wörld")
 

@@ -15,24 +15,24 @@ from small_runs import BOTTLES
 from torch.amp import GradScaler
 
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
+from nanogpt_lit.cli.settings import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position, windows_in
 from nanogpt_lit.data.shards import TokenShards
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate_loop, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
 from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
 from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, RunFileIO
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, Observed
-from nanogpt_lit.loops.resume import capture, random_states
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.parity.runs import HalfOnProcessors, lightning_precision
-from nanogpt_lit.recipes import MODERN
-from nanogpt_lit.settings import quiet_lightning
+from nanogpt_lit.run.curves import StepMeter, ValidationRecord
+from nanogpt_lit.run.resume import capture, random_states
+from nanogpt_lit.tune.recipes import MODERN
 
 STEPS = 12
 # About every other step is skipped, and the scale grows in between: switches fall before, at and after both.

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from nanogpt_lit.loops.clock import Sleeps, awake_s, elapsed_s
+from nanogpt_lit.runtime.clock import Sleeps, awake_s, elapsed_s
 
 
 def test_sleep_is_what_one_clock_counts_and_the_other_does_not():

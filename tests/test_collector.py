@@ -11,7 +11,7 @@ def run(code):
 def test_imports_are_not_looked_through_then_or_later():
     run("""
 import gc
-from nanogpt_lit.collector import quick_imports
+from nanogpt_lit.runtime.collector import quick_imports
 with quick_imports():
     assert not gc.isenabled()
     import decimal
@@ -23,7 +23,7 @@ assert gc.get_freeze_count() > 0
 def test_in_a_process_with_torch_nothing_is_kept_from_the_collector():
     run("""
 import gc, sys
-from nanogpt_lit.collector import quick_imports
+from nanogpt_lit.runtime.collector import quick_imports
 sys.modules["torch"] = None
 with quick_imports():
     assert gc.isenabled()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, gradient_norm, perplexity
+from nanogpt_lit.run.curves import StepMeter, ValidationRecord, gradient_norm, perplexity
 
 
 class Clock:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.durable import durable_file, durable_folder, sweep, write_durably
+from nanogpt_lit.runtime.durable import durable_file, durable_folder, sweep, write_durably
 
 
 def write(path, content, **options):

@@ -10,11 +10,11 @@ from test_resume import LAST, crash
 
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.plan.budget import card_named
-from nanogpt_lit.plan.ladder import Rung, ladder
 from nanogpt_lit.plan.plan import measure
 from nanogpt_lit.plan.step import StepShape
 

@@ -31,11 +31,11 @@ from nanogpt_lit.elastic.shortage import attempt, cap_card_memory
 from nanogpt_lit.gpt.loss import IGNORE_INDEX, cross_entropy
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import seed_dropout
-from nanogpt_lit.loops.resume import capture, random_states
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.run.resume import capture, random_states
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from nanogpt_lit.environment import whole_number
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.slurm import was_requeued
-from nanogpt_lit.strategies.check import check_started
+from nanogpt_lit.loops.strategy_check import check_started
+from nanogpt_lit.runtime.environment import whole_number
+from nanogpt_lit.runtime.slurm import was_requeued
 
 
 def test_an_unset_and_an_empty_variable_hold_no_number():

@@ -14,8 +14,8 @@ from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
+from nanogpt_lit.cli.fine_tuning import option_of
 from nanogpt_lit.data.tokenizer import CharTokenizer, tokenizer_from_file
-from nanogpt_lit.fine_tuning import option_of
 
 WIDE = ["--model.gpt.n_embd=16", "--model.gpt.vocab_size=301"]
 SHAPE = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}

@@ -12,18 +12,18 @@ import torch
 from small_runs import LOOPS, different, fit, small_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt_lit import durable
 from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.gpt import model
 from nanogpt_lit.gpt.loss import cross_entropy
-from nanogpt_lit.loops import guards
 from nanogpt_lit.loops.contract import LoopSettings
-from nanogpt_lit.loops.guards import NotFinite, SkippedInARow, drop_unless_finite
 from nanogpt_lit.loops.reference import train
 from nanogpt_lit.memory.host_optimizer import HostAdamW
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
+from nanogpt_lit.run import guards
+from nanogpt_lit.run.guards import NotFinite, SkippedInARow, drop_unless_finite
+from nanogpt_lit.runtime import durable
 
 Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 LAST = "checkpoints/last.safetensors"

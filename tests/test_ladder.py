@@ -3,8 +3,8 @@ import itertools
 import pytest
 import yaml
 
+from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
-from nanogpt_lit.plan.ladder import Rung, ladder
 
 PLAIN = Rung("mine", MemoryConfig(), batch_size=4, accumulate_grad_batches=4)
 

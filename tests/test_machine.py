@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_runs import fit, small_run
 
-from nanogpt_lit.loops import machine
-from nanogpt_lit.loops.machine import product_gflops, slow_precision
+from nanogpt_lit.runtime import machine
+from nanogpt_lit.runtime.machine import product_gflops, slow_precision
 
 NO_UNITS = {torch.float32: 176.0, torch.bfloat16: 20.0}
 

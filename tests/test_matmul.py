@@ -5,16 +5,16 @@ import torch
 from small_runs import LOOPS, fit, small_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt_lit import matmul
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.gpt.attention import attention
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings
-from nanogpt_lit.matmul import by_mkl, restored_matmul_backend, set_matmul_backend
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.runtime import matmul
+from nanogpt_lit.runtime.matmul import by_mkl, restored_matmul_backend, set_matmul_backend
 
 onednn_only = pytest.mark.skipif(not matmul.onednn_is_exact(), reason="MKL multiplies on this CPU")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

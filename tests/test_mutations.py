@@ -14,6 +14,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanogpt_lit.accelerate_config.accelerate_file import read_accelerate_file
+from nanogpt_lit.accelerate_config.from_accelerate import to_trainer
 from nanogpt_lit.checkpoint.accelerate_format import (
     BESIDE,
     OPTIMIZER,
@@ -29,15 +31,13 @@ from nanogpt_lit.checkpoint.load import load_network
 from nanogpt_lit.checkpoint.run_file import DESCRIPTION, load_run, open_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import write_tensors
+from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.data.prepare import PrepareConfig, prepare, stale_reason
 from nanogpt_lit.data.shards import MANIFEST, TokenShards, read_manifest
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, ByteTokenizer, read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.parity.record import leaves, same
-from nanogpt_lit.settings import SettingsCLI
-from nanogpt_lit.strategies.accelerate_file import read_accelerate_file
-from nanogpt_lit.strategies.from_accelerate import to_trainer
 
 
 def examples(count):

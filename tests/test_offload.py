@@ -12,7 +12,6 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
-from nanogpt_lit.loops.resume import capture, random_states
 from nanogpt_lit.memory import host_inputs, host_optimizer, host_weights
 from nanogpt_lit.memory.host import Mark
 from nanogpt_lit.memory.techniques import MemoryConfig
@@ -22,6 +21,7 @@ from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.record import compare
 from nanogpt_lit.parity.runs import LOOPS, Case, quiet
 from nanogpt_lit.parity.settled import OVERFLOWS
+from nanogpt_lit.run.resume import capture, random_states
 
 STEPS = 6
 TECHNIQUES = {

@@ -15,6 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import exit_code
+from nanogpt_lit.cli.settings import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate_loop
@@ -30,8 +31,7 @@ from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.record import FINAL, Difference, compare, same
 from nanogpt_lit.parity.runs import LOOPS, Case, quiet
 from nanogpt_lit.parity.settled import OVERFLOWS, SETTLED, drifts
-from nanogpt_lit.recipes import MODERN
-from nanogpt_lit.settings import quiet_lightning
+from nanogpt_lit.tune.recipes import MODERN
 
 ROOT = Path(__file__).parents[1]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nanogpt_lit.parser import sentence
-from nanogpt_lit.settings import SettingsCLI
+from nanogpt_lit.cli.parser import sentence
+from nanogpt_lit.cli.settings import SettingsCLI
 
 
 def refused(option, capsys):

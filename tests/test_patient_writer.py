@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from nanogpt_lit.loops.patient_writer import PatientWriter
+from nanogpt_lit.run.patient_writer import PatientWriter
 
 
 @pytest.fixture

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops import curves as curves_module
-from nanogpt_lit.loops.curves import StepMeter
+from nanogpt_lit.memory.ladder import Rung
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.plan import peak_watch
 from nanogpt_lit.plan.allocator import MIB
-from nanogpt_lit.plan.cards import CARDS
-from nanogpt_lit.plan.ladder import Rung
 from nanogpt_lit.plan.plan import measure
 from nanogpt_lit.plan.step import StepShape
+from nanogpt_lit.run import curves as curves_module
+from nanogpt_lit.run.curves import StepMeter
+from nanogpt_lit.runtime.cards import CARDS
 
 CARD = torch.device("cuda")
 MEMORY = MemoryConfig(loss_chunk_tokens=16, recompute="selective")

@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from nanogpt_lit import planning
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.plan import command as planning
 from nanogpt_lit.plan import plan as plan_module
 from nanogpt_lit.plan.allocator import MIB, replay
 from nanogpt_lit.plan.budget import choose_budget
+from nanogpt_lit.plan.command import largest_that_fits, own_rung, plan_run, plan_rung, vocab_size
 from nanogpt_lit.plan.plan import measure
 from nanogpt_lit.plan.report import report, report_largest
 from nanogpt_lit.plan.steady import long_run
 from nanogpt_lit.plan.step import StepShape, trace_steps
-from nanogpt_lit.planning import largest_that_fits, own_rung, plan_run, plan_rung, vocab_size
-from nanogpt_lit.settings import SettingsCLI
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.budget import card_named, choose_budget
-from nanogpt_lit.planning import network, own_rung, plan_rung
-from nanogpt_lit.settings import SettingsCLI
+from nanogpt_lit.plan.command import network, own_rung, plan_rung
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LARGEST_MIB = {"rtx2050": 2450, "rtx2050_medium": 3300, "rtx2050_large": 2900, "rtx2050_xl": 1000}

@@ -10,9 +10,9 @@ from torch import nn
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings
-from nanogpt_lit.loops.process_settings import repeatability, restored_process_settings, set_for_process
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.runtime.process_settings import repeatability, restored_process_settings, set_for_process
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

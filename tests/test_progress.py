@@ -3,8 +3,8 @@ from datetime import datetime
 
 import pytest
 
-from nanogpt_lit.loops.clock import Sleeps
-from nanogpt_lit.loops.progress import Progress, arrival
+from nanogpt_lit.run.progress import Progress, arrival
+from nanogpt_lit.runtime.clock import Sleeps
 
 
 class Clock:

@@ -13,11 +13,11 @@ from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small
 from nanogpt_lit.checkpoint.newest import newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.loops.pieces import changed_settings, config_file, latest_config
-from nanogpt_lit.loops.resume import choose_again, chosen_settings
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
-from nanogpt_lit.supervised import resume_command
+from nanogpt_lit.run.pieces import changed_settings, config_file, latest_config
+from nanogpt_lit.run.resume import choose_again, chosen_settings
+from nanogpt_lit.runtime.supervised import resume_command
 
 LAST = "checkpoints/last.safetensors"
 

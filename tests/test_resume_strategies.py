@@ -8,10 +8,10 @@ import pytest
 import torch
 from small_runs import LOOPS, accelerate, different, fit, on_two_processes, small_run
 
-from nanogpt_lit import supervised
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
+from nanogpt_lit.runtime import supervised
 
 LAST = "checkpoints/last.safetensors"
 FSDP2 = "--trainer.strategy=ModelParallelStrategy", "--trainer.devices=1"

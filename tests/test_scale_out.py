@@ -19,8 +19,8 @@ from small_runs import started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.settings import SettingsCLI
-from nanogpt_lit.strategies.check import check_combination, named_strategy
+from nanogpt_lit.cli.settings import SettingsCLI
+from nanogpt_lit.loops.strategy_check import check_combination, named_strategy
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale_out.md"
 STEPS, BATCH_SIZE, BLOCK_SIZE = 5, 2, 16
@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from nanogpt_lit import cli
+from nanogpt_lit.cli import fit as cli
 from nanogpt_lit.__main__ import main
 
 

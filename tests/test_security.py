@@ -16,13 +16,13 @@ from packaging.version import Version
 
 import nanogpt_lit.__main__
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.data.inside import file_inside
+from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.data.prepare import PrepareConfig, prepare
 from nanogpt_lit.data.shards import MANIFEST, TokenShards
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, BytePairTokenizer, read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.loops.accelerate_environment import check_environment, launched_processes
-from nanogpt_lit.places import check_places
-from nanogpt_lit.settings import SettingsCLI
+from nanogpt_lit.untrusted.config_paths import check_places
+from nanogpt_lit.untrusted.inside import file_inside
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = sorted([*(REPOSITORY / "nanogpt_lit").rglob("*.py"), *(REPOSITORY / "scripts").rglob("*.py")])

@@ -7,12 +7,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.plan import step
 from nanogpt_lit.plan.budget import card_named
-from nanogpt_lit.plan.ladder import Rung, ladder
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.shape_tensor import ShapeMode, ShapeTensor
 from nanogpt_lit.plan.step import StepShape, trace_steps

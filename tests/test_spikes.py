@@ -7,13 +7,13 @@ import torch
 from small_runs import LOOPS, accelerate, curves, different, fit, small_run
 
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
-from nanogpt_lit.loops import spikes
 from nanogpt_lit.loops.contract import Parts, optimizer_and_schedule
-from nanogpt_lit.loops.guards import NotFinite
-from nanogpt_lit.loops.resume import capture, random_states
-from nanogpt_lit.loops.spikes import SpikeGuard
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
+from nanogpt_lit.run import spikes
+from nanogpt_lit.run.guards import NotFinite
+from nanogpt_lit.run.resume import capture, random_states
+from nanogpt_lit.run.spikes import SpikeGuard
 
 LAST = "checkpoints/last.safetensors"
 OPTIONS = ["--spike_factor=2", "--model.schedule.warmup_steps=0"]

@@ -13,10 +13,10 @@ import torch
 from small_runs import LOOPS, accelerate, different, fit, small_run, started
 
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.loops import stops
-from nanogpt_lit.loops.stops import Reason, Stops, seconds_of
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.processes import run_together
+from nanogpt_lit.run import stops
+from nanogpt_lit.run.stops import Reason, Stops, seconds_of
 
 STEPS = 8
 posix = pytest.mark.skipif(os.name != "posix", reason="a process cannot send itself these signals on Windows")
@@ -136,7 +136,7 @@ def test_a_signal_in_the_last_step_lets_the_run_end(undisturbed, text, tmp_path,
 def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
     program = (
         "import os, signal, sys, time\n"
-        "from nanogpt_lit.loops.stops import Stops\n"
+        "from nanogpt_lit.run.stops import Stops\n"
         "now = [0.0]\n"
         "with Stops(None, clock=lambda: now[0]) as stops:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -157,7 +157,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
 def test_under_nohup_a_closed_terminal_does_not_stop_a_run_and_ctrl_c_does():
     program = (
         "import os, signal\n"
-        "from nanogpt_lit.loops.stops import Stops\n"
+        "from nanogpt_lit.run.stops import Stops\n"
         "with Stops(None) as stops:\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n"
         "    print(stops.asked())\n"
@@ -187,7 +187,7 @@ def test_a_signal_that_the_process_ignores_leaves_the_run_alone(
 BREAK = """
 import os, signal
 signal.SIGBREAK = signal.SIGUSR2  # as Windows has it
-from nanogpt_lit.loops.stops import Stops
+from nanogpt_lit.run.stops import Stops
 with Stops(None) as stops:
     os.kill(os.getpid(), signal.SIGBREAK)
     assert stops.asked()

@@ -17,14 +17,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.accelerate_config.accelerate_file import read_accelerate_file
+from nanogpt_lit.accelerate_config.from_accelerate import to_trainer
+from nanogpt_lit.accelerate_config.into_accelerate import into_accelerate
+from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import Block
-from nanogpt_lit.settings import SettingsCLI
-from nanogpt_lit.strategies.accelerate_file import read_accelerate_file
-from nanogpt_lit.strategies.check import check_strategy, check_weights
-from nanogpt_lit.strategies.from_accelerate import to_trainer
-from nanogpt_lit.strategies.into_accelerate import into_accelerate
-from nanogpt_lit.strategies.table import LAYER, PRECISIONS, ROW_OF, SHORT_NAMES, STRATEGIES, TABLE
+from nanogpt_lit.loops.strategy_check import check_strategy, check_weights
+from nanogpt_lit.loops.strategy_table import LAYER, PRECISIONS, ROW_OF, SHORT_NAMES, STRATEGIES, TABLE
 
 THREE_NODES = {
     "distributed_type": "MULTI_GPU",
@@ -585,13 +585,13 @@ def test_fit_says_what_a_strategy_lacks_before_it_makes_anything(options, senten
 
 
 def test_a_strategy_whose_package_is_missing_says_so(monkeypatch):
-    monkeypatch.setattr("nanogpt_lit.strategies.check.find_spec", lambda name: None)
+    monkeypatch.setattr("nanogpt_lit.loops.strategy_check.find_spec", lambda name: None)
     trainer = {"strategy": "deepspeed_stage_2", "precision": "16-mixed", "gradient_clip_val": 1.0}
     with pytest.raises(
         ValueError, match=r"trainer.strategy=deepspeed_stage_2 needs the package deepspeed; pip install"
     ):
         check_strategy(trainer, "cuda")
-    monkeypatch.setattr("nanogpt_lit.strategies.check.find_spec", lambda name: object())
+    monkeypatch.setattr("nanogpt_lit.loops.strategy_check.find_spec", lambda name: object())
     check_strategy(trainer, "cuda")
 
 

@@ -10,6 +10,7 @@ from live_bytes import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanogpt_lit.cli.settings import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.model import GPT, GPTConfig
@@ -21,7 +22,6 @@ from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import compare
 from nanogpt_lit.parity.runs import LOOPS, Case
 from nanogpt_lit.parity.settled import OVERFLOWS
-from nanogpt_lit.settings import quiet_lightning
 
 EXACT = {
     "recast": MemoryConfig(recast_weights=True),

@@ -44,7 +44,7 @@ for loop in accelerate_loop, lightning_checkpoint:
     loop.restore_random_state = lambda *_: None
 """,
     "it went on from another": """
-from nanogpt_lit import settings
+from nanogpt_lit.cli import settings
 settings.newest_run = lambda root: None
 """,
 }

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.units import TASK_NAMESPACE, scheduled_task, systemd_unit, systemd_word
+from nanogpt_lit.supervise.units import TASK_NAMESPACE, scheduled_task, systemd_unit, systemd_word
 
 COMMAND = [sys.executable, "-m", "nanogpt_lit", "fit", "--keep-alive", "--config", 'my "50 %" $HOME\\run.yaml']
 

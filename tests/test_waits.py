@@ -8,7 +8,6 @@ from torch.utils.data import DataLoader
 
 from nanogpt_lit.loops import accelerate_loop, reference
 from nanogpt_lit.loops.contract import LoopSettings
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TrainingCurves
 from nanogpt_lit.loops.lightning_guards import FiniteSteps
 from nanogpt_lit.loops.lightning_observer import DropoutSeed
@@ -17,6 +16,7 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.runs import HalfOnProcessors, lightning_precision
+from nanogpt_lit.run.curves import StepMeter, ValidationRecord
 
 STEPS, ACCUMULATE = 5, 3
 

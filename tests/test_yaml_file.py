@@ -7,10 +7,10 @@ import time
 
 import pytest
 
+from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.places import check_places
-from nanogpt_lit.settings import SettingsCLI
-from nanogpt_lit.yaml_file import load_yaml_file
+from nanogpt_lit.untrusted.config_paths import check_places
+from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 
 def bomb(line, inner):

@@ -20,9 +20,9 @@ from nanogpt_lit.checkpoint.run_file import LATER, check_counts, stored_once
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.checkpoint.tree import put_together, take_apart
-from nanogpt_lit.durable import durable_folder
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.random_state import RandomState
+from nanogpt_lit.runtime.durable import durable_folder
+from nanogpt_lit.runtime.random_state import RandomState
 
 WEIGHTS, OPTIMIZER, SCALER = "model.safetensors", "optimizer.bin", "scaler.pt"
 RANDOM = "random_states_{}.pkl"

@@ -13,8 +13,8 @@ from nanogpt_lit.checkpoint.network_state import size
 from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, check_counts, load_run, load_stored_network, save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
-from nanogpt_lit.durable import durable_file
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.durable import durable_file
 
 FORMATS = {"hf": "", "gguf": gguf_format.SUFFIX, "nanogpt": nanogpt_format.SUFFIX}
 """What --to names, and how such a target ends."""

@@ -24,9 +24,9 @@ from nanogpt_lit.data.tokenizer import (
     Tokenizer,
     tokenizer_from_files,
 )
-from nanogpt_lit.durable import durable_file, write_durably
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.runtime.durable import durable_file, write_durably
 
 SUFFIX = ".gguf"
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}

@@ -20,11 +20,11 @@ from nanogpt_lit.checkpoint.network_state import TIED, check_expressible, chosen
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.data.hugging_face_tokenizer import from_hugging_face, read_json, to_hugging_face
-from nanogpt_lit.data.inside import file_inside
 from nanogpt_lit.data.tokenizer import EOT, Tokenizer, tokenizer_from_files
-from nanogpt_lit.durable import durable_folder
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.runtime.durable import durable_folder
+from nanogpt_lit.untrusted.inside import file_inside
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

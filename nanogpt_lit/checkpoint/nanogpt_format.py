@@ -20,11 +20,11 @@ from nanogpt_lit.checkpoint.network_state import check_expressible, chosen_token
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.data.tokenizer import tokenizer_from_files
-from nanogpt_lit.durable import durable_file
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
+from nanogpt_lit.runtime.durable import durable_file
 
 SUFFIX = ".pt"
 COMPILED = "_orig_mod."

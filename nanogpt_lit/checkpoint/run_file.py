@@ -17,8 +17,8 @@ from torch import Tensor
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import TensorFile, write_tensors
 from nanogpt_lit.checkpoint.tree import put_together, take_apart
-from nanogpt_lit.durable import durable_file
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.durable import durable_file
 
 SUFFIX = ".safetensors"
 FORMAT = 1

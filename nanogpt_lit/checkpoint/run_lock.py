@@ -18,8 +18,8 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from nanogpt_lit.durable import write_durably
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.durable import write_durably
 
 LOCK, HOLDER = "training.lock", "training.json"
 SIGN_S = 10.0

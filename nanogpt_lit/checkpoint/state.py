@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.random_state import RandomState
+from nanogpt_lit.runtime.random_state import RandomState
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RunState:
     elastic: Mapping[str, Any] = field(default_factory=dict)
     """What did not fit, and how the run went on: see elastic/elastic.py. Empty while everything fits."""
     spikes: Mapping[str, Any] = field(default_factory=dict)
-    """The recent losses that a jump is measured by: see loops/spikes.py. Empty unless it is guarded against."""
+    """The recent losses that a jump is measured by: see run/spikes.py. Empty unless it is guarded against."""
     lightning: Mapping[str, Any] | None = None
     """What Lightning keeps besides: its callbacks' states and its counters. None from the other loops."""
 

@@ -8,9 +8,9 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
-from nanogpt_lit.data.inside import file_inside
 from nanogpt_lit.data.tokenizer import CharTokenizer
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.untrusted.inside import file_inside
 
 META = "meta.pkl"
 LARGEST = 2**26

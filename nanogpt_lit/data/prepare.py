@@ -36,8 +36,8 @@ from nanogpt_lit.data.tokenizer import (
     read_tokenizer_files,
     tokenizer_from_file,
 )
-from nanogpt_lit.durable import partial_of, write_durably
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.durable import partial_of, write_durably
 
 SAMPLE_CHARS = 1 << 20  # text that is encoded to see how large the shards will be
 ROOM_MARGIN = 1.2  # the rest of the text may be denser, and every document has its end-of-text

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from nanogpt_lit.data.shards import MANIFEST
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, TOKENIZER_RANKS
-from nanogpt_lit.durable import partial_of, sync_folder
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.durable import partial_of, sync_folder
 
 NAMES = {MANIFEST, TOKENIZER_JSON, TOKENIZER_RANKS}
 SHARD_NAME = re.compile(r"(train|val)_\d+\.bin")

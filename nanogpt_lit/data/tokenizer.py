@@ -16,10 +16,10 @@ import numpy as np
 import tiktoken
 
 from nanogpt_lit.data.bpe import Ranks, dump_ranks, gpt2_ranks, parse_ranks
-from nanogpt_lit.data.inside import file_inside
 from nanogpt_lit.data.pattern import check_pattern
 from nanogpt_lit.data.shard_file import token_dtype
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.untrusted.inside import file_inside
 
 EOT = "<|endoftext|>"
 """How end-of-text is written when tokens are decoded. In a document these characters are plain text."""

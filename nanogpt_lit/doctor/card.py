@@ -69,7 +69,7 @@ def torch_on_card() -> Finding:
     except ImportError as error:
         return Finding("wrong", "cuda", f"torch cannot be imported ({error}): pip install --force-reinstall torch")
 
-    from nanogpt_lit.loops.machine import unused_card
+    from nanogpt_lit.runtime.machine import unused_card
 
     if sentence := unused_card():
         return Finding("wrong", "cuda", sentence.rstrip("."))

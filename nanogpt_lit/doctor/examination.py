@@ -14,7 +14,7 @@ from nanogpt_lit.doctor.processor import check_processor
 from nanogpt_lit.doctor.shards import check_shards
 from nanogpt_lit.doctor.sleep import check_sleep
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.yaml_file import load_yaml_file
+from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 RUN_SETTINGS = "config*.yaml"
 """What fit keeps of its settings in the folder of a run."""

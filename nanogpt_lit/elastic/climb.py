@@ -7,8 +7,8 @@ from torch import nn
 
 from nanogpt_lit.gpt.loss import cross_entropy
 from nanogpt_lit.gpt.model import GPT, Block
+from nanogpt_lit.memory.ladder import TECHNIQUES
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
-from nanogpt_lit.plan.ladder import TECHNIQUES
 
 RECOMPUTE = ("none", "selective", "full")
 

@@ -5,7 +5,7 @@ the shares' gradients add up to the same. When an allocator fails in forward or 
 dropped, the random state goes back to where the step began, its micro-batches, which are kept until it ends, are
 halved, and the step is done again. The loop around it (accumulation, loss scale, clipping, schedule, order of samples)
 notices nothing. The pieces' size is kept, for the rest of the run and in its checkpoints. When not even one sequence at
-a time fits, the network takes the next technique of the ladder (plan/ladder.py).
+a time fits, the network takes the next technique of the ladder (memory/ladder.py).
 
 A loop calls the module and then `backward` of its loss, as always: all of this is behind the two. As long as nothing
 fails, the same kernels run in the same order, on the same memory.

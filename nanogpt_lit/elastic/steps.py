@@ -22,7 +22,7 @@ from nanogpt_lit.elastic.micro_batch import (
 from nanogpt_lit.elastic.shortage import MIB, attempt
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT
-from nanogpt_lit.random_state import RandomState, random_state, set_random_state
+from nanogpt_lit.runtime.random_state import RandomState, random_state, set_random_state
 
 WHAT_FAILS = {
     "forward": "activations",

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_lit.collector import quick_imports
-from nanogpt_lit.commands import parser_of
+from nanogpt_lit.cli.commands import parser_of
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.collector import quick_imports
 
 if TYPE_CHECKING:
     from nanogpt_lit.evaluate.likelihood import Scorer

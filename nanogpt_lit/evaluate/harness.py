@@ -5,7 +5,7 @@ from typing import Any
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.evaluate.likelihood import Scorer
-from nanogpt_lit.sampling import continue_text
+from nanogpt_lit.gpt.sampling import continue_text
 
 
 def run_tasks(scorer: Scorer, tasks: list[str], include_path: Path | None, limit: int | None) -> dict[str, float]:

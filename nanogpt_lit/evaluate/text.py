@@ -10,7 +10,7 @@ from nanogpt_lit.data.shards import TokenShards, ready_format
 from nanogpt_lit.data.sources import open_source
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.pieces import latest_config
+from nanogpt_lit.run.pieces import latest_config
 
 TOKENS_AT_A_TIME = 1 << 18
 

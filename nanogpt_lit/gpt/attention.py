@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt_lit.matmul import by_mkl, is_by_onednn
+from nanogpt_lit.runtime.matmul import by_mkl, is_by_onednn
 
 SHORT = 128
 """Tokens up to which a CPU's attention is faster in float32 than in bfloat16, whose units take larger tiles."""

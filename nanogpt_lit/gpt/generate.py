@@ -9,7 +9,7 @@ from torch import Tensor
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.cache import KeyValueCache
 from nanogpt_lit.gpt.model import GPT
-from nanogpt_lit.matmul import by_mkl
+from nanogpt_lit.runtime.matmul import by_mkl
 
 
 def generate(

@@ -6,9 +6,9 @@ without a word either way. Here a contradiction is an error that names both side
 
 from collections.abc import Mapping
 
-from nanogpt_lit.environment import whole_number
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.accelerate_loop import MIXED_PRECISION
+from nanogpt_lit.runtime.environment import whole_number
 
 PRECISION_OF = {theirs: ours for ours, theirs in MIXED_PRECISION.items()}
 

@@ -29,11 +29,11 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
     seed_dropout,
 )
-from nanogpt_lit.loops.elastic_start import agree_on_steps, start_elastic, stop_elastic
-from nanogpt_lit.loops.guards import SkippedInARow, drop_unless_finite
-from nanogpt_lit.loops.process_settings import restored_process_settings, set_for_process
-from nanogpt_lit.loops.resume import batches_done, restore, restore_random_state
-from nanogpt_lit.loops.spikes import SpikeGuard
+from nanogpt_lit.run.elastic_start import agree_on_steps, start_elastic, stop_elastic
+from nanogpt_lit.run.guards import SkippedInARow, drop_unless_finite
+from nanogpt_lit.run.resume import batches_done, restore, restore_random_state
+from nanogpt_lit.run.spikes import SpikeGuard
+from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
 
 MIXED_PRECISION = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 

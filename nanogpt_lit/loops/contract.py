@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.process_settings import Deterministic
+from nanogpt_lit.runtime.process_settings import Deterministic
 
 AUTOCAST_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

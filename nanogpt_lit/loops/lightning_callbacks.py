@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nanogpt_lit.gpt.model import GPT
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, gradient_norm, is_drawn, perplexity
+from nanogpt_lit.gpt.sampling import continue_text
 from nanogpt_lit.loops.lightning_precision import MeasuredClipping
-from nanogpt_lit.loops.machine import peak_flops_of
-from nanogpt_lit.loops.progress import Progress
 from nanogpt_lit.optim.schedule import WarmupDecay
-from nanogpt_lit.sampling import continue_text
+from nanogpt_lit.run.curves import StepMeter, ValidationRecord, code_block, gradient_norm, is_drawn, perplexity
+from nanogpt_lit.run.progress import Progress
+from nanogpt_lit.runtime.machine import peak_flops_of
 
 
 class TrainingCurves(Callback):

@@ -15,14 +15,12 @@ from torch.optim import Optimizer
 from nanogpt_lit.checkpoint.disk import PatientSaver
 from nanogpt_lit.checkpoint.lightning_format import RUN, from_lightning, loops, to_lightning
 from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX
-from nanogpt_lit.durable import durable_file
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.curves import ValidationRecord, say
-from nanogpt_lit.loops.elastic_start import elastic_of, finding_of, share_finding
 from nanogpt_lit.loops.lightning_folder import run_folder
-from nanogpt_lit.loops.pieces import tidied
-from nanogpt_lit.loops.processes import told
-from nanogpt_lit.loops.resume import (
+from nanogpt_lit.run.curves import ValidationRecord, say
+from nanogpt_lit.run.elastic_start import elastic_of, finding_of, share_finding
+from nanogpt_lit.run.pieces import tidied
+from nanogpt_lit.run.resume import (
     batches_done,
     choose_again,
     chosen_settings,
@@ -30,8 +28,10 @@ from nanogpt_lit.loops.resume import (
     random_states,
     restore_random_state,
 )
-from nanogpt_lit.loops.spikes import SpikeGuard
-from nanogpt_lit.random_state import RandomState
+from nanogpt_lit.run.spikes import SpikeGuard
+from nanogpt_lit.runtime.durable import durable_file
+from nanogpt_lit.runtime.processes import told
+from nanogpt_lit.runtime.random_state import RandomState
 
 
 class RunFileIO(CheckpointIO):

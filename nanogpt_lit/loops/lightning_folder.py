@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.loops.lightning_callbacks import add_text
-from nanogpt_lit.loops.pieces import keep_config
+from nanogpt_lit.run.pieces import keep_config
 
 
 class RunFolder(Callback):

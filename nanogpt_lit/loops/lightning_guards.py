@@ -4,10 +4,10 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nanogpt_lit.loops.guards import NotFinite, SkippedInARow, give_up
 from nanogpt_lit.loops.lightning_observer import parts_of
 from nanogpt_lit.loops.lightning_stops import last_path
-from nanogpt_lit.loops.spikes import SpikeGuard
+from nanogpt_lit.run.guards import NotFinite, SkippedInARow, give_up
+from nanogpt_lit.run.spikes import SpikeGuard
 
 
 class FiniteSteps(Callback):

@@ -7,7 +7,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from nanogpt_lit.loops.patient_writer import PatientWriter
+from nanogpt_lit.run.patient_writer import PatientWriter
 
 
 class PatientLogger(TensorBoardLogger):

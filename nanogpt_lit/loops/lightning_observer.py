@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanogpt_lit.loops.contract import Observer, Parts, clipping_order, seed_dropout
-from nanogpt_lit.loops.curves import gradient_norm
-from nanogpt_lit.loops.elastic_start import agree_on_steps, elastic_of, start_elastic, stop_elastic
+from nanogpt_lit.run.curves import gradient_norm
+from nanogpt_lit.run.elastic_start import agree_on_steps, elastic_of, start_elastic, stop_elastic
 
 
 def parts_of(trainer: Trainer, module: LightningModule) -> Parts:

@@ -15,7 +15,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from nanogpt_lit.loops.contract import clipping_order, scaler_beside
-from nanogpt_lit.loops.guards import drop_unless_finite
+from nanogpt_lit.run.guards import drop_unless_finite
 
 
 class MeasuredClipping(LightningPrecision):

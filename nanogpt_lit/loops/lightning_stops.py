@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.lightning_checkpoint import RunCheckpoint, RunFileIO
-from nanogpt_lit.loops.save_times import SaveTimes
-from nanogpt_lit.loops.stops import Stopped, Stops, ignored_signals
+from nanogpt_lit.run.save_times import SaveTimes
+from nanogpt_lit.run.stops import Stopped, Stops, ignored_signals
 
 
 class StepStops(Callback):

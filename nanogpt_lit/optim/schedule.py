@@ -92,7 +92,7 @@ class WarmupDecay(LambdaLR):
         # A scaler that finds an overflow does not call step(), except on a fused optimizer: that one is always
         # called, with the overflow flag beside it, and skips inside its kernel.
         found_inf = getattr(optimizer, "found_inf", None)
-        # Gradients that are not finite are taken away before the step (loops/guards.py).
+        # Gradients that are not finite are taken away before the step (run/guards.py).
         has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
         self._step_happened = has_gradients and (found_inf is None or not found_inf.item())
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from nanogpt_lit.loops.contract import LoopSettings, Parts
-from nanogpt_lit.loops.curves import StepMeter, perplexity
 from nanogpt_lit.parity.record import Recorder
+from nanogpt_lit.run.curves import StepMeter, perplexity
 
 Curves = list[tuple[int, dict[str, float]]]
 """(optimizer step, tag to value)"""

@@ -52,7 +52,7 @@ def quick_start() -> str:
     """
     if sys.platform != "linux" or torch.cuda.is_available():
         return "spawn"
-    multiprocessing.set_forkserver_preload(["nanogpt_lit.cli", "nanogpt_lit.parity.runs"])
+    multiprocessing.set_forkserver_preload(["nanogpt_lit.cli.fit", "nanogpt_lit.parity.runs"])
     return "forkserver"
 
 

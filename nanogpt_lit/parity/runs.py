@@ -23,17 +23,17 @@ from nanogpt_lit.data.turns import in_turns, with_batches
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate_loop, reference
 from nanogpt_lit.loops.contract import LoopSettings
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord
 from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps, Observed
 from nanogpt_lit.loops.lightning_precision import MixedPrecision, precision_plugin
-from nanogpt_lit.loops.process_settings import restored_process_settings, set_for_process
-from nanogpt_lit.loops.processes import rank
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.curves import CurveRecorder, Curves
 from nanogpt_lit.parity.record import Entry
+from nanogpt_lit.run.curves import StepMeter, ValidationRecord
+from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
+from nanogpt_lit.runtime.processes import rank
 
 
 @dataclass(frozen=True)

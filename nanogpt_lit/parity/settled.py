@@ -26,7 +26,6 @@ from nanogpt_lit.loops import accelerate_loop, lightning_observer
 from nanogpt_lit.loops.contract import optimizer_and_schedule
 from nanogpt_lit.loops.lightning_observer import Observed
 from nanogpt_lit.loops.lightning_precision import precision_plugin
-from nanogpt_lit.loops.processes import rank
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import WarmupDecay
 from nanogpt_lit.parity import runs
@@ -34,6 +33,7 @@ from nanogpt_lit.parity.compare import earliest
 from nanogpt_lit.parity.drift import Drift, Settled
 from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.runs import Case, loaders_of, loaders_to_deal_out, quiet, trainer_options
+from nanogpt_lit.runtime.processes import rank
 
 OVERFLOWS = {"init_scale": 2.0**26, "backoff_factor": 2.0**-4, "growth_interval": 2}
 """A GradScaler that skips its first steps, then finds a scale that works and soon grows it."""

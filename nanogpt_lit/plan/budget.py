@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.plan.cards import CARDS, Card, card_of
+from nanogpt_lit.runtime.cards import CARDS, Card, card_of
 
 System = Literal["linux", "windows"]
 

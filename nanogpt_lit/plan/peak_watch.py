@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from nanogpt_lit.memory.ladder import Rung
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.allocator import MIB
 from nanogpt_lit.plan.budget import card_here
-from nanogpt_lit.plan.cards import CARDS, Card
-from nanogpt_lit.plan.ladder import Rung
 from nanogpt_lit.plan.plan import Footprint, measure
 from nanogpt_lit.plan.step import StepShape
+from nanogpt_lit.runtime.cards import CARDS, Card
 
 TOLERANCE = 0.05
 SETTLED_STEPS = 6

@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from nanogpt_lit.collector import no_collector
+from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.allocator import MIB, Event, replay
 from nanogpt_lit.plan.budget import Budget
-from nanogpt_lit.plan.cards import Card
-from nanogpt_lit.plan.ladder import Rung, ladder
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.steady import long_run
 from nanogpt_lit.plan.step import PRECISIONS, StepShape, trace_steps
 from nanogpt_lit.plan.trace import CATEGORIES, Moment
+from nanogpt_lit.runtime.cards import Card
+from nanogpt_lit.runtime.collector import no_collector
 
 PROCESS_MIB = 1500
 """Host memory of the process itself: Python, PyTorch and Lightning (370 MiB with a CPU build) and the CUDA libraries,

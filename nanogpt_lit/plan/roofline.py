@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import nanogpt_lit.gpt.loss  # noqa: F401 - defines the operator that is counted below
-from nanogpt_lit.plan.cards import Card
 from nanogpt_lit.plan.trace import CARD, HOST, name_of, tensors_in
+from nanogpt_lit.runtime.cards import Card
 
 MATRIX_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.65, 0.45, 0.80
 """Of the peaks: large matrix products, FlashAttention, and streaming through memory."""

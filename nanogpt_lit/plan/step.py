@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from nanogpt_lit.collector import no_collector
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.shape_tensor import ShapeMode
 from nanogpt_lit.plan.trace import CARD, MemoryTrace
+from nanogpt_lit.runtime.collector import no_collector
 
 # What a Trainer's precision means for the card: (autocast's dtype, the dtype of weights).
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype]] = {

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nanogpt_lit.recipes import RECIPES
+from nanogpt_lit.tune.recipes import RECIPES
 
 OWN = "your own"
 """A mixture of recipes: the YAML's, as it is."""

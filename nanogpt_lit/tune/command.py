@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from nanogpt_lit.collector import quick_imports
-from nanogpt_lit.commands import parser_of
+from nanogpt_lit.cli.commands import parser_of
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.collector import quick_imports
 
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 

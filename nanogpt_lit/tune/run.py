@@ -10,19 +10,19 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 
-from nanogpt_lit.durable import write_durably
+from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.clock import awake_s
-from nanogpt_lit.loops.machine import hardware
-from nanogpt_lit.loops.stops import Reason, Stops
+from nanogpt_lit.loops.trainer_section import asked_processes
 from nanogpt_lit.plan.budget import choose_budget
-from nanogpt_lit.planning import own_rung, plan_rung
-from nanogpt_lit.recipes import RECIPES, recipe_of
-from nanogpt_lit.settings import SettingsCLI, quiet_lightning
-from nanogpt_lit.strategies.trainer_section import asked_processes
+from nanogpt_lit.plan.command import own_rung, plan_rung
+from nanogpt_lit.run.stops import Reason, Stops
+from nanogpt_lit.runtime.clock import awake_s
+from nanogpt_lit.runtime.durable import write_durably
+from nanogpt_lit.runtime.machine import hardware
 from nanogpt_lit.tune.candidate import OWN, Candidate
 from nanogpt_lit.tune.picture import draw
 from nanogpt_lit.tune.proposal import changes, screen, tuned_yaml
+from nanogpt_lit.tune.recipes import RECIPES, recipe_of
 from nanogpt_lit.tune.search import decide, search
 from nanogpt_lit.tune.trials import Trials
 

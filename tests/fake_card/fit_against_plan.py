@@ -22,11 +22,11 @@ import torch
 from fake_device import configure, report
 from networks import ROOT, Run, other_runs, yaml_runs
 
-from nanogpt_lit.cli import NanoGPTCLI
+from nanogpt_lit.cli.fit import NanoGPTCLI
+from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.budget import choose_budget
-from nanogpt_lit.planning import own_rung, plan_rung
-from nanogpt_lit.settings import SettingsCLI, quiet_lightning
+from nanogpt_lit.plan.command import own_rung, plan_rung
 
 MIB = 2**20
 LAGS = (0, 10_000, 1_000)

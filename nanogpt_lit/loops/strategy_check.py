@@ -9,10 +9,10 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from nanogpt_lit.environment import whole_number
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.strategies.table import DDP, FSDP2, SHORT_NAMES, SINGLE, STRATEGIES, Strategy
-from nanogpt_lit.strategies.trainer_section import asked_processes, full_precision_name
+from nanogpt_lit.loops.strategy_table import DDP, FSDP2, SHORT_NAMES, SINGLE, STRATEGIES, Strategy
+from nanogpt_lit.loops.trainer_section import asked_processes, full_precision_name
+from nanogpt_lit.runtime.environment import whole_number
 
 
 def named_strategy(strategy: Any, processes: int | None = 1) -> Strategy | None:

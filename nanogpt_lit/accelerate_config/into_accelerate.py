@@ -1,13 +1,12 @@
-"""From the trainer section to the file that accelerate config would write, by table.py."""
+"""From the trainer section to the file that accelerate config would write, by loops/strategy_table.py."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from nanogpt_lit.environment import whole_number
+from nanogpt_lit.accelerate_config.accelerate_file import Translation
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.strategies.accelerate_file import Translation
-from nanogpt_lit.strategies.check import check_combination, named_strategy
-from nanogpt_lit.strategies.table import (
+from nanogpt_lit.loops.strategy_check import check_combination, named_strategy
+from nanogpt_lit.loops.strategy_table import (
     DDP,
     DEEPSPEED,
     FSDP,
@@ -23,7 +22,8 @@ from nanogpt_lit.strategies.table import (
     Row,
     Strategy,
 )
-from nanogpt_lit.strategies.trainer_section import asked_processes, full_precision_name
+from nanogpt_lit.loops.trainer_section import asked_processes, full_precision_name
+from nanogpt_lit.runtime.environment import whole_number
 
 # What accelerate config writes whatever the answers are.
 ALWAYS = {

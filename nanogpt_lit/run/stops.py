@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Any, Self
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.processes import Agreement, rank
-from nanogpt_lit.supervised import resume_command
+from nanogpt_lit.runtime.processes import Agreement, rank
+from nanogpt_lit.runtime.supervised import resume_command
 
 STOP_FILE = "stop"
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "ACCELERATE_MIXED_PRECISION")

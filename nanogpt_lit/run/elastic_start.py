@@ -10,8 +10,8 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.elastic.elastic import Elastic
 from nanogpt_lit.elastic.shortage import cap_card_memory
 from nanogpt_lit.loops.contract import Parts
-from nanogpt_lit.loops.curves import say
-from nanogpt_lit.loops.processes import gathered
+from nanogpt_lit.run.curves import say
+from nanogpt_lit.runtime.processes import gathered
 
 
 def start_elastic(

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 
-from nanogpt_lit.environment import whole_number
+from nanogpt_lit.runtime.environment import whole_number
 
 
 def requeue_signal() -> int | None:

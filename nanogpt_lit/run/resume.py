@@ -14,9 +14,9 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, TensorFile
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Parts
-from nanogpt_lit.loops.elastic_start import finding_of
-from nanogpt_lit.loops.processes import are_several, gathered, rank, told
-from nanogpt_lit.random_state import RandomState, random_state, set_random_state
+from nanogpt_lit.run.elastic_start import finding_of
+from nanogpt_lit.runtime.processes import are_several, gathered, rank, told
+from nanogpt_lit.runtime.random_state import RandomState, random_state, set_random_state
 
 
 def capture(

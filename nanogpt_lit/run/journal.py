@@ -12,15 +12,15 @@ from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, code_block, is_drawn, perplexity, say
-from nanogpt_lit.loops.elastic_start import share_finding
-from nanogpt_lit.loops.machine import peak_flops_of
-from nanogpt_lit.loops.patient_writer import PatientWriter
-from nanogpt_lit.loops.pieces import tidied
-from nanogpt_lit.loops.progress import Progress
-from nanogpt_lit.loops.resume import capture, random_states
-from nanogpt_lit.loops.save_times import SaveTimes
-from nanogpt_lit.loops.spikes import SpikeGuard
+from nanogpt_lit.run.curves import StepMeter, ValidationRecord, code_block, is_drawn, perplexity, say
+from nanogpt_lit.run.elastic_start import share_finding
+from nanogpt_lit.run.patient_writer import PatientWriter
+from nanogpt_lit.run.pieces import tidied
+from nanogpt_lit.run.progress import Progress
+from nanogpt_lit.run.resume import capture, random_states
+from nanogpt_lit.run.save_times import SaveTimes
+from nanogpt_lit.run.spikes import SpikeGuard
+from nanogpt_lit.runtime.machine import peak_flops_of
 
 
 class Journal(Observer):

@@ -11,17 +11,17 @@ from nanogpt_lit.data.prepare import stale_reason
 from nanogpt_lit.data.tokenizer import parse_tokenizer, tokenizer_from_file
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.loops.trainer_section import full_precision_name
+from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.plan.budget import Budget
-from nanogpt_lit.plan.cards import Card
-from nanogpt_lit.plan.ladder import Rung, ladder
 from nanogpt_lit.plan.largest import largest
 from nanogpt_lit.plan.plan import Footprint, Plan, make_plan, measure
 from nanogpt_lit.plan.step import PRECISIONS, StepShape
-from nanogpt_lit.strategies.trainer_section import full_precision_name
+from nanogpt_lit.runtime.cards import Card
 
 TOKENIZER_SIZES = {"gpt2": 50257, "byte": 257}
 

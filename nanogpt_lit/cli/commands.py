@@ -39,7 +39,7 @@ def generate(arguments: list[str]) -> int:
     import torch
 
     from nanogpt_lit.checkpoint.load import load_network
-    from nanogpt_lit.sampling import continue_text, printable
+    from nanogpt_lit.gpt.sampling import continue_text, printable
 
     device = options.device
     if device == "auto":
@@ -88,14 +88,14 @@ def plan(arguments: list[str]) -> int:
     )
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
 
-    from nanogpt_lit.collector import quick_imports
+    from nanogpt_lit.runtime.collector import quick_imports
 
     with quick_imports():
+        from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
         from nanogpt_lit.plan.budget import choose_budget
+        from nanogpt_lit.plan.command import largest_that_fits, plan_run
         from nanogpt_lit.plan.picture import check_picture, write_picture
         from nanogpt_lit.plan.report import report, report_largest
-        from nanogpt_lit.planning import largest_that_fits, plan_run
-        from nanogpt_lit.settings import SettingsCLI, quiet_lightning
 
     quiet_lightning()
     budget = choose_budget(options.card, options.vram, options.usable, options.os, options.desktop_on_card)
@@ -135,9 +135,9 @@ def accelerate_config(arguments: list[str]) -> int:
     )
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
 
-    from nanogpt_lit.strategies.accelerate_file import read_accelerate_file
-    from nanogpt_lit.strategies.from_accelerate import to_trainer
-    from nanogpt_lit.strategies.into_accelerate import into_accelerate
+    from nanogpt_lit.accelerate_config.accelerate_file import read_accelerate_file
+    from nanogpt_lit.accelerate_config.from_accelerate import to_trainer
+    from nanogpt_lit.accelerate_config.into_accelerate import into_accelerate
 
     if options.to_trainer is not None:
         if settings_of_fit:
@@ -148,7 +148,7 @@ def accelerate_config(arguments: list[str]) -> int:
 
     import yaml  # type: ignore[import-untyped]
 
-    from nanogpt_lit.settings import SettingsCLI, quiet_lightning
+    from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 
     quiet_lightning()
     cli = SettingsCLI(args=[f"--config={options.yaml}", *settings_of_fit])
@@ -207,7 +207,7 @@ def keep_alive(arguments: list[str]) -> int:
     if not Path(options.script).is_file():
         raise UserError(f"SCRIPT={options.script} is no file; scripts/train_accelerate.py is one.")
 
-    from nanogpt_lit.supervisor import keep_alive
+    from nanogpt_lit.supervise.supervisor import keep_alive
 
     return keep_alive(settings_of_fit, program=[options.script])
 
@@ -225,8 +225,8 @@ def keep_alive_unit(arguments: list[str]) -> int:
     kind.add_argument("--task-scheduler", action="store_true", help="the default on Windows")
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
 
-    from nanogpt_lit.supervisor import supervised_fit
-    from nanogpt_lit.units import scheduled_task, systemd_unit
+    from nanogpt_lit.supervise.supervisor import supervised_fit
+    from nanogpt_lit.supervise.units import scheduled_task, systemd_unit
 
     command = supervised_fit(settings_of_fit)
     as_task = options.task_scheduler or (os.name == "nt" and not options.systemd)
@@ -268,6 +268,6 @@ def prepare(arguments: list[str]) -> int:
         )
         return 0
 
-    from nanogpt_lit.cli import prepare
+    from nanogpt_lit.cli.fit import prepare
 
     return prepare(arguments[1:])

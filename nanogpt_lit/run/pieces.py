@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nanogpt_lit.durable import PARTIAL, sweep, write_durably
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.stops import STOP_FILE
 from nanogpt_lit.optim.schedule import ScheduleConfig, warmup_decay
-from nanogpt_lit.yaml_file import load_yaml_file
+from nanogpt_lit.run.stops import STOP_FILE
+from nanogpt_lit.runtime.durable import PARTIAL, sweep, write_durably
+from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 OF_ONE_PIECE = ("ckpt_path", "resume")
 

@@ -8,8 +8,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.strategies.table import ROW_OF, STRATEGIES
-from nanogpt_lit.yaml_file import load_yaml_file
+from nanogpt_lit.loops.strategy_table import ROW_OF, STRATEGIES
+from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 # Sections that have counterparts, and what their keys begin with; accelerate also takes the keys without that.
 SECTIONS = {

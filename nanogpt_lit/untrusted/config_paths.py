@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.yaml_file import load_yaml_file
+from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 PATH = re.compile(r"(\w+_)?(config|dir|dirpath|filename|path|root|source|tokenizer)|init_from")
 """Keys whose values are paths. Lightning opens those with fsspec, which knows dozens of schemes."""

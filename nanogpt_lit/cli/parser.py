@@ -12,10 +12,10 @@ from jsonargparse import Namespace, get_loader, set_loader
 from jsonargparse.typing import Path as ParsedPath
 from lightning.pytorch.cli import LightningArgumentParser
 
-from nanogpt_lit.allowlist import TRUST, limit_imports, refusal, split_trusted
 from nanogpt_lit.errors import UserError, shown
-from nanogpt_lit.places import check_arguments, check_places
-from nanogpt_lit.yaml_file import check_yaml, read_yaml_file
+from nanogpt_lit.untrusted.allowlist import TRUST, limit_imports, refusal, split_trusted
+from nanogpt_lit.untrusted.config_paths import check_arguments, check_places
+from nanogpt_lit.untrusted.yaml_file import check_yaml, read_yaml_file
 
 OTHER_PRECISIONS = {
     "fp16": "16-mixed", "float16": "16-mixed", "half": "16-mixed", "amp": "16-mixed",
@@ -58,7 +58,7 @@ ParsedPath.read_text = read_bounded  # type: ignore[method-assign,assignment]
 class Parser(LightningArgumentParser):
     """Says what is wrong in one sentence; the usage of fit alone would fill two screens.
 
-    What it parses may come from anywhere: allowlist.py and places.py say what a configuration cannot do.
+    What it parses may come from anywhere: the room untrusted/ says what a configuration cannot do.
     """
 
     _is_parsing = False

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.processes import Agreement
+from nanogpt_lit.runtime.processes import Agreement
 
 EVERY_MINUTES = 15.0
 

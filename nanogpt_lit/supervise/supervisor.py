@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.supervised import COMMAND, ERROR, FOLDER, TOKENS
+from nanogpt_lit.runtime.supervised import COMMAND, ERROR, FOLDER, TOKENS
 
 KEEP_ALIVE = "--keep-alive"
 FIT = ("-m", "nanogpt_lit", "fit")
@@ -35,7 +35,7 @@ CUDA_AFTER_SLEEP = (
 def keep_alive(options: Sequence[str], program: Sequence[str] = FIT) -> int:
     """Runs `fit` with these options until it ends by itself, by the user, or twice at the same place.
 
-    program: what Python runs in its place; it takes the options of fit, and reports as fit does (supervised.py)
+    program: what Python runs in its place; it takes the options of fit, and reports as fit does (runtime/supervised.py)
 
     Returns the exit code of the last fit, as a shell counts it. Raises UserError for arguments that name a checkpoint.
     """
@@ -149,7 +149,7 @@ class Supervisor:
         for name in (TOKENS, ERROR):
             (folder / name).unlink(missing_ok=True)
         # A group of its own: a terminal sends Ctrl-C to a whole group, and with ours it would get each signal twice,
-        # the second of which aborts. Its standard input ends when we do (supervised.py).
+        # the second of which aborts. Its standard input ends when we do (runtime/supervised.py).
         apart: dict[str, Any] = {"process_group": 0}
         if sys.platform == "win32":
             apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}

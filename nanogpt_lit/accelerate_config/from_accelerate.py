@@ -1,13 +1,13 @@
-"""From accelerate's default_config.yaml to the trainer section, by table.py."""
+"""From accelerate's default_config.yaml to the trainer section, by loops/strategy_table.py."""
 
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from nanogpt_lit.accelerate_config.accelerate_file import Translation, asks_for_nothing
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.strategies.accelerate_file import Translation, asks_for_nothing
-from nanogpt_lit.strategies.check import check_combination
-from nanogpt_lit.strategies.table import (
+from nanogpt_lit.loops.strategy_check import check_combination
+from nanogpt_lit.loops.strategy_table import (
     DDP,
     DEEPSPEED,
     FSDP,

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from nanogpt_lit.loops.card_health import CardHealth
-from nanogpt_lit.loops.clock import awake_s
-from nanogpt_lit.loops.processes import mean_of_processes
 from nanogpt_lit.plan.peak_watch import PeakWatch
 from nanogpt_lit.plan.step import StepShape
-from nanogpt_lit.supervised import Position
+from nanogpt_lit.runtime.card_health import CardHealth
+from nanogpt_lit.runtime.clock import awake_s
+from nanogpt_lit.runtime.processes import mean_of_processes
+from nanogpt_lit.runtime.supervised import Position
 
 MIB = 2**20
 

@@ -1,7 +1,7 @@
 """What a choice is called in Lightning's Trainer and in accelerate's file, key by key.
 
 Names only: neither framework is imported. `from_accelerate.py` and `into_accelerate.py` translate by this table and
-list every other key as one without a counterpart; `check.py` says before a run what a strategy needs.
+list every other key as one without a counterpart; `strategy_check.py` says before a run what a strategy needs.
 """
 
 from dataclasses import dataclass

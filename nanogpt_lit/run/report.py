@@ -7,10 +7,10 @@ import torch
 
 from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of
 from nanogpt_lit.gpt.model import GPT
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
-from nanogpt_lit.loops.machine import device_name
-from nanogpt_lit.loops.process_settings import Deterministic, repeatability
-from nanogpt_lit.sampling import printable
+from nanogpt_lit.gpt.sampling import printable
+from nanogpt_lit.run.curves import StepMeter, ValidationRecord, perplexity
+from nanogpt_lit.runtime.machine import device_name
+from nanogpt_lit.runtime.process_settings import Deterministic, repeatability
 
 
 def opening_lines(

@@ -13,28 +13,34 @@ from lightning.pytorch.utilities import rank_zero_only
 from nanogpt_lit.checkpoint.newest import CKPT, Newest, latest_of, newest_run, step_in
 from nanogpt_lit.checkpoint.run_file import SUFFIX, check_run_file
 from nanogpt_lit.checkpoint.run_lock import RunLock
+from nanogpt_lit.cli.fine_tuning import Beginning
+from nanogpt_lit.cli.parser import Parser
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.elastic.elastic import ElasticConfig
 from nanogpt_lit.errors import NothingToDo, UserError
-from nanogpt_lit.fine_tuning import Beginning
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops.machine import device_type, slow_precision, unused_card, usable_precision
-from nanogpt_lit.loops.pieces import changed_settings, latest_config, rate_change
-from nanogpt_lit.loops.processes import is_first, launched_processes
-from nanogpt_lit.loops.save_times import EVERY_MINUTES, SaveTimes
-from nanogpt_lit.loops.slurm import was_requeued
-from nanogpt_lit.loops.spikes import SpikeGuard
-from nanogpt_lit.loops.stops import seconds_of
-from nanogpt_lit.memory.heap import keep_freed_memory
+from nanogpt_lit.loops.strategy_check import (
+    check_started,
+    check_strategy,
+    check_weights,
+    complete_sizes,
+    named_strategy,
+)
+from nanogpt_lit.loops.strategy_table import DDP, FSDP2, SINGLE
+from nanogpt_lit.loops.trainer_section import check_saves_whole_steps
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig, short_of_peak
-from nanogpt_lit.parser import Parser
-from nanogpt_lit.strategies.check import check_started, check_strategy, check_weights, complete_sizes, named_strategy
-from nanogpt_lit.strategies.table import DDP, FSDP2, SINGLE
-from nanogpt_lit.strategies.trainer_section import check_saves_whole_steps
-from nanogpt_lit.supervised import supervised
+from nanogpt_lit.run.pieces import changed_settings, latest_config, rate_change
+from nanogpt_lit.run.save_times import EVERY_MINUTES, SaveTimes
+from nanogpt_lit.run.spikes import SpikeGuard
+from nanogpt_lit.run.stops import seconds_of
+from nanogpt_lit.runtime.heap import keep_freed_memory
+from nanogpt_lit.runtime.machine import device_type, slow_precision, unused_card, usable_precision
+from nanogpt_lit.runtime.processes import is_first, launched_processes
+from nanogpt_lit.runtime.slurm import was_requeued
+from nanogpt_lit.runtime.supervised import supervised
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",

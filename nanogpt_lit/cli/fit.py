@@ -12,9 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from nanogpt_lit.checkpoint.run_lock import RunLock
+from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print, relative_to_here, writes_run_files
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.clock import awake_s
-from nanogpt_lit.loops.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves
 from nanogpt_lit.loops.lightning_checkpoint import DurableFileIO, ExactResume, RunCheckpoint, RunFileIO, with_writer
 from nanogpt_lit.loops.lightning_folder import RunFolder, run_folder
@@ -23,14 +22,15 @@ from nanogpt_lit.loops.lightning_logger import PatientLogger, go_on
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
-from nanogpt_lit.loops.process_settings import restored_process_settings, set_for_process
-from nanogpt_lit.loops.processes import has_group
-from nanogpt_lit.loops.report import closing_table, opening_lines
-from nanogpt_lit.loops.slurm import requeue
-from nanogpt_lit.loops.stops import Reason, Stopped, go_on_line, seconds_of
-from nanogpt_lit.settings import SettingsCLI, quiet_lightning, rank_zero_print, relative_to_here, writes_run_files
-from nanogpt_lit.strategies.check import named_strategy
-from nanogpt_lit.strategies.table import DDP, FSDP2, SINGLE
+from nanogpt_lit.loops.strategy_check import named_strategy
+from nanogpt_lit.loops.strategy_table import DDP, FSDP2, SINGLE
+from nanogpt_lit.run.curves import StepMeter, ValidationRecord, perplexity
+from nanogpt_lit.run.report import closing_table, opening_lines
+from nanogpt_lit.run.stops import Reason, Stopped, go_on_line, seconds_of
+from nanogpt_lit.runtime.clock import awake_s
+from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
+from nanogpt_lit.runtime.processes import has_group
+from nanogpt_lit.runtime.slurm import requeue
 
 
 def run(arguments: list[str]) -> int:

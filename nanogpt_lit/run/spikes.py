@@ -17,10 +17,10 @@ from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Parts
-from nanogpt_lit.loops.curves import say
-from nanogpt_lit.loops.guards import NotFinite
-from nanogpt_lit.loops.processes import mean_of_processes, rank, told
-from nanogpt_lit.loops.resume import load_together
+from nanogpt_lit.run.curves import say
+from nanogpt_lit.run.guards import NotFinite
+from nanogpt_lit.run.resume import load_together
+from nanogpt_lit.runtime.processes import mean_of_processes, rank, told
 
 RECENT = 64
 """Steps whose median loss a step is compared with; the first ones of a run are compared with nothing."""

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from nanogpt_lit.loops.clock import Sleeps, awake_s
+from nanogpt_lit.runtime.clock import Sleeps, awake_s
 
 LINE_EVERY_S = 10.0
 CALENDAR_S = 10 * 365.25 * 24 * 3600

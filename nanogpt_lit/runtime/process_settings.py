@@ -14,7 +14,7 @@ import torch
 import torch.utils.deterministic
 from torch import nn
 
-from nanogpt_lit.matmul import restored_matmul_backend, set_matmul_backend
+from nanogpt_lit.runtime.matmul import restored_matmul_backend, set_matmul_backend
 
 Deterministic = bool | Literal["warn"] | None
 """As trainer.deterministic: "warn" goes on with a warning, and None leaves the process as it is."""

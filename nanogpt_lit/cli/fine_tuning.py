@@ -13,9 +13,9 @@ from nanogpt_lit.checkpoint.hub import fetched
 from nanogpt_lit.checkpoint.network_state import size
 from nanogpt_lit.checkpoint.run_file import StoredNetwork
 from nanogpt_lit.data.tokenizer import BytePairTokenizer, Tokenizer, files_sha256, tokenizer_from_files
-from nanogpt_lit.durable import write_durably
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import config_of_checkpoint
+from nanogpt_lit.runtime.durable import write_durably
 
 POSITIONS = "transformer.wpe.weight"
 ONES_OWN = ("dropout", "block_size", "document_start")
