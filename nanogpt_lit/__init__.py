@@ -3,13 +3,15 @@
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.2.0"
+
 _PUBLIC = {
     "GPT": "nanogpt_lit.gpt.model",
     "GPTConfig": "nanogpt_lit.gpt.model",
     "LitNanoGPT": "nanogpt_lit.module",
     "TokenDataModule": "nanogpt_lit.data.datamodule",
 }
-__all__ = list(_PUBLIC)
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

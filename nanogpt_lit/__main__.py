@@ -19,6 +19,10 @@ COMMANDS = {
         "nanogpt_lit.cli.commands:keep_alive_unit",
         "what starts fit --keep-alive again after a reboot, for systemd or Windows",
     ),
+    "init-config": (
+        "nanogpt_lit.cli.packaged_configs:init_config",
+        "a copy of a configuration that comes with the package",
+    ),
     "doctor": ("nanogpt_lit.cli.commands:doctor", "checks this machine, and a run, and says what to do"),
     "prepare": (
         "nanogpt_lit.cli.commands:prepare",
@@ -48,7 +52,8 @@ HELP = "\n".join(
         "",
         *(f"  {name:<19}{text}" for name, (_, text) in COMMANDS.items()),
         "",
-        "Start with: python -m nanogpt_lit fit --config configs/quickstart.yaml",
+        "Start with: python -m nanogpt_lit fit --config quickstart",
+        "(--config takes a file, or the name of one that init-config lists.)",
     ]
 )
 
@@ -59,9 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version", "version"):
+        from nanogpt_lit import __version__
+
+        print(f"nanogpt_lit {__version__}")
+        return 0
     if arguments[0] not in COMMANDS:
         print(f"error: {unknown(arguments[0])}", file=sys.stderr)
         return 2
+    from nanogpt_lit.cli.packaged_configs import with_packaged_configs
+
+    arguments = with_packaged_configs(arguments)
     if arguments[0] == "fit":
         from nanogpt_lit.runtime.supervised import stop_with_supervisor, supervised
         from nanogpt_lit.supervise.supervisor import KEEP_ALIVE, keep_alive

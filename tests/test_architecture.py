@@ -50,8 +50,8 @@ FRAMEWORKS = {
 }  # fmt: skip
 OPTIONAL = {"transformers", "gguf", "xllamacpp", "tokenizers", "huggingface_hub", "lm_eval", "datasets", "pyarrow"}
 """Training needs none of them: what does is an extra, and imports it where it is used."""
-LIGHT = {"__main__", "__init__", "cli.commands"}  # these answer before torch is imported
-EVERYWHERE = {"errors"}  # a light file that every room may import
+LIGHT = {"__main__", "__init__", "cli.commands", "cli.packaged_configs"}  # these answer before torch is imported
+EVERYWHERE = {"errors", ""}  # light files that every room may import; the second is __init__, for __version__
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
