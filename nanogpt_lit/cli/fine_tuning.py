@@ -1,18 +1,21 @@
 """A run that begins with the weights and the tokenizer of another model: step 0, a schedule and a best of its own."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from jsonargparse import Namespace
 from torch import nn
 
 from nanogpt_lit.checkpoint.convert import read_network
 from nanogpt_lit.checkpoint.hub import fetched
-from nanogpt_lit.checkpoint.network_state import size
+from nanogpt_lit.checkpoint.network_state import TIED, size
 from nanogpt_lit.checkpoint.run_file import StoredNetwork
-from nanogpt_lit.data.tokenizer import BytePairTokenizer, Tokenizer, files_sha256, tokenizer_from_files
+from nanogpt_lit.data.special_tokens import with_special_tokens
+from nanogpt_lit.data.tokenizer import BytePairTokenizer, Tokenizer, tokenizer_from_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import config_of_checkpoint
 from nanogpt_lit.runtime.durable import write_durably
@@ -27,11 +30,16 @@ class Beginning:
     source: str
     what: str
     stored: StoredNetwork
+    known: int
+    """Tokens that the model has learnt; those behind them are of the run's own."""
+    tokenizer: Tokenizer
 
     @classmethod
-    def of(cls, source: str) -> "Beginning":
+    def of(cls, source: str, special_tokens: Sequence[str]) -> "Beginning":
         """Reads any model that `convert` reads. Raises UserError as it does."""
-        return cls(source, *read_network(fetched(source)))
+        what, stored = read_network(fetched(source))
+        tokenizer = tokenizer_from_files(stored.tokenizer_files)
+        return cls(source, what, stored, tokenizer.vocab_size, with_special_tokens(tokenizer, special_tokens))
 
     def choose(self, settings: Namespace) -> None:
         """Sets the network and the tokenizer in settings of fit. Raises UserError for a block_size it has no positions
@@ -47,23 +55,31 @@ class Beginning:
             )
         for name in saved.keys() - set(ONES_OWN):
             settings.model.gpt[name] = saved[name]
-        tokenizer = tokenizer_from_files(self.stored.tokenizer_files)
-        settings.data.tokenizer = option_of(tokenizer, Path(settings.trainer.default_root_dir))
+        settings.model.gpt.vocab_size = max(saved["vocab_size"], self.tokenizer.vocab_size)
+        settings.data.tokenizer = option_of(self.tokenizer, Path(settings.trainer.default_root_dir))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises UserError where the shards were made with another one than the model."""
-        if tokenizer.sha256 != files_sha256(self.stored.tokenizer_files):
+        if tokenizer.sha256 != self.tokenizer.sha256:
             raise UserError(
                 f"init_from={self.source} was trained with another tokenizer than this text has ({tokenizer.name}); a "
                 "char tokenizer knows the characters of its own text alone, and ready shards keep theirs."
             )
 
     def load_into(self, module: nn.Module, block_size: int) -> None:
-        """The weights, with the first block_size positions."""
+        """The weights, with the first block_size positions, and with rows for new tokens.
+
+        A new row is the mean of those that were learnt: its logit is the mean of theirs, so that it takes hardly any
+        probability from them before it is learnt itself.
+        """
         weights = dict(self.stored.weights)
-        for name in weights:
+        for name, tensor in weights.items():
             if name.endswith(POSITIONS):
-                weights[name] = weights[name][:block_size]
+                weights[name] = tensor[:block_size]
+            elif name.endswith(TIED) and self.tokenizer.vocab_size > self.known:
+                learnt = tensor[: self.known]
+                new = learnt.mean(dim=0, keepdim=True).expand(self.tokenizer.vocab_size - self.known, -1)
+                weights[name] = torch.cat([learnt, new, tensor[self.tokenizer.vocab_size :]])
         module.load_state_dict(weights)
 
     def __str__(self) -> str:

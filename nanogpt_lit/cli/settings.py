@@ -280,7 +280,8 @@ class SettingsCLI(LightningCLI):
         settings = self.settings
         if settings.get("init_from") is None:
             return
-        self.beginning = Beginning.of(settings.get("ckpt_path") or settings.init_from)
+        source = settings.get("ckpt_path") or settings.init_from
+        self.beginning = Beginning.of(source, settings.data.special_tokens or ())
         self.beginning.choose(settings)
 
     def begin(self, module: LitNanoGPT) -> None:

@@ -66,6 +66,9 @@ class TokenDataModule(LightningDataModule):
             Markdown, source code, JSON Lines or Parquet, `hf:OWNER/NAME` (a Hugging Face dataset), or a folder of
             ready shards (ours, nanoGPT's train.bin and val.bin, llm.c's).
         tokenizer: `gpt2`, `byte`, `char`, a `.tiktoken` file, or `bpe:N`, which trains a vocabulary of N on the source.
+        special_tokens: Words of your own that are one token each wherever the text has them, such as ["<|user|>",
+            "<|assistant|>"], behind the tokenizer's vocabulary. A model that is fine-tuned grows by their rows, which
+            begin as the mean of all others.
         text_key: The field or column of JSON Lines and Parquet that holds the text.
         val_fraction: Share of the documents kept for validation, above 0 and at most 0.5.
         skip_undecodable: Leave out files that are not valid UTF-8, instead of stopping at the first.
@@ -90,12 +93,15 @@ class TokenDataModule(LightningDataModule):
         batch_size: int = 4,
         seed: int = 1337,
         documents: Literal["joined", "separate"] = "joined",
+        special_tokens: list[str] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("block_size", block_size), ("batch_size", batch_size)):
             if value < 1:
                 raise UserError(f"data.{name}={value} must be at least 1.")
-        self.prepare_config = PrepareConfig(source, tokenizer, text_key, val_fraction, skip_undecodable)
+        self.prepare_config = PrepareConfig(
+            source, tokenizer, text_key, val_fraction, skip_undecodable, tuple(special_tokens or ())
+        )
         self.shards_dir = Path(shards_dir or "shards")
         self.block_size = block_size
         self.batch_size = batch_size
@@ -154,11 +160,21 @@ class TokenDataModule(LightningDataModule):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the shards were made with, once they are there."""
         if ready_format(self.folder) in ("nanogpt", "llm.c"):
-            return self._tokenizer_of_foreign_shards()
-        files = read_tokenizer_files(self.folder)
-        if files_sha256(files) != read_manifest(self.folder).get("tokenizer", {}).get("sha256"):
-            raise UserError(f"the tokenizer in {self.folder} is not the one its shards were made with; prepare again.")
-        return tokenizer_from_files(files)
+            tokenizer = self._tokenizer_of_foreign_shards()
+        else:
+            files = read_tokenizer_files(self.folder)
+            if files_sha256(files) != read_manifest(self.folder).get("tokenizer", {}).get("sha256"):
+                raise UserError(
+                    f"the tokenizer in {self.folder} is not the one its shards were made with; prepare again."
+                )
+            tokenizer = tokenizer_from_files(files)
+        known = getattr(tokenizer, "specials", {})
+        if missing := [text for text in self.prepare_config.special_tokens if text not in known]:
+            raise UserError(
+                f"data.special_tokens has {missing[0]!r}, and data.source={self.folder} holds tokens that were made "
+                "without it; name the text itself."
+            )
+        return tokenizer
 
     def _tokenizer_of_foreign_shards(self) -> Tokenizer:
         kind, argument = parse_tokenizer(self.prepare_config.tokenizer)

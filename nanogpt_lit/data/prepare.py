@@ -22,6 +22,7 @@ from nanogpt_lit.data.publish import check_replaceable, discard, has_leftovers, 
 from nanogpt_lit.data.shard_series import ShardSeries
 from nanogpt_lit.data.shards import MANIFEST, MANIFEST_FORMAT, TokenShards, read_manifest
 from nanogpt_lit.data.sources import FilesSource, Source, open_source
+from nanogpt_lit.data.special_tokens import check_special_tokens, with_special_tokens
 from nanogpt_lit.data.split import Split, check_val_fraction
 from nanogpt_lit.data.tokenizer import (
     EOT,
@@ -53,9 +54,11 @@ class PrepareConfig:
     text_key: str = "text"
     val_fraction: float = 0.01
     skip_undecodable: bool = False
+    special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parse_tokenizer(self.tokenizer)
+        check_special_tokens(self.special_tokens, self.tokenizer)
         check_val_fraction(self.val_fraction)
 
     def open_source(self) -> Source:
@@ -70,6 +73,7 @@ class PrepareConfig:
             "text_key": self.text_key,
             "val_fraction": self.val_fraction,
             "skip_undecodable": self.skip_undecodable,
+            "special_tokens": list(self.special_tokens) or None,
         }
 
 
@@ -183,6 +187,10 @@ def _prepare(
 
 def make_tokenizer(config: PrepareConfig, source: Source, split: Split, show_progress: bool = False) -> Tokenizer:
     """The tokenizer of the request; `char` and `bpe:N` read the source for it."""
+    return with_special_tokens(_make_tokenizer(config, source, split, show_progress), config.special_tokens)
+
+
+def _make_tokenizer(config: PrepareConfig, source: Source, split: Split, show_progress: bool) -> Tokenizer:
     match parse_tokenizer(config.tokenizer):
         case "byte", _:
             return ByteTokenizer()

@@ -22,7 +22,8 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.untrusted.inside import file_inside
 
 EOT = "<|endoftext|>"
-"""How end-of-text is written when tokens are decoded. In a document these characters are plain text."""
+"""How end-of-text is written when tokens are decoded. In a document these characters are plain text; other special
+tokens are read there as what they stand for."""
 
 # How GPT-2 cuts text into words before merging, in the possessive form that tiktoken uses (no backtracking).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -51,7 +52,7 @@ class Tokenizer(ABC):
         self._token_bytes = token_bytes
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, in the shards' dtype. Special tokens written in the text are plain text."""
+        """Ids of the text, in the shards' dtype. An end-of-text that is written in it is plain text."""
         try:
             return self._encode(text)
         except UnicodeEncodeError:  # lone surrogates, as a prompt from a terminal may hold
@@ -149,6 +150,8 @@ class BytePairTokenizer(Tokenizer):
         if not isinstance(specials, Mapping) or EOT not in specials:
             raise UserError(f"the tokenizer {name} has no special token {EOT}; documents are separated by it.")
         ids = [*ranks.values(), *specials.values()]
+        if not all(isinstance(text, str) and text for text in specials):
+            raise UserError(f"the tokenizer {name} has a special token without a text.")
         for token_id in ids:
             if type(token_id) is not int or not 0 <= token_id < ID_LIMIT:
                 raise UserError(f"the tokenizer {name} has the token id {token_id!r}; 0 to {ID_LIMIT - 1:,} work.")
@@ -167,13 +170,13 @@ class BytePairTokenizer(Tokenizer):
             self._lengths = np.array([len(token) for token in token_bytes])
         try:
             self._encoding = tiktoken.Encoding(
-                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: self.eot}
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=dict(specials)
             )
         except (ValueError, TypeError) as error:
             raise UserError(f"the tokenizer {name} has a pattern that is not a regular expression: {error}") from error
 
     def _encode(self, text: str) -> np.ndarray:
-        return self._checked(text, disallowed_special=())
+        return self._checked(text, set(self.specials) - {EOT})
 
     def encode_stream(self, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:
         # One call for many short documents spares a wait for the interpreter lock after each of them. Where a
@@ -181,12 +184,15 @@ class BytePairTokenizer(Tokenizer):
         if any(EOT in text for text, _ in pieces):
             return super().encode_stream(pieces)
         joined = "".join(EOT + text if starts_document else text for text, starts_document in pieces)
-        return self._checked(joined, allowed_special={EOT})
+        return self._checked(joined, set(self.specials))
 
-    def _checked(self, text: str, **specials: Any) -> np.ndarray:
-        """tiktoken's ids. Raises UserError where the pattern gives up on the text, or leaves some of it out."""
+    def _checked(self, text: str, specials: set[str]) -> np.ndarray:
+        """tiktoken's ids. Raises UserError where the pattern gives up on the text, or leaves some of it out.
+
+        specials: those that are read as what they stand for; the others are plain text
+        """
         try:
-            ids = self._encoding.encode_to_numpy(text, **specials)
+            ids = self._encoding.encode_to_numpy(text, allowed_special=specials, disallowed_special=())
         except UnicodeEncodeError:
             raise
         except ValueError as error:

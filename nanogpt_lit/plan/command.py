@@ -8,6 +8,7 @@ from typing import Any
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.prepare import stale_reason
+from nanogpt_lit.data.special_tokens import with_special_tokens
 from nanogpt_lit.data.tokenizer import parse_tokenizer, tokenizer_from_file
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
@@ -159,10 +160,11 @@ def vocab_size(settings: Any) -> int:
         return settings.model.gpt.vocab_size
     data: Mapping[str, Any] = settings.data
     kind, argument = parse_tokenizer(data["tokenizer"])
+    special_tokens = data.get("special_tokens") or []
     if kind in TOKENIZER_SIZES:
-        return TOKENIZER_SIZES[kind]
+        return TOKENIZER_SIZES[kind] + len(special_tokens)
     if kind == "file":
-        return tokenizer_from_file(Path(argument)).vocab_size
+        return with_special_tokens(tokenizer_from_file(Path(argument)), special_tokens).vocab_size
     shards_dir = data["shards_dir"] or str(Path(settings.trainer.default_root_dir) / "shards")
     datamodule = TokenDataModule(**{**data, "shards_dir": shards_dir})
     made = datamodule.folder != datamodule.shards_dir or not stale_reason(
@@ -171,7 +173,7 @@ def vocab_size(settings: Any) -> int:
     if made:
         return datamodule.vocab_size
     if kind == "bpe":
-        return int(argument)  # at most: a short text has fewer pairs to merge
+        return int(argument) + len(special_tokens)  # at most: a short text has fewer pairs to merge
     raise UserError(
         f"data.tokenizer={data['tokenizer']} has as many tokens as the text has characters, and {shards_dir} has no "
         "shards yet; run `prepare` with the same YAML first, or give --model.gpt.vocab_size 100."
