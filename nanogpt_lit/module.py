@@ -11,6 +11,7 @@ from torch.optim import AdamW
 from nanogpt_lit.elastic.elastic import Elastic, ElasticConfig
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT, GPTConfig, config_of_checkpoint
+from nanogpt_lit.loops.compatibility import FSDP2, check_together, keys_of
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
@@ -57,23 +58,13 @@ class LitNanoGPT(LightningModule):
         configs["elastic"] = elastic
         plain = {"compile": compile, "tf32": tf32}
         self.save_hyperparameters({name: asdict(config) for name, config in configs.items()} | plain)
-        for name in ("optimizer_state", "weights"):
-            if optim.state_bits == 8 and (where := getattr(memory, name)) != "card":
-                raise UserError(
-                    f"model.optim.state_bits=8 keeps its moments on the card, and model.memory.{name} is {where}; "
-                    f"set model.memory.{name}=card, or model.optim.state_bits=32."
-                )
+        check_together(keys_of("model", self.hparams))
         self.tf32 = tf32
         self.optim_config = optim
         self.schedule_config = schedule
         self.memory_config = memory
         self.gpt = GPT(gpt)
         self.host_weights = apply_techniques(self.gpt, memory)
-        if compile and self.host_weights is not None:
-            raise UserError(
-                f"model.compile=true does not go with model.memory.weights={memory.weights}, whose weights come and "
-                "go; set model.compile=false."
-            )
         self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
         self.elastic = Elastic(self.gpt, memory, elastic, is_compiled=compile)
 
@@ -118,28 +109,8 @@ class LitNanoGPT(LightningModule):
 
         if isinstance(self.gpt, FSDPModule):
             return  # Lightning asks before every fit, validate and test
-        tensor_parallel_size = self.device_mesh["tensor_parallel"].size()
-        if tensor_parallel_size > 1:
-            raise UserError(
-                f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} would divide single matrices, which "
-                "this network does not; set tensor_parallel_size=1 and data_parallel_size to the number of processes."
-            )
-        for name in ("optimizer_state", "weights"):
-            if (where := getattr(self.memory_config, name)) != "card":
-                raise UserError(
-                    f"model.memory.{name}={where} moves whole tensors and does not go with ModelParallelStrategy, "
-                    f"which shards them over the processes; set model.memory.{name}=card, or trainer.strategy=ddp."
-                )
-        if self.optim_config.state_bits == 8:
-            raise UserError(
-                "model.optim.state_bits=8 needs whole tensors and does not go with ModelParallelStrategy, which shards "
-                "them over the processes; set model.optim.state_bits=32, or trainer.strategy=ddp."
-            )
-        if self.optim_config.matrices == "muon":
-            raise UserError(
-                "model.optim.matrices=muon needs whole matrices and does not go with ModelParallelStrategy, which "
-                "shards them over the processes; set model.optim.matrices=adamw, or trainer.strategy=ddp."
-            )
+        sizes = {"trainer.strategy.tensor_parallel_size": self.device_mesh["tensor_parallel"].size()}
+        check_together({**keys_of("model", self.hparams), "trainer.strategy": FSDP2, **sizes})
         mesh = self.device_mesh["data_parallel"]
         for block in self.gpt.transformer.h:
             fully_shard(block, mesh=mesh)

@@ -33,11 +33,11 @@ from nanogpt_lit.loops.accelerate_environment import (
     launched_processes,
 )
 from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
+from nanogpt_lit.loops.compatibility import check_followed
 from nanogpt_lit.loops.contract import Observer
 from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.trainer_section import (
     asked_processes,
-    check_followed,
     full_precision_name,
     loop_settings,
     text_samples,
@@ -80,7 +80,7 @@ def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
         device_type(trainer.accelerator),
         os.environ,
     )
-    check_followed(vars(trainer), vars(cli.parser.get_defaults().trainer))
+    check_followed(vars(trainer), full_precision_name(trainer.precision), vars(cli.parser.get_defaults().trainer))
     processes = launched_processes(os.environ)
     check_processes(asked_processes(vars(trainer)), processes)
     cli.complete_settings()

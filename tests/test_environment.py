@@ -3,7 +3,7 @@
 import pytest
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.strategy_check import check_started
+from nanogpt_lit.loops.strategies import check_started
 from nanogpt_lit.runtime.environment import whole_number
 from nanogpt_lit.runtime.slurm import was_requeued
 

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
-from nanogpt_lit.loops.strategy_check import check_combination, named_strategy
+from nanogpt_lit.loops.compatibility import check_together
+from nanogpt_lit.loops.strategies import strategy_settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale_out.md"
 STEPS, BATCH_SIZE, BLOCK_SIZE = 5, 2, 16
@@ -215,7 +216,7 @@ def test_every_command_of_the_page_is_one_that_we_understand(capsys, monkeypatch
         arguments = command[command.index("nanogpt_lit") + 1 :]
         if arguments[0] == "fit":
             trainer = SettingsCLI(args=arguments[1:]).settings.trainer
-            check_combination(named_strategy(trainer.strategy), trainer.precision, trainer.gradient_clip_val)
+            check_together(strategy_settings(vars(trainer), "cuda"))
         else:
             assert main(arguments) == 0
             assert "distributed_type: MULTI_GPU" in capsys.readouterr().out

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from nanogpt_lit.accelerate_config.table import DISTRIBUTED_TYPES, ROW_OF
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.strategy_table import ROW_OF, STRATEGIES
 from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 # Sections that have counterparts, and what their keys begin with; accelerate also takes the keys without that.
@@ -116,7 +116,7 @@ def _value(key: str, value: Any) -> Any:
 
 def _check_sections(values: Mapping[str, Any]) -> None:
     kind = values.get("distributed_type")
-    kinds = [name for strategy in STRATEGIES for name in strategy.accelerate]
+    kinds = [name for names in DISTRIBUTED_TYPES.values() for name in names]
     if values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         raise UserError(
             f"accelerate's compute_environment={values['compute_environment']} has no Trainer to go to; "

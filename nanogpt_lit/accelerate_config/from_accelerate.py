@@ -1,25 +1,13 @@
-"""From accelerate's default_config.yaml to the trainer section, by loops/strategy_table.py."""
+"""From accelerate's default_config.yaml to the trainer section, by table.py."""
 
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from nanogpt_lit.accelerate_config.accelerate_file import Translation, asks_for_nothing
+from nanogpt_lit.accelerate_config.table import FSDP_STATE_DICTS, LAYER, PRECISIONS, RENDEZVOUS, ROW_OF
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.strategy_check import check_combination
-from nanogpt_lit.loops.strategy_table import (
-    DDP,
-    DEEPSPEED,
-    FSDP,
-    FSDP2,
-    FSDP_STATE_DICTS,
-    LAYER,
-    PRECISIONS,
-    RENDEZVOUS,
-    ROW_OF,
-    SINGLE,
-    Strategy,
-)
+from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE, check_together
 
 SHARDINGS = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 KEYWORDS = ("forward_prefetch", "use_orig_params", "sync_module_states")
@@ -77,16 +65,16 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
     if mixed_precision not in names:
         raise UserError(f"accelerate's mixed_precision={mixed_precision} is not known; {', '.join(names)} are.")
     trainer["precision"] = names[mixed_precision]
-    check_combination(strategy, trainer["precision"], None)
+    check_together({"trainer.strategy": strategy, "trainer.precision": trainer["precision"]})
     trainer |= _strategy_section(strategy, source, processes)
     content: dict[str, Any] = {"trainer": trainer}
     if str(source.left.get("dynamo_config.dynamo_backend")).upper() == "INDUCTOR":
         del source.left["dynamo_config.dynamo_backend"]
         content["model"] = {"compile": True}
-    if not strategy.clips:
+    if strategy == FSDP:
         trainer["gradient_clip_val"] = None
         remarks.append("trainer.gradient_clip_val: Lightning cannot clip the norm here; fsdp_version: 2 can")
-    if strategy is not DEEPSPEED:
+    if strategy != DEEPSPEED:
         remarks.append(
             "trainer.accumulate_grad_batches, trainer.gradient_clip_val: accelerate keeps both in your script "
             "(Accelerator(gradient_accumulation_steps=...), clip_grad_norm_); take them over from there"
@@ -98,7 +86,7 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
     return Translation(content, remarks + source.remarks())
 
 
-def _strategy(kind: str, fsdp_version: int, use_cpu: bool) -> Strategy:
+def _strategy(kind: str, fsdp_version: int, use_cpu: bool) -> str:
     if kind == "FSDP" and fsdp_version not in (1, 2):
         raise UserError(f"accelerate's fsdp_config.fsdp_version={fsdp_version} is not known; 1 and 2 are.")
     if kind == "FSDP" and use_cpu:
@@ -125,13 +113,13 @@ def _gpu_ids(value: Any) -> list[int]:
         raise UserError(f"accelerate's gpu_ids={value} should be all, or numbers such as 0,1.") from None
 
 
-def _check_processes(strategy: Strategy, processes: int, machines: int, gpu_ids: list[int]) -> None:
+def _check_processes(strategy: str, processes: int, machines: int, gpu_ids: list[int]) -> None:
     if machines < 1 or processes < 1 or processes % machines:
         raise UserError(
             f"accelerate's num_processes={processes} does not divide over num_machines={machines}; it counts the "
             "processes of all machines together."
         )
-    if strategy is SINGLE and processes > 1:
+    if strategy == SINGLE and processes > 1:
         raise UserError(
             f"accelerate's num_processes={processes} contradicts distributed_type=NO, which starts one; "
             "MULTI_GPU and MULTI_CPU start more."
@@ -158,23 +146,23 @@ def _rendezvous(source: Source, machines: int) -> list[str]:
     return [f"machine_rank, main_process_ip, main_process_port: start this node with {where} python -m nanogpt_lit fit"]
 
 
-def _accelerator(strategy: Strategy, use_cpu: bool, gpu_ids: list[int]) -> str:
+def _accelerator(strategy: str, use_cpu: bool, gpu_ids: list[int]) -> str:
     if use_cpu:
         return "cpu"
-    return "auto" if strategy is SINGLE and not gpu_ids else "gpu"
+    return "auto" if strategy == SINGLE and not gpu_ids else "gpu"
 
 
-def _strategy_section(strategy: Strategy, source: Source, processes: int) -> dict[str, Any]:
+def _strategy_section(strategy: str, source: Source, processes: int) -> dict[str, Any]:
     """trainer.strategy, and the keys beside it that accelerate keeps with the strategy."""
-    if strategy is SINGLE:
+    if strategy == SINGLE:
         return {"strategy": "auto"}
-    if strategy is DDP:
+    if strategy == DDP:
         return {"strategy": "ddp"}
     beside: dict[str, Any] = {}
-    section: dict[str, Any] = {"class_path": f"lightning.pytorch.strategies.{strategy.lightning}"}
-    if strategy is DEEPSPEED:
+    section: dict[str, Any] = {"class_path": f"lightning.pytorch.strategies.{strategy}"}
+    if strategy == DEEPSPEED:
         section["init_args"], beside = _deepspeed_arguments(source)
-    elif strategy is FSDP:
+    elif strategy == FSDP:
         section["init_args"], section["dict_kwargs"] = _fsdp_arguments(source)
     else:
         section["init_args"] = _fsdp2_arguments(source, processes)

@@ -1,27 +1,22 @@
-"""From the trainer section to the file that accelerate config would write, by loops/strategy_table.py."""
+"""From the trainer section to the file that accelerate config would write, by table.py."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from nanogpt_lit.accelerate_config.accelerate_file import Translation
-from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.strategy_check import check_combination, named_strategy
-from nanogpt_lit.loops.strategy_table import (
-    DDP,
-    DEEPSPEED,
-    FSDP,
-    FSDP2,
+from nanogpt_lit.accelerate_config.table import (
+    DISTRIBUTED_TYPES,
     FSDP_STATE_DICTS,
     LAYER,
     OUR_SCRIPT,
     PRECISIONS,
     RENDEZVOUS,
-    SHORT_NAMES,
-    SINGLE,
     TABLE,
     Row,
-    Strategy,
 )
+from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE, check_together
+from nanogpt_lit.loops.strategies import SHORT_NAMES, named_strategy
 from nanogpt_lit.loops.trainer_section import asked_processes, full_precision_name
 from nanogpt_lit.runtime.environment import whole_number
 
@@ -55,11 +50,11 @@ def into_accelerate(
     if processes is None:
         processes = 1
         remarks.append(f"trainer.devices={trainer['devices']}: accelerate wants a number, and 1 is written here")
-    if strategy is DDP and processes == 1:
+    if strategy == DDP and processes == 1:
         strategy = SINGLE  # accelerate starts no group of one
     content: dict[str, Any] = {
         **ALWAYS,
-        "distributed_type": strategy.accelerate[-1 if use_cpu else 0],
+        "distributed_type": DISTRIBUTED_TYPES[strategy][-1 if use_cpu else 0],
         "mixed_precision": PRECISIONS[full_precision_name(trainer.get("precision"))],
         "num_machines": trainer["num_nodes"],
         "num_processes": processes,
@@ -88,7 +83,7 @@ def into_accelerate(
     return Translation(content, [*remarks, f"model, data, seed_everything: {OUR_SCRIPT} takes them from the YAML"])
 
 
-def _checked(strategy: Strategy | None, trainer: Mapping[str, Any], processes: int | None, use_cpu: bool) -> Strategy:
+def _checked(strategy: str | None, trainer: Mapping[str, Any], processes: int | None, use_cpu: bool) -> str:
     accelerator, precision = trainer["accelerator"], full_precision_name(trainer.get("precision"))
     if accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
         raise UserError(f"trainer.accelerator={accelerator} is not translated; auto, cpu, gpu, cuda and mps are.")
@@ -99,15 +94,15 @@ def _checked(strategy: Strategy | None, trainer: Mapping[str, Any], processes: i
         )
     if precision not in PRECISIONS:
         raise UserError(f"trainer.precision={precision} has no name in accelerate; {', '.join(PRECISIONS)} have.")
-    check_combination(strategy, precision, trainer.get("gradient_clip_val"))
-    if use_cpu and strategy in (FSDP, FSDP2):
+    clip, device = trainer.get("gradient_clip_val"), "cpu" if use_cpu else "cuda"
+    chosen = {"trainer.strategy": strategy, "trainer.precision": precision, "trainer.gradient_clip_val": clip}
+    check_together(chosen | {"trainer.accelerator": device})
+    if use_cpu and strategy == FSDP2:
         raise UserError(
-            f"trainer.strategy={strategy.lightning} with trainer.accelerator=cpu: accelerate would train DDP without a "
+            f"trainer.strategy={strategy} with trainer.accelerator=cpu: accelerate would train DDP without a "
             "word; set trainer.strategy=ddp, or trainer.accelerator=gpu."
         )
-    if use_cpu and strategy.needs_cuda:
-        raise UserError(f"trainer.strategy={strategy.lightning} needs CUDA cards; set trainer.accelerator=gpu.")
-    if processes is None and strategy is not SINGLE:
+    if processes is None and strategy != SINGLE:
         raise UserError(
             f"trainer.devices={trainer['devices']} leaves the number of processes open, which accelerate's file "
             "names; set for example trainer.devices=2."
@@ -130,14 +125,14 @@ def _arguments(strategy: Any) -> dict[str, Any]:
     return {**(strategy.get("init_args") or {}), **(strategy.get("dict_kwargs") or {})}
 
 
-def _section(strategy: Strategy, arguments: Mapping[str, Any], trainer: Mapping[str, Any]) -> tuple[dict, set[str]]:
+def _section(strategy: str, arguments: Mapping[str, Any], trainer: Mapping[str, Any]) -> tuple[dict, set[str]]:
     """The section of the file that speaks of the strategy, and the arguments that it carries."""
-    if strategy is DEEPSPEED:
+    if strategy == DEEPSPEED:
         return {"deepspeed_config": _deepspeed(arguments, trainer)}, {
             "config", "stage", "offload_optimizer", "offload_optimizer_device", "offload_parameters",
             "offload_params_device", "nvme_path",
         }  # fmt: skip
-    if strategy is FSDP:
+    if strategy == FSDP:
         wrapped = "TRANSFORMER_BASED_WRAP" if arguments.get("auto_wrap_policy") == [LAYER] else "NO_WRAP"
         state_dicts = {ours: theirs for theirs, ours in FSDP_STATE_DICTS.items()}
         values = {
@@ -157,7 +152,7 @@ def _section(strategy: Strategy, arguments: Mapping[str, Any], trainer: Mapping[
             "sync_module_states", "activation_checkpointing_policy",
         }  # fmt: skip
         carried |= {"auto_wrap_policy"} if wrapped != "NO_WRAP" else set()
-    elif strategy is FSDP2:
+    elif strategy == FSDP2:
         sharded = arguments.get("save_distributed_checkpoint", False)
         wrapped = "TRANSFORMER_BASED_WRAP"
         values = {
@@ -196,7 +191,7 @@ def _deepspeed(arguments: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict
     return section
 
 
-def _remarks(trainer: Mapping[str, Any], changed: Mapping[str, Any], strategy: Strategy) -> list[str]:
+def _remarks(trainer: Mapping[str, Any], changed: Mapping[str, Any], strategy: str) -> list[str]:
     """A line for each key of the section without a place in the file, keys with the same answer on one line."""
     keys_of: dict[str, list[str]] = {}
     rows = {row.lightning: row for row in TABLE}
@@ -204,7 +199,7 @@ def _remarks(trainer: Mapping[str, Any], changed: Mapping[str, Any], strategy: S
         row = rows.get(f"trainer.{key}", ONLY_LIGHTNING)
         if not row.instead or value == row.default or (row.accelerate is None and key not in changed):
             continue
-        if row.accelerate is not None and strategy is DEEPSPEED:  # whose section carries them
+        if row.accelerate is not None and strategy == DEEPSPEED:  # whose section carries them
             continue
         keys_of.setdefault(row.instead.format(value=value), []).append(f"trainer.{key}")
     return [f"{', '.join(keys)}: {sentence}" for sentence, keys in keys_of.items()]

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print, relative_to_here, writes_run_files
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.compatibility import DDP, FSDP2, SINGLE
 from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves
 from nanogpt_lit.loops.lightning_checkpoint import DurableFileIO, ExactResume, RunCheckpoint, RunFileIO, with_writer
 from nanogpt_lit.loops.lightning_folder import RunFolder, run_folder
@@ -22,8 +23,7 @@ from nanogpt_lit.loops.lightning_logger import PatientLogger, go_on
 from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
-from nanogpt_lit.loops.strategy_check import named_strategy
-from nanogpt_lit.loops.strategy_table import DDP, FSDP2, SINGLE
+from nanogpt_lit.loops.strategies import named_strategy
 from nanogpt_lit.run.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.run.report import closing_table, opening_lines
 from nanogpt_lit.run.stops import Reason, Stopped, go_on_line, seconds_of
@@ -91,7 +91,7 @@ class NanoGPTCLI(SettingsCLI):
             kwargs |= {"plugins": [plugin], "precision": None}
         if writes_run_files(trainer):
             kwargs["plugins"] = with_writer(kwargs.get("plugins", trainer.plugins), RunFileIO())
-        elif named_strategy(trainer.strategy) is FSDP2:
+        elif named_strategy(trainer.strategy) == FSDP2:
             kwargs["plugins"] = with_writer(kwargs.get("plugins", trainer.plugins), DurableFileIO())
         if self.subcommand != "fit":
             # Only a fit makes a run: the others leave no folder behind.

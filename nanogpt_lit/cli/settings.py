@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -19,15 +20,9 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.elastic.elastic import ElasticConfig
 from nanogpt_lit.errors import NothingToDo, UserError
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops.strategy_check import (
-    check_started,
-    check_strategy,
-    check_weights,
-    complete_sizes,
-    named_strategy,
-)
-from nanogpt_lit.loops.strategy_table import DDP, FSDP2, SINGLE
-from nanogpt_lit.loops.trainer_section import check_saves_whole_steps
+from nanogpt_lit.loops.compatibility import DDP, FSDP2, SINGLE, check_saves_whole_steps, check_together, keys_of
+from nanogpt_lit.loops.strategies import check_started, complete_sizes, named_strategy, strategy_settings
+from nanogpt_lit.loops.trainer_section import asked_processes
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
@@ -179,8 +174,7 @@ class SettingsCLI(LightningCLI):
         self.device = device_type(settings.trainer.accelerator)
         if self.device == "cpu":
             keep_freed_memory()
-        check_strategy(vars(settings.trainer), self.device)
-        check_weights(vars(settings.trainer), settings.model.memory.get("weights", "card"), self.device)
+        self._check_together()
         complete_sizes(settings.trainer)
         if self.subcommand is not None:  # the accelerate loop asks accelerate itself
             check_started(vars(settings.trainer))
@@ -198,15 +192,28 @@ class SettingsCLI(LightningCLI):
         if self.beginning is not None:
             self.beginning.check_tokenizer(datamodule.tokenizer)
 
+    def _check_together(self) -> None:
+        """Raises UserError for settings that do not go together: Lightning would say so after the data is made, or with
+        a traceback, or at the first step."""
+        trainer = self.settings.trainer
+        processes = asked_processes(vars(trainer)) or launched_processes()
+        if processes == 1 and trainer.devices in ("auto", -1, "-1") and self.device == "cuda":
+            processes = torch.cuda.device_count()
+        check_together(
+            {
+                **strategy_settings(vars(trainer), self.device),
+                **keys_of("model", self.settings.model.as_dict()),
+                "trainer.devices": processes,
+            }
+        )
+
     def _guard_against_spikes(self) -> None:
         factor, trainer = self.settings.get("spike_factor"), self.settings.trainer
         if factor is None:
             return
-        if trainer.enable_checkpointing is False or not writes_run_files(trainer):
-            raise UserError(
-                f"spike_factor={factor} goes back to a checkpoint of one file, and this run writes none; leave it out, "
-                "or set trainer.enable_checkpointing=true and trainer.strategy=auto or ddp."
-            )
+        strategy = named_strategy(trainer.strategy)
+        saves = {"trainer.enable_checkpointing": trainer.enable_checkpointing, "trainer.strategy": strategy}
+        check_together({"spike_factor": factor, **saves})
         self.spikes = SpikeGuard(factor)
 
     def _plan_saves(self) -> None:
@@ -346,7 +353,7 @@ def resumable(trainer: Namespace) -> str | None:
     """How the files are called that resume=auto goes on from; None where the strategy's are of its own kind."""
     if writes_run_files(trainer):
         return SUFFIX
-    if named_strategy(trainer.strategy) is not FSDP2:
+    if named_strategy(trainer.strategy) != FSDP2:
         return None
     arguments = Namespace() if isinstance(trainer.strategy, str) else trainer.strategy.get("init_args") or Namespace()
     whole = isinstance(trainer.strategy, str) or arguments.get("save_distributed_checkpoint") is False

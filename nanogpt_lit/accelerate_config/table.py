@@ -1,70 +1,20 @@
-"""What a choice is called in Lightning's Trainer and in accelerate's file, key by key.
-
-Names only: neither framework is imported. `from_accelerate.py` and `into_accelerate.py` translate by this table and
-list every other key as one without a counterpart; `strategy_check.py` says before a run what a strategy needs.
-"""
+"""What a key is called in Lightning's Trainer and in accelerate's file: names only, neither framework is imported."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE
+
+DISTRIBUTED_TYPES = {
+    SINGLE: ("NO",), DDP: ("MULTI_GPU", "MULTI_CPU"), FSDP: ("FSDP",), FSDP2: ("FSDP",), DEEPSPEED: ("DEEPSPEED",)
+}  # fmt: skip
+"""Of each strategy; where there are two, on GPUs and on CPUs."""
 LAYER = "nanogpt_lit.gpt.model.Block"  # what FSDP gathers at a time
 
 PRECISIONS = {"32-true": "no", "16-mixed": "fp16", "bf16-mixed": "bf16"}
 OUR_SCRIPT = "scripts/train_accelerate.py"
 FSDP_STATE_DICTS = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
 RENDEZVOUS = {"machine_rank": "NODE_RANK", "main_process_ip": "MASTER_ADDR", "main_process_port": "MASTER_PORT"}
-
-
-@dataclass(frozen=True)
-class Strategy:
-    lightning: str
-    """The class in lightning.pytorch.strategies."""
-    accelerate: tuple[str, ...]
-    """distributed_type in accelerate's file; where there are two, on cards and on processors."""
-    fsdp_version: int | None = None
-    needs_cuda: bool = False
-    package: str | None = None
-    """That must be installed besides Lightning."""
-    precisions: tuple[str, ...] | None = None
-    """That Lightning takes; None takes all."""
-    clips: bool = True
-    """Whether Lightning can clip the gradients' norm."""
-
-
-SINGLE = Strategy("SingleDeviceStrategy", ("NO",))
-DDP = Strategy("DDPStrategy", ("MULTI_GPU", "MULTI_CPU"))
-FSDP = Strategy("FSDPStrategy", ("FSDP",), fsdp_version=1, needs_cuda=True, clips=False)
-FSDP2 = Strategy(
-    "ModelParallelStrategy", ("FSDP",), fsdp_version=2, precisions=("32-true", "bf16-mixed", "bf16-true", "16-true")
-)
-DEEPSPEED = Strategy("DeepSpeedStrategy", ("DEEPSPEED",), needs_cuda=True, package="deepspeed")
-STRATEGIES = (SINGLE, DDP, FSDP, FSDP2, DEEPSPEED)
-
-# Lightning's short names, and the arguments that they stand for.
-_DDP_STARTS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
-_OFFLOAD = {"offload_optimizer": True, "offload_parameters": True}
-_NVME = {"remote_device": "nvme", "offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
-SHORT_NAMES: dict[str, tuple[Strategy, dict[str, Any]]] = {
-    "single_device": (SINGLE, {}),
-    **{name: (DDP, {"start_method": start}) for name, start in _DDP_STARTS.items()},
-    **{
-        f"{name}_find_unused_parameters_{str(find).lower()}": (
-            DDP,
-            {"start_method": start, "find_unused_parameters": find},
-        )
-        for name, start in _DDP_STARTS.items()
-        for find in (False, True)
-    },
-    "fsdp": (FSDP, {}),
-    "fsdp_cpu_offload": (FSDP, {"cpu_offload": True}),
-    "deepspeed": (DEEPSPEED, {}),
-    "deepspeed_stage_1": (DEEPSPEED, {"stage": 1}),
-    "deepspeed_stage_2": (DEEPSPEED, {"stage": 2}),
-    "deepspeed_stage_2_offload": (DEEPSPEED, {"stage": 2, "offload_optimizer": True}),
-    "deepspeed_stage_3": (DEEPSPEED, {"stage": 3}),
-    "deepspeed_stage_3_offload": (DEEPSPEED, {"stage": 3, **_OFFLOAD}),
-    "deepspeed_stage_3_offload_nvme": (DEEPSPEED, {"stage": 3, **_OFFLOAD, **_NVME}),
-}
 
 
 @dataclass(frozen=True)
