@@ -74,7 +74,8 @@ def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]
         raise UserError(f"trainer.strategy={strategy} is no strategy that is known here; {works}")
     if name == DEEPSPEED and find_spec("deepspeed") is None:
         raise UserError(
-            f"trainer.strategy={strategy} needs the package deepspeed: pip install deepspeed, or set trainer.strategy=ddp."
+            f"trainer.strategy={strategy} needs the package deepspeed: pip install deepspeed, or set "
+            "trainer.strategy=ddp."
         )
     given = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
     arguments = SHORT_NAMES[strategy][1] if isinstance(strategy, str) and strategy in SHORT_NAMES else given
