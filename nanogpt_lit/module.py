@@ -8,10 +8,10 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim import AdamW
 
-from nanogpt_lit.elastic.elastic import Elastic, ElasticConfig
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT, GPTConfig, config_of_checkpoint
 from nanogpt_lit.loops.compatibility import FSDP2, check_together, keys_of
+from nanogpt_lit.memory.elastic import ElasticConfig
 from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
@@ -63,17 +63,19 @@ class LitNanoGPT(LightningModule):
         self.optim_config = optim
         self.schedule_config = schedule
         self.memory_config = memory
+        self.elastic_config = elastic
         self.gpt = GPT(gpt)
         self.host_weights = apply_techniques(self.gpt, memory)
         self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
-        self.elastic = Elastic(self.gpt, memory, elastic, is_compiled=compile)
+        self.fallback: dict[str, Any] = {}
+        """What a run came to need when its memory ended; see elastic.py."""
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, a scalar in float32. tokens, targets: (B, T) int64.
 
         Not logits: accelerate copies every output of forward to float32, which for 4 x 1024 logits of GPT-2 is 0.8 GB.
         """
-        return self.elastic(self.loss, tokens, targets)
+        return self.loss(tokens, targets)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self(*batch)

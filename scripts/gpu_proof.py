@@ -33,6 +33,7 @@ import torch
 from nanogpt_lit.__main__ import exit_code
 from nanogpt_lit.cli.fit import NanoGPTCLI
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.memory.ladder import ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.budget import choose_budget, parse_mib
@@ -212,11 +213,10 @@ def run_here(options: list[str], cap_mib: int | None) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_mib * MIB / total), card)
     try:
         cli = NanoGPTCLI(args=["fit", *options])
-    except torch.OutOfMemoryError as error:
+    except UserError as error:
         return {"failed": " ".join(str(error).split())[:200]}
-    finding = getattr(getattr(cli.model, "elastic", None), "finding", None)
-    if finding:
-        return {"failed": f"did not fit as planned, and went on in pieces: {finding}"}
+    if cli.model.fallback:
+        return {"failed": f"did not fit as planned, and fell back to {cli.model.fallback}"}
     answer: dict[str, Any] = {"steps": cli.trainer.global_step, "tokens_per_s": cli.meter.tokens_per_s}
     if card is not None and cli.device == "cuda":
         allocated_mib, reserved_mib = peaks_mib(card)

@@ -42,6 +42,7 @@ from nanogpt_lit.loops.trainer_section import (
     loop_settings,
     text_samples,
 )
+from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.guards import NotFinite, give_up
 from nanogpt_lit.run.journal import Journal, OtherProcess, next_folder
 from nanogpt_lit.run.pieces import keep_config
@@ -148,7 +149,10 @@ def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
         cli.spikes.folder = folder / "checkpoints"
     started_s = awake_s()
     try:
-        with Stops(folder, seconds_of(trainer.max_time), requeue_by=requeue_signal()) as stops:
+        with (
+            Stops(folder, seconds_of(trainer.max_time), requeue_by=requeue_signal()) as stops,
+            oom_explained(module, casts_weights="mixed" in settings.precision),
+        ):
             train(accelerator, module, train_loader, val_loader, settings, observer, start, stops.asked, cli.spikes)
     except NotFinite as error:
         last = observer.checkpoints.get("last") if isinstance(observer, Journal) else None

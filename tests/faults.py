@@ -5,9 +5,8 @@ import weakref
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
+from accelerate.utils import GradScalerKwargs
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanogpt_lit.checkpoint.run_file import load_run
@@ -89,11 +88,11 @@ class Diary(Observer):
         self.validations.append(float(loss))
 
 
-def make_module(gpt=GPT, implementation="fused", **options):
+def make_module(gpt=GPT, optim=None, **options):
     torch.manual_seed(0)
     return LitNanoGPT(
         gpt,
-        AdamWConfig(lr=0.01, implementation=implementation),
+        AdamWConfig(lr=0.01, **(optim or {})),
         ScheduleConfig(warmup_steps=1, total_steps=STEPS),
         **options,
     )
@@ -109,13 +108,8 @@ def make_loader(batches, seed, ignored=False):
     return DataLoader(TensorDataset(tokens, targets), batch_size=B, generator=torch.Generator())
 
 
-BUCKET_MIB = 0.0005
-"""A few hundred bytes: the gradients of the second block have left when the first one fails."""
-
-
-def run(loop, module, settings=SETTINGS, train=None, val=None, start=None, processes=1, **scaler):
-    """start: the checkpoint that it goes on from, with the loader from its start   scaler: GradScaler's arguments
-    processes: that train together; the loaders are those of this one, under accelerate those of all"""
+def run(loop, module, settings=SETTINGS, train=None, val=None, start=None, **scaler):
+    """start: the checkpoint that it goes on from, with the loader from its start   scaler: GradScaler's arguments"""
     train, val, diary = train or make_loader(MICRO_BATCHES, 1), val or make_loader(2, 2), Diary()
     quiet()
     if loop == "reference":
@@ -125,16 +119,11 @@ def run(loop, module, settings=SETTINGS, train=None, val=None, start=None, proce
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         options = accelerate_loop.accelerator_options(settings, "cpu")
-        options["kwargs_handlers"] += [
-            GradScalerKwargs(**scaler),
-            DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MIB),
-        ]
+        options["kwargs_handlers"].append(GradScalerKwargs(**scaler))
         accelerator = HalfOnProcessors(**options)
         accelerate_loop.train(accelerator, module, train, val, settings, diary, start and load_run(start))
     else:
-        options = trainer_options(Case(settings, GPT, AdamWConfig(), ScheduleConfig(), scaler, processes=processes))
-        if processes > 1:
-            options["strategy"] = DDPStrategy(bucket_cap_mb=BUCKET_MIB)
+        options = trainer_options(Case(settings, GPT, AdamWConfig(), ScheduleConfig(), scaler))
         options["plugins"].append(RunFileIO())
         curves = TrainingCurves(StepMeter(), ValidationRecord())
         callbacks = [curves, DropoutSeed(settings.seed), ExactResume(), ElasticSteps(), Observed(diary)]

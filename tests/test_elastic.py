@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from faults import (
     ACCUMULATE,
     GPT,
@@ -17,6 +18,7 @@ from faults import (
     B,
     Diary,
     Fault,
+    T,
     make_loader,
     make_module,
     near,
@@ -26,16 +28,23 @@ from faults import (
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanogpt_lit.checkpoint.run_file import decoded, description_of, load_run, open_run, save_run
-from nanogpt_lit.elastic.elastic import ElasticConfig
-from nanogpt_lit.elastic.shortage import attempt, cap_card_memory
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.loss import IGNORE_INDEX, cross_entropy
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import seed_dropout
+from nanogpt_lit.memory import host_optimizer
+from nanogpt_lit.memory.elastic import ElasticConfig, ElasticLoss, start_elastic, stop_elastic
+from nanogpt_lit.memory.host_optimizer import HostAdamW
+from nanogpt_lit.memory.ladder import at_least, levels
+from nanogpt_lit.memory.oom import advice, catch_oom, limit_device_memory, oom_explained
 from nanogpt_lit.memory.techniques import MemoryConfig
-from nanogpt_lit.module import LitNanoGPT
-from nanogpt_lit.optim.adamw import AdamWConfig
-from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.optim import muon
 from nanogpt_lit.run.resume import capture, random_states
+
+LOOPS = ("lightning", "accelerate", "reference")
+CHUNK = B * T // 4
+CHUNKED = MemoryConfig(loss_chunk_tokens=CHUNK)
+"""What a step falls back to first: a module that has it halves its micro-batches at once."""
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +85,7 @@ def by_hand(module, sequences_at, settings=SETTINGS, train=None):
     return module
 
 
-every_loop = pytest.mark.parametrize("loop", ["lightning", "accelerate", "reference"])
+every_loop = pytest.mark.parametrize("loop", LOOPS)
 
 
 @every_loop
@@ -85,7 +94,7 @@ def test_as_long_as_memory_lasts_nothing_is_different(loop):
     elastic, plain = make_module(gpt), make_module(gpt, elastic=ElasticConfig(enabled=False))
     assert vars(run(loop, elastic)) == vars(run(loop, plain))
     assert same_weights(elastic, plain)
-    assert elastic.elastic.finding == {}
+    assert elastic.fallback == {}
 
 
 @every_loop
@@ -96,11 +105,12 @@ def test_memory_may_end_at_any_micro_batch_and_the_curve_is_the_same(loop, phase
         fault = Fault(phase, at)
         module = fault.into(make_module())
         assert near(run(loop, module), undisturbed), at
-        assert fault.failures == 1
-        assert module.elastic.finding == {"sequences": 2}
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith(f"out of memory in {phase} (CUDA out of memory. Tried to allocate 2.00 GiB): ")
-        assert "2 at a time" in line
+        assert fault.failures == 2
+        assert module.fallback == {"loss_chunk_tokens": CHUNK, "sequences": 2}
+        lines = capsys.readouterr().err.strip().splitlines()
+        for line, step in zip(lines, (f"with model.memory.loss_chunk_tokens={CHUNK};", "2 at a time"), strict=True):
+            assert line.startswith(f"out of memory in {phase} (CUDA out of memory. Tried to allocate 2.00 GiB): ")
+            assert step in line
 
 
 @every_loop
@@ -108,20 +118,36 @@ def test_memory_may_end_at_any_micro_batch_and_the_curve_is_the_same(loop, phase
 def test_a_step_done_again_has_the_bits_of_one_that_was_in_pieces_from_its_start(loop, phase):
     gpt = replace(GPT, dropout=0.1)  # so that the random state counts
     for at in (0, 3):
-        module = Fault(phase, at, fits=1).into(make_module(gpt))
+        module = Fault(phase, at, fits=1).into(make_module(gpt, memory=CHUNKED))
         run(loop, module, replace(SETTINGS, val_check_interval=None))
-        expected = by_hand(make_module(gpt), lambda step, at=at: 1 if step >= at // ACCUMULATE else B)
-        assert same_weights(module, expected), at
-        assert not same_weights(module, by_hand(make_module(gpt), lambda step: B))
+        halved = by_hand(make_module(gpt, memory=CHUNKED), lambda step, at=at: 1 if step >= at // ACCUMULATE else B)
+        assert same_weights(module, halved), at
+        assert not same_weights(module, by_hand(make_module(gpt, memory=CHUNKED), lambda step: B))
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_the_first_step_has_the_bits_of_what_the_yaml_could_have_said(phase):
+    settings = replace(SETTINGS, precision="bf16-mixed")
+    fault = Fault(phase, fits=0, until=lambda gpt: gpt.cross_entropy is not cross_entropy)
+    module, configured = fault.into(make_module()), make_module(memory=replace(CHUNKED, recast_weights=True))
+    found, expected = run("reference", module, settings), run("reference", configured, settings)
+    assert (found.norms, found.validations) == (expected.norms, expected.validations)
+    assert module.fallback == {"loss_chunk_tokens": CHUNK, "recast_weights": True}
+    assert same_weights(module, configured)
+    assert [type(part) for part in module.modules()] == [type(part) for part in configured.modules()]
+
+
+def test_a_compiled_network_is_not_changed_where_it_would_be_compiled_again(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    module = Fault("backward").into(make_module(compile=True))
+    run("reference", module)
+    assert module.fallback == {"sequences": 2}
 
 
 def test_the_loops_agree_to_the_bit_on_steps_that_were_done_again_under_a_loss_scale():
     settings = replace(SETTINGS, precision="16-mixed")
-    modules = [Fault("backward", 3, fits=1).into(make_module()) for _ in range(3)]
-    diaries = [
-        run(loop, module, settings)
-        for loop, module in zip(("lightning", "accelerate", "reference"), modules, strict=True)
-    ]
+    modules = [Fault("backward", 3, fits=1).into(make_module()) for _ in LOOPS]
+    diaries = [run(loop, module, settings) for loop, module in zip(LOOPS, modules, strict=True)]
     assert vars(diaries[0]) == vars(diaries[1]) == vars(diaries[2])
     assert same_weights(modules[0], modules[1])
     assert same_weights(modules[0], modules[2])
@@ -131,9 +157,9 @@ def test_a_step_that_the_scaler_skips_leaves_nothing_to_the_next_one_in_pieces()
     # The step of such an optimizer is not called then, and Lightning frees the gradients only after the next forward.
     settings = replace(SETTINGS, precision="16-mixed")
     modules = []
-    for loop in ("lightning", "accelerate", "reference"):
-        module = make_module(implementation="for-loop")
-        module.elastic.restore({"sequences": 2})
+    for loop in LOOPS:
+        module = make_module(optim={"implementation": "for-loop"})
+        module.fallback = {"sequences": 2}
         diary = run(loop, module, settings, init_scale=2.0**24, backoff_factor=2.0**-8)
         modules.append(module)
         assert [math.isfinite(norm) for norm in diary.norms] == [False, True, True]
@@ -144,7 +170,7 @@ def test_a_step_that_the_scaler_skips_leaves_nothing_to_the_next_one_in_pieces()
 def test_pieces_count_by_their_targets_and_one_without_any_counts_nothing():
     train = make_loader(MICRO_BATCHES, 1, ignored=True)
     module = make_module()
-    module.elastic.restore({"sequences": 2})
+    module.fallback = {"sequences": 2}
     diary = run("reference", module, train=train)
     assert same_weights(module, by_hand(make_module(), lambda step: 2, train=train))
     assert near(diary, run("reference", make_module(), train=train))
@@ -152,17 +178,30 @@ def test_pieces_count_by_their_targets_and_one_without_any_counts_nothing():
 
 @every_loop
 def test_validation_is_computed_in_pieces_of_its_own(loop):
-    undisturbed = run(loop, make_module())
+    undisturbed = run(loop, make_module(memory=CHUNKED))
     for at in range(4):  # two of two micro-batches each
-        module = Fault("validation", at, fits=1).into(make_module())
+        module = Fault("validation", at, fits=1).into(make_module(memory=CHUNKED))
         assert near(run(loop, module), undisturbed), at
-        assert module.elastic.finding == {"validation_sequences": 1}
+        assert module.fallback == {"validation_sequences": 1}
 
 
-@every_loop
-@pytest.mark.parametrize("at", range(STEPS))
-def test_an_optimizer_that_fails_before_its_update_is_asked_again(loop, at, capsys):
-    module, plain = make_module(), make_module()
+PLACES = {
+    "the optimizer's state on the device": {},
+    "on the host": {"memory": {"optimizer_state": "host"}},
+    "weights on the host": {"memory": {"weights": "host"}},
+    "weights streamed": {"memory": {"weights": "streamed", "recompute": "full", "block_inputs": "host"}},
+    "Muon": {"optim": {"matrices": "muon"}},
+    "Muon beside a state on the host": {"optim": {"matrices": "muon"}, "memory": {"optimizer_state": "host"}},
+    "AdamW in 8 bits": {"optim": {"state_bits": 8}},
+}
+every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+
+
+def made(place, fault=None):
+    """fault: of the optimizer's second step"""
+    if "state_bits" in place.get("optim", {}):
+        pytest.importorskip("bitsandbytes")
+    module = make_module(optim=place.get("optim"), memory=MemoryConfig(**place.get("memory", {})))
     configure, steps = module.configure_optimizers, []
 
     def configure_faulty():
@@ -170,61 +209,139 @@ def test_an_optimizer_that_fails_before_its_update_is_asked_again(loop, at, caps
 
         def fail(optimizer, *_):
             steps.append(optimizer)
-            if len(steps) == at + 1:
-                first = optimizer.param_groups[0]["params"][0]
-                if first not in optimizer.state:  # as AdamW would leave it when memory ends among its moments
-                    optimizer.state[first]["step"] = torch.tensor(0.0)
-                raise torch.OutOfMemoryError(SHORTAGE)
+            if fault is not None and len(steps) == 2:
+                raise fault
 
         configured["optimizer"].register_step_pre_hook(fail)
         return configured
 
     module.configure_optimizers = configure_faulty
-    assert vars(run(loop, module)) == vars(run(loop, plain))
-    assert same_weights(module, plain)
-    assert "out of memory in the optimizer" in capsys.readouterr().err
+    return module
 
 
-def test_an_update_that_has_begun_is_not_done_twice():
-    module = make_module()
-    optimizer = module.configure_optimizers()["optimizer"]
-    module.elastic.attach(optimizer, lambda loss: loss, print)
-    batch = next(iter(make_loader(1, 1)))
-    for _ in range(2):
-        module(*batch).backward()
-        optimizer.step()
-    module(*batch).backward()
-    module.elastic.detach()
+@every_place
+@pytest.mark.parametrize("phase", ["forward", "backward", "validation"])
+def test_wherever_memory_lies_what_did_not_fit_is_done_again(place, phase):
+    undisturbed = run("reference", made(place))
+    module = Fault(phase, 1, fits=1).into(made(place))
+    assert near(run("reference", module), undisturbed)
+    sequences = "validation_sequences" if phase == "validation" else "sequences"
+    assert module.fallback == {"loss_chunk_tokens": CHUNK, sequences: 1}
 
-    def half_a_step(*_):
-        next(iter(optimizer.state.values()))["step"].add_(1)
+
+@every_place
+def test_wherever_memory_lies_one_that_ends_in_the_optimizer_ends_the_run_with_what_needs_less(place):
+    module = made(place, torch.OutOfMemoryError(SHORTAGE))
+    with pytest.raises(UserError) as caught, oom_explained(module, casts_weights=False):
+        run("reference", module)
+    assert str(caught.value).startswith(
+        "memory ended in the optimizer (CUDA out of memory. Tried to allocate 2.00 GiB)"
+    )
+    check_advice(module, str(caught.value), only={"optimizer_state", "weights"})
+
+
+def check_advice(module, sentence, only=None):
+    """Its lines name what is not in force, and what a module takes; or there are none."""
+    _, *lines = sentence.split("\n\n", 1)
+    own = module.memory_config
+    if not lines:
+        assert own.weights == "streamed" or module.optim_config.state_bits == 8
+        assert "set a smaller data.block_size" in sentence
+        return
+    less = MemoryConfig(**{**vars(own), **yaml.safe_load(lines[0])["model"]["memory"]})
+    changed = {name for name, value in vars(less).items() if value != getattr(own, name)}
+    assert changed, "advises what is so already"
+    assert at_least(less, own)
+    assert levels(less) != levels(own)
+    assert only is None or changed <= only
+    make_module(optim={name: getattr(module.optim_config, name) for name in ("matrices", "state_bits")}, memory=less)
+
+
+@every_loop
+def test_memory_that_ends_in_the_optimizer_ends_the_run_in_every_loop(loop):
+    module = made({}, torch.OutOfMemoryError(SHORTAGE))
+    with pytest.raises(UserError, match="memory ended in the optimizer"), oom_explained(module, casts_weights=False):
+        run(loop, module)
+
+
+@every_place
+@pytest.mark.parametrize("phase", ["forward", "backward", "validation"])
+def test_where_one_sequence_does_not_fit_the_run_ends_with_what_needs_less(place, phase):
+    module = Fault(phase, fits=0).into(made(place))
+    with pytest.raises(UserError) as caught:
+        run("reference", module)
+    assert str(caught.value).startswith(f"memory ended in {phase} of one sequence of {T} tokens (CUDA out of memory. ")
+    check_advice(module, str(caught.value))
+
+
+def test_an_update_in_muon_is_not_told_what_is_so_already(monkeypatch):
+    module = made(PLACES["Muon"])
+
+    def fail(*_):
         raise torch.OutOfMemoryError(SHORTAGE)
 
-    optimizer.register_step_pre_hook(half_a_step)
-    module.elastic.attach(optimizer, lambda loss: loss, print)
-    with pytest.raises(ValueError, match="cannot be done again; go on from the last checkpoint"):
-        optimizer.step()
+    monkeypatch.setattr(muon, "orthogonalised", fail)
+    with pytest.raises(UserError) as caught, oom_explained(module, casts_weights=False):
+        run("reference", module)
+    assert "implementation" not in str(caught.value)
+    check_advice(module, str(caught.value), only={"optimizer_state", "weights"})
 
 
-@pytest.mark.parametrize("matrices", ["adamw", "muon"])
-def test_nor_is_one_that_has_made_its_state_in_the_same_step(matrices, monkeypatch):
-    torch.manual_seed(0)
-    module = LitNanoGPT(GPT, AdamWConfig(matrices=matrices), ScheduleConfig(total_steps=STEPS))
-    optimizer = module.configure_optimizers()["optimizer"]
-    module.elastic.attach(optimizer, lambda loss: loss, print)
-    module(*next(iter(make_loader(1, 1)))).backward()
-    # Memory ends in the second group of two: the first has its update.
-    second = optimizer.param_groups[1 if matrices == "adamw" else -1]["params"][0]
-    zeros_like = torch.zeros_like
+@pytest.mark.parametrize("name", ["zeros", "empty"])
+def test_an_optimizer_with_its_state_on_the_host_that_failed_may_be_asked_again(name, monkeypatch):
+    """Where it fails: among the moments that it makes, and for the room that they visit."""
+    make = getattr(torch, name)
+    parameters = [torch.nn.Parameter(torch.ones(8, 8)) for _ in range(2)]
+    for p in parameters:
+        p.grad = torch.ones(8, 8)
+    calls_of_a_step = {"zeros": 6, "empty": 1}[name]
+    for failing in range(calls_of_a_step):
+        calls = []
 
-    def fail(tensor, *arguments, **options):
-        if tensor is second or tensor is second.grad:
-            raise torch.OutOfMemoryError(SHORTAGE)
-        return zeros_like(tensor, *arguments, **options)
+        def fail_once(*arguments, calls=calls, failing=failing, **options):
+            calls.append(arguments)
+            if len(calls) == failing + 1:
+                raise torch.OutOfMemoryError(SHORTAGE)
+            return make(*arguments, **options)
 
-    monkeypatch.setattr(torch, "zeros_like", fail)
-    with pytest.raises(ValueError, match="cannot be done again"):
-        optimizer.step()
+        optimizer = HostAdamW(parameters, fused=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(host_optimizer.torch, name, fail_once)
+            with pytest.raises(torch.OutOfMemoryError):
+                optimizer.step()
+            optimizer.step()
+        assert [state["step"].item() for state in optimizer.state_dict()["state"].values()] == [1, 1]
+
+
+def test_a_network_that_is_sharded_is_advised_what_its_strategy_takes():
+    module = make_module(memory=MemoryConfig(loss_chunk_tokens=8, recast_weights=True, recompute="selective"))
+    assert "recompute_every: 2" not in advice(module, True, "forward", SHORTAGE)
+    assert "optimizer_state: host" in advice(module, True, "forward", SHORTAGE)
+    module._device_mesh = "of ModelParallelStrategy"
+    assert "recompute_every: 2" in advice(module, True, "forward", SHORTAGE)
+    assert "set a smaller data.block_size" in advice(module, True, "the optimizer", SHORTAGE)
+
+
+def test_a_cpu_without_memory_is_not_told_to_use_that_of_the_host():
+    said = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    module = make_module()
+    assert "set a smaller data.block_size" in advice(module, False, "the optimizer", said)
+    assert "loss_chunk_tokens: 256" in advice(module, False, "forward", said)
+    module = make_module(memory=MemoryConfig(weights="host"))
+    assert "of model.memory.weights=host" in advice(module, False, "backward", said)
+
+
+def test_several_processes_end_where_memory_ends(tmp_path):
+    """One that did a step again would leave the others waiting for its gradients."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        module = Fault("backward").into(make_module())
+        with pytest.raises(UserError, match=r"memory ended in backward \("), oom_explained(module, casts_weights=False):
+            run("reference", module)
+        assert module.fallback == {}
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @every_loop
@@ -232,74 +349,38 @@ def test_nor_is_one_that_has_made_its_state_in_the_same_step(matrices, monkeypat
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("shapes do not match")], ids=["value", "runtime"])
 def test_an_error_that_is_not_about_memory_passes_untouched(loop, phase, error):
     module = Fault(phase, error=error).into(make_module())
-    with pytest.raises(type(error)) as caught:
+    with pytest.raises(type(error)) as caught, oom_explained(module, casts_weights=False):
         run(loop, module)
     assert caught.value is error
-    assert module.elastic.finding == {}
+    assert module.fallback == {}
 
 
 @pytest.mark.parametrize(
-    ("error", "is_shortage"),
+    ("error", "is_oom"),
     [
         (torch.OutOfMemoryError(SHORTAGE), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (ValueError("out of memory"), False),
         (KeyboardInterrupt(), False),
     ],
     ids=repr,
 )
-def test_only_what_an_allocator_says_is_a_shortage(error, is_shortage):
+def test_only_what_an_allocator_says_is_an_out_of_memory(error, is_oom):
     def fail():
         raise error
 
-    if is_shortage:
-        assert attempt(fail)[1].startswith(str(error)[:20])
+    if is_oom:
+        assert catch_oom(fail)[1].startswith(str(error)[:20])
     else:
         with pytest.raises(type(error)):
-            attempt(fail)
+            catch_oom(fail)
 
 
 def test_a_real_allocator_that_fails_is_understood():
-    assert "DefaultCPUAllocator" in attempt(torch.empty, 2**60)[1]
-
-
-@every_loop
-def test_where_one_sequence_does_not_fit_the_network_climbs_the_ladder(loop, capsys):
-    top = MemoryConfig(loss_chunk_tokens=256, recompute="full")
-    fault = Fault("backward", 2, fits=0, until=lambda gpt: type(gpt.transformer.h[1]).__name__ == "RecomputedBlock")
-    module = fault.into(make_module())
-    assert near(run(loop, module), run(loop, make_module()))
-    assert module.elastic.finding == {"sequences": 1, "memory": {"loss_chunk_tokens": 256, "recompute": "full"}}
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert ["from here on" in line for line in lines] == [True] * 6  # 2, 1, chunks, selective, every second, every one
-    assert "model.memory.recompute=selective" in lines[3]
-
-    # What it has climbed to is what the YAML could have said.
-    parts = [type(part) for part in make_module(memory=top).modules()]
-    assert [type(part) for part in module.modules()] == parts
-
-
-@pytest.mark.parametrize("phase", ["forward", "backward", "validation"])
-def test_where_nothing_is_left_one_sentence_names_what_does_not_fit(phase):
-    module = Fault(phase, fits=0).into(make_module())
-    with pytest.raises(ValueError, match=r"activations .*CUDA out of memory.*model\.memory\.weights=host[^\n]*\.$"):
-        run("reference", module)
-
-
-def test_an_optimizer_whose_state_never_fits_is_named():
-    module = make_module()
-    optimizer = module.configure_optimizers()["optimizer"]
-
-    def fail(*_):
-        raise torch.OutOfMemoryError(SHORTAGE)
-
-    optimizer.register_step_pre_hook(fail)
-    module.elastic.attach(optimizer, lambda loss: loss, print)
-    module(*next(iter(make_loader(1, 1)))).backward()
-    with pytest.raises(ValueError, match=r"optimizer's state, 0 MiB, .*set model\.memory\.optimizer_state=host"):
-        optimizer.step()
+    assert "DefaultCPUAllocator" in catch_oom(torch.empty, 2**60)[1]
 
 
 def test_switched_off_the_allocators_error_ends_the_run():
@@ -308,13 +389,21 @@ def test_switched_off_the_allocators_error_ends_the_run():
         run("reference", module)
 
 
-def test_after_the_run_the_module_is_as_before():
+def start(module, **options):
+    start_elastic(module, accumulate_grad_batches=1, scaler=None, device=torch.device("cpu"), say=print, **options)
+
+
+@every_loop
+def test_after_the_run_the_module_calls_its_networks_loss(loop):
     module = make_module()
-    run("reference", module)
-    tokens, targets = next(iter(make_loader(1, 1)))
-    (gradient,) = torch.autograd.grad(module(tokens, targets), module.gpt.transformer.wpe.weight)
-    assert gradient.abs().sum() > 0
-    copy.deepcopy(module)
+    run(loop, module)
+    assert module.loss == module.gpt.loss
+    start(module)
+    assert isinstance(module.loss, ElasticLoss)
+    copied = copy.deepcopy(module)  # as for an average of the weights
+    assert copied.loss == copied.gpt.loss
+    stop_elastic(module)
+    assert module.loss == module.gpt.loss
 
 
 class Kept(Diary):
@@ -336,11 +425,11 @@ class Kept(Diary):
 
 def test_what_was_found_is_in_the_checkpoint_and_every_loop_goes_on_with_it(tmp_path):
     path, kept = tmp_path / "last.safetensors", Kept()
-    module = Fault("backward", 3, fits=0, until=lambda gpt: gpt.cross_entropy is not cross_entropy).into(make_module())
+    module = Fault("backward", 3).into(make_module())
     reference.train(module, make_loader(MICRO_BATCHES, 1), make_loader(2, 2), SETTINGS, kept)
     save_run(path, kept.state())
-    found = {"sequences": 1, "memory": {"loss_chunk_tokens": 256}}
-    assert load_run(path).elastic == module.elastic.finding == found
+    found = {"loss_chunk_tokens": CHUNK, "sequences": 2}
+    assert load_run(path).elastic == module.fallback == found
 
     longer = replace(SETTINGS, max_steps=STEPS + 1)
     # Where a loader goes on is its own affair, and this one has no memory.
@@ -348,10 +437,11 @@ def test_what_was_found_is_in_the_checkpoint_and_every_loop_goes_on_with_it(tmp_
     always_the_same = DataLoader(
         TensorDataset(*(tensor.repeat(2 * MICRO_BATCHES, 1) for tensor in batch)), B, generator=torch.Generator()
     )
-    resumed = {loop: make_module() for loop in ("lightning", "accelerate", "reference")}
+    resumed = {loop: make_module() for loop in LOOPS}
     for loop, other in resumed.items():
         run(loop, other, longer, train=always_the_same, start=path)
-        assert other.elastic.finding == found
+        assert other.fallback == found
+        assert other.gpt.cross_entropy is not cross_entropy
         assert same_weights(other, resumed["lightning"])
     assert not same_weights(other, module)
 
@@ -367,17 +457,18 @@ def test_a_checkpoint_from_before_there_was_this_means_that_everything_fits(tmp_
 
 
 def test_what_was_found_goes_on_where_the_yaml_has_the_techniques_by_now():
-    found = {"sequences": 2, "memory": {"loss_chunk_tokens": 256, "recompute": "full"}}
-    same, more = make_module(), make_module(memory=MemoryConfig(loss_chunk_tokens=128, recompute="full"))
-    same.elastic.restore(found)
-    more.elastic.restore(found)
-    assert same.elastic.finding == found
-    assert more.elastic.finding == {"sequences": 2}
+    module = make_module(memory=MemoryConfig(loss_chunk_tokens=9))
+    start(module, fallback={"loss_chunk_tokens": CHUNK, "sequences": 2})
+    assert module.fallback == {"sequences": 2}
+    assert module.gpt.cross_entropy.keywords == {"chunk_tokens": 9}
 
 
-def test_a_damaged_finding_is_refused():
-    with pytest.raises(ValueError, match="sequences=-1"):
-        make_module().elastic.restore({"sequences": -1})
+@pytest.mark.parametrize(
+    "damaged", [{"sequences": -1}, {"sequences": True}, {"loss_chunk_tokens": 0}, {"recompute": "full"}, {"b": "c"}]
+)
+def test_a_damaged_fallback_is_refused(damaged):
+    with pytest.raises(UserError):
+        start(make_module(), fallback=damaged)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +481,7 @@ def test_a_budget_and_windows_make_the_allocator_fail_in_time(monkeypatch, budge
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 512 * 2**20)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.9)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
-    back = cap_card_memory(torch.device("cuda"), budget_mib, system)
+    back = limit_device_memory(torch.device("cuda"), budget_mib, system)
     assert told == ([] if fraction is None else [fraction])
     back()
     assert told == ([] if fraction is None else [fraction, 0.9])
@@ -403,23 +494,23 @@ def test_a_tighter_limit_that_is_there_already_stays(monkeypatch, budget_mib):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
-    cap_card_memory(torch.device("cuda"), budget_mib, "win32")
+    limit_device_memory(torch.device("cuda"), budget_mib, "win32")
     assert told == [0.25]
 
 
 def test_a_budget_beyond_the_card_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3072 * 2**20, 4096 * 2**20))
     with pytest.raises(ValueError, match="budget_mib=5000 is more than the 4096 MiB"):
-        cap_card_memory(torch.device("cuda"), 5000)
+        limit_device_memory(torch.device("cuda"), 5000)
 
 
 @every_loop
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_a_step_that_is_done_again_and_has_no_finite_gradients_is_left_out_once(loop, phase):
     def make(sequences=None):
-        module = make_module()
+        module = make_module(memory=CHUNKED)
         if sequences is not None:
-            module.elastic.restore({"sequences": sequences})
+            module.fallback = {"sequences": sequences}
         loss = module.loss
 
         def broken(tokens, targets):
@@ -444,7 +535,7 @@ def test_a_step_that_is_done_again_and_has_no_finite_gradients_is_left_out_once(
     fault = Fault(phase, 2)
     diaries = run(loop, expected), run(loop, fault.into(module))
     assert fault.failures == 1
-    assert module.elastic.finding == {"sequences": 2}
+    assert module.fallback == {"sequences": 2}
     for diary in diaries:
         assert [math.isfinite(norm) for norm in diary.norms] == [True, False, True]
     assert [schedule.skipped_steps for schedule in schedules] == [1, 1]

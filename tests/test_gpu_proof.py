@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.plan.budget import choose_budget, parse_mib
 
@@ -101,28 +102,30 @@ def test_it_holds_only_where_everything_does():
     assert not gpu_proof.holds({})
 
 
-def test_a_step_that_went_on_in_pieces_is_no_success(monkeypatch):
+def test_a_run_that_fell_back_is_no_success(monkeypatch):
     class Fit:
         def __init__(self, args):
-            self.model = type("Model", (), {"elastic": type("Elastic", (), {"finding": {"sequences": 2}})})
+            self.model = SimpleNamespace(fallback={"sequences": 2})
 
     monkeypatch.setattr(gpu_proof, "NanoGPTCLI", Fit)
-    assert "went on in pieces" in gpu_proof.run_here([], None)["failed"]
+    assert "fell back" in gpu_proof.run_here([], None)["failed"]
 
 
 def test_out_of_memory_is_recorded(monkeypatch):
     def fit(args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        raise UserError("memory ended in forward (CUDA out of memory. Tried to allocate 20.00 MiB); ...")
 
     monkeypatch.setattr(gpu_proof, "NanoGPTCLI", fit)
-    assert gpu_proof.run_here([], None)["failed"].startswith("CUDA out of memory")
+    assert gpu_proof.run_here([], None)["failed"].startswith("memory ended in forward")
 
 
 def test_the_limit_is_set_on_the_device_that_is_in_use(monkeypatch):
     limits = []
-    monkeypatch.setattr(gpu_proof, "NanoGPTCLI", lambda args: SimpleNamespace(
-        model=None, device="cpu", trainer=SimpleNamespace(global_step=1), meter=SimpleNamespace(tokens_per_s=1.0)
-    ))  # fmt: skip
+    fit = SimpleNamespace(
+        model=SimpleNamespace(fallback={}), device="cpu", trainer=SimpleNamespace(global_step=1),
+        meter=SimpleNamespace(tokens_per_s=1.0),
+    )  # fmt: skip
+    monkeypatch.setattr(gpu_proof, "NanoGPTCLI", lambda args: fit)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=4000 * 2**20))

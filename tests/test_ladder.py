@@ -3,7 +3,7 @@ import itertools
 import pytest
 import yaml
 
-from nanogpt_lit.memory.ladder import Rung, ladder
+from nanogpt_lit.memory.ladder import Rung, at_least, ladder, next_technique
 from nanogpt_lit.memory.techniques import MemoryConfig
 
 PLAIN = Rung("mine", MemoryConfig(), batch_size=4, accumulate_grad_batches=4)
@@ -60,3 +60,30 @@ def test_only_the_order_of_sums_and_the_processor_change_bits():
 
 def test_a_chunk_is_smaller_than_the_batch():
     assert max(rung.memory.loss_chunk_tokens or 0 for rung in rungs(block_size=64)) == 64
+
+
+RECOMPUTE = [("none", 1), ("selective", 1), ("selective", 2), ("full", 1), ("full", 2), ("full", 5)]
+SETTINGS = [
+    MemoryConfig(chunk, recast, recompute, every, inputs, state, weights)
+    for chunk, recast, (recompute, every), inputs, state, weights in itertools.product(
+        (None, 99), (False, True), RECOMPUTE, ("card", "host"), ("card", "host"), ("card", "host", "streamed")
+    )
+    if inputs == "card" or recompute == "full"
+]
+
+
+@pytest.mark.parametrize("idle", [(), ("recast_weights",), ("optimizer_state", "weights")], ids=str)
+def test_from_any_setting_the_ladder_goes_up_technique_by_technique_to_its_end(idle):
+    for memory in SETTINGS:
+        names = []
+        while (found := next_technique(memory, idle)) is not None:
+            name, more = found
+            assert at_least(more, memory), name
+            assert not at_least(memory, more), name
+            assert all(getattr(more, field) == getattr(memory, field) for field in idle)
+            names.append(name)
+            memory = more
+        assert len(names) == len(set(names))
+        assert (memory.recompute, memory.recompute_every, memory.block_inputs) == ("full", 1, "host")
+        assert memory.weights == "streamed" or "weights" in idle
+        assert memory.loss_chunk_tokens is not None

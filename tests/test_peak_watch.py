@@ -149,7 +149,7 @@ def test_the_first_steps_say_once_what_they_make_of_the_planned_time(run, planne
 
 
 def test_a_run_whose_steps_are_done_in_pieces_is_not_compared(run, planned):
-    run.module.elastic = SimpleNamespace(finding={"sequences": 2})
+    run.module.fallback = {"sequences": 2}
     assert run.step(10, peaks=(10.0, 2 * planned.reserved_mib))[1] == ""
 
 
@@ -158,7 +158,7 @@ def test_a_plan_that_fails_is_one_line_and_the_run_goes_on(monkeypatch, capsys):
     values, err = run.step(peaks=(10.0, 20.0))
     assert "memory/planned_mib" not in values
     assert values["memory/peak_reserved_mib"] == 20.0
-    assert err.startswith("memory/planned_mib is left out, because planning failed: ValueError: trainer.precision=")
+    assert err.startswith("memory/planned_mib is left out, because planning failed: UserError: trainer.precision=")
     assert len(err.splitlines()) == 1
     assert run.step(10)[1] == ""
 

@@ -24,6 +24,7 @@ from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
 from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.loops.lightning_stops import StepStops
 from nanogpt_lit.loops.strategies import named_strategy
+from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.run.report import closing_table, opening_lines
 from nanogpt_lit.run.stops import Reason, Stopped, go_on_line, seconds_of
@@ -128,6 +129,10 @@ class NanoGPTCLI(SettingsCLI):
         if trainer.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks += [RunCheckpoint("best", self.validations), RunCheckpoint("last", self.validations)]
         return callbacks
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with oom_explained(self.model, casts_weights="mixed" in str(self.trainer.precision)):
+            super()._run_subcommand(subcommand)
 
     # What the user reads.
 

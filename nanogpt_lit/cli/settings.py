@@ -17,12 +17,12 @@ from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.fine_tuning import Beginning
 from nanogpt_lit.cli.parser import Parser
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.elastic.elastic import ElasticConfig
 from nanogpt_lit.errors import NothingToDo, UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.compatibility import DDP, FSDP2, SINGLE, check_saves_whole_steps, check_together, keys_of
 from nanogpt_lit.loops.strategies import check_started, complete_sizes, named_strategy, strategy_settings
 from nanogpt_lit.loops.trainer_section import asked_processes
+from nanogpt_lit.memory.elastic import ElasticConfig
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig

@@ -29,7 +29,8 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
     seed_dropout,
 )
-from nanogpt_lit.run.elastic_start import agree_on_steps, start_elastic, stop_elastic
+from nanogpt_lit.memory.elastic import end_step, start_elastic, stop_elastic
+from nanogpt_lit.run.curves import say
 from nanogpt_lit.run.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.run.resume import batches_done, restore, restore_random_state
 from nanogpt_lit.run.spikes import SpikeGuard
@@ -84,11 +85,17 @@ def train(
         module.to(accelerator.device)  # as prepare would; weights that stay in host memory do not follow
         accelerator.scaler = scaler_beside(parameters, accelerator.scaler, accelerator.device)
     parts = Parts(module, optimizer, schedule, accelerator.scaler)
-    start_elastic(parts, settings.accumulate_grad_batches, accelerator.device, start)
+    start_elastic(
+        module,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        scaler=parts.scaler,
+        device=accelerator.device,
+        say=say,
+        fallback=None if start is None else start.elastic,
+    )
     # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
     # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.
     module, optimizer, train_loader, val_loader = accelerator.prepare(module, optimizer, train_loader, val_loader)
-    agree_on_steps(parts.module, module)
     batches = step = 0
     if start is not None:
         if spikes is not None:
@@ -123,6 +130,7 @@ def train(
                 spikes.add_batch(loss / settings.accumulate_grad_batches)
             observer.on_batch_end(loss.detach(), tokens.numel())
             if accelerator.sync_gradients:
+                end_step(parts.module)
                 step += 1
                 if spikes is not None:
                     spikes.end_step(step, parts)

@@ -18,7 +18,6 @@ from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.lightning_folder import run_folder
 from nanogpt_lit.run.curves import ValidationRecord, say
-from nanogpt_lit.run.elastic_start import elastic_of, finding_of, share_finding
 from nanogpt_lit.run.pieces import tidied
 from nanogpt_lit.run.resume import (
     batches_done,
@@ -151,13 +150,11 @@ class ExactResume(Callback):
                 logger.experiment.flush()  # or the curves of a run that is killed would end before its checkpoint
             elif isinstance(logger, CSVLogger):
                 logger.save()
-        # Lightning calls this on every process, though only the first one writes.
-        share_finding(module)
         checkpoint[RUN] = {
             "random": random_states(trainer.strategy.root_device),
             "processes": trainer.world_size,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "elastic": finding_of(module),
+            "elastic": dict(getattr(module, "fallback", {})),
             "spikes": {} if self._spikes is None else self._spikes.state_dict(),
         }
         # Lightning's own counters say where inside a batch or a validation it saves; every one of ours is a step's end.
@@ -171,9 +168,7 @@ class ExactResume(Callback):
         if batches != state.batches:
             checkpoint["loops"] = loops(state.step, batches)  # Lightning reads its counters after this
         self._random, self._goes_on = state.random, True
-        elastic = elastic_of(module)
-        if elastic is not None:
-            elastic.restore(state.elastic)
+        module.fallback = dict(state.elastic)  # type: ignore[assignment]  # start_elastic looks at it
         if self._spikes is not None:
             self._spikes.load_state_dict(state.spikes)
 

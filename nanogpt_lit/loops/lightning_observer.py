@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanogpt_lit.loops.contract import Observer, Parts, clipping_order, seed_dropout
-from nanogpt_lit.run.curves import gradient_norm
-from nanogpt_lit.run.elastic_start import agree_on_steps, elastic_of, start_elastic, stop_elastic
+from nanogpt_lit.memory.elastic import end_step, start_elastic, stop_elastic
+from nanogpt_lit.run.curves import gradient_norm, say
 
 
 def parts_of(trainer: Trainer, module: LightningModule) -> Parts:
@@ -29,22 +28,20 @@ class DropoutSeed(Callback):
 
 
 class ElasticSteps(Callback):
-    """Does a step that runs out of memory again, in smaller pieces. Not under strategies that shard the network, whose
-    processes wait for each other inside a forward."""
+    """Does a step that runs out of memory again, in less memory."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        strategy = trainer.strategy
-        # A DDP that looks for unused parameters, or counts on one and the same graph, looks where gradients are not.
-        replica: Any = strategy.model
-        looks = getattr(replica, "find_unused_parameters", False) or getattr(replica, "static_graph", False)
-        if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not looks:
-            start_elastic(parts_of(trainer, module), trainer.accumulate_grad_batches, strategy.root_device)
-            agree_on_steps(module, replica)
+        start_elastic(
+            module,
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            scaler=parts_of(trainer, module).scaler,
+            device=trainer.strategy.root_device,
+            say=say,
+        )
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        elastic = elastic_of(module)
-        if elastic is not None and batch_idx % trainer.accumulate_grad_batches == 0:
-            elastic.begin_step()
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            end_step(module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         stop_elastic(module)

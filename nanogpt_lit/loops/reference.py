@@ -26,7 +26,8 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
     seed_dropout,
 )
-from nanogpt_lit.run.elastic_start import agree_on_steps, start_elastic, stop_elastic
+from nanogpt_lit.memory.elastic import end_step, start_elastic, stop_elastic
+from nanogpt_lit.run.curves import say
 from nanogpt_lit.run.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.run.resume import batches_done, restore, restore_random_state
 from nanogpt_lit.run.spikes import SpikeGuard
@@ -67,8 +68,14 @@ def train(
     distributed = dist.is_available() and dist.is_initialized()
     replica = DistributedDataParallel(module) if distributed else module
     parts = Parts(module, optimizer, schedule, scaler if scaler.is_enabled() else None)
-    start_elastic(parts, settings.accumulate_grad_batches, device, start)
-    agree_on_steps(module, replica)
+    start_elastic(
+        module,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        scaler=parts.scaler,
+        device=device,
+        say=say,
+        fallback=None if start is None else start.elastic,
+    )
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     batches = step = 0
     if start is not None:
@@ -107,6 +114,7 @@ def train(
                 scaler.update()
                 schedule.step()
                 optimizer.zero_grad()
+                end_step(module)
                 step += 1
                 if spikes is not None:
                     spikes.end_step(step, parts)

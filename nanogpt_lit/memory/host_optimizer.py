@@ -99,10 +99,10 @@ class HostAdamW(AdamW):
                         f"model.memory.optimizer_state=host takes contiguous parameters and met one of strides "
                         f"{p.stride()}; card takes any."
                     )
-                self._moments[p] = self._to_host(p, torch.zeros), self._to_host(p, torch.zeros)
                 # A fused kernel reads the count where it runs; the others read it in Python.
                 device = p.device if group["fused"] else torch.device("cpu")
                 self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+                self._moments[p] = self._to_host(p, torch.zeros), self._to_host(p, torch.zeros)
 
     @staticmethod
     def _to_host(p: Tensor, make: Callable[..., Tensor]) -> Tensor:

@@ -1,13 +1,15 @@
 """The ways to need less memory, from none to all, and what each costs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nanogpt_lit.memory.techniques import MemoryConfig
 
 CHUNK_TOKENS = 256
+RECOMPUTE = ("none", "selective", "full")
+"""From weak to strong."""
 
 # Each adds to those before it: what it does, and the fields of MemoryConfig that do it.
 TECHNIQUES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -53,11 +55,7 @@ class Rung:
 
     def yaml(self, own: "Rung") -> list[str]:
         """The lines that turn the user's own YAML into this; none when it is the same."""
-        lines: list[str] = []
-        if self.memory != own.memory:
-            defaults, theirs, wanted = asdict(MemoryConfig()), asdict(own.memory), asdict(self.memory)
-            fields = [name for name in wanted if wanted[name] != defaults[name] or wanted[name] != theirs[name]]
-            lines += ["model:", "  memory:", *(f"    {name}: {_scalar(wanted[name])}" for name in fields)]
+        lines = yaml_lines(self.memory, own.memory)
         if self.batch_size != own.batch_size:
             lines += ["data:", f"  batch_size: {self.batch_size}"]
             lines += ["trainer:", f"  accumulate_grad_batches: {self.accumulate_grad_batches}"]
@@ -78,8 +76,8 @@ def ladder(own: Rung, block_size: int, casts_weights: bool) -> Iterator[Rung]:
             continue
         if changes.keys() & {"optimizer_state", "weights"} and in_8_bits:  # whose state stays on the card
             continue
-        if "loss_chunk_tokens" in changes:  # a chunk as large as the batch would save little
-            changes = {"loss_chunk_tokens": min(CHUNK_TOKENS, max(1, tokens // 4))}
+        if "loss_chunk_tokens" in changes:
+            changes = {"loss_chunk_tokens": chunk_tokens(tokens)}
         rung = replace(rung, name=name, memory=replace(rung.memory, **changes))
         rungs.append(rung)
     # Last, because small products leave a card idle, and what each micro-batch does to all weights is done more often.
@@ -94,6 +92,56 @@ def ladder(own: Rung, block_size: int, casts_weights: bool) -> Iterator[Rung]:
     if not any(own.same_training(rung) for rung in rungs):
         yield own
     yield from rungs
+
+
+def chunk_tokens(tokens: int) -> int:
+    """Of a micro-batch of so many tokens: a chunk as large would save little."""
+    return min(CHUNK_TOKENS, max(1, tokens // 4))
+
+
+def yaml_lines(memory: MemoryConfig, own: MemoryConfig) -> list[str]:
+    """The lines that turn a YAML with `own` into one with `memory`; none when they are the same."""
+    if memory == own:
+        return []
+    defaults, theirs, wanted = asdict(MemoryConfig()), asdict(own), asdict(memory)
+    fields = [name for name in wanted if wanted[name] != defaults[name] or wanted[name] != theirs[name]]
+    return ["model:", "  memory:", *(f"    {name}: {_scalar(wanted[name])}" for name in fields)]
+
+
+def next_technique(memory: MemoryConfig, idle: Collection[str] = ()) -> tuple[str, MemoryConfig] | None:
+    """The lowest technique that is not in force: what it does, and the settings with it. None when all are.
+
+    idle: fields of MemoryConfig that would do nothing
+    """
+    for name, changes in TECHNIQUES:
+        if changes.keys() & set(idle) or (memory.loss_chunk_tokens is not None and "loss_chunk_tokens" in changes):
+            continue
+        if RECOMPUTE.index(changes.get("recompute", memory.recompute)) < RECOMPUTE.index(memory.recompute):
+            continue
+        more = replace(memory, **changes)
+        if levels(more) != levels(memory) and at_least(more, memory):
+            return name.removeprefix("+ "), more
+    return None
+
+
+def at_least(memory: MemoryConfig, other: MemoryConfig) -> bool:
+    """Whether memory has every technique of other, or a stronger one of its kind."""
+    return all(a >= b for a, b in zip(levels(memory), levels(other), strict=True))
+
+
+def levels(memory: MemoryConfig) -> tuple[Any, ...]:
+    """How far each kind of technique goes."""
+    recompute = RECOMPUTE.index(memory.recompute)
+    weights = ("card", "host", "streamed").index(memory.weights)
+    return (
+        memory.loss_chunk_tokens is not None,
+        # What is computed again keeps no copies of weights.
+        memory.recast_weights or (memory.recompute, memory.recompute_every) == ("full", 1) or weights > 0,
+        (recompute, -memory.recompute_every),
+        memory.block_inputs == "host",
+        memory.optimizer_state == "host" or weights > 0,
+        weights,
+    )
 
 
 def _scalar(value: Any) -> str:

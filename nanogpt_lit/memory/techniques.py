@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.cache import LayerCache
-from nanogpt_lit.gpt.loss import chunked_cross_entropy
+from nanogpt_lit.gpt.loss import chunked_cross_entropy, cross_entropy
 from nanogpt_lit.gpt.model import GPT, Block
 from nanogpt_lit.memory.host_head import HostHead
 from nanogpt_lit.memory.host_inputs import saved_on_host
@@ -114,6 +114,23 @@ def apply_techniques(gpt: GPT, memory: MemoryConfig) -> HostWeights | None:
     keep_on_host(gpt.lm_head, host, keep=False)  # it is used once a micro-batch, and large
     gpt.cross_entropy = HostHead(host, memory.loss_chunk_tokens)
     return host
+
+
+def change_techniques(gpt: GPT, memory: MemoryConfig) -> None:
+    """Make a network that trains go on with these settings; its weights stay where they are.
+
+    Where they are in host memory, the loss alone can change.
+    """
+    if isinstance(gpt.cross_entropy, HostHead):
+        gpt.cross_entropy.chunk_tokens = memory.loss_chunk_tokens
+        return
+    for block in gpt.transformer.h:
+        block.__class__ = Block
+        for part in block.modules():
+            if isinstance(part, nn.Linear):
+                part.__class__ = nn.Linear
+    gpt.cross_entropy = cross_entropy
+    apply_techniques(gpt, memory)
 
 
 def recomputed(function: Callable[..., Any], *args: Tensor, with_dropout: bool = False, **shared: Any) -> Any:

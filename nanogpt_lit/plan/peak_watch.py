@@ -61,7 +61,7 @@ class PeakWatch:
         """Says once what the first steps make of the estimate. step_s: of each of the last `steps`"""
         warmed_up = self._steps > steps
         here = card_here()
-        if self._footprint is None or self._has_said_time or not warmed_up or self._runs_in_pieces():
+        if self._footprint is None or self._has_said_time or not warmed_up or self._has_fallen_back():
             return
         self._has_said_time = True
         if here is not None and here.name in {card.name for card in CARDS}:  # of another nothing was estimated
@@ -71,7 +71,7 @@ class PeakWatch:
     def compare(self, allocated_mib: float, reserved_mib: float) -> None:
         """Says so when the peaks so far are not those that were planned."""
         footprint, planned_mib = self._footprint, self.planned_mib
-        if footprint is None or planned_mib is None or self._has_said or self._runs_in_pieces():
+        if footprint is None or planned_mib is None or self._has_said or self._has_fallen_back():
             return
         excess = reserved_mib / planned_mib - 1
         # A validation may be far away.
@@ -84,9 +84,9 @@ class PeakWatch:
                 f"most of the difference is in {name}: {measured:,.0f} for {planned:,.0f} MiB"
             )
 
-    def _runs_in_pieces(self) -> bool:
+    def _has_fallen_back(self) -> bool:
         """Whether memory has ended before, and steps are done in another way since than was planned."""
-        return bool(getattr(getattr(self._module, "elastic", None), "finding", None))
+        return bool(getattr(self._module, "fallback", None))
 
     def _at_fault(self, footprint: Footprint, allocated_mib: float, gaps_mib: float) -> tuple[str, float, float]:
         """The category that differs most, with its measured and its planned size.

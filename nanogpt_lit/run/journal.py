@@ -13,7 +13,6 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
 from nanogpt_lit.run.curves import StepMeter, ValidationRecord, code_block, is_drawn, perplexity, say
-from nanogpt_lit.run.elastic_start import share_finding
 from nanogpt_lit.run.patient_writer import PatientWriter
 from nanogpt_lit.run.pieces import tidied
 from nanogpt_lit.run.progress import Progress
@@ -172,7 +171,6 @@ class Journal(Observer):
 
     def _save(self, data_state: dict[str, Any], names: list[str]) -> None:
         self._writer.flush()  # or the curves of a run that is killed would end before its checkpoint
-        share_finding(self._parts.module)
         state = capture(
             self._parts,
             step=self.step,
@@ -246,7 +244,6 @@ class OtherProcess(Observer):
 
     def _share(self, step: int) -> None:
         if self.saves:
-            share_finding(self._module)
             random_states(self.device)
             self._saved_step = step
             self._save_times.saved()

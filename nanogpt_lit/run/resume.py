@@ -14,7 +14,6 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, TensorFile
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Parts
-from nanogpt_lit.run.elastic_start import finding_of
 from nanogpt_lit.runtime.processes import are_several, gathered, rank, told
 from nanogpt_lit.runtime.random_state import RandomState, random_state, set_random_state
 
@@ -51,7 +50,7 @@ def capture(
         tokens=tokens,
         trained_s=trained_s,
         validations=validations or {"latest": None, "best": None},
-        elastic=finding_of(parts.module),
+        elastic=dict(getattr(parts.module, "fallback", {})),
         spikes=spikes or {},
     )
 

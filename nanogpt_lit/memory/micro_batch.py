@@ -1,4 +1,4 @@
-"""A micro-batch as a step can do it again: its pieces, its backward, and the state of what dropout draws from."""
+"""A micro-batch as a step can do it again: its pieces, their shares of the loss, and its backward."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 Piece = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -23,6 +22,8 @@ class MicroBatch:
     """Of the loss, without a graph."""
     pending: Tensor | None = None
     """The part of the loss that is still to be differentiated; it holds the activations."""
+    gradients: list[Tensor | None] | None = None
+    """Of the parameters, from the other parts."""
     d_loss: Tensor | None = None
     """The gradient that the loop's backward gave the loss: its loss scale over its accumulation."""
 
@@ -41,18 +42,27 @@ class MicroBatch:
         kind, on = self.tokens.device.type, self.casts_weights
         return torch.autocast(kind, dtype=self.autocast_dtype, enabled=on, cache_enabled=False)
 
+    def pieces(self, sequences: int | None) -> Iterator[Piece]:
+        """(tokens, targets, share) of at most so many sequences each; None: all at once.
 
-def pieces(tokens: Tensor, targets: Tensor, sequences: int | None) -> Iterator[Piece]:
-    """(tokens, targets, share) of at most so many sequences each; None: all at once.
+        share: of the piece's targets in all, which its mean loss counts for, a scalar; None for all
+        """
+        if sequences is None or sequences >= self.tokens.size(0):
+            yield self.tokens, self.targets, None
+            return
+        counted = (self.targets != IGNORE_INDEX).sum()
+        for some, theirs in zip(self.tokens.split(sequences), self.targets.split(sequences), strict=True):
+            yield some, theirs, (theirs != IGNORE_INDEX).sum() / counted
 
-    share: of the piece's targets in all, which its mean loss counts for, a scalar; None for all
-    """
-    if sequences is None or sequences >= tokens.size(0):
-        yield tokens, targets, None
-        return
-    counted = (targets != IGNORE_INDEX).sum()
-    for some, theirs in zip(tokens.split(sequences), targets.split(sequences), strict=True):
-        yield some, theirs, (theirs != IGNORE_INDEX).sum() / counted
+    def differentiate(self, part: Tensor, d_part: Tensor | None = None) -> None:
+        """Backward of a part of the loss."""
+        with torch.autocast(self.tokens.device.type, enabled=False):  # which loops leave before backward
+            part.backward(d_part)
+
+    def differentiate_pending(self) -> None:
+        part, self.pending = self.pending, None
+        assert part is not None
+        part.backward(self.d_loss)
 
 
 def share_of(loss: Tensor, share: Tensor | None) -> Tensor:
@@ -60,30 +70,18 @@ def share_of(loss: Tensor, share: Tensor | None) -> Tensor:
     return loss if share is None else torch.where(share == 0, 0.0, loss * share)
 
 
-def differentiate(part: Tensor, batch: MicroBatch, d_part: Tensor | None = None) -> None:
-    """Backward of a part of the micro-batch's loss."""
-    with torch.autocast(batch.tokens.device.type, enabled=False):  # which loops leave before backward
-        part.backward(d_part)
+def loss_of(batch: MicroBatch, backward: Callable[[], None]) -> Tensor:
+    """batch.value as the loss that a loop gets: its backward notes batch.d_loss and calls `backward`.
 
-
-def differentiate_pending(batch: MicroBatch) -> None:
-    part, batch.pending = batch.pending, None
-    assert part is not None
-    part.backward(batch.d_loss)
-
-
-def loss_of(batch: MicroBatch, finish: Callable[[], None]) -> Tensor:
-    """batch.value as the loss that a loop gets: its backward notes batch.d_loss and calls finish.
-
-    What backward needs is not in the graph of this loss, so that a loop which still holds it does not hold that too.
+    What is needed there is not in the graph of this loss, so that a loop which still holds it does not hold that too.
     """
     anchor = torch.zeros((), requires_grad=True)
-    return _Value.apply(_Backward.apply(anchor, finish), batch.value, batch)
+    return _Value.apply(_Backward.apply(anchor, backward), batch.value, batch)
 
 
-# The way of the loop's backward into finish, in two stages of the graph. The first notes the gradient of the loss. The
-# second belongs to the processor: the engine runs it on the thread that called backward, and what it calls there is
-# shared out between that thread and the card's as if the loop had called it.
+# The loop's backward in two stages of the graph. The first notes the gradient of the loss. The second belongs to the
+# CPU: the engine runs it on the thread that called backward, and what it calls there is shared out between that thread
+# and the device's as if the loop had called it.
 
 
 class _Value(torch.autograd.Function):
@@ -100,11 +98,11 @@ class _Value(torch.autograd.Function):
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, finish: Callable[[], None]) -> Tensor:
-        ctx.finish = finish
+    def forward(ctx: Any, anchor: Tensor, backward: Callable[[], None]) -> Tensor:
+        ctx.call = backward
         return anchor.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.finish()
+        ctx.call()
         return None, None

@@ -1,0 +1,265 @@
+"""The step that survives an out-of-memory: where it does not fit, it is done again in less memory.
+
+`start_elastic` puts an ElasticLoss in the place of a module's `loss`, and `stop_elastic` takes it off. A loop calls the
+module and then `backward` of what it returns, as always: all of this is behind the two. As long as nothing fails, the
+same kernels run in the same order, on the same memory.
+
+When an allocator fails in forward or backward, the gradients of the step are dropped, the random state goes back to
+where the step began, and its micro-batches, which are kept until it ends, are done again. There are two ways to need
+less, and both stay for the rest of the run and are in its checkpoints:
+
+1. the loss in chunks, and weights cast again in backward, which cost no time (memory/techniques.py);
+2. half as many sequences at a time. The loss of a micro-batch is a mean over its targets: that of some of its sequences
+   has a share in it, and the gradients of the shares add up to the same.
+
+When one sequence does not fit, the run ends with the lines of YAML that need less (oom.py). So it does when memory ends
+in the optimizer, because an update that has begun cannot be undone and PyTorch has by then given back all that it
+could, and with several processes, of which the others would wait for one that does a step again.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp import GradScaler
+
+from nanogpt_lit.errors import UserError
+from nanogpt_lit.memory.ladder import chunk_tokens, next_technique
+from nanogpt_lit.memory.micro_batch import MicroBatch, loss_of, share_of
+from nanogpt_lit.memory.oom import advice, catch_oom, free_unused, limit_device_memory
+from nanogpt_lit.memory.techniques import MemoryConfig, change_techniques
+from nanogpt_lit.runtime.random_state import RandomState, random_state, set_random_state
+
+FREE_OF_COST = ("loss_chunk_tokens", "recast_weights")
+"""The fields of MemoryConfig that save memory and take no time."""
+SEQUENCES = ("sequences", "validation_sequences")
+"""What module.fallback calls the number of sequences at a time, with gradients and without."""
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    """What happens when memory ends. Until then it costs nothing."""
+
+    enabled: bool = True
+    """Do a step that does not fit again, in less memory. False ends the run there."""
+
+    budget_mib: int | None = None
+    """What PyTorch may reserve of the GPU, in MiB; memory ends there. None is all of the GPU, under Windows what is
+    free of it when training starts."""
+
+    def __post_init__(self) -> None:
+        if self.budget_mib is not None and self.budget_mib < 1:
+            raise UserError(
+                f"model.elastic.budget_mib={self.budget_mib} must be at least 1; 3200 leaves room for a desktop on a "
+                "4 GiB card, null sets no limit."
+            )
+
+
+def start_elastic(
+    module: Any,
+    *,
+    accumulate_grad_batches: int,
+    scaler: GradScaler | None,
+    device: torch.device,
+    say: Callable[[str], None],
+    fallback: Mapping[str, Any] | None = None,
+) -> None:
+    """Make the steps of a LitNanoGPT survive an out-of-memory, until stop_elastic. Other modules are left alone.
+
+    scaler: of the loop, None unless gradients are scaled   device: where it computes   say: where a line goes
+    fallback: module.fallback of the run that goes on here
+    Raises UserError for a fallback that cannot be, and for a budget that the device does not have.
+    """
+    if not hasattr(module, "elastic_config"):
+        return
+    stop_elastic(module)
+    restore = limit_device_memory(device, module.elastic_config.budget_mib)
+
+    def scaled(loss: Tensor) -> Tensor:
+        loss = loss / accumulate_grad_batches
+        return loss if scaler is None else scaler.scale(loss)
+
+    module.loss = ElasticLoss(module, scaled, say, restore)
+    module.loss.fall_back({**module.fallback, **(fallback or {})})
+
+
+def end_step(module: Any) -> None:
+    """An optimizer step is over, also one that left the weights alone."""
+    loss = getattr(module, "loss", None)
+    if isinstance(loss, ElasticLoss):
+        loss.window.clear()
+
+
+def stop_elastic(module: Any) -> None:
+    """The run is over: the module's loss is its network's again."""
+    loss = getattr(module, "loss", None)
+    if isinstance(loss, ElasticLoss):
+        loss.restore_limit()
+        module.loss = loss.loss
+
+
+class ElasticLoss:
+    """The loss of a module that is trained, in less memory where it does not fit."""
+
+    def __init__(
+        self,
+        module: Any,
+        scaled: Callable[[Tensor], Tensor],
+        say: Callable[[str], None],
+        restore_limit: Callable[[], None],
+    ) -> None:
+        """scaled: what the loop makes of a loss before backward"""
+        self.loss: Callable[[Tensor, Tensor], Tensor] = module.loss
+        self.restore_limit = restore_limit
+        self.window: list[MicroBatch] = []
+        """The micro-batches whose gradients the parameters hold."""
+        self._random: RandomState | None = None  # where their step began; None while nothing draws
+        self._module, self._scaled, self._say = module, scaled, say
+        self._memory: MemoryConfig = module.memory_config
+        trains_alone = not (dist.is_available() and dist.is_initialized())
+        self._is_on = module.elastic_config.enabled and trains_alone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the module is in no loop."""
+        return copy.deepcopy(self.loss, memo)
+
+    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Raises UserError when one sequence at a time does not fit."""
+        if not self._is_on:
+            return self.loss(tokens, targets)
+        batch = MicroBatch.here(tokens, targets)
+        return self._train(batch) if torch.is_grad_enabled() else self._validate(batch)
+
+    def _validate(self, batch: MicroBatch) -> Tensor:
+        while True:
+            mean, said = catch_oom(self._mean, batch)
+            if said is None:
+                return mean
+            self._need_less("validation", said, batch)
+
+    def _mean(self, batch: MicroBatch) -> Tensor:
+        first, *others = (self._part(*piece) for piece in batch.pieces(self._sequences("validation")))
+        return sum(others, start=first)
+
+    def _train(self, batch: MicroBatch) -> Tensor:
+        if not self.window:
+            gpt = self._module.gpt
+            draws = gpt.training and gpt.config.dropout > 0
+            self._random = random_state(batch.tokens.device) if draws else None
+        while True:
+            batch.value, said = catch_oom(self._forward, batch)
+            if said is None:
+                return loss_of(batch, backward=lambda: self._backward(batch))
+            self._do_again(self.window, "forward", said, batch)
+
+    def _forward(self, batch: MicroBatch) -> Tensor:
+        """The value of the loss. Of several pieces, the last alone is left for the loop's backward."""
+        *first, last = batch.pieces(self._sequences("forward"))
+        total: Tensor | float = 0.0
+        if first and not self.window:
+            self._drop_gradients()  # of the step before
+        for piece in first:
+            part = self._part(*piece)
+            total = total + part.detach()
+            batch.differentiate(self._scaled(part))
+        if first:  # a loop may drop what it takes for the gradients of the step before
+            batch.gradients = [p.grad for p in self._module.parameters()]
+            self._drop_gradients()
+        batch.pending = self._part(*last)
+        return batch.pending.detach() + total if first else batch.pending.detach()
+
+    def _backward(self, batch: MicroBatch) -> None:
+        """The loop's, which has left its gradient of the loss in batch.d_loss."""
+        if batch.gradients is not None:
+            for p, gradient in zip(self._module.parameters(), batch.gradients, strict=True):
+                p.grad = gradient
+            batch.gradients = None
+        _, said = catch_oom(batch.differentiate_pending)
+        if said is not None:
+            self._do_again([*self.window, batch], "backward", said, batch)
+        self.window.append(batch)
+
+    def _part(self, tokens: Tensor, targets: Tensor, share: Tensor | None) -> Tensor:
+        return share_of(self.loss(tokens, targets), share)
+
+    def _drop_gradients(self) -> None:
+        for p in self._module.parameters():
+            p.grad = None
+
+    # Once memory has ended.
+
+    def _do_again(self, batches: list[MicroBatch], phase: str, said: str | None, at: MicroBatch) -> None:
+        """Do the step's micro-batches again until they fit. at: the one in which memory ended"""
+        while said is not None:
+            at.pending = at.gradients = None
+            self._drop_gradients()
+            self._need_less(phase, said, at)
+            _, said = catch_oom(self._replay, batches, at.tokens.device)
+
+    def _replay(self, batches: list[MicroBatch], device: torch.device) -> None:
+        if self._random is not None:
+            set_random_state(self._random, device)
+        for batch in batches:
+            for piece in batch.pieces(self._sequences("backward")):
+                with torch.enable_grad(), batch.autocast():
+                    part = self._part(*piece)
+                batch.differentiate(part, batch.d_loss)
+
+    def _need_less(self, phase: str, said: str, at: MicroBatch) -> None:
+        """Take the next of the two ways, and say so. Raises UserError when there is none."""
+        changes: dict[str, Any] = self._free_of_cost(at)
+        size = at.tokens.size(0)
+        sequences = min(size, self._sequences(phase) or size)
+        if changes:
+            step = "from here on with " + ", ".join(f"model.memory.{key}={changes[key]}".lower() for key in changes)
+        elif sequences > 1:
+            changes = {_key(phase): (sequences + 1) // 2}
+            step = f"{size} sequences of a micro-batch are computed {changes[_key(phase)]} at a time from here on"
+        else:
+            where = f"{phase} of one sequence of {at.tokens.size(1)} tokens"
+            raise UserError(advice(self._module, at.casts_weights, where, said, self._memory))
+        free_unused()
+        self.fall_back(changes)
+        self._say(f"out of memory in {phase} ({said}): {step}; what did not fit is done again")
+
+    def _free_of_cost(self, at: MicroBatch) -> dict[str, Any]:
+        """The fields of MemoryConfig that need less and cost no time, as far as they are not in force."""
+        memory, changes = self._memory, dict[str, Any]()
+        if self._module.hparams["compile"]:  # its graph would be compiled anew, where memory has just ended
+            return {}
+        idle = vars(memory).keys() - FREE_OF_COST | (set() if at.casts_weights else {"recast_weights"})
+        while (found := next_technique(memory, idle)) is not None:
+            changes |= {key: value for key, value in vars(found[1]).items() if value != getattr(memory, key)}
+            memory = found[1]
+        if "loss_chunk_tokens" in changes:
+            changes["loss_chunk_tokens"] = chunk_tokens(at.tokens.numel())
+        return changes
+
+    def fall_back(self, changes: Mapping[str, Any]) -> None:
+        """Need less from here on: module.fallback, of this run or of the one that it goes on from.
+
+        Raises UserError for what is no fallback.
+        """
+        techniques = {key: value for key, value in changes.items() if key in FREE_OF_COST}
+        counts = {key: value for key, value in changes.items() if key not in FREE_OF_COST}
+        for key, count in counts.items():
+            if key not in SEQUENCES or type(count) is not int or count < 1:
+                raise UserError(f"the checkpoint's elastic.{key}={count!r} is nothing that a run can fall back to.")
+        if self._memory.loss_chunk_tokens is not None:
+            techniques.pop("loss_chunk_tokens", None)  # the YAML has it by now
+        self._memory = replace(self._memory, **techniques)
+        if techniques:
+            change_techniques(self._module.gpt, self._memory)
+        self._module.fallback = {**self._module.fallback, **techniques, **counts}
+
+    def _sequences(self, phase: str) -> int | None:
+        """At a time; None: all of a micro-batch."""
+        return self._module.fallback.get(_key(phase))
+
+
+def _key(phase: str) -> str:
+    return SEQUENCES[phase == "validation"]
