@@ -39,7 +39,7 @@ class RunState:
     validations: Mapping[str, Any] = field(default_factory=lambda: {"latest": None, "best": None})
     """(step, loss) of the latest and of the best validation."""
     elastic: Mapping[str, Any] = field(default_factory=dict)
-    """What did not fit, and how the run went on: see elastic/elastic.py. Empty while everything fits."""
+    """What did not fit, and how the run went on: see memory/elastic.py. Empty while everything fits."""
     spikes: Mapping[str, Any] = field(default_factory=dict)
     """The recent losses that a jump is measured by: see run/spikes.py. Empty unless it is guarded against."""
     lightning: Mapping[str, Any] | None = None
