@@ -38,7 +38,6 @@ from nanogpt_lit.loops.contract import Observer
 from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.trainer_section import (
     asked_processes,
-    full_precision_name,
     loop_settings,
     text_samples,
 )
@@ -51,6 +50,7 @@ from nanogpt_lit.run.resume import batches_done, check_network, load_together
 from nanogpt_lit.run.stops import Reason, Stopped, Stops, go_on_line, seconds_of
 from nanogpt_lit.runtime.clock import awake_s
 from nanogpt_lit.runtime.machine import device_type
+from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.processes import told
 from nanogpt_lit.runtime.slurm import requeue, requeue_signal
 from nanogpt_lit.runtime.supervised import stop_with_supervisor, supervised

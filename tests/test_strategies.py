@@ -20,11 +20,12 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.accelerate_config.accelerate_file import read_accelerate_file
 from nanogpt_lit.accelerate_config.from_accelerate import to_trainer
 from nanogpt_lit.accelerate_config.into_accelerate import into_accelerate
-from nanogpt_lit.accelerate_config.table import DISTRIBUTED_TYPES, LAYER, PRECISIONS, ROW_OF, TABLE
+from nanogpt_lit.accelerate_config.table import DISTRIBUTED_TYPES, LAYER, ROW_OF, TABLE
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import Block
 from nanogpt_lit.loops.strategies import SHORT_NAMES, STRATEGIES
+from nanogpt_lit.runtime.precision import OF_ACCELERATE
 
 THREE_NODES = {
     "distributed_type": "MULTI_GPU",
@@ -94,8 +95,8 @@ def test_every_distributed_type_and_precision_is_known_or_refused(tmp_path):
         if kind.value not in known:
             with pytest.raises(ValueError, match=f"distributed_type={kind.value} is no strategy of Lightning"):
                 read(tmp_path, distributed_type=kind.value)
-    for precision in set(PrecisionType.list()) - set(PRECISIONS.values()):
-        with pytest.raises(UserError, match=f"mixed_precision={precision} is not known; no, fp16, bf16 are"):
+    for precision in set(PrecisionType.list()) - set(OF_ACCELERATE):
+        with pytest.raises(UserError, match=f"mixed_precision={precision} is not known; no, bf16, fp16 are"):
             to_trainer(read(tmp_path, **TWO_CARDS | {"mixed_precision": precision}))
 
 
@@ -404,7 +405,7 @@ def test_reading_accelerates_file_needs_no_torch(tmp_path):
         ({**TWO_CARDS, "gpu_ids": "0"}, "gpu_ids=0 contradicts num_processes=2"),
         ({**TWO_CARDS, "use_cpu": True}, "use_cpu=True contradicts distributed_type=MULTI_GPU"),
         ({**TWO_CARDS, "num_machines": 2}, "num_machines=2 needs main_process_ip and main_process_port"),
-        ({**TWO_CARDS, "mixed_precision": "fp4"}, "mixed_precision=fp4 is not known; no, fp16, bf16 are"),
+        ({**TWO_CARDS, "mixed_precision": "fp4"}, "mixed_precision=fp4 is not known; no, bf16, fp16 are"),
         ({**TWO_CARDS, "fsdp_config.fsdp_version": 2}, "does not read fsdp_config.fsdp_version beside"),
         ({**FSDP1, "use_cpu": True, "mixed_precision": "no"}, "is trained as DDP without a word"),
         ({**FSDP2, "mixed_precision": "fp16"}, "precision=16-mixed does not go with"),

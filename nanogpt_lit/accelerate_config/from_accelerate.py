@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanogpt_lit.accelerate_config.accelerate_file import Translation, asks_for_nothing
-from nanogpt_lit.accelerate_config.table import FSDP_STATE_DICTS, LAYER, PRECISIONS, RENDEZVOUS, ROW_OF
+from nanogpt_lit.accelerate_config.table import FSDP_STATE_DICTS, LAYER, RENDEZVOUS, ROW_OF
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE, check_together
+from nanogpt_lit.runtime.precision import OF_ACCELERATE
 
 SHARDINGS = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 KEYWORDS = ("forward_prefetch", "use_orig_params", "sync_module_states")
@@ -61,10 +62,9 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
         remarks.append(f"gpu_ids={','.join(map(str, gpu_ids))}: set CUDA_VISIBLE_DEVICES on every node")
     trainer["num_nodes"] = machines
     mixed_precision = source.take("mixed_precision", "no")
-    names = {theirs: ours for ours, theirs in PRECISIONS.items()}
-    if mixed_precision not in names:
-        raise UserError(f"accelerate's mixed_precision={mixed_precision} is not known; {', '.join(names)} are.")
-    trainer["precision"] = names[mixed_precision]
+    if mixed_precision not in OF_ACCELERATE:
+        raise UserError(f"accelerate's mixed_precision={mixed_precision} is not known; {', '.join(OF_ACCELERATE)} are.")
+    trainer["precision"] = OF_ACCELERATE[mixed_precision]
     check_together({"trainer.strategy": strategy, "trainer.precision": trainer["precision"]})
     trainer |= _strategy_section(strategy, source, processes)
     content: dict[str, Any] = {"trainer": trainer}

@@ -9,7 +9,6 @@ from nanogpt_lit.accelerate_config.table import (
     FSDP_STATE_DICTS,
     LAYER,
     OUR_SCRIPT,
-    PRECISIONS,
     RENDEZVOUS,
     TABLE,
     Row,
@@ -17,8 +16,9 @@ from nanogpt_lit.accelerate_config.table import (
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE, check_together
 from nanogpt_lit.loops.strategies import SHORT_NAMES, named_strategy
-from nanogpt_lit.loops.trainer_section import asked_processes, full_precision_name
+from nanogpt_lit.loops.trainer_section import asked_processes
 from nanogpt_lit.runtime.environment import whole_number
+from nanogpt_lit.runtime.precision import IN_ACCELERATE, full_precision_name
 
 # What accelerate config writes whatever the answers are.
 ALWAYS = {
@@ -55,7 +55,7 @@ def into_accelerate(
     content: dict[str, Any] = {
         **ALWAYS,
         "distributed_type": DISTRIBUTED_TYPES[strategy][-1 if use_cpu else 0],
-        "mixed_precision": PRECISIONS[full_precision_name(trainer.get("precision"))],
+        "mixed_precision": IN_ACCELERATE[full_precision_name(trainer.get("precision"))],
         "num_machines": trainer["num_nodes"],
         "num_processes": processes,
         "use_cpu": use_cpu,
@@ -92,8 +92,8 @@ def _checked(strategy: str | None, trainer: Mapping[str, Any], processes: int | 
             f"trainer.strategy={trainer['strategy']} has no name in accelerate; auto, ddp, fsdp, ModelParallelStrategy "
             "and deepspeed have."
         )
-    if precision not in PRECISIONS:
-        raise UserError(f"trainer.precision={precision} has no name in accelerate; {', '.join(PRECISIONS)} have.")
+    if precision not in IN_ACCELERATE:
+        raise UserError(f"trainer.precision={precision} has no name in accelerate; {', '.join(IN_ACCELERATE)} have.")
     clip, device = trainer.get("gradient_clip_val"), "cpu" if use_cpu else "cuda"
     chosen = {"trainer.strategy": strategy, "trainer.precision": precision, "trainer.gradient_clip_val": clip}
     check_together(chosen | {"trainer.accelerator": device})

@@ -11,7 +11,6 @@ DISTRIBUTED_TYPES = {
 """Of each strategy; where there are two, on GPUs and on CPUs."""
 LAYER = "nanogpt_lit.gpt.model.Block"  # what FSDP gathers at a time
 
-PRECISIONS = {"32-true": "no", "16-mixed": "fp16", "bf16-mixed": "bf16"}
 OUR_SCRIPT = "scripts/train_accelerate.py"
 FSDP_STATE_DICTS = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
 RENDEZVOUS = {"machine_rank": "NODE_RANK", "main_process_ip": "MASTER_ADDR", "main_process_port": "MASTER_PORT"}

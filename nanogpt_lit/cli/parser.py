@@ -13,15 +13,11 @@ from jsonargparse.typing import Path as ParsedPath
 from lightning.pytorch.cli import LightningArgumentParser
 
 from nanogpt_lit.errors import UserError, shown
+from nanogpt_lit.runtime.precision import OTHER_NAMES
 from nanogpt_lit.untrusted.allowlist import TRUST, limit_imports, refusal, split_trusted
 from nanogpt_lit.untrusted.config_paths import check_arguments, check_places
 from nanogpt_lit.untrusted.yaml_file import check_yaml, read_yaml_file
 
-OTHER_PRECISIONS = {
-    "fp16": "16-mixed", "float16": "16-mixed", "half": "16-mixed", "amp": "16-mixed",
-    "bfloat16": "bf16-mixed", "fp32": "32-true", "float32": "32-true", "tf32": "32-true", "no": "32-true",
-}  # fmt: skip
-"""What other programs call them."""
 WORDS = {
     "int": "an integer",
     "float": "a number",
@@ -116,7 +112,7 @@ def sentence(message: str, options: list[str]) -> str:
     if wrong := re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?:\.? Got| Given) value: (.*)', message):
         key, reasons, value = wrong.groups()
         if works := accepted(reasons):
-            meant = OTHER_PRECISIONS.get(value.strip("'\"").lower()) if key == "trainer.precision" else None
+            meant = OTHER_NAMES.get(value.strip("'\"").lower()) if key == "trainer.precision" else None
             meant = f"; did you mean {meant}?" if meant else ";"
             return f"{key}={value} does not work{meant} what does: {', '.join(works)}"
     return message

@@ -7,10 +7,8 @@ without a word either way. Here a contradiction is an error that names both side
 from collections.abc import Mapping
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.accelerate_loop import MIXED_PRECISION
 from nanogpt_lit.runtime.environment import whole_number
-
-PRECISION_OF = {theirs: ours for ours, theirs in MIXED_PRECISION.items()}
+from nanogpt_lit.runtime.precision import IN_ACCELERATE, OF_ACCELERATE
 
 ENGINES = (
     "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM",
@@ -74,14 +72,14 @@ def check_environment(
 
 
 def _precision_remark(precision: str, theirs: str | None) -> str | None:
-    ours = MIXED_PRECISION.get(precision)
+    ours = IN_ACCELERATE.get(precision)
     if theirs is None or theirs == ours:
         return None
     if theirs == "no":  # also what accelerate launch says when nobody was asked
         return (
             f"precision: accelerate's environment says no mixed precision, the YAML says {precision}: {precision} it is"
         )
-    works = f"set trainer.precision={PRECISION_OF[theirs]}, or " if theirs in PRECISION_OF else ""
+    works = f"set trainer.precision={OF_ACCELERATE[theirs]}, or " if theirs in OF_ACCELERATE else ""
     raise UserError(
         f"accelerate's environment asks for ACCELERATE_MIXED_PRECISION={theirs}, and the YAML for "
         f"trainer.precision={precision}; {works}`accelerate launch --mixed_precision {ours or 'no'}`."

@@ -34,9 +34,8 @@ from nanogpt_lit.run.curves import say
 from nanogpt_lit.run.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.run.resume import batches_done, restore, restore_random_state
 from nanogpt_lit.run.spikes import SpikeGuard
+from nanogpt_lit.runtime.precision import IN_ACCELERATE
 from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
-
-MIXED_PRECISION = {"32-true": "no", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 
 # accelerate leaves autocast's cache of casted weights on, Lightning 2.6 turns it off. With it, the gradients of a
 # weight that a forward uses twice (a head that takes the loss in chunks) are summed in 16 bits; without it, in float32.
@@ -47,7 +46,7 @@ def accelerator_options(settings: LoopSettings, device: str) -> dict[str, Any]:
     """The arguments of Accelerator. device: "cpu" keeps to the processor, also under torchrun, where accelerate would
     otherwise start no process group, and every process would train alone."""
     return {
-        "mixed_precision": MIXED_PRECISION[settings.precision],
+        "mixed_precision": IN_ACCELERATE[settings.precision],
         "gradient_accumulation_steps": settings.accumulate_grad_batches,
         "kwargs_handlers": [AUTOCAST],
         # accelerate would repeat samples until every process has as many batches; ours are dealt out evenly already,

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.precision import IN_ACCELERATE, PRECISIONS
 
 DDP, FSDP, FSDP2 = "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"
 SINGLE, DEEPSPEED = "SingleDeviceStrategy", "DeepSpeedStrategy"
 ON_HOST = ("host", "streamed")
-FSDP2_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
-LOOP_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""That all loops train in; Lightning's Trainer knows more."""
+FSDP2_PRECISIONS = tuple(name for name, row in PRECISIONS.items() if not row.scales)
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,8 @@ def check_followed(trainer: Mapping[str, Any], precision: str, defaults: Mapping
             raise UserError(f"trainer.{key} is set, and only Lightning's Trainer follows it; {fit}.")
     if trainer["strategy"] not in ("auto", "ddp"):
         raise UserError(f"trainer.strategy={trainer['strategy']} does not run here; auto and ddp do.")
-    if precision not in LOOP_PRECISIONS:
-        raise UserError(f"trainer.precision={precision} does not run here; {', '.join(LOOP_PRECISIONS)} do.")
+    if precision not in IN_ACCELERATE:
+        raise UserError(f"trainer.precision={precision} does not run here; {', '.join(IN_ACCELERATE)} do.")
     interval = trainer["val_check_interval"]
     if interval is not None and not isinstance(interval, int):
         raise UserError(

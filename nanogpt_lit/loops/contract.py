@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.precision import IN_ACCELERATE
 from nanogpt_lit.runtime.process_settings import Deterministic
-
-AUTOCAST_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,10 @@ class LoopSettings:
     """Whether a GPU, which otherwise adds up in no fixed order, repeats the run to the bit."""
 
     def __post_init__(self) -> None:
-        if self.precision not in AUTOCAST_DTYPES:
+        if self.precision not in IN_ACCELERATE:
             raise UserError(
                 f"trainer.precision={self.precision} is for Lightning's Trainer only; "
-                f"{', '.join(AUTOCAST_DTYPES)} run in every loop."
+                f"{', '.join(IN_ACCELERATE)} run in every loop."
             )
         for name in ("max_steps", "accumulate_grad_batches", "val_check_interval", "limit_val_batches"):
             value = getattr(self, name)

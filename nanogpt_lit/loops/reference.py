@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import (
-    AUTOCAST_DTYPES,
     LoopSettings,
     MeanLoss,
     Observer,
@@ -31,6 +30,7 @@ from nanogpt_lit.run.curves import say
 from nanogpt_lit.run.guards import SkippedInARow, drop_unless_finite
 from nanogpt_lit.run.resume import batches_done, restore, restore_random_state
 from nanogpt_lit.run.spikes import SpikeGuard
+from nanogpt_lit.runtime.precision import PRECISIONS, dtype_of, scales_gradients
 from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
 
 Batch = tuple[Tensor, Tensor]
@@ -58,8 +58,8 @@ def train(
     """
     device = device_of(module)
     if scaler is None:
-        scaler = GradScaler(device.type, enabled=settings.precision == "16-mixed")
-    dtype = AUTOCAST_DTYPES[settings.precision]
+        scaler = GradScaler(device.type, enabled=scales_gradients(settings.precision))
+    dtype = dtype_of(PRECISIONS[settings.precision].autocast)
     # Without a cache of casted weights, as Lightning has it: see accelerate_loop.py.
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
     optimizer, schedule = optimizer_and_schedule(module)

@@ -13,8 +13,9 @@ from jsonargparse import Namespace
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE
-from nanogpt_lit.loops.trainer_section import asked_processes, full_precision_name
+from nanogpt_lit.loops.trainer_section import asked_processes
 from nanogpt_lit.runtime.environment import whole_number
+from nanogpt_lit.runtime.precision import full_precision_name
 
 STRATEGIES = (SINGLE, DDP, FSDP, FSDP2, DEEPSPEED)
 

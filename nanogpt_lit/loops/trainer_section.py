@@ -3,15 +3,10 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nanogpt_lit.runtime.precision import full_precision_name
+
 if TYPE_CHECKING:  # whose torch takes a second to import, and the section can be read without
     from nanogpt_lit.loops.contract import LoopSettings
-
-SHORT_PRECISIONS = {None: "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-
-
-def full_precision_name(precision: Any) -> str:
-    """ "16-mixed" for 16, as Lightning reads it."""
-    return SHORT_PRECISIONS.get(precision if precision is None else str(precision), str(precision))
 
 
 def loop_settings(trainer: Mapping[str, Any], val_batches: int, seed: int | None) -> "LoopSettings":

@@ -12,7 +12,6 @@ from nanogpt_lit.data.special_tokens import with_special_tokens
 from nanogpt_lit.data.tokenizer import parse_tokenizer, tokenizer_from_file
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops.trainer_section import full_precision_name
 from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
@@ -21,8 +20,9 @@ from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.plan.budget import Budget
 from nanogpt_lit.plan.largest import largest
 from nanogpt_lit.plan.plan import Footprint, Plan, make_plan, measure
-from nanogpt_lit.plan.step import PRECISIONS, StepShape
+from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.runtime.cards import Card
+from nanogpt_lit.runtime.precision import PRECISIONS, full_precision_name
 
 TOKENIZER_SIZES = {"gpt2": 50257, "byte": 257}
 
@@ -70,7 +70,7 @@ def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> list
     that has all techniques, it is the only answer.
     """
     own = plan.own.rung
-    casts_weights = PRECISIONS[plan.shape.precision][0] is not None
+    casts_weights = PRECISIONS[plan.shape.precision].autocast is not None
     *_, leanest = (
         rung for rung in ladder(own, plan.shape.block_size, casts_weights) if rung.batch_size == own.batch_size
     )

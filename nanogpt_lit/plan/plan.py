@@ -13,10 +13,11 @@ from nanogpt_lit.plan.allocator import MIB, Event, replay
 from nanogpt_lit.plan.budget import Budget
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.steady import long_run
-from nanogpt_lit.plan.step import PRECISIONS, StepShape, trace_steps
+from nanogpt_lit.plan.step import StepShape, trace_steps
 from nanogpt_lit.plan.trace import CATEGORIES, Moment
 from nanogpt_lit.runtime.cards import Card
 from nanogpt_lit.runtime.collector import no_collector
+from nanogpt_lit.runtime.precision import PRECISIONS
 
 PROCESS_MIB = 1500
 """Host memory of the process itself: Python, PyTorch and Lightning (370 MiB with a CPU build) and the CUDA libraries,
@@ -124,7 +125,7 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
     """
     rungs: list[Rung] = []
     footprints: list[Footprint] = []
-    for rung in ladder(own, shape.block_size, casts_weights=PRECISIONS[shape.precision][0] is not None):
+    for rung in ladder(own, shape.block_size, casts_weights=PRECISIONS[shape.precision].autocast is not None):
         if rung.last_resort(own) and any(other.reserved_mib <= budget.usable_mib for other in footprints):
             continue
         rungs.append(rung)

@@ -15,15 +15,7 @@ from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.shape_tensor import ShapeMode
 from nanogpt_lit.plan.trace import CARD, MemoryTrace
 from nanogpt_lit.runtime.collector import no_collector
-
-# What a Trainer's precision means for the card: (autocast's dtype, the dtype of weights).
-PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype]] = {
-    "32-true": (None, torch.float32),
-    "16-mixed": (torch.float16, torch.float32),
-    "bf16-mixed": (torch.bfloat16, torch.float32),
-    "16-true": (None, torch.float16),
-    "bf16-true": (None, torch.bfloat16),
-}
+from nanogpt_lit.runtime.precision import PRECISIONS, dtype_of
 
 TRACED_STEPS = TRACED_MICRO_BATCHES = 2
 """The second step meets the optimizer's state, the second micro-batch the gradients of the first; more of either would
@@ -64,7 +56,9 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
     build: makes the module; what it makes has no content, so that no memory is taken for it
     The trace's timeline is of the second step, and so are the operations that roofline is told of.
     """
-    autocast_dtype, weight_dtype = PRECISIONS[shape.precision]
+    precision = PRECISIONS[shape.precision]
+    autocast_dtype, weight_dtype = dtype_of(precision.autocast), dtype_of(precision.weights)
+    assert weight_dtype is not None
     last = TRACED_STEPS - 1
     micro_batches = min(shape.accumulate_grad_batches, TRACED_MICRO_BATCHES)
     trace = MemoryTrace(vocab_size=shape.vocab_size)
@@ -82,7 +76,7 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
                 if step == last:
                     trace.timeline = []
                     trace.mark("step")
-                scaler = GradScaler("cpu", enabled=shape.precision == "16-mixed")
+                scaler = GradScaler("cpu", enabled=precision.scales)
                 for micro_batch in range(micro_batches):
                     if step == last and roofline is not None:
                         # The last of two stands for all that accumulate onto gradients that are there.

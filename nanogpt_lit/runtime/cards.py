@@ -11,6 +11,8 @@ highest boost clock that NVIDIA publishes for them; one that is limited in power
 import re
 from dataclasses import dataclass
 
+from nanogpt_lit.runtime.precision import PRECISIONS
+
 PCIE_3_X8, PCIE_4_X8 = 6.2e9, 12.4e9
 
 
@@ -81,10 +83,7 @@ def peak_flops(device_name: str, precision: str, allow_tf32: bool = False) -> fl
     card = card_of(device_name)
     if card is None:
         return None
-    if precision.startswith("16"):
-        return card.fp16
-    if precision.startswith("bf16"):
-        return card.bf16
-    if precision.startswith("32"):
-        return card.tf32 if allow_tf32 else card.fp32
-    return None
+    if precision not in PRECISIONS:
+        return None
+    single = card.tf32 if allow_tf32 else card.fp32
+    return {"float16": card.fp16, "bfloat16": card.bf16, "float32": single}[PRECISIONS[precision].multiplies_in]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from nanogpt_lit.runtime.cards import peak_flops
+from nanogpt_lit.runtime.precision import PRECISIONS
 
 
 def device_type(accelerator: str) -> str:
@@ -27,7 +28,8 @@ def usable_precision(precision: str, device: str) -> str:
     Lightning would take bf16-mixed there and accelerate float32. Two backends that must agree need one answer, and
     most processors have no bfloat16 units: float32 is the faster one on them.
     """
-    return "32-true" if precision in ("16-mixed", "16-true") and device == "cpu" else precision
+    row = PRECISIONS.get(precision)
+    return "32-true" if row is not None and row.multiplies_in == "float16" and device == "cpu" else precision
 
 
 def slow_precision(precision: str, device: str) -> str | None:
@@ -35,7 +37,7 @@ def slow_precision(precision: str, device: str) -> str | None:
 
     No flag of a processor says it on all of them: torch has bfloat16 kernels for processors without units for it.
     """
-    if device != "cpu" or not precision.startswith("bf16"):
+    if device != "cpu" or precision not in PRECISIONS or PRECISIONS[precision].multiplies_in != "bfloat16":
         return None
     single, bfloat16 = (product_gflops(dtype) for dtype in (torch.float32, torch.bfloat16))
     if bfloat16 >= single:

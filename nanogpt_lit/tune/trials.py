@@ -12,12 +12,12 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
-from nanogpt_lit.loops.trainer_section import full_precision_name
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.run.guards import NotFinite
+from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.tune.candidate import Candidate, model_section
 
 SPEED_STEPS = 4
