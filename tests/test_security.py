@@ -538,8 +538,6 @@ def test_the_watch_sees_a_connection(tmp_path):
     [
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true"),
         ("ACCELERATE_USE_SAGEMAKER", "true"),
-        ("ACCELERATE_DOWNCAST_BF16", "no"),  # which accelerate takes for a yes
-        ("XLA_USE_BF16", "1"),
         ("ACCELERATE_TORCH_DEVICE", "cuda:1"),
         ("ACCELERATE_MIXED_PRECISION", "fp8"),
     ],

@@ -1,20 +1,22 @@
-"""From accelerate's default_config.yaml to the trainer section, by table.py."""
+"""accelerate's default_config.yaml, which may come from anywhere, as a trainer section."""
 
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from nanogpt_lit.accelerate_config.accelerate_file import Translation, asks_for_nothing
-from nanogpt_lit.accelerate_config.table import FSDP_STATE_DICTS, LAYER, RENDEZVOUS, ROW_OF
+from nanogpt_lit.accelerate_config.accelerate_file import (
+    FSDP_STATE_DICTS,
+    LAYER,
+    RENDEZVOUS,
+    ROW_OF,
+    Translation,
+)
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE, check_together
 from nanogpt_lit.runtime.precision import OF_ACCELERATE
 
 SHARDINGS = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
-KEYWORDS = ("forward_prefetch", "use_orig_params", "sync_module_states")
-DEEPSPEED_KEYS = [
-    key.partition(".")[2] for key, row in ROW_OF.items() if key.startswith("deepspeed_config.") and row.lightning
-]
+FSDP_KEYWORDS = ("forward_prefetch", "use_orig_params", "sync_module_states")
 
 
 class Source:
@@ -28,20 +30,21 @@ class Source:
         return default if value is None else value
 
     def remarks(self) -> list[str]:
-        """One for each key left over that asks for something. Raises UserError where leaving it would train another
-        thing."""
+        """One for each key left over that asks for something. Raises UserError where the run would be another one
+        without it."""
         return [remark for key, value in self.left.items() if (remark := _remark(key, value)) is not None]
 
 
 def _remark(key: str, value: Any) -> str | None:
-    if asks_for_nothing(key, value):
+    row = ROW_OF.get(key)
+    if value in (row.default if row else False, None, "", "none", "no", "default", [], [""], {}):
         return None
-    if key not in ROW_OF:
+    if row is None:
         section, _, _ = key.rpartition(".")
         nearest = difflib.get_close_matches(key, [known for known in ROW_OF if known.startswith(section)], 1, 0.9)
         return f"{key}: " + (f"did you mean {nearest[0]}?" if nearest else "Lightning's Trainer has no such key")
-    sentence = ROW_OF[key].instead.format(value=value) or "leave it out: nothing reads it here"
-    if ROW_OF[key].refused:
+    sentence = row.instead.format(value=value) or "leave it out: nothing reads it here"
+    if row.refused:
         raise UserError(f"accelerate's {key}={value} has no counterpart: {sentence}.")
     return f"{key}={value}: {sentence}"
 
@@ -55,16 +58,16 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
     gpu_ids = _gpu_ids(source.take("gpu_ids", "all"))
     _check_processes(strategy, processes, machines, gpu_ids)
     remarks = _rendezvous(source, machines)
-
-    trainer: dict[str, Any] = {"accelerator": _accelerator(strategy, use_cpu, gpu_ids)}
-    trainer["devices"] = gpu_ids if gpu_ids and machines == 1 else processes // machines
     if gpu_ids and machines > 1:
         remarks.append(f"gpu_ids={','.join(map(str, gpu_ids))}: set CUDA_VISIBLE_DEVICES on every node")
-    trainer["num_nodes"] = machines
-    mixed_precision = source.take("mixed_precision", "no")
-    if mixed_precision not in OF_ACCELERATE:
+    if (mixed_precision := source.take("mixed_precision", "no")) not in OF_ACCELERATE:
         raise UserError(f"accelerate's mixed_precision={mixed_precision} is not known; {', '.join(OF_ACCELERATE)} are.")
-    trainer["precision"] = OF_ACCELERATE[mixed_precision]
+    trainer: dict[str, Any] = {
+        "accelerator": "cpu" if use_cpu else "auto" if strategy == SINGLE and not gpu_ids else "gpu",
+        "devices": gpu_ids if gpu_ids and machines == 1 else processes // machines,
+        "num_nodes": machines,
+        "precision": OF_ACCELERATE[mixed_precision],
+    }
     check_together({"trainer.strategy": strategy, "trainer.precision": trainer["precision"]})
     trainer |= _strategy_section(strategy, source, processes)
     content: dict[str, Any] = {"trainer": trainer}
@@ -96,7 +99,7 @@ def _strategy(kind: str, fsdp_version: int, use_cpu: bool) -> str:
         )
     if (use_cpu and kind not in ("NO", "MULTI_CPU")) or (kind == "MULTI_CPU" and not use_cpu):
         raise UserError(
-            f"accelerate's use_cpu={use_cpu} contradicts distributed_type={kind}; processors are NO or MULTI_CPU with "
+            f"accelerate's use_cpu={use_cpu} contradicts distributed_type={kind}; CPUs are NO or MULTI_CPU with "
             "use_cpu: true."
         )
     choices = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "DEEPSPEED": DEEPSPEED}
@@ -104,11 +107,9 @@ def _strategy(kind: str, fsdp_version: int, use_cpu: bool) -> str:
 
 
 def _gpu_ids(value: Any) -> list[int]:
-    """[] for all."""
-    if value == "all":
-        return []
+    """The numbers of the GPUs; [] for all."""
     try:
-        return [int(item) for item in str(value).split(",")]
+        return [] if value == "all" else [int(item) for item in str(value).split(",")]
     except ValueError:
         raise UserError(f"accelerate's gpu_ids={value} should be all, or numbers such as 0,1.") from None
 
@@ -146,18 +147,10 @@ def _rendezvous(source: Source, machines: int) -> list[str]:
     return [f"machine_rank, main_process_ip, main_process_port: start this node with {where} python -m nanogpt_lit fit"]
 
 
-def _accelerator(strategy: str, use_cpu: bool, gpu_ids: list[int]) -> str:
-    if use_cpu:
-        return "cpu"
-    return "auto" if strategy == SINGLE and not gpu_ids else "gpu"
-
-
 def _strategy_section(strategy: str, source: Source, processes: int) -> dict[str, Any]:
     """trainer.strategy, and the keys beside it that accelerate keeps with the strategy."""
-    if strategy == SINGLE:
-        return {"strategy": "auto"}
-    if strategy == DDP:
-        return {"strategy": "ddp"}
+    if strategy in (SINGLE, DDP):
+        return {"strategy": "auto" if strategy == SINGLE else "ddp"}
     beside: dict[str, Any] = {}
     section: dict[str, Any] = {"class_path": f"lightning.pytorch.strategies.{strategy}"}
     if strategy == DEEPSPEED:
@@ -170,30 +163,24 @@ def _strategy_section(strategy: str, source: Source, processes: int) -> dict[str
 
 
 def _fsdp_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    names = {str(source.left.get(f"fsdp_config.fsdp_{key}")) for key in ("reshard_after_forward", "sharding_strategy")}
-    named = sorted(names & set(SHARDINGS))
+    # accelerate's older and newer name of the same.
+    keys = [f"fsdp_config.fsdp_{name}" for name in ("sharding_strategy", "reshard_after_forward")]
+    named = sorted({source.take(key) for key in keys if source.left.get(key) in SHARDINGS})
     if len(named) > 1:
-        raise UserError(
-            f"accelerate's fsdp_sharding_strategy and fsdp_reshard_after_forward name both {' and '.join(named)}; "
-            "keep one."
-        )
-    for key in ("reshard_after_forward", "sharding_strategy"):
-        if source.left.get(f"fsdp_config.fsdp_{key}") in SHARDINGS:
-            source.take(f"fsdp_config.fsdp_{key}")
+        raise UserError(f"accelerate's {' and '.join(keys)} name both {' and '.join(named)}; keep one.")
     arguments: dict[str, Any] = {
         "sharding_strategy": named[0] if named else SHARDINGS[0],
         "cpu_offload": source.take("fsdp_config.fsdp_offload_params", False),
     }
-    policy = source.left.get("fsdp_config.fsdp_auto_wrap_policy") or "NO_WRAP"
-    if policy == "NO_WRAP":
-        source.left.pop("fsdp_config.fsdp_auto_wrap_policy", None)
+    if (source.left.get("fsdp_config.fsdp_auto_wrap_policy") or "NO_WRAP") == "NO_WRAP":
+        source.take("fsdp_config.fsdp_auto_wrap_policy")
     else:
         arguments["auto_wrap_policy"] = [LAYER]  # by size has no counterpart: its remark says so
     if source.take("fsdp_config.fsdp_activation_checkpointing", False):
         arguments["activation_checkpointing_policy"] = [LAYER]
     if source.left.get("fsdp_config.fsdp_state_dict_type") in FSDP_STATE_DICTS:
         arguments["state_dict_type"] = FSDP_STATE_DICTS[source.take("fsdp_config.fsdp_state_dict_type")]
-    given = {name: source.take(f"fsdp_config.fsdp_{name}") for name in KEYWORDS}
+    given = {name: source.take(f"fsdp_config.fsdp_{name}") for name in FSDP_KEYWORDS}
     return arguments, {name: value for name, value in given.items() if value is not None}
 
 
@@ -215,7 +202,8 @@ def _fsdp2_arguments(source: Source, processes: int) -> dict[str, Any]:
 
 
 def _deepspeed_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    given = {name: source.take(f"deepspeed_config.{name}") for name in DEEPSPEED_KEYS}
+    names = [key.partition(".")[2] for key in ROW_OF if key.startswith("deepspeed_config.")]
+    given = {name: source.take(f"deepspeed_config.{name}") for name in names}
     given = {name: value for name, value in given.items() if value not in (None, "none", "")}
     config = given.pop("deepspeed_config_file", None)
     if config is not None and given:

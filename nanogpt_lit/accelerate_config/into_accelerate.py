@@ -1,20 +1,28 @@
-"""From the trainer section to the file that accelerate config would write, by table.py."""
+"""A trainer section as the file that `accelerate config` would write."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from nanogpt_lit.accelerate_config.accelerate_file import Translation
-from nanogpt_lit.accelerate_config.table import (
+from nanogpt_lit.accelerate_config.accelerate_file import (
     DISTRIBUTED_TYPES,
     FSDP_STATE_DICTS,
     LAYER,
     OUR_SCRIPT,
     RENDEZVOUS,
     TABLE,
-    Row,
+    Translation,
 )
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE, check_together
+from nanogpt_lit.loops.compatibility import (
+    DDP,
+    DEEPSPEED,
+    FOLLOWED,
+    FSDP,
+    FSDP2,
+    SINGLE,
+    WITHOUT_EFFECT,
+    check_together,
+)
 from nanogpt_lit.loops.strategies import SHORT_NAMES, named_strategy
 from nanogpt_lit.loops.trainer_section import asked_processes
 from nanogpt_lit.runtime.environment import whole_number
@@ -25,7 +33,6 @@ ALWAYS = {
     "compute_environment": "LOCAL_MACHINE", "debug": False, "machine_rank": 0, "main_training_function": "main",
     "rdzv_backend": "static", "same_network": True,
 }  # fmt: skip
-ONLY_LIGHTNING = Row(None, None, None, "only Lightning's Trainer has it: train with fit, or take it out")
 PLUGINS = {
     DDP: "DistributedDataParallelKwargs",
     FSDP: "FullyShardedDataParallelPlugin",
@@ -37,8 +44,9 @@ PLUGINS = {
 def into_accelerate(
     trainer: Mapping[str, Any], changed: Mapping[str, Any], compiles: bool, environ: Mapping[str, str]
 ) -> Translation:
-    """trainer: the whole section, as plain data (null may be left out)   changed: what in it is not fit's default
+    """accelerate's file for a trainer section.
 
+    trainer: the whole section, as plain data (null may be left out)   changed: what in it is not fit's default
     compiles: model.compile   environ: where the first node of several is (MASTER_ADDR, MASTER_PORT, NODE_RANK)
     Raises UserError for what accelerate has no name for and without which it would train another thing.
     """
@@ -132,43 +140,38 @@ def _section(strategy: str, arguments: Mapping[str, Any], trainer: Mapping[str, 
             "config", "stage", "offload_optimizer", "offload_optimizer_device", "offload_parameters",
             "offload_params_device", "nvme_path",
         }  # fmt: skip
+    if strategy not in (FSDP, FSDP2):
+        return {}, {"start_method"}  # accelerate launch always starts processes anew
+    values: dict[str, Any] = {
+        "version": 1 if strategy == FSDP else 2,
+        "reshard_after_forward": True,
+        "offload_params": bool(arguments.get("cpu_offload")),
+        "activation_checkpointing": bool(arguments.get("activation_checkpointing_policy")),
+        "cpu_ram_efficient_loading": False,
+    }
     if strategy == FSDP:
-        wrapped = "TRANSFORMER_BASED_WRAP" if arguments.get("auto_wrap_policy") == [LAYER] else "NO_WRAP"
+        wraps = arguments.get("auto_wrap_policy") == [LAYER]
         state_dicts = {ours: theirs for theirs, ours in FSDP_STATE_DICTS.items()}
-        values = {
-            "version": 1,
+        values |= {
             "reshard_after_forward": arguments.get("sharding_strategy", "FULL_SHARD"),
-            "offload_params": bool(arguments.get("cpu_offload")),
-            "auto_wrap_policy": wrapped,
             "backward_prefetch": "BACKWARD_PRE",  # torch's, which Lightning keeps
             "state_dict_type": state_dicts[arguments.get("state_dict_type", "full")],
-            "activation_checkpointing": bool(arguments.get("activation_checkpointing_policy")),
             "forward_prefetch": arguments.get("forward_prefetch", False),
             "use_orig_params": arguments.get("use_orig_params", True),  # Lightning's default; accelerate's was false
             "sync_module_states": arguments.get("sync_module_states", False),
         }
         carried = {
             "sharding_strategy", "cpu_offload", "state_dict_type", "forward_prefetch", "use_orig_params",
-            "sync_module_states", "activation_checkpointing_policy",
+            "sync_module_states", "activation_checkpointing_policy", *(["auto_wrap_policy"] if wraps else []),
         }  # fmt: skip
-        carried |= {"auto_wrap_policy"} if wrapped != "NO_WRAP" else set()
-    elif strategy == FSDP2:
-        sharded = arguments.get("save_distributed_checkpoint", False)
-        wrapped = "TRANSFORMER_BASED_WRAP"
-        values = {
-            "version": 2,
-            "reshard_after_forward": True,
-            "offload_params": False,
-            "auto_wrap_policy": wrapped,
-            "state_dict_type": "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT",
-            "activation_checkpointing": False,
-        }
-        carried = {"data_parallel_size", "tensor_parallel_size", "save_distributed_checkpoint"}
     else:
-        return {}, {"start_method"}  # accelerate launch always starts processes anew
-    if wrapped == "TRANSFORMER_BASED_WRAP":
+        wraps = True
+        sharded = arguments.get("save_distributed_checkpoint", False)
+        values["state_dict_type"] = "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT"
+        carried = {"data_parallel_size", "tensor_parallel_size", "save_distributed_checkpoint"}
+    values["auto_wrap_policy"] = "TRANSFORMER_BASED_WRAP" if wraps else "NO_WRAP"
+    if wraps:
         values["transformer_layer_cls_to_wrap"] = LAYER.rpartition(".")[2]
-    values["cpu_ram_efficient_loading"] = False
     return {"fsdp_config": {f"fsdp_{name}": value for name, value in values.items()}}, carried
 
 
@@ -193,13 +196,17 @@ def _deepspeed(arguments: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict
 
 def _remarks(trainer: Mapping[str, Any], changed: Mapping[str, Any], strategy: str) -> list[str]:
     """A line for each key of the section without a place in the file, keys with the same answer on one line."""
-    keys_of: dict[str, list[str]] = {}
-    rows = {row.lightning: row for row in TABLE}
+    rows, keys_of = {row.lightning: row for row in TABLE}, dict[str, list[str]]()
     for key, value in trainer.items():
-        row = rows.get(f"trainer.{key}", ONLY_LIGHTNING)
-        if not row.instead or value == row.default or (row.accelerate is None and key not in changed):
-            continue
-        if row.accelerate is not None and strategy == DEEPSPEED:  # whose section carries them
-            continue
-        keys_of.setdefault(row.instead.format(value=value), []).append(f"trainer.{key}")
+        if row := rows.get(f"trainer.{key}"):
+            # DeepSpeed's section carries them.
+            sentence = row.instead.format(value=value) if value != row.default and strategy != DEEPSPEED else ""
+        elif key in FOLLOWED:
+            sentence = f"{OUR_SCRIPT} takes it from the YAML"
+        elif key in WITHOUT_EFFECT:
+            sentence = "without effect under accelerate"
+        else:
+            sentence = "only Lightning's Trainer has it: train with fit, or take it out"
+        if sentence and (row or key in changed):
+            keys_of.setdefault(sentence, []).append(f"trainer.{key}")
     return [f"{', '.join(keys)}: {sentence}" for sentence, keys in keys_of.items()]
