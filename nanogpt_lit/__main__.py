@@ -1,5 +1,6 @@
 """`python -m nanogpt_lit COMMAND`. Light commands answer at once: torch is imported when there is work for it."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -39,7 +40,7 @@ COMMANDS = {
     "generate": ("nanogpt_lit.cli.commands:generate", "text from a checkpoint, streamed as it is made"),
 }
 OTHER_NAMES = {
-    "train": "fit", "finetune": "fit", "resume": "fit", "eval": "validate", "evaluate": "validate",
+    "train": "fit", "finetune": "fit", "resume": "fit", "evaluate": "eval",
     "sample": "generate", "export": "convert", "tokenize": "prepare", "memory": "plan", "check": "doctor",
 }  # fmt: skip
 """What other programs call them."""
@@ -105,6 +106,8 @@ def exit_code(command: Callable[[], int]) -> int:
     """Runs a command; what the user can mend becomes one sentence and 2 instead of a traceback."""
     from nanogpt_lit.runtime.supervised import report_error, supervised
 
+    if sys.flags.safe_path:  # what -P says to this process alone, the processes that it starts have to hear too
+        os.environ["PYTHONSAFEPATH"] = "1"
     try:
         return command()
     except NothingToDo as done:

@@ -254,6 +254,9 @@ def refusal(capsys, *arguments):
         ("--trainer.val_check_interval=0.5", "`val_check_interval` should be an integer"),
         ("--trainer.precision=8-mixed", "trainer.precision"),
         ("--trainer.precision=fp16", "trainer.precision=fp16 does not work; did you mean 16-mixed? what does: "),
+        ("--trainer.accelerator=gpu", "trainer.accelerator=gpu is not here: torch"),
+        ("--trainer.accelerator=tpu", "trainer.accelerator=tpu is not known; auto, cpu, gpu, cuda and mps are"),
+        ("--trainer.logger=WandbLogger", "trainer.logger=WandbLogger needs the package wandb: pip install wandb"),
         ("--config=nowhere/quikstart.yaml", "--config=nowhere/quikstart.yaml does not exist"),
         ("configs/x.yaml", "configs/x.yaml stands alone; an option goes before it, as in --config configs/x.yaml"),
         ("--data.source=\x1b[31m", r"data.source=\x1b[31m does not exist"),
@@ -267,6 +270,13 @@ def refusal(capsys, *arguments):
 def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option, sentence, capsys, tmp_path):
     assert sentence in refusal(capsys, "fit", *options, option)
     assert not list((tmp_path / "root").glob("version_*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+@pytest.mark.parametrize("option", ["--trainer.accelerator=gpu", "--trainer.logger=MLFlowLogger"])
+def test_what_is_not_here_is_named_before_the_data_is_prepared(options, option, tmp_path, capsys):
+    refusal(capsys, "fit", *options, option)
+    assert not (tmp_path / "root").exists()
 
 
 def test_an_unknown_key_in_the_yaml_is_refused_with_the_nearest_known_one(tmp_path, capsys):

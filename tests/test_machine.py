@@ -6,8 +6,32 @@ import pytest
 import torch
 from small_runs import fit, small_run
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime import machine
-from nanogpt_lit.runtime.machine import product_gflops, slow_precision
+from nanogpt_lit.runtime.machine import chosen_device, device_type, product_gflops, slow_precision
+
+
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert [device_type(name) for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    assert [str(chosen_device(name)) for name in ("auto", "cpu", "cpu:0")] == ["cpu", "cpu", "cpu:0"]
+    for name in ("gpu", "cuda", "mps"):
+        with pytest.raises(UserError, match=f"trainer.accelerator={name} is not here: .*; cpu and auto work"):
+            device_type(name)
+    for name in ("cuda", "cuda:1", "mps", "cpu:7"):
+        with pytest.raises(UserError, match=f"--device={name} is not here"):
+            chosen_device(name)
+    for name in ("", "0", "-1", "xpu", "meta", "cuda:", "cuda:x", "nonsense"):
+        with pytest.raises(UserError, match=f"--device={name} is not known"):
+            chosen_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_type(name) for name in ("auto", "gpu", "cuda", "cpu")] == ["cuda", "cuda", "cuda", "cpu"]
+    assert [str(chosen_device(name)) for name in ("auto", "cuda:1")] == ["cuda", "cuda:1"]
+    with pytest.raises(UserError, match="--device=cuda:2 is not here: there is cuda:0 to 1"):
+        chosen_device("cuda:2")
+
 
 NO_UNITS = {torch.float32: 176.0, torch.bfloat16: 20.0}
 

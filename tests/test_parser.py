@@ -2,8 +2,9 @@
 
 import pytest
 
-from nanogpt_lit.cli.parser import sentence
+from nanogpt_lit.cli.parser import installable, sentence
 from nanogpt_lit.cli.settings import SettingsCLI
+from nanogpt_lit.errors import UserError
 
 
 def refused(option, capsys):
@@ -40,6 +41,42 @@ def test_a_union_of_kinds_is_told_by_kind(capsys):
     assert line.startswith("trainer.callbacks=Nope does not work; what does: ")
     assert "Errors" not in line
     assert "Subtypes" not in line
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            "Parser key \"trainer.max_epochs\": Subtypes: [<class 'int'>, <class 'NoneType'>] Errors: - Expected "
+            + "a <class 'int'>. Got value: 1e+30 - Expected null. Got value: 1e+30 Given value: 1e30",
+            "trainer.max_epochs=1e+30 does not work; what does: an integer, null",
+        ),
+        (
+            'Parser key "trainer": Unable to load config \'max_steps:3\' - Parser key "trainer": Unable to load config',
+            "trainer=max_steps:3 does not work; what does: keys below it, each as `max_steps: 1000`, with a space",
+        ),
+        (
+            'Parser key "trainer.callbacks": Subclass types expect one of: - a class path (str) Given value: [1]',
+            "trainer.callbacks=[1] does not work; what does: class_path, with init_args below it",
+        ),
+        ("Key must be a string, got: 1.", "a key of the configuration is 1, and keys are words, such as max_steps"),
+        ("Parser key \"config\": File does not exist: 'x'", "config: File does not exist: 'x'"),
+    ],
+)
+def test_what_jsonargparse_says_in_many_words_is_said_in_few(said, expected):
+    assert sentence(said, []) == expected
+
+
+def test_a_class_that_refuses_its_arguments_is_a_mistake_of_the_configuration():
+    options = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=x", "--trainer.callbacks.mode=zz"]
+    cli = SettingsCLI(args=options)
+    with pytest.raises(UserError, match="a class of the configuration cannot be made: `mode` can be min, max, got zz"):
+        cli.parser.instantiate(cli.config)
+
+
+@pytest.mark.parametrize("said", ["Requirement 'wandb>=0.12.10' not met. HINT", "No module named 'wandb'"])
+def test_a_package_that_is_missing_comes_with_the_line_that_brings_it(said):
+    assert installable(said) == "it needs the package wandb: pip install wandb"
 
 
 def test_what_it_does_not_know_it_passes_on():

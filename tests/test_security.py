@@ -501,6 +501,19 @@ def test_the_lightning_that_runs_here_is_not_the_one_with_malware():
     assert not [path for path in files("lightning") or [] if "_runtime" in path.parts]
 
 
+@pytest.mark.slow
+def test_what_python_keeps_out_of_itself_it_keeps_out_of_the_processes_it_starts(small, tmp_path):
+    """-P counts for one process. A dependency starts `python -c` of its own, Lightning the second process of a run."""
+    (tmp_path / "json.py").write_text("import os, sys\nopen('ran', 'a').write(f'{sys.orig_argv}')")
+    safe = [sys.executable, "-P", "-m", "nanogpt_lit", "fit", *small, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    result = subprocess.run(safe, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+    unsafe = [sys.executable, "-m", "nanogpt_lit", "convert", "--help"]  # it is there to be run
+    subprocess.run(unsafe, cwd=tmp_path, capture_output=True, timeout=300)
+    assert (tmp_path / "ran").exists()
+
+
 WATCHED = """
 import sys
 seen = []

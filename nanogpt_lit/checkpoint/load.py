@@ -10,7 +10,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT, config_of_checkpoint
 
 
-def load_network(path: Path, device: str = "cpu") -> tuple[GPT, Tokenizer]:
+def load_network(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
     """The network of a checkpoint, in eval mode, and the tokenizer that it was trained with.
 
     Raises UserError, naming the file, for anything that is not a whole checkpoint of this project.

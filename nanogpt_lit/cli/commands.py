@@ -35,16 +35,14 @@ def generate(arguments: list[str]) -> int:
     options = parser.parse_args(arguments[1:])
     if options.num_samples < 1:
         raise UserError(f"--num-samples={options.num_samples} must be at least 1.")
-
-    import torch
+    if not abs(options.seed) < 2**63:
+        raise UserError(f"--seed={options.seed} is more than 64 bits hold; 1337 works.")
 
     from nanogpt_lit.checkpoint.load import load_network
     from nanogpt_lit.gpt.sampling import continue_text, printable
+    from nanogpt_lit.runtime.machine import chosen_device
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    gpt, tokenizer = load_network(options.ckpt, device)
+    gpt, tokenizer = load_network(options.ckpt, chosen_device(options.device))
     for sample in range(options.num_samples):
         pieces = continue_text(
             gpt,

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace, get_loader, set_loader
 from jsonargparse.typing import Path as ParsedPath
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from nanogpt_lit.errors import UserError, shown
@@ -77,6 +78,21 @@ class Parser(LightningArgumentParser):
         check_places(settings.as_dict())
         return config
 
+    def instantiate(self, *arguments: Any, **options: Any) -> Namespace:
+        """Raises UserError for a class of the configuration that cannot be made of what the configuration gives it."""
+        try:
+            return super().instantiate(*arguments, **options)
+        except (ValueError, ImportError, MisconfigurationException) as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, UserError):
+                    raise cause from error
+                if isinstance(cause, ImportError | MisconfigurationException):
+                    reason = installable(" ".join(str(cause).split()).rstrip("."))
+                    raise UserError(f"a class of the configuration cannot be made: {reason}.") from error
+                cause = cause.__cause__
+            raise
+
     def format_help(self, *more: Any, **options: Any) -> str:
         trust = f"  {TRUST} PACKAGE       let the configuration name classes of PACKAGE, whose code then runs"
         alive = "  --keep-alive            fit alone: start again, from the newest checkpoint, after a crash"
@@ -109,13 +125,31 @@ def sentence(message: str, options: list[str]) -> str:
         return f"there is no option {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
     if words := re.search(r"[Uu]nrecognized arguments: ([^-\s]\S*)", message):
         return f"{words[1]} stands alone; an option goes before it, as in --config {words[1]}"
-    if wrong := re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?:\.? Got| Given) value: (.*)', message):
-        key, reasons, value = wrong.groups()
+    if number := re.search(r"Key must be a string, got: (\S+)\.", message):
+        return f"a key of the configuration is {number[1]}, and keys are words, such as max_steps"
+    key = named[1] if (named := re.match(r'Parser key "([\w.]+)": ', message)) else ""
+    if text := re.search(r"Unable to load config '(.*?)'(?: -|$)", message):
+        return f"{key}={text[1]} does not work; what does: keys below it, each as `max_steps: 1000`, with a space"
+    if "Subclass types expect one of" in message:
+        given = re.search(r"Given value: (\S+)", message)
+        return f"{key}={given[1] if given else ''} does not work; what does: class_path, with init_args below it"
+    if wrong := re.fullmatch(
+        r'Parser key "([\w.]+)": (.*?)(?:\.? Got| Given) value: (.*?)(?: - Expected .*| Given value.*)?', message
+    ):
+        _, reasons, value = wrong.groups()
         if works := accepted(reasons):
-            meant = OTHER_NAMES.get(value.strip("'\"").lower()) if key == "trainer.precision" else None
-            meant = f"; did you mean {meant}?" if meant else ";"
+            precision = OTHER_NAMES.get(value.strip("'\"").lower()) if key == "trainer.precision" else None
+            meant = f"; did you mean {precision}?" if precision else ";"
             return f"{key}={value} does not work{meant} what does: {', '.join(works)}"
-    return message
+    return re.sub(r'^Parser key "([\w.]+)":', r"\1:", message)
+
+
+def installable(reason: str) -> str:
+    """A reason, in which Lightning says of a package that it is not there, and pip's line for it."""
+    if missing := re.search(r"Requirement '([\w-]+)[^']*' not met|No module named '(\w+)'", reason):
+        name = missing[1] or missing[2]
+        return f"it needs the package {name}: pip install {name}"
+    return reason
 
 
 def accepted(reasons: str) -> list[str]:

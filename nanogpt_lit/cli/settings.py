@@ -19,7 +19,15 @@ from nanogpt_lit.cli.parser import Parser
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.errors import NothingToDo, UserError
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops.compatibility import DDP, FSDP2, SINGLE, check_saves_whole_steps, check_together, keys_of
+from nanogpt_lit.loops.compatibility import (
+    DDP,
+    FSDP2,
+    SINGLE,
+    check_loggers,
+    check_saves_whole_steps,
+    check_together,
+    keys_of,
+)
 from nanogpt_lit.loops.strategies import check_started, complete_sizes, named_strategy, strategy_settings
 from nanogpt_lit.loops.trainer_section import asked_processes
 from nanogpt_lit.memory.elastic import ElasticConfig
@@ -33,6 +41,7 @@ from nanogpt_lit.run.spikes import SpikeGuard
 from nanogpt_lit.run.stops import seconds_of
 from nanogpt_lit.runtime.heap import keep_freed_memory
 from nanogpt_lit.runtime.machine import device_type, slow_precision, unused_card, usable_precision
+from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.processes import is_first, launched_processes
 from nanogpt_lit.runtime.slurm import was_requeued
 from nanogpt_lit.runtime.supervised import supervised
@@ -147,6 +156,8 @@ class SettingsCLI(LightningCLI):
     def complete_settings(self) -> None:
         """Fills in what the text and the machine decide. Raises UserError for settings that cannot be."""
         settings = self.settings
+        if settings.trainer.callbacks is not None and not isinstance(settings.trainer.callbacks, list):
+            settings.trainer.callbacks = [settings.trainer.callbacks]  # one may stand alone
         # What checks itself at construction is built here first, so that a mistake is named before the data is made.
         GPTConfig(**settings.model.gpt)
         MemoryConfig(**settings.model.memory)
@@ -156,10 +167,14 @@ class SettingsCLI(LightningCLI):
         if self.subcommand in (None, "fit"):
             if sentence := short_of_peak(schedule):
                 rank_zero_print(sentence)
+            check_loggers(vars(settings.trainer))
             check_saves_whole_steps(vars(settings.trainer))
             seconds_of(settings.trainer.max_time)
             self._guard_against_spikes()
             self._plan_saves()
+        if sentence := unused_card():
+            rank_zero_print(sentence)
+        self.device = device_type(settings.trainer.accelerator)
         self._find_resumed()
         if settings.get("ckpt_path") is not None and is_first():  # whose file is the one that counts
             if writes_run_files(settings.trainer):
@@ -169,16 +184,13 @@ class SettingsCLI(LightningCLI):
         self.find_beginning()
         if self.beginning is not None and settings.get("ckpt_path") is None:
             rank_zero_print(str(self.beginning))
-        if sentence := unused_card():
-            rank_zero_print(sentence)
-        self.device = device_type(settings.trainer.accelerator)
         if self.device == "cpu":
             keep_freed_memory()
         self._check_together()
         complete_sizes(settings.trainer)
         if self.subcommand is not None:  # the accelerate loop asks accelerate itself
             check_started(vars(settings.trainer))
-        precision = settings.trainer.precision or "32-true"
+        precision = full_precision_name(settings.trainer.precision)
         settings.trainer.precision = usable_precision(precision, self.device)
         if settings.trainer.precision != precision:
             rank_zero_print(f"precision: {precision} needs a GPU and there is none, training in 32-true")

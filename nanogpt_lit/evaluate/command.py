@@ -40,17 +40,14 @@ def evaluate(arguments: list[str]) -> int:
         raise UserError(f"--limit={options.limit} must be at least 1.")
 
     with quick_imports():
-        import torch
-
         from nanogpt_lit.checkpoint.load import load_network
         from nanogpt_lit.evaluate.likelihood import Scorer
         from nanogpt_lit.plan.picture import check_picture
+        from nanogpt_lit.runtime.machine import chosen_device
 
     if options.picture is not None:
         check_picture(options.picture)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(options.device)
     results: dict[str, Results] = {}
     for checkpoint in options.ckpt:
         results[str(checkpoint)] = measured(Scorer(*load_network(checkpoint, device)), checkpoint, options)

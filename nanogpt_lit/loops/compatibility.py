@@ -5,6 +5,7 @@ Imports neither torch nor a framework, so that a file can be translated, or a mi
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from nanogpt_lit.errors import UserError
@@ -142,6 +143,19 @@ def check_saves_whole_steps(trainer: Mapping[str, Any]) -> None:
             f"trainer.val_check_interval={interval} would save a checkpoint inside a step of "
             f"trainer.accumulate_grad_batches={accumulate} micro-batches; {works} works."
         )
+
+
+LOGGER_PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml"}
+
+
+def check_loggers(trainer: Mapping[str, Any]) -> None:
+    """Raises UserError for a logger whose package is not there; it would say so once the data is made."""
+    for logger in trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]:
+        name = str(logger.get("class_path")).rpartition(".")[2] if hasattr(logger, "get") else ""
+        package = LOGGER_PACKAGES.get(name)
+        if package is not None and find_spec(package) is None:
+            package = package.replace("_", "-")
+            raise UserError(f"trainer.logger={name} needs the package {package}: pip install {package}")
 
 
 # Keys of the trainer section under raw accelerate.

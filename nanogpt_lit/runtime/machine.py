@@ -9,17 +9,56 @@ from pathlib import Path
 
 import torch
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.cards import peak_flops
 from nanogpt_lit.runtime.precision import PRECISIONS
 
+GPUS = ("cuda", "mps")
+
 
 def device_type(accelerator: str) -> str:
-    """ "cuda", "mps" or "cpu": what Lightning's trainer.accelerator comes to here."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "cuda"
-    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        return "mps"
-    return "cpu"
+    """ "cuda", "mps" or "cpu": what Lightning's trainer.accelerator comes to here.
+
+    Raises UserError for a GPU that is not there, and for what this project does not run on.
+    """
+    here = gpus_here()
+    if accelerator in ("auto", "gpu") and here:
+        return here[0]
+    if accelerator in ("auto", "cpu"):
+        return "cpu"
+    if accelerator in here:
+        return accelerator
+    if accelerator not in ("gpu", *GPUS):
+        raise UserError(f"trainer.accelerator={accelerator} is not known; auto, cpu, gpu, cuda and mps are.")
+    raise UserError(f"trainer.accelerator={accelerator} is not here: {missing_gpu()}; cpu and auto work.")
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that --device names; "auto" takes a GPU if there is one. Raises UserError for one that is not here."""
+    if name == "auto":
+        return torch.device(device_type("auto"))
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", *GPUS) or (number and not number.isdecimal()) or name.endswith(":"):
+        raise UserError(f"--device={name} is not known; auto, cpu, cuda, cuda:1 and mps are.")
+    if kind in GPUS and kind not in gpus_here():
+        raise UserError(f"--device={name} is not here: {missing_gpu()}; --device cpu works.")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if number and int(number) >= count:
+        raise UserError(f"--device={name} is not here: there is {kind}:0" + (f" to {count - 1}" * (count > 1)) + ".")
+    return torch.device(name)
+
+
+def gpus_here() -> list[str]:
+    """The kinds of GPU that torch can use, the first of which is taken where none is named."""
+    is_here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [kind for kind in GPUS if is_here[kind]]
+
+
+def missing_gpu() -> str:
+    """Why torch has no GPU, and what to do about it."""
+    if sentence := unused_card():
+        return sentence.rstrip(".")
+    return f"torch {torch.__version__} finds no GPU (`python -m nanogpt_lit doctor` says why)"
 
 
 def usable_precision(precision: str, device: str) -> str:

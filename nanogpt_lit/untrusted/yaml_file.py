@@ -54,6 +54,7 @@ def read_yaml_file(path: Path) -> str:
         raise UserError(f"{path} is {encoding}, in line {line}; save it as UTF-8.") from error
     try:
         check_yaml(text)
+        _check_keys(yaml.compose(text, Loader), set())
         yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path} cannot be read as YAML: {reason(error, text)}.") from error
@@ -96,6 +97,21 @@ def check_yaml(text: str) -> None:
             raise TooMuch(f"up to line {line} it holds more than {MOST_VALUES:,} values")
 
 
+def _check_keys(node: yaml.Node | None, seen: set[int]) -> None:
+    """Raises TooMuch for a key that is written twice: the library takes the second and drops the first."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    lines: dict[str, int] = {}
+    for item in node.value:
+        for part in item if isinstance(item, tuple) else [item]:
+            _check_keys(part, seen)
+        if isinstance(item, tuple) and isinstance(item[0], yaml.ScalarNode):
+            key, line = item[0].value, item[0].start_mark.line + 1
+            if lines.setdefault(key, line) != line:
+                raise TooMuch(f"{key[:40]} is in line {lines[key]} and again in line {line}; write one of them")
+
+
 def _check_scalar(event: yaml.ScalarEvent, line: int) -> None:
     text = event.value
     if not event.style and len(text) > LONGEST_NUMBER and re.fullmatch(r"[-+.]?[0-9][0-9a-fA-FxXoO_:.+-]*", text):
@@ -116,4 +132,6 @@ def reason(error: yaml.YAMLError, text: str) -> str:
         return " ".join(str(error).split())[:200]
     if "\t" in "".join(text.splitlines()[mark.line : mark.line + 1]):
         problem = "a tab; indent with spaces"
+    elif problem.startswith("but "):  # "expected a single document in the stream, but found another document"
+        problem = f"{error.context}, {problem}"
     return f"{problem[:200]} (line {mark.line + 1})"
