@@ -40,7 +40,7 @@ from nanogpt_lit.run.save_times import EVERY_MINUTES, SaveTimes
 from nanogpt_lit.run.spikes import SpikeGuard
 from nanogpt_lit.run.stops import seconds_of
 from nanogpt_lit.runtime.heap import keep_freed_memory
-from nanogpt_lit.runtime.machine import device_type, slow_precision, unused_card, usable_precision
+from nanogpt_lit.runtime.machine import device_type, slow_precision, unused_gpu, usable_precision
 from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.processes import is_first, launched_processes
 from nanogpt_lit.runtime.slurm import was_requeued
@@ -172,7 +172,7 @@ class SettingsCLI(LightningCLI):
             seconds_of(settings.trainer.max_time)
             self._guard_against_spikes()
             self._plan_saves()
-        if sentence := unused_card():
+        if sentence := unused_gpu():
             rank_zero_print(sentence)
         self.device = device_type(settings.trainer.accelerator)
         self._find_resumed()

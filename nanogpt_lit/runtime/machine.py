@@ -98,7 +98,7 @@ def product_gflops(dtype: torch.dtype, side: int = 512) -> float:
     return 2 * side**3 / min(seconds[1:]) / 1e9
 
 
-def unused_card() -> str | None:
+def unused_gpu() -> str | None:
     """A sentence about a card that the driver sees and this build of torch cannot use; None when all is well."""
     if torch.version.cuda is not None or torch.version.hip is not None or torch.backends.mps.is_available():
         return None
