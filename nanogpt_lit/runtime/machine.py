@@ -56,7 +56,7 @@ def gpus_here() -> list[str]:
 
 def missing_gpu() -> str:
     """Why torch has no GPU, and what to do about it."""
-    if sentence := unused_card():
+    if sentence := unused_gpu():
         return sentence.rstrip(".")
     return f"torch {torch.__version__} finds no GPU (`python -m nanogpt_lit doctor` says why)"
 
