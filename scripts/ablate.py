@@ -29,7 +29,7 @@ from nanogpt_lit.loops.reference import Batch
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.tune.recipes import MODERN as OPTIONS
+from nanogpt_lit.tune.trials import MODERN as OPTIONS
 
 Recipe = tuple[GPTConfig, AdamWConfig, ScheduleConfig]
 

@@ -25,7 +25,7 @@ from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, verify_run
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.runtime.durable import PARTIAL
-from nanogpt_lit.tune.recipes import RECIPES
+from nanogpt_lit.tune.trials import RECIPES
 
 STEPS, VALIDATES_EVERY = 64, 8
 MEASURED = ("throughput/", "memory/", "card/", "time/")

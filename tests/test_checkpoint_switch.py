@@ -32,7 +32,7 @@ from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.parity.runs import HalfOnProcessors, lightning_precision
 from nanogpt_lit.run.curves import StepMeter, ValidationRecord
 from nanogpt_lit.run.resume import capture, random_states
-from nanogpt_lit.tune.recipes import MODERN
+from nanogpt_lit.tune.trials import MODERN
 
 STEPS = 12
 # About every other step is skipped, and the scale grows in between: switches fall before, at and after both.

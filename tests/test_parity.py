@@ -31,7 +31,7 @@ from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.record import FINAL, Difference, compare, same
 from nanogpt_lit.parity.runs import LOOPS, Case, quiet
 from nanogpt_lit.parity.settled import OVERFLOWS, SETTLED, drifts
-from nanogpt_lit.tune.recipes import MODERN
+from nanogpt_lit.tune.trials import MODERN
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,7 +22,7 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 from nanogpt_lit.plan.step import StepShape, trace_steps
 from nanogpt_lit.plan.trace import MemoryTrace
-from nanogpt_lit.tune.recipes import MODERN
+from nanogpt_lit.tune.trials import MODERN
 
 GPT = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=64)
 B, T = 4, 64

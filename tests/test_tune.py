@@ -15,10 +15,9 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.tune.candidate import Candidate, micro_batches, other_steps
 from nanogpt_lit.tune.command import seconds_of_budget
-from nanogpt_lit.tune.recipes import MODERN, NANOGPT, RECIPES, recipe_of
 from nanogpt_lit.tune.search import RATES, decide, search, surely_better
+from nanogpt_lit.tune.trials import MODERN, NANOGPT, RECIPES, Candidate, micro_batches, other_steps, recipe_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = Candidate("nanogpt", 1e-3, 8, 2)

@@ -8,7 +8,7 @@ from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.plan.step import StepShape, trace_steps
-from nanogpt_lit.tune.recipes import MODERN
+from nanogpt_lit.tune.trials import MODERN
 
 
 def gpt(block_size, vocab_size, n_layer, n_head, n_embd, **more):

@@ -19,12 +19,9 @@ from nanogpt_lit.run.stops import Reason, Stops
 from nanogpt_lit.runtime.clock import awake_s
 from nanogpt_lit.runtime.durable import write_durably
 from nanogpt_lit.runtime.machine import hardware
-from nanogpt_lit.tune.candidate import OWN, Candidate
-from nanogpt_lit.tune.picture import draw
-from nanogpt_lit.tune.proposal import changes, screen, tuned_yaml
-from nanogpt_lit.tune.recipes import RECIPES, recipe_of
+from nanogpt_lit.tune.report import changes, draw, screen, tuned_yaml
 from nanogpt_lit.tune.search import decide, search
-from nanogpt_lit.tune.trials import Trials
+from nanogpt_lit.tune.trials import OWN, RECIPES, Candidate, Trials, recipe_of
 
 
 def run(config: Path, settings_of_fit: Sequence[str], budget_s: float, out: Path) -> int:

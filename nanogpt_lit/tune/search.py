@@ -9,10 +9,9 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.tune.candidate import Candidate, micro_batches, other_steps
+from nanogpt_lit.tune.trials import Candidate, Trials, micro_batches, other_steps
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the YAML's rate, for each recipe."""
@@ -49,18 +48,6 @@ class Run:
     curve: list[float] = field(repr=False, default_factory=list)
 
 
-class Trains(Protocol):
-    """What search drives: trials.py."""
-
-    val_batches: int
-
-    def speeds(self, candidates: Sequence[Candidate], budget_s: float) -> dict[Candidate, float]: ...
-
-    def run(
-        self, candidate: Candidate, steps: int, seed: int, val_batches: int
-    ) -> tuple[float, list[float]] | None: ...
-
-
 @dataclass
 class Found:
     """All that was measured: what is proposed follows from it alone."""
@@ -87,7 +74,7 @@ class Found:
 
 
 def search(
-    trials: Trains,
+    trials: Trials,
     own: Candidate,
     recipes: Sequence[str],
     max_steps: int,
@@ -156,13 +143,13 @@ def search(
     return found
 
 
-def _fastest(trials: Trains, pieces: list[Candidate], found: Found, budget_s: float) -> Candidate:
+def _fastest(trials: Trials, pieces: list[Candidate], found: Found, budget_s: float) -> Candidate:
     found.speeds |= trials.speeds(pieces, min(0.04 * budget_s, found.run_s))
     fastest = min(pieces, key=found.step_s)
     return fastest if found.step_s(fastest) < FASTER * found.step_s(found.own) else found.own
 
 
-def _measure(trials: Trains, candidates: Sequence[Candidate], found: Found, budget_s: float) -> None:
+def _measure(trials: Trials, candidates: Sequence[Candidate], found: Found, budget_s: float) -> None:
     """Beside the YAML's own, in whose time it counts: a machine that has become slower since is so for all."""
     measured = trials.speeds(list(dict.fromkeys([found.own, *candidates])), min(budget_s, found.run_s))
     faster = found.step_s(found.own) / measured[found.own]
