@@ -8,7 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.supervise.units import TASK_NAMESPACE, scheduled_task, systemd_unit, systemd_word
+from nanogpt_lit.supervise.units import scheduled_task, systemd_unit, systemd_word
+
+TASK_NAMESPACE = "http://schemas.microsoft.com/windows/2004/02/mit/task"
 
 COMMAND = [sys.executable, "-m", "nanogpt_lit", "fit", "--keep-alive", "--config", 'my "50 %" $HOME\\run.yaml']
 
