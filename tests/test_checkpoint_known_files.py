@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 
 import gguf
 import numpy as np
@@ -26,7 +27,23 @@ def a_folder(path, name):
     (path / name).write_text("{}")
 
 
+def a_zip(path, *names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
+
+
 FILES = {
+    "NumPy's zip": (lambda p: np.savez(p.open("wb"), x=np.zeros(3)), "arrays of NumPy (.npz)"),
+    "Keras": (lambda p: a_zip(p, "config.json", "model.weights.h5"), "a model of Keras"),
+    "zip": (lambda p: a_zip(p, "model.safetensors"), "a zip archive; unpack it"),
+    "weights of torch": (lambda p: torch.save({"w": torch.zeros(1)}, p), "without the network that its weights are of"),
+    "another's checkpoint": (
+        lambda p: torch.save({"state_dict": {"w": torch.zeros(1)}, "epoch": 3}, p),
+        "another program than Lightning's",
+    ),
+    "web page": (lambda p: p.write_text("<!DOCTYPE html><html>"), "a web page, saved in the place of a file"),
+    "Git LFS": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"), "a pointer of Git LFS"),
     "GGUF": (a_gguf, "a GGUF file of llama.cpp"),
     "GGUF with absurd counts": (lambda p: p.write_bytes(b"GGUF" + b"\xff" * 64), "a GGUF file of llama.cpp"),
     "NumPy": (lambda p: np.save(p.open("wb"), np.zeros(3)), "an array of NumPy"),
@@ -56,3 +73,24 @@ def test_it_is_named_in_one_sentence(tmp_path, capsys, name):
 def test_a_source_that_is_not_there_is_named(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "out.safetensors")]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["text", "GGUF", "weights of torch", "pickle"])
+def test_it_is_named_where_a_run_should_begin_from_it(tmp_path, capsys, name):
+    write, sentence = FILES[name]
+    write(tmp_path / "theirs")
+    assert (
+        main(["fit", f"--init_from={tmp_path / 'theirs'}", "--trainer.max_steps=9", "--model.schedule.warmup_steps=1"])
+        == 2
+    )
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert sentence in line
+
+
+def test_a_damaged_file_of_torch_is_called_so(tmp_path, capsys):
+    torch.save({"model_args": {}, "model": {}, "iter_num": 1}, tmp_path / "ckpt.pt")
+    content = bytearray((tmp_path / "ckpt.pt").read_bytes())
+    content[content.index(b"model_args")] ^= 1
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    assert main(["convert", str(tmp_path / "ckpt.pt"), str(tmp_path / "out.safetensors")]) == 2
+    assert "is a damaged file of torch.save (BadZipFile)" in capsys.readouterr().err

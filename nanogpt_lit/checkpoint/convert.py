@@ -5,14 +5,13 @@ from pathlib import Path
 
 import torch
 
-from nanogpt_lit.checkpoint import gguf_format, hugging_face_format, llm_c_format, nanogpt_format
+from nanogpt_lit.checkpoint import gguf_format, hugging_face_format, lightning_format, llm_c_format, nanogpt_format
 from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder, write_folder
 from nanogpt_lit.checkpoint.known_files import known_as
-from nanogpt_lit.checkpoint.lightning_format import from_lightning, to_lightning
 from nanogpt_lit.checkpoint.network_state import size
 from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, check_counts, load_run, load_stored_network, save_run
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.checkpoint.torch_file import read_torch_file
+from nanogpt_lit.checkpoint.torch_file import read_torch_file, words_of
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import durable_file
 
@@ -65,7 +64,7 @@ def convert(
         save_run(target, state)
     elif target.suffix == ".ckpt":
         with durable_file(target) as file:
-            torch.save(to_lightning(state), file)
+            torch.save(lightning_format.to_lightning(state), file)
     else:
         write_folder(target, state)
     lines.append(f"{target}: step {state.step:,}, {state.tokens:,} tokens")
@@ -79,15 +78,16 @@ NANOGPT, OURS = "nanoGPT's checkpoint", "a checkpoint of nanogpt_lit"
 
 def read(source: Path, tokenizer: str | None = None) -> tuple[str, RunState]:
     """What the source is, and its run. Raises UserError, naming the source, for what it is not."""
+    words = words_of(source) if source.is_file() and zipfile.is_zipfile(source) else set()
     if source.is_dir() and hugging_face_format.recognises(source):
         return "a Hugging Face folder", hugging_face_format.read(source, tokenizer)
-    if source.is_file() and zipfile.is_zipfile(source) and nanogpt_format.recognises(source):
+    if words >= nanogpt_format.MARKS:
         return NANOGPT, nanogpt_format.read(source, tokenizer)
     if source.is_file() and llm_c_format.recognises(source):
         return "a model of llm.c", llm_c_format.read(source, tokenizer)
     if tokenizer is not None:
         raise UserError(f"--tokenizer={tokenizer} is for a source that holds none, and {source} holds its own.")
-    if source.is_file() and zipfile.is_zipfile(source):
+    if words >= lightning_format.MARKS:
         return "a checkpoint of Lightning", read_ckpt(source)
     if source.is_dir() and ((source / BESIDE).is_file() or known_as(source) is None):
         return "a folder of accelerate", read_folder(source)
@@ -107,7 +107,7 @@ def read_network(source: Path, tokenizer: str | None = None) -> tuple[str, Store
 def read_ckpt(path: Path) -> RunState:
     """Of a file that Trainer.save_checkpoint wrote."""
     try:
-        state = from_lightning(read_torch_file(path))
+        state = lightning_format.from_lightning(read_torch_file(path))
         check_counts(state)
         return state
     except Exception as error:  # what the readers of zip, of pickle and of a dictionary raise is not one family

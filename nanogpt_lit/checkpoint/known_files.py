@@ -1,15 +1,20 @@
 """Files and folders of others that convert does not read, known by how they begin."""
 
 import json
+import zipfile
 from pathlib import Path
 
 from nanogpt_lit.checkpoint import llm_c_format
 from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, LONGEST_HEADER
+from nanogpt_lit.checkpoint.torch_file import words_of
 
 BEGINNINGS = {
     b"GGUF": "a GGUF file of llama.cpp, whose weights may be rounded; give what it was made from",
     b"lmgg": "a file of llama.cpp from before GGUF; give what it was made from",
     b"tjgg": "a file of llama.cpp from before GGUF; give what it was made from",
+    b"<!DOCTYPE": "a web page, saved in the place of a file; download the file itself",
+    b"<html": "a web page, saved in the place of a file; download the file itself",
+    b"version https://git-lfs": "a pointer of Git LFS to a file that was not fetched; `git lfs pull` fetches it",
     b"\x89HDF": "an HDF5 file, as Keras and TensorFlow write; save the model with transformers for PyTorch first",
     b"\x93NUMPY": "an array of NumPy; weights come as safetensors or as a file of torch",
     b"\x80": "a pickle, which could run code when it is read; save the weights as safetensors",
@@ -30,13 +35,32 @@ def known_as(path: Path) -> str | None:
     if path.is_dir():
         return next((what for name, what in FOLDERS.items() if (path / name).exists()), None)
     with path.open("rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{":  # after the length of a header, which may begin as anything
+        start = file.read(32)
+    if start[8:9] == b"{":  # after the length of a header, which may begin as anything
         return safetensors_of_others(path)
+    if zipfile.is_zipfile(path):
+        return zip_of_others(path)
     for beginning, what in BEGINNINGS.items():
         if start.startswith(beginning):
             return what
     return llm_c_format.OTHERS.get(int.from_bytes(start[:4], "little"), UNKNOWN)
+
+
+def zip_of_others(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith(".npy") for name in names):
+        return "arrays of NumPy (.npz); weights come as safetensors or as a file of torch"
+    if any(name.endswith(".weights.h5") for name in names):
+        return "a model of Keras; save it with transformers for PyTorch first"
+    if not any(name.endswith("data.pkl") for name in names):
+        return "a zip archive; unpack it, and give what is in it"
+    if "state_dict" in words_of(path):
+        return "a checkpoint of another program than Lightning's Trainer; save its weights as Hugging Face's folder"
+    return (
+        f"a file of torch.save without the network that its weights are of; give the folder it came in, {path.parent}, "
+        "with its config.json"
+    )
 
 
 def safetensors_of_others(path: Path) -> str | None:

@@ -10,6 +10,8 @@ SCALER = "MixedPrecision"
 DATA = "TokenDataModule"
 CURVES = "TrainingCurves"
 """The callback whose state is what a run has counted."""
+MARKS = {"pytorch-lightning_version", "state_dict", "global_step"}
+"""Keys that tell its files from others of torch.save."""
 RUN = "nanogpt_lit"
 """Where a checkpoint of ours keeps what Lightning does not: random states, processes, accumulation."""
 

@@ -5,8 +5,6 @@ Its parameters have our names and stand in the optimizer in our order. Its GELU 
 
 import json
 import math
-import pickletools
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,17 +29,7 @@ COMPILED = "_orig_mod."
 """torch.compile puts it before the names of what it compiled."""
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 MARKS = {"model_args", "iter_num", "model"}
-
-
-def recognises(path: Path) -> bool:
-    """Reads the words of its pickle, and builds nothing of it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            words = {word for _, word, _ in pickletools.genops(archive.read(name)) if isinstance(word, str)}
-    except (OSError, ValueError, StopIteration, zipfile.BadZipFile):
-        return False
-    return words >= MARKS
+"""Keys that tell its files from others of torch.save."""
 
 
 def read(path: Path, tokenizer: str | None = None) -> RunState:

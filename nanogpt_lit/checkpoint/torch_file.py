@@ -1,10 +1,13 @@
 """Files of torch.save: read where they are whole, and hold nothing that could run."""
 
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from nanogpt_lit.errors import UserError
 
 
 def read_torch_file(path: Path) -> Any:
@@ -19,3 +22,18 @@ def read_torch_file(path: Path) -> Any:
         file.seek(0)
         # The open file and not its name, by which torch would choose another reader.
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def words_of(path: Path) -> set[str]:
+    """The texts in a file's pickle, such as the keys of its dictionaries; none where there is no pickle.
+
+    Builds nothing. Raises UserError, naming the file, for one that is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+            if name is None:
+                return set()
+            return {word for _, word, _ in pickletools.genops(archive.read(name)) if isinstance(word, str)}
+    except Exception as error:  # what the readers of zip and of pickle raise is not one family
+        raise UserError(f"{path} is a damaged file of torch.save ({type(error).__name__}).") from error
