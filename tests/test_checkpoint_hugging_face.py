@@ -12,8 +12,7 @@ from small_networks import LANGUAGES, TEXT, new_tokenizer, saved, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.checkpoint.convert import convert
-from nanogpt_lit.checkpoint.load import load_network
+from nanogpt_lit.checkpoint.convert import convert, load_network
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.data.tokenizer import EOT, BytePairTokenizer, tokenizer_from_files
 from nanogpt_lit.errors import UserError

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.checkpoint.load import load_network
+from nanogpt_lit.checkpoint.convert import load_network
 
 V, PADDED, T, L, H, C = 257, 384, 16, 2, 3, 48
 PARTS = ("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias")

@@ -11,7 +11,7 @@ import yaml
 from small_runs import BOTTLES, fit, small_run
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.checkpoint.load import load_network
+from nanogpt_lit.checkpoint.convert import convert, load_network
 from nanogpt_lit.data.tokenizer import ByteTokenizer, CharTokenizer, gpt2_tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.evaluate.hellaswag import hellaswag, read_questions
@@ -216,6 +216,15 @@ def test_several_checkpoints_give_a_line_each_and_one_picture(run_folder, tmp_pa
     assert head.split() == ["checkpoint", "tokens", "loss", "perplexity", "bits", "per", "byte"]
     assert [line.split()[0] for line in lines] == names
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_of_others_is_measured_beside_ours(run_folder, tmp_path, capsys):
+    text = tmp_path / "other.txt"
+    text.write_text(BOTTLES[:500])
+    ours = run_folder / "checkpoints" / "best.safetensors"
+    convert(ours, tmp_path / "hf", to="hf")
+    first, second = results_of(capsys, "--ckpt", ours, tmp_path / "hf", "--data", text).values()
+    assert first == pytest.approx(second, rel=1e-6)
 
 
 def test_hellaswag_alone_measures_no_loss(run_folder, tmp_path, capsys):

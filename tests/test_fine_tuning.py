@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from small_networks import new_tokenizer, saved, trained
 from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small_run
 
@@ -126,20 +127,28 @@ def test_a_char_tokenizer_of_another_text_is_refused(text, tmp_path, capsys):
     assert "vocab_size" in (said := capsys.readouterr().err) or "was trained with another tokenizer" in said
 
 
-def test_a_model_of_the_hub_is_fetched_by_its_revision_and_the_extra_is_named(tmp_path, monkeypatch, capsys):
+def test_a_model_of_the_hub_is_fetched_by_its_revision_and_the_extra_is_named(text, tmp_path, monkeypatch, capsys):
     tokenizer = new_tokenizer("byte")
     source = saved(tmp_path / "ours.safetensors", trained(tokenizer, steps=0, **SHAPE), tokenizer)
-    convert(source, tmp_path / "folder", to="hf")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    convert(source, tmp_path / commit, to="hf")
     asked = []
 
     def snapshot_download(name, revision, allow_patterns):
         asked.append((name, revision))
         assert not any("py" in pattern for pattern in allow_patterns)
-        return str(tmp_path / "folder")
+        return str(tmp_path / commit)
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
     assert main(["convert", "hf:some/model@abc123", str(tmp_path / "x.safetensors")]) == 0
     assert asked == [("some/model", "abc123")]
+    assert main(["convert", "hf:some/model", str(tmp_path / "newest.safetensors")]) == 0
+    assert f"hf:some/model is hf:some/model@{commit} today" in capsys.readouterr().out
+    # A run keeps which one it began with.
+    options = own_run(text, tmp_path, "--trainer.max_steps=2")
+    assert fit(*options, "--init_from=hf:some/model") == 0
+    kept = yaml.safe_load((tmp_path / "version_0/config.yaml").read_text())
+    assert kept["init_from"] == f"hf:some/model@{commit}"
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert main(["convert", "hf:some/model", str(tmp_path / "y.safetensors")]) == 2
     assert 'pip install "nanogpt_lit[hub]"' in capsys.readouterr().err

@@ -25,9 +25,8 @@ from nanogpt_lit.checkpoint.accelerate_format import (
     read_folder,
     write_folder,
 )
-from nanogpt_lit.checkpoint.convert import read_ckpt
+from nanogpt_lit.checkpoint.convert import load_network, read_ckpt
 from nanogpt_lit.checkpoint.lightning_format import to_lightning
-from nanogpt_lit.checkpoint.load import load_network
 from nanogpt_lit.checkpoint.run_file import DESCRIPTION, load_run, open_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import write_tensors

@@ -9,8 +9,7 @@ from small_runs import LOOPS, fit, small_run
 from transformers import AutoTokenizer
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.checkpoint.convert import convert
-from nanogpt_lit.checkpoint.load import load_network
+from nanogpt_lit.checkpoint.convert import convert, load_network
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.data.special_tokens import with_special_tokens
 from nanogpt_lit.data.tokenizer import EOT, tokenizer_from_files

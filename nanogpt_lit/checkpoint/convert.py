@@ -8,11 +8,13 @@ import torch
 from nanogpt_lit.checkpoint import gguf_format, hugging_face_format, lightning_format, llm_c_format, nanogpt_format
 from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder, write_folder
 from nanogpt_lit.checkpoint.known_files import known_as
-from nanogpt_lit.checkpoint.network_state import size
+from nanogpt_lit.checkpoint.network import network_of, size
 from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, check_counts, load_run, load_stored_network, save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file, words_of
+from nanogpt_lit.data.tokenizer import Tokenizer, tokenizer_from_files
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.runtime.durable import durable_file
 
 FORMATS = {"hf": "", "gguf": gguf_format.SUFFIX, "nanogpt": nanogpt_format.SUFFIX}
@@ -102,6 +104,12 @@ def read_network(source: Path, tokenizer: str | None = None) -> tuple[str, Store
         return OURS, load_stored_network(source)
     what, state = read(source, tokenizer)
     return what, StoredNetwork(state.weights, state.hyper_parameters, state.data["tokenizer"])
+
+
+def load_network(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+    """The network of any model that `read` reads, in eval mode, and the tokenizer that it was trained with."""
+    _, stored = read_network(path)
+    return network_of(path, stored).to(device), tokenizer_from_files(stored.tokenizer_files)
 
 
 def read_ckpt(path: Path) -> RunState:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.effect import measured_effect
-from nanogpt_lit.checkpoint.network_state import TIED, check_expressible, network, network_of
+from nanogpt_lit.checkpoint.export import check_expressible, measured_effect
+from nanogpt_lit.checkpoint.network import TIED, network, network_of
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.merges import as_characters, merges_of
 from nanogpt_lit.data.tokenizer import (

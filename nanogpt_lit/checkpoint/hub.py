@@ -16,13 +16,14 @@ FILES = (
 )
 
 
-def fetched(source: str) -> Path:
-    """The path itself, or the folder on this machine that a hub model was downloaded to, named after its revision.
+def fetched(source: str) -> tuple[Path, str]:
+    """The path of a model on this machine, and the source as it names the same files for good.
 
+    A model of the hub is downloaded, and its source gets the revision that was found where it names none.
     Raises UserError for a name that is none, without huggingface_hub, and where the hub does not answer.
     """
     if not source.startswith("hf:"):
-        return Path(source)
+        return Path(source), source
     match = NAME.fullmatch(source)
     if match is None:
         raise UserError(f"{source}: a model of the hub is written hf:OWNER/NAME or hf:OWNER/NAME@REVISION.")
@@ -31,10 +32,11 @@ def fetched(source: str) -> Path:
     except ImportError as error:
         raise UserError(f'{source} needs the package huggingface_hub: `pip install "nanogpt_lit[hub]"`.') from error
     try:
-        return Path(snapshot_download(match[1], revision=match[2], allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(match[1], revision=match[2], allow_patterns=list(FILES)))
     except (OSError, ValueError, RuntimeError) as error:  # the hub's and the network's errors
         reason = " ".join(str(error).split())[:100]
         raise UserError(
             f"{source} could not be downloaded ({type(error).__name__}: {reason}); a folder of the model's files works "
             "without a network."
         ) from error
+    return folder, f"hf:{match[1]}@{folder.name}"  # it is named after the commit

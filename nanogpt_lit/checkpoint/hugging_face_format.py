@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanogpt_lit.checkpoint.export import check_expressible
 from nanogpt_lit.checkpoint.model_card import model_card
-from nanogpt_lit.checkpoint.network_state import TIED, check_expressible, chosen_tokenizer, network_of, new_run
+from nanogpt_lit.checkpoint.network import TIED, chosen_tokenizer, network_of, new_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.data.hugging_face_tokenizer import from_hugging_face, read_json, to_hugging_face

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanogpt_lit.checkpoint.network_state import size
+from nanogpt_lit.checkpoint.network import size
 from nanogpt_lit.checkpoint.run_file import written_by
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import EOT, Tokenizer

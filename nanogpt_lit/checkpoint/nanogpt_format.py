@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.effect import measured_effect
-from nanogpt_lit.checkpoint.network_state import check_expressible, chosen_tokenizer, network, network_of, new_run
+from nanogpt_lit.checkpoint.export import check_expressible, measured_effect
+from nanogpt_lit.checkpoint.network import chosen_tokenizer, network, network_of, new_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.data.tokenizer import tokenizer_from_files

@@ -23,7 +23,9 @@ def generate(arguments: list[str]) -> int:
         "generate",
         "Text from a checkpoint, streamed as it is made. The tokenizer is the checkpoint's own.",
     )
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint that fit wrote")
+    parser.add_argument(
+        "--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint, or any model that convert reads"
+    )
     parser.add_argument("--prompt", default="", help="how the text begins; empty begins a new document")
     parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="tokens to make (500)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to make (1)")
@@ -38,7 +40,7 @@ def generate(arguments: list[str]) -> int:
     if not abs(options.seed) < 2**63:
         raise UserError(f"--seed={options.seed} is more than 64 bits hold; 1337 works.")
 
-    from nanogpt_lit.checkpoint.load import load_network
+    from nanogpt_lit.checkpoint.convert import load_network
     from nanogpt_lit.gpt.sampling import continue_text, printable
     from nanogpt_lit.runtime.machine import chosen_device
 
@@ -187,7 +189,10 @@ def convert(arguments: list[str]) -> int:
     from nanogpt_lit.checkpoint.convert import convert
     from nanogpt_lit.checkpoint.hub import fetched
 
-    for line in convert(fetched(options.source), options.target, options.to, options.dtype, options.tokenizer):
+    source, pinned = fetched(options.source)
+    if pinned != options.source:
+        print(f"{options.source} is {pinned} today")
+    for line in convert(source, options.target, options.to, options.dtype, options.tokenizer):
         print(line)
     return 0
 

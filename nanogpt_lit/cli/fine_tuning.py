@@ -12,7 +12,7 @@ from torch import nn
 
 from nanogpt_lit.checkpoint.convert import read_network
 from nanogpt_lit.checkpoint.hub import fetched
-from nanogpt_lit.checkpoint.network_state import TIED, size
+from nanogpt_lit.checkpoint.network import TIED, size
 from nanogpt_lit.checkpoint.run_file import StoredNetwork
 from nanogpt_lit.data.special_tokens import with_special_tokens
 from nanogpt_lit.data.tokenizer import BytePairTokenizer, Tokenizer, tokenizer_from_files
@@ -28,6 +28,7 @@ ONES_OWN = ("dropout", "block_size", "document_start")
 @dataclass(frozen=True)
 class Beginning:
     source: str
+    """With its revision, where it is a model of the hub."""
     what: str
     stored: StoredNetwork
     known: int
@@ -37,7 +38,8 @@ class Beginning:
     @classmethod
     def of(cls, source: str, special_tokens: Sequence[str]) -> "Beginning":
         """Reads any model that `convert` reads. Raises UserError as it does."""
-        what, stored = read_network(fetched(source))
+        path, source = fetched(source)
+        what, stored = read_network(path)
         tokenizer = tokenizer_from_files(stored.tokenizer_files)
         return cls(source, what, stored, tokenizer.vocab_size, with_special_tokens(tokenizer, special_tokens))
 

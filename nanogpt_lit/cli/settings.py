@@ -301,6 +301,8 @@ class SettingsCLI(LightningCLI):
             return
         source = settings.get("ckpt_path") or settings.init_from
         self.beginning = Beginning.of(source, settings.data.special_tokens or ())
+        if settings.get("ckpt_path") is None:
+            settings.init_from = self.beginning.source
         self.beginning.choose(settings)
 
     def begin(self, module: LitNanoGPT) -> None:

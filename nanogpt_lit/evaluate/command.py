@@ -25,7 +25,14 @@ def evaluate(arguments: list[str]) -> int:
         "accuracy on HellaSwag, and the tasks of lm-eval. Without --data and tasks, on the validation part of the run "
         "that a checkpoint belongs to, whole. In float32.",
     )
-    parser.add_argument("--ckpt", type=Path, nargs="+", required=True, metavar="FILE", help="checkpoints of fit")
+    parser.add_argument(
+        "--ckpt",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="checkpoints, or any model that convert reads",
+    )
     parser.add_argument("--data", metavar="TEXT", help="a text, a folder or shards, as data.source of fit")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="of JSON Lines and Parquet (text)")
     parser.add_argument("--hellaswag", type=Path, metavar="FILE.jsonl", help="questions in HellaSwag's format")
@@ -40,7 +47,7 @@ def evaluate(arguments: list[str]) -> int:
         raise UserError(f"--limit={options.limit} must be at least 1.")
 
     with quick_imports():
-        from nanogpt_lit.checkpoint.load import load_network
+        from nanogpt_lit.checkpoint.convert import load_network
         from nanogpt_lit.evaluate.likelihood import Scorer
         from nanogpt_lit.plan.picture import check_picture
         from nanogpt_lit.runtime.machine import chosen_device

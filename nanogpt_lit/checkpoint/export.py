@@ -1,14 +1,27 @@
-"""How much a network loses where a format computes or rounds otherwise: measured, not promised."""
+"""What another program's GPT-2 cannot compute, and how much a network loses where it computes or rounds otherwise."""
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt_lit.data.tokenizer import Tokenizer
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.generate import generate
-from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.gpt.model import GPT, GPTConfig
 
 TEXTS, TOKENS = 4, 256
+
+
+def check_expressible(path: Path, config: GPTConfig, name: str) -> None:
+    """Raises UserError for what GPT-2's architecture lacks, in whichever format."""
+    for key, only in (("positions", "learned"), ("qk_norm", False)):
+        if (value := getattr(config, key)) != only:
+            raise UserError(
+                f"{path} has model.gpt.{key}={value}, which {name} cannot express in GPT-2's architecture; a network "
+                f"trained with model.gpt.{key}={only} can go there."
+            )
 
 
 def measured_effect(gpt: GPT, exported: GPT, tokenizer: Tokenizer) -> str:

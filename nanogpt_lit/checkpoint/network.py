@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt_lit.checkpoint.run_file import StoredNetwork
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer, tokenizer_from_file
 from nanogpt_lit.errors import UserError
@@ -97,26 +98,17 @@ def network(path: Path, weights: Mapping[str, Tensor], config: GPTConfig) -> GPT
     return gpt.eval()
 
 
-def network_of(path: Path, state: RunState) -> GPT:
+def network_of(path: Path, run: RunState | StoredNetwork) -> GPT:
     """The network of a run. Raises UserError for the run of another module."""
     try:
-        config = config_of_checkpoint(state.hyper_parameters["gpt"])
+        config = config_of_checkpoint(run.hyper_parameters["gpt"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} holds another network than LitNanoGPT's, which only the formats of Lightning and accelerate carry."
         ) from error
-    weights = {name.removeprefix(PREFIX): tensor for name, tensor in state.weights.items()}
-    return network(path, weights, config)
-
-
-def check_expressible(path: Path, config: GPTConfig, name: str) -> None:
-    """Raises UserError for what GPT-2's architecture lacks, in whichever format."""
-    for key, only in (("positions", "learned"), ("qk_norm", False)):
-        if (value := getattr(config, key)) != only:
-            raise UserError(
-                f"{path} has model.gpt.{key}={value}, which {name} cannot express in GPT-2's architecture; a network "
-                f"trained with model.gpt.{key}={only} can go there."
-            )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return network(path, {name.removeprefix(PREFIX): tensor for name, tensor in run.weights.items()}, config)
 
 
 def chosen_tokenizer(path: Path, vocab_size: int, named: str | None) -> Tokenizer:
