@@ -102,6 +102,7 @@ def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
         accelerator.print(remark)
 
     samples = TextSamples(**text_samples(vars(trainer)))
+    samples.check(data)
     saves = trainer.enable_checkpointing is not False
     every = trainer.log_every_n_steps
     observer: Observer = OtherProcess(

@@ -3,7 +3,7 @@
 import pytest
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.strategies import check_started
+from nanogpt_lit.loops.strategies import check_devices, check_started
 from nanogpt_lit.runtime.environment import whole_number
 from nanogpt_lit.runtime.slurm import was_requeued
 
@@ -26,3 +26,19 @@ def test_what_slurm_and_torchrun_say_is_read_so(monkeypatch):
         was_requeued()
     with pytest.raises(UserError, match="WORLD_SIZE=two"):
         check_started({"devices": 2, "num_nodes": 1}, {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "two"})
+
+
+def test_devices_that_are_none_are_refused():
+    for fine in ("auto", 1, "2", 4096):
+        check_devices(fine, "cpu")
+        check_devices(fine, "cuda")
+    for of_gpus in (-1, "-1", [0], [0, 3], "0,", "0,1"):
+        check_devices(of_gpus, "cuda")
+        with pytest.raises(UserError, match="no number of processes on CPUs"):
+            check_devices(of_gpus, "cpu")
+    for nonsense in (0, "x", -2, 10**18, "1.5", [-1], [], "", "٣", True):
+        with pytest.raises(UserError, match="no number of processes on CPUs"):
+            check_devices(nonsense, "cpu")
+    for nonsense in ("x", -2, 10**18, "1.5", [-1], [], ""):
+        with pytest.raises(UserError, match="names no GPUs"):
+            check_devices(nonsense, "cuda")

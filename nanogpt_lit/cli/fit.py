@@ -122,6 +122,9 @@ class NanoGPTCLI(SettingsCLI):
         callbacks += [DropoutSeed(self.seed), ExactResume(self.spikes), ElasticSteps()]
         if not any(isinstance(callback, TextSamples) for callback in callbacks):
             callbacks.append(TextSamples())
+        for callback in callbacks:
+            if isinstance(callback, TextSamples):
+                callback.check(self.datamodule)
         callbacks.append(FiniteSteps())
         callbacks.append(StepStops(seconds_of(trainer.max_time), self.save_times))
         if trainer.enable_progress_bar is not False:

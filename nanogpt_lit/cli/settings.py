@@ -28,7 +28,7 @@ from nanogpt_lit.loops.compatibility import (
     check_together,
     keys_of,
 )
-from nanogpt_lit.loops.strategies import check_started, complete_sizes, named_strategy, strategy_settings
+from nanogpt_lit.loops.strategies import check_devices, check_started, complete_sizes, named_strategy, strategy_settings
 from nanogpt_lit.loops.trainer_section import asked_processes
 from nanogpt_lit.memory.elastic import ElasticConfig
 from nanogpt_lit.memory.techniques import MemoryConfig
@@ -208,6 +208,7 @@ class SettingsCLI(LightningCLI):
         """Raises UserError for settings that do not go together: Lightning would say so after the data is made, or with
         a traceback, or at the first step."""
         trainer = self.settings.trainer
+        check_devices(trainer.devices, self.device)
         processes = asked_processes(vars(trainer)) or launched_processes()
         if processes == 1 and trainer.devices in ("auto", -1, "-1") and self.device == "cuda":
             processes = torch.cuda.device_count()

@@ -85,7 +85,13 @@ def generate(
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> Tensor:
-    """Draw one id per row, (B,) int64, from logits (B, V)."""
+    """Draw one id per row, (B,) int64, from logits (B, V). Raises UserError for logits that are not finite."""
+    # A GPU that draws from them ends with an assertion of its own, after which the process can compute nothing there.
+    if not torch.isfinite(torch.stack(logits.aminmax())).all():
+        raise UserError(
+            "the network's outputs are not finite, so it has no next token; go on from an earlier checkpoint, with a "
+            "lower model.optim.lr."
+        )
     if temperature == 0:
         return logits.argmax(dim=-1)
     weights, ids = candidates(logits, temperature, top_k, top_p)

@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.gpt.sampling import continue_text
 from nanogpt_lit.loops.lightning_precision import MeasuredClipping
@@ -134,11 +135,19 @@ class TextSamples(Callback):
     """
 
     def __init__(self, prompt: str = "", tokens: int = 300, temperature: float = 0.8, seed: int = 1337) -> None:
+        """Raises UserError for what would end the run at its first validation."""
+        for name, value, least in (("tokens", tokens, 1), ("temperature", temperature, 0), ("seed", seed, 0)):
+            if not least <= value < 2**63:
+                raise UserError(f"TextSamples: {name}={value} must be at least {least}, and no more than 64 bits hold.")
         self.prompt = prompt
         self.tokens = tokens
         self.temperature = temperature
         self.seed = seed
         self.latest: str | None = None
+
+    def check(self, data: LightningDataModule) -> None:
+        """Raises UserError for a prompt that the tokenizer cannot encode."""
+        data.tokenizer.encode(self.prompt)  # type: ignore[attr-defined]  # TokenDataModule's
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         # A sharded network is whole only while all processes compute: then all of them write, and the first one keeps.

@@ -5,6 +5,7 @@ A strategy is known here by the name of its class in lightning.pytorch.strategie
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -106,6 +107,17 @@ def check_started(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.en
                 f"trainer.devices={trainer['devices']} and trainer.num_nodes={trainer['num_nodes']} ask for {asked} "
                 f"processes, and {launcher} has started {started}; set one to the other."
             )
+
+
+def check_devices(devices: Any, device: str) -> None:
+    """Raises UserError for what names no devices. device: "cuda", "mps" or "cpu"; GPUs may also be named by number"""
+    text = ",".join(map(str, devices)) + "," * (len(devices) == 1) if isinstance(devices, list) else str(devices)
+    if text == "auto" or re.fullmatch(r"[1-9][0-9]{0,3}", text):
+        return
+    if device == "cpu":
+        raise UserError(f"trainer.devices={devices} is no number of processes on CPUs; auto and 1 to 9,999 work.")
+    if not re.fullmatch(r"-1|[0-9]{1,4}(,[0-9]{1,4})*,?", text):
+        raise UserError(f"trainer.devices={devices} names no GPUs; auto, 2, [0, 1] and -1, which is all, work.")
 
 
 def complete_sizes(trainer: Namespace, environ: Mapping[str, str] = os.environ) -> None:

@@ -4,7 +4,6 @@ Folders are the user's to choose (trainer.default_root_dir, data.shards_dir, a l
 them, and a name that climbs out again says one place and means another.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -30,18 +29,16 @@ KEYWORDS = re.compile(r"(best|last|hpc|registry(:.*)?)")
 
 
 def check_places(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for an address where a path is meant, a name that leaves its folder, and no finite number.
+    """Raises UserError for an address where a path is meant, and a name that leaves its folder.
 
     settings: of fit, as nested mappings
     """
-    for keys, value, _ in _values(settings):
-        if isinstance(value, int | float) and "init_args" not in keys:
-            _check_number(".".join(keys), value)
+    for keys, value, _ in values_of(settings):
         if isinstance(value, str) and PATH.fullmatch(keys[-1]):
             _check_path(".".join(keys), value)
     trainer = settings.get("trainer") or {}
     root = trainer.get("default_root_dir") or "."
-    for keys, value, beside in _values(trainer, ("trainer",)):
+    for keys, value, beside in values_of(trainer, ("trainer",)):
         if isinstance(value, str) and keys[-1] in NAMES:
             _check_name(".".join(keys), value, Path(next((beside[f] for f in FOLDERS if beside.get(f)), root)))
         if keys[-1] == "class_path" and "dict_kwargs" in keys:
@@ -85,13 +82,6 @@ def _check_config(option: str, value: str) -> None:
             raise UserError(f"{value}: {key} holds no keys; write them below it, indented, or leave {key} out.")
 
 
-def _check_number(key: str, value: float | int) -> None:
-    if not math.isfinite(value):
-        raise UserError(f"{key}={value} is not a number to train with; a finite one works.")
-    if abs(value) >= 2**63 and isinstance(value, int):
-        raise UserError(f"{key}={value} is more than 64 bits hold; a smaller number works.")
-
-
 def _check_path(key: str, value: str) -> None:
     if address := ADDRESS.match(value):
         works = "a path without file://" if address[0] == "file://" else "download it first and name the file"
@@ -106,18 +96,18 @@ def _check_name(key: str, name: str, folder: Path) -> None:
         raise UserError(f"{key}={name!r} leads out of {folder}; a plain name stays in it.")
 
 
-def _values(
+def values_of(
     settings: Mapping[str, Any], above: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any, Mapping[str, Any]]]:
     """(keys, value, the mapping it stands in) of everything that is no mapping or list itself."""
     for key, value in settings.items():
         keys = (*above, str(key))
         if isinstance(value, Mapping):
-            yield from _values(value, keys)
+            yield from values_of(value, keys)
         elif isinstance(value, list | tuple):
             for item in value:
                 if isinstance(item, Mapping):
-                    yield from _values(item, keys)
+                    yield from values_of(item, keys)
                 else:
                     yield keys, item, settings
         else:
