@@ -181,7 +181,7 @@ def summary(shape: Shape, turn: Turn, base: Turn, matmul: Turn) -> dict[str, Any
 
 
 def share_of_peak(shape: Shape, turn: Turn, precision: str) -> float | None:
-    """Of the card's peak; None where runtime/cards.py does not know the card."""
+    """Of the card's peak; None where runtime/gpus.py does not know the card."""
     import torch
 
     peak = peak_flops_of(torch.device("cuda"), precision, 1)

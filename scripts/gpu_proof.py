@@ -117,14 +117,14 @@ class Proof:
     def __init__(self, work: Path, dry_run: bool) -> None:
         self.work = work
         self.dry_run = dry_run
-        self.card = choose_budget("rtx2050" if dry_run else None).card
+        self.gpu = choose_budget("rtx2050" if dry_run else None).gpu
         self._options: dict[str, list[str]] = {}
 
     def configs(self, names: Sequence[str], caps: Sequence[int]) -> Iterator[dict[str, Any]]:
         print(f"{'':<46}{'allocated MiB':>20}{'reserved MiB':>20}{'tokens/s':>20}{'MFU':>7}")
         for name in names:
             settings = self.settings(name)
-            footprint = plan_rung(settings, own_rung(settings), self.card)
+            footprint = plan_rung(settings, own_rung(settings), self.gpu)
             for cap_mib in caps[:1] if self.dry_run else caps:
                 row = {"config": name, "cap_mib": cap_mib}
                 yield self.row(f"{name}, at most {cap_mib:,} MiB", row, settings, footprint, [], cap_mib)
@@ -137,7 +137,7 @@ class Proof:
         rungs.sort(key=lambda rung: rung.memory != MemoryConfig())  # the plain step first: the others' measure
         plain_s = fastest = 0.0
         for rung in rungs[:2] if self.dry_run else rungs:
-            footprint = plan_rung(settings, rung, self.card)
+            footprint = plan_rung(settings, rung, self.gpu)
             plain_s = plain_s or footprint.step_s
             row: dict[str, Any] = {"config": name, "rung": rung.name}
             row["planned_slowdown"] = round(footprint.step_s / plain_s, 3)
@@ -225,7 +225,7 @@ def run_here(options: list[str], cap_mib: int | None) -> dict[str, Any]:
 
 
 def mfu(cli: Any) -> float | None:
-    """The share of the peak of the device that the last steps reached; None where runtime/cards.py has no peak."""
+    """The share of the peak of the device that the last steps reached; None where runtime/gpus.py has no peak."""
     peak = peak_flops_of(cli.trainer.strategy.root_device, str(cli.trainer.precision), 1)
     gpt, tokens_per_s = cli.model.gpt, cli.meter.tokens_per_s
     return None if peak is None else tokens_per_s * gpt.flops_per_token(gpt.config.block_size) / peak

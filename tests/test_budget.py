@@ -1,9 +1,9 @@
 import pytest
 
-from nanogpt_lit.plan.budget import Budget, card_named, choose_budget, context_mib, parse_mib
-from nanogpt_lit.runtime.cards import CARDS
+from nanogpt_lit.plan.budget import Budget, choose_budget, context_mib, gpu_named, parse_mib
+from nanogpt_lit.runtime.gpus import GPUS
 
-RTX2050 = card_named("rtx2050")
+RTX2050 = gpu_named("rtx2050")
 
 
 @pytest.mark.parametrize(
@@ -22,18 +22,18 @@ def test_other_spellings_are_refused_with_one_that_works(text):
 
 @pytest.mark.parametrize("name", ["rtx2050", "RTX 2050", "NVIDIA GeForce RTX 2050", "rtx-2050"])
 def test_a_card_is_known_in_any_spelling(name):
-    assert card_named(name) is RTX2050
+    assert gpu_named(name) is RTX2050
 
 
 def test_an_unknown_card_lists_the_known():
-    with pytest.raises(ValueError, match="--card=voodoo2") as error:
-        card_named("voodoo2")
-    assert all(card.name in str(error.value) for card in CARDS)
+    with pytest.raises(ValueError, match="--gpu=voodoo2") as error:
+        gpu_named("voodoo2")
+    assert all(card.name in str(error.value) for card in GPUS)
 
 
 # What may be reserved on a 4 GB laptop card, from what users of such cards report.
 @pytest.mark.parametrize(
-    ("system", "desktop_on_card", "usable_mib"),
+    ("system", "desktop_on_gpu", "usable_mib"),
     [
         (None, False, 3200),
         ("linux", False, 3500),
@@ -42,8 +42,8 @@ def test_an_unknown_card_lists_the_known():
         ("windows", True, 3200),
     ],
 )
-def test_what_is_usable_of_4_gb(system, desktop_on_card, usable_mib):
-    assert Budget(RTX2050, system, desktop_on_card).usable_mib == pytest.approx(usable_mib, abs=10)
+def test_what_is_usable_of_4_gb(system, desktop_on_gpu, usable_mib):
+    assert Budget(RTX2050, system, desktop_on_gpu).usable_mib == pytest.approx(usable_mib, abs=10)
 
 
 def test_the_context_grows_with_the_card_as_measured():

@@ -14,7 +14,7 @@ from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
-from nanogpt_lit.plan.budget import card_named
+from nanogpt_lit.plan.budget import gpu_named
 from nanogpt_lit.plan.plan import measure
 from nanogpt_lit.plan.step import StepShape
 
@@ -47,7 +47,7 @@ def test_matrices_keep_one_byte_a_moment_and_what_is_planned_for_the_state_is_wh
     blocks = sum(max(512, -(-size // 512) * 512) for size in tensors.values())
     rung = Rung("", MemoryConfig(), 4, 1, state_bits=8)
     footprint = measure(
-        lambda memory: LitNanoGPT(GPT, IN_8_BITS, memory=memory), rung, StepShape(4, 64, 300), card_named("rtx2050")
+        lambda memory: LitNanoGPT(GPT, IN_8_BITS, memory=memory), rung, StepShape(4, 64, 300), gpu_named("rtx2050")
     )
     assert footprint.categories_mib["optimizer"] * 2**20 == blocks
 

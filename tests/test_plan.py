@@ -206,7 +206,7 @@ def test_the_command_reads_a_yaml_and_its_overrides(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--card=voodoo2"], "known are rtx2050"),
+        (["--gpu=voodoo2"], "known are rtx2050"),
         (["--vram=4TB"], "4GiB or 3200MiB"),
         (["--picture=step.gif"], "must end in .svg or .png"),
         (["--trainer.precision=64-true"], "trainer.precision=64-true cannot be planned"),

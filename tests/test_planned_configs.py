@@ -8,7 +8,7 @@ import pytest
 
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.memory.techniques import MemoryConfig
-from nanogpt_lit.plan.budget import card_named, choose_budget
+from nanogpt_lit.plan.budget import choose_budget, gpu_named
 from nanogpt_lit.plan.command import network, own_rung, plan_rung
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -34,7 +34,7 @@ def planned(name, n_layer=None):
     """(reserved MiB, MiB of host memory, seconds per step, parameters) of the configured rung, and no other."""
     settings = settings_of(name)
     settings.model.gpt.n_layer = n_layer or settings.model.gpt.n_layer
-    footprint = plan_rung(settings, own_rung(settings), card_named("rtx2050"))
+    footprint = plan_rung(settings, own_rung(settings), gpu_named("rtx2050"))
     return footprint.reserved_mib, footprint.host_memory_mib, footprint.step_s, footprint.parameters
 
 
@@ -58,7 +58,7 @@ def test_the_medium_one_is_exact_below_its_limit_where_the_header_says_how():
     settings = settings_of("rtx2050_medium")
     own = own_rung(settings)
     exact = replace(own, memory=replace(own.memory, weights="card", optimizer_state="host"))
-    reserved_mib = plan_rung(settings, exact, card_named("rtx2050")).reserved_mib
+    reserved_mib = plan_rung(settings, exact, gpu_named("rtx2050")).reserved_mib
     assert reserved_mib <= LARGEST_MIB["rtx2050_medium"]
     text = (CONFIGS / "rtx2050_medium.yaml").read_text(encoding="utf-8")
     assert f"{reserved_mib - choose_budget('rtx2050').usable_mib:.0f} MiB more than `plan` counts on" in text
@@ -90,5 +90,5 @@ def test_the_header_says_what_is_planned(name):
 def test_the_small_one_costs_little_time():
     settings = settings_of("rtx2050")
     plain = replace(own_rung(settings), memory=MemoryConfig())
-    footprint = plan_rung(settings, plain, card_named("rtx2050"))
+    footprint = plan_rung(settings, plain, gpu_named("rtx2050"))
     assert header("rtx2050")[2] <= 1.11 * footprint.step_s

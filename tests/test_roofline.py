@@ -6,8 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nanogpt_lit.gpt.loss import add_product_
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
-from nanogpt_lit.plan.budget import card_named
+from nanogpt_lit.plan.budget import gpu_named
 from nanogpt_lit.plan.cuda_paths import cuda_paths
+from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.roofline import (
     ATTENTION_SHARE,
     BANDWIDTH_SHARE,
@@ -19,11 +20,11 @@ from nanogpt_lit.plan.roofline import (
 from nanogpt_lit.plan.step import StepShape, trace_steps
 from nanogpt_lit.plan.trace import MemoryTrace
 
-CARD = card_named("rtx2050")
+GPU = gpu_named("rtx2050")
 
 
 def estimate(program, weight=1, tf32=False):
-    roofline = Roofline(CARD, tf32)
+    roofline = Roofline(Kernels(GPU), tf32)
     roofline.weight = weight
     with FakeTensorMode(), cuda_paths(), MemoryTrace() as trace:
         inputs = program(None)
@@ -41,7 +42,7 @@ def test_a_large_product_takes_as_long_as_its_arithmetic():
 
     roofline = estimate(program)
     assert roofline.flops == 2 * 4096**3
-    assert roofline.seconds == pytest.approx(2 * 4096**3 / (CARD.fp16 * MATRIX_SHARE))
+    assert roofline.seconds == pytest.approx(2 * 4096**3 / (GPU.fp16 * MATRIX_SHARE))
 
 
 def test_a_product_of_float32_matrices_takes_as_long_as_it_may():
@@ -50,7 +51,7 @@ def test_a_product_of_float32_matrices_takes_as_long_as_it_may():
             return torch.zeros(4096, 4096)
         return inputs @ inputs
 
-    for tf32, peak in [(False, CARD.fp32), (True, CARD.tf32)]:
+    for tf32, peak in [(False, GPU.fp32), (True, GPU.tf32)]:
         expected_s = 2 * 4096**3 / (peak * MATRIX_SHARE)
         assert estimate(program, tf32=tf32).seconds == pytest.approx(expected_s)
 
@@ -61,7 +62,7 @@ def test_an_addition_takes_as_long_as_its_traffic():
             return torch.zeros(2**24)
         return inputs + 1
 
-    assert estimate(program).seconds == pytest.approx(2 * 4 * 2**24 / (CARD.bandwidth * BANDWIDTH_SHARE))
+    assert estimate(program).seconds == pytest.approx(2 * 4 * 2**24 / (GPU.bandwidth * BANDWIDTH_SHARE))
 
 
 def test_a_small_operation_takes_as_long_as_its_launch():
@@ -89,7 +90,7 @@ def test_attention_is_slower_than_a_product():
         return F.scaled_dot_product_attention(inputs, inputs, inputs, is_causal=True)
 
     roofline = estimate(program)
-    assert roofline.seconds == pytest.approx(roofline.flops / (CARD.fp16 * ATTENTION_SHARE))
+    assert roofline.seconds == pytest.approx(roofline.flops / (GPU.fp16 * ATTENTION_SHARE))
 
 
 def test_copies_to_the_host_run_beside_the_computation_of_their_phase():
@@ -101,7 +102,7 @@ def test_copies_to_the_host_run_beside_the_computation_of_their_phase():
         return inputs + 1
 
     # Both directions at once, and the addition within the same time.
-    assert estimate(program).seconds == pytest.approx(4 * 2**24 / CARD.host_bandwidth)
+    assert estimate(program).seconds == pytest.approx(4 * 2**24 / GPU.host_bandwidth)
 
 
 def test_the_processor_works_at_its_own_pace():
@@ -115,8 +116,8 @@ def test_the_processor_works_at_its_own_pace():
 
 def test_a_step_counts_the_flops_of_the_network():
     gpt = GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=64)
-    roofline = Roofline(CARD)
-    trace_steps(lambda: LitNanoGPT(gpt), StepShape(2, 64, 256, 5, "16-mixed"), roofline)
+    roofline = Roofline(Kernels(GPU))
+    trace_steps(lambda: LitNanoGPT(gpt), StepShape(2, 64, 256, 5, "16-mixed"), GPU, roofline)
     network = LitNanoGPT(gpt).gpt
     attention = 2 * 2 * 64 * 64  # counted in full, forward 2 products of T x T x C in each of 2 layers
     matrices = 6 * (network.parameter_count(non_embedding=True) - network_vectors(network))

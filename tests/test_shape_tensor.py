@@ -12,7 +12,7 @@ from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.plan import step
-from nanogpt_lit.plan.budget import card_named
+from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.shape_tensor import ShapeMode, ShapeTensor
 from nanogpt_lit.plan.step import StepShape, trace_steps
@@ -25,9 +25,9 @@ RUNGS = {rung.name: rung.memory for rung in ladder(OWN, 64, casts_weights=True) 
 
 def traced(monkeypatch, mode, shape, gpt, memory, optim):
     monkeypatch.setattr(step, "ShapeMode", mode)
-    roofline = Roofline(card_named("rtx2050"))
+    roofline = Roofline(Kernels())
     trace = trace_steps(
-        lambda: LitNanoGPT(GPTConfig(**gpt), memory=memory, optim=AdamWConfig(**optim)), shape, roofline
+        lambda: LitNanoGPT(GPTConfig(**gpt), memory=memory, optim=AdamWConfig(**optim)), shape, roofline=roofline
     )
     return trace, roofline
 

@@ -67,19 +67,19 @@ def generate(arguments: list[str]) -> int:
 
 
 def plan(arguments: list[str]) -> int:
-    """`plan --config FILE`: whether a run fits a card, before it runs, on any machine."""
+    """`plan --config FILE`: whether a run fits a GPU, before it runs, on any machine."""
     parser = parser_of(
         "plan",
-        "Whether a run fits a card, where its memory goes, and what to change when it does not. Needs no "
-        "card and trains nothing. Takes every option of fit besides these.",
-        usage="--config FILE [--card NAME | --vram SIZE] [...] [--SECTION.KEY VALUE ...]",
+        "Whether a run fits a GPU, where its memory goes, and what to change when it does not. Needs no "
+        "GPU and trains nothing. Takes every option of fit besides these.",
+        usage="--config FILE [--gpu NAME | --vram SIZE] [...] [--SECTION.KEY VALUE ...]",
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--card", metavar="NAME", help="rtx2050 (the default where torch sees no card), t4, a100, ...")
-    which.add_argument("--vram", metavar="SIZE", help="the memory of another card, such as 6GiB")
+    which.add_argument("--gpu", metavar="NAME", help="rtx2050 (the default where torch sees none), t4, a100, ...")
+    which.add_argument("--vram", metavar="SIZE", help="the memory of another, such as 6GiB")
     parser.add_argument("--usable", metavar="SIZE", help="how much of it you found free, in place of an estimate")
-    parser.add_argument("--os", choices=["linux", "windows"], help="what the card's machine runs (either)")
-    parser.add_argument("--desktop-on-card", action="store_true", help="the screen is drawn by this card")
+    parser.add_argument("--os", choices=["linux", "windows"], help="what the GPU's machine runs (either)")
+    parser.add_argument("--desktop-on-gpu", action="store_true", help="the screen is drawn by this GPU")
     parser.add_argument("--loop", choices=["lightning", "accelerate"], default="lightning", help="what drives the run")
     parser.add_argument("--json", action="store_true", help="print the plan for a program")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory of one step, .svg or .png")
@@ -98,7 +98,7 @@ def plan(arguments: list[str]) -> int:
         from nanogpt_lit.plan.report import report, report_largest
 
     quiet_lightning()
-    budget = choose_budget(options.card, options.vram, options.usable, options.os, options.desktop_on_card)
+    budget = choose_budget(options.gpu, options.vram, options.usable, options.os, options.desktop_on_gpu)
     if options.picture is not None:
         check_picture(options.picture)
     cli = SettingsCLI(args=settings_of_fit)

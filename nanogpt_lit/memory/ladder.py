@@ -41,7 +41,7 @@ class Rung:
 
     def same_bits(self, other: "Rung") -> bool:
         """Whether both train to the same bits. All is exact but the order in which the loss is summed, and the
-        arithmetic of the processor where the weights live with it."""
+        arithmetic of the CPU where the weights live with it."""
         return (
             self.state_bits == other.state_bits
             and self.batch_size == other.batch_size
@@ -50,7 +50,7 @@ class Rung:
         )
 
     def last_resort(self, own: "Rung") -> bool:
-        """Whether it is of use only where nothing else fits: it keeps the card waiting."""
+        """Whether it is of use only where nothing else fits: it keeps the GPU waiting."""
         return self.memory.weights not in ("card", own.memory.weights) or self.batch_size < own.batch_size
 
     def yaml(self, own: "Rung") -> list[str]:
@@ -74,13 +74,13 @@ def ladder(own: Rung, block_size: int, casts_weights: bool) -> Iterator[Rung]:
     for name, changes in TECHNIQUES:
         if "recast_weights" in changes and not casts_weights:
             continue
-        if changes.keys() & {"optimizer_state", "weights"} and in_8_bits:  # whose state stays on the card
+        if changes.keys() & {"optimizer_state", "weights"} and in_8_bits:  # whose state stays on the GPU
             continue
         if "loss_chunk_tokens" in changes:
             changes = {"loss_chunk_tokens": chunk_tokens(tokens)}
         rung = replace(rung, name=name, memory=replace(rung.memory, **changes))
         rungs.append(rung)
-    # Last, because small products leave a card idle, and what each micro-batch does to all weights is done more often.
+    # Last, because small products leave a GPU idle, and what each micro-batch does to all weights is done more often.
     while rung.batch_size % 2 == 0:
         rung = replace(
             rung,

@@ -21,7 +21,7 @@ from nanogpt_lit.plan.budget import Budget
 from nanogpt_lit.plan.largest import largest
 from nanogpt_lit.plan.plan import Footprint, Plan, make_plan, measure
 from nanogpt_lit.plan.step import StepShape
-from nanogpt_lit.runtime.cards import Card
+from nanogpt_lit.runtime.gpus import Gpu
 from nanogpt_lit.runtime.precision import PRECISIONS, full_precision_name
 
 TOKENIZER_SIZES = {"gpt2": 50257, "byte": 257}
@@ -49,10 +49,11 @@ def plan_run(settings: Any, budget: Budget, lightning: bool = True) -> Plan:
     return make_plan(lambda memory: module(settings, gpt, memory), own, shape, settings.trainer.max_steps, budget)
 
 
-def plan_rung(settings: Any, rung: Rung, card: Card, lightning: bool = True) -> Footprint:
+def plan_rung(settings: Any, rung: Rung, gpu: Gpu, lightning: bool = True) -> Footprint:
     """What one way to train the network of the YAML takes: a part of the time that a plan of all takes."""
-    gpt = network(settings)
-    return measure(partial(module, settings, gpt), rung, step_shape(settings, gpt, lightning), card)
+    of_yaml = network(settings)
+    shape = step_shape(settings, of_yaml, lightning)
+    return measure(partial(module, settings, of_yaml), rung, shape, gpu)
 
 
 def own_rung(settings: Any) -> Rung:
@@ -88,7 +89,7 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
             return of_plan.reserved_mib
         changed = replace(gpt, **changes)  # type: ignore[arg-type]
         shape, resized = step_shape(settings, changed, lightning), replace(rung, batch_size=batch_size)
-        return measure(partial(module, settings, changed), resized, shape, plan.budget.card).reserved_mib
+        return measure(partial(module, settings, changed), resized, shape, plan.budget.gpu).reserved_mib
 
     def quick_reserved_mib(n_layer: int, **sizes: int) -> float:
         """Memory grows in a line with depth: two shallow networks tell of the deep one, to a few percent."""
@@ -151,6 +152,7 @@ def step_shape(settings: Any, gpt: GPTConfig, lightning: bool) -> StepShape:
         zeroes_after_forward=lightning,
         validates=trainer.limit_val_batches != 0,
         tf32=settings.model.get("tf32", False),
+        deterministic=bool(trainer.deterministic),
     )
 
 

@@ -1,7 +1,7 @@
-"""What PyTorch would do on a CUDA card, done by tensors that say they are on a processor.
+"""What PyTorch would do on a CUDA GPU, done by tensors that say they are on a CPU.
 
 A build of PyTorch without CUDA cannot run a backward pass on fake CUDA tensors, so the trace uses fake CPU ones. A few
-things then differ from the card and change memory: autocast's lists of operations, attention, dropout, softmax and RMS
+things then differ from the GPU and change memory: autocast's lists of operations, attention, dropout, softmax and RMS
 norm. Each is replaced in the dispatcher for as long as `cuda_paths` is open. Composite operations (a cross-entropy, a
 layer norm) run PyTorch's own code and meet the replacements on their way, also when a checkpoint recomputes them.
 """
@@ -9,6 +9,7 @@ layer norm) run PyTorch's own code and meet the replacements on their way, also 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.library import Library
 
+from nanogpt_lit.plan.kernels import Kernels
+
 aten = torch.ops.aten
 
-# Operations that autocast runs in float32 on CUDA and leaves alone on a processor (AT_FORALL_FP32 of
+# Operations that autocast runs in float32 on CUDA and leaves alone on a CPU (AT_FORALL_FP32 of
 # ATen/autocast_mode.h, less image resampling).
 FLOAT32 = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt",
@@ -34,18 +37,21 @@ FLOAT32_UNLESS_NAMED = (
     "softmax.int", "log_softmax.int", "cumprod", "cumsum", "linalg_vector_norm", "sum", "sum.dim_IntList",
 )  # fmt: skip
 
-# Those that run in the autocast dtype on CUDA and not on a processor (AT_FORALL_LOWER_PRECISION_FP).
+# Those that run in the autocast dtype on CUDA and not on a CPU (AT_FORALL_LOWER_PRECISION_FP).
 LOWER_PRECISION = ("addmv", "addr", "mv", "einsum", "chain_matmul", "linalg_multi_dot")
 
-# On a processor's list and not on CUDA's; of these a language model meets one.
+# On a CPU's list and not on CUDA's; of these a language model meets one.
 LEFT_ALONE = ("cross_entropy_loss",)
 
 _BELOW_AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)
 
 
 @contextmanager
-def cuda_paths() -> Iterator[None]:
-    """Until the block ends, CPU tensors take CUDA's code paths. It concerns the whole process: train nothing inside."""
+def cuda_paths(kernels: Kernels | None = None) -> Iterator[None]:
+    """Send CPU tensors through CUDA's code paths until the block ends: those of a GPU, or of an RTX 2050.
+
+    It concerns the whole process: train nothing inside.
+    """
     library = Library("aten", "IMPL")
     try:
         for name in FLOAT32:
@@ -58,7 +64,7 @@ def cuda_paths() -> Iterator[None]:
             for name in LEFT_ALONE:
                 library.impl(name, _operation(name).decompose, "AutocastCPU")
             library.impl("scaled_dot_product_attention", _attention_below_autocast, "AutocastCPU")
-        library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
+        library.impl("scaled_dot_product_attention", partial(_attention, kernels or Kernels()), "AutogradCPU")
         library.impl("dropout", _dropout, "AutogradCPU")
         library.impl("_fused_rms_norm", _rms_norm, "AutogradCPU")
         library.impl("softmax.int", _softmax(aten.softmax.int, aten._softmax), "AutogradCPU")
@@ -115,7 +121,7 @@ def _in_autocast_dtype(operation: Any) -> Callable[..., Any]:
 
 
 def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
-    """CUDA keeps a mask of one byte an element, a processor the noise as floats."""
+    """CUDA keeps a mask of one byte an element, a CPU the noise as floats."""
     return torch.native_dropout(x, p, True)[0] if train and 0 < p < 1 else x
 
 
@@ -138,7 +144,7 @@ def _rms_norm(
 
 class _FusedRMSNorm(torch.autograd.Function):
     """CUDA has a kernel for it (_fused_rms_norm_cuda of layer_norm_kernel.cu), which keeps its input as it is; a
-    processor multiplies step by step, and keeps what is 16-bit in float32."""
+    CPU multiplies step by step, and keeps what is 16-bit in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int) -> tuple[Tensor, Tensor]:
@@ -162,6 +168,7 @@ def _attention_below_autocast(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _attention(
+    kernels: Kernels,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -172,13 +179,18 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """FlashAttention for 16 bits, the memory-efficient kernel otherwise: what PyTorch picks on cards since Ampere.
+    """The kernel that PyTorch picks: Kernels.attention, and the memory-efficient one where there is a mask.
 
-    Older cards, and builds without FlashAttention, take the memory-efficient kernel for 16 bits too. It saves the same
-    tensors.
+    Builds without FlashAttention take the memory-efficient kernel too. It saves the same tensors.
     """
     D = q.size(-1)
-    if attn_mask is None and q.dtype in (torch.float16, torch.bfloat16) and D <= 256 and not enable_gqa:
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    kernel = kernels.attention(q.dtype, D, needs_grad)
+    if kernel == "math":
+        return aten._scaled_dot_product_attention_math(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    if kernel == "flash" and attn_mask is None and not enable_gqa:
         if D % 8:  # the kernel wants multiples of 8, PyTorch pads
             scale = D**-0.5 if scale is None else scale
             q, k, v = (F.pad(tensor, (0, 8 - D % 8)) for tensor in (q, k, v))
@@ -189,9 +201,8 @@ def _attention(
         if keys % 8:  # the kernel wants rows of a multiple of 8: PyTorch copies the mask into longer ones
             attn_mask = F.pad(attn_mask, (0, 8 - keys % 8))[..., :keys]
         attn_mask = attn_mask.expand(B, H, T, keys)
-    keep_logsumexp = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     return aten._scaled_dot_product_efficient_attention(
-        q, k, v, attn_mask, keep_logsumexp, dropout_p, is_causal, scale=scale
+        q, k, v, attn_mask, needs_grad, dropout_p, is_causal, scale=scale
     )[0]
 
 

@@ -1,10 +1,11 @@
-"""While a run goes on: the peak and the time that were planned for it, beside those that the card measures."""
+"""While a run goes on: the peak and the time that were planned for it, beside those that the GPU measures."""
 
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -12,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 from nanogpt_lit.memory.ladder import Rung
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.allocator import MIB
-from nanogpt_lit.plan.budget import card_here
+from nanogpt_lit.plan.budget import gpu_here
 from nanogpt_lit.plan.plan import Footprint, measure
 from nanogpt_lit.plan.step import StepShape
-from nanogpt_lit.runtime.cards import CARDS, Card
+from nanogpt_lit.runtime.gpus import GPUS, Gpu
 
 TOLERANCE = 0.05
 SETTLED_STEPS = 6
@@ -23,7 +24,7 @@ SETTLED_STEPS = 6
 
 
 class PeakWatch:
-    """Plans a run at its first micro-batch, and says once in a run if the card finds something else.
+    """Plans a run at its first micro-batch, and says once in a run if the GPU finds something else.
 
     Trains and touches nothing. A run that cannot be planned goes on without a plan.
     """
@@ -43,10 +44,10 @@ class PeakWatch:
         self._has_said = self._has_said_time = False
 
     def plan(self, tokens: int) -> None:
-        """tokens: of the micro-batch. Takes seconds of a processor."""
+        """tokens: of the micro-batch. Takes seconds of a CPU."""
         self.is_planned = True
         try:
-            footprint = plan_module(self._module, self._shape, tokens, card_here() or CARDS[0])
+            footprint = plan_module(self._module, self._shape, tokens, gpu_here() or GPUS[0])
             expandable = expandable_segments()
             self.planned_mib = footprint.expandable_reserved_mib if expandable else footprint.reserved_mib
             self._footprint = replace(footprint, timeline=(), events=[])  # which are large, and done with
@@ -60,13 +61,13 @@ class PeakWatch:
     def compare_time(self, step_s: float, steps: int) -> None:
         """Says once what the first steps make of the estimate. step_s: of each of the last `steps`"""
         warmed_up = self._steps > steps
-        here = card_here()
+        here = gpu_here()
         if self._footprint is None or self._has_said_time or not warmed_up or self._has_fallen_back():
             return
         self._has_said_time = True
-        if here is not None and here.name in {card.name for card in CARDS}:  # of another nothing was estimated
-            planned_s = self._footprint.step_s
-            self._say(f"time: {step_s:.3g} s per step, {planned_s:.3g} were planned ({step_s / planned_s - 1:+.0%})")
+        if here is not None and here.name in {gpu.name for gpu in GPUS}:  # of another nothing was estimated
+            planned_s = dict.fromkeys(f"{s:.3g}" for s in (self._footprint.step_s, self._footprint.longest_step_s))
+            self._say(f"time: {step_s:.3g} s per step, {' to '.join(planned_s)} were planned")
 
     def compare(self, allocated_mib: float, reserved_mib: float) -> None:
         """Says so when the peaks so far are not those that were planned."""
@@ -96,8 +97,8 @@ class PeakWatch:
         """
         assert self.planned_mib is not None
         of_plan = footprint.categories_mib
-        weights_mib = on_card_mib([*self._module.parameters(), *self._module.buffers()])
-        optimizer_mib = on_card_mib(tree_leaves(list(self._optimizer.state.values())))
+        weights_mib = on_gpu_mib([*self._module.parameters(), *self._module.buffers()])
+        optimizer_mib = on_gpu_mib(tree_leaves(list(self._optimizer.state.values())))
         passing = {name: size for name, size in of_plan.items() if name not in ("weights", "optimizer")}
         largest = sorted(passing, key=lambda name: -passing[name])[:3]
         sizes = {
@@ -113,23 +114,24 @@ class PeakWatch:
         return name, *sizes[name]
 
 
-def plan_module(module: Any, shape: Callable[..., StepShape], tokens: int, card: Card) -> Footprint:
+def plan_module(module: Any, shape: Callable[..., StepShape], tokens: int, gpu: Gpu) -> Footprint:
     gpt = module.gpt.config
     batch_size = max(1, tokens // gpt.block_size)
     of_run = shape(
         batch_size=batch_size, block_size=gpt.block_size, vocab_size=gpt.vocab_size, tf32=module.hparams["tf32"]
     )
+    of_run = replace(of_run, deterministic=torch.are_deterministic_algorithms_enabled())
     rung = Rung("as configured", module.memory_config, batch_size, of_run.accumulate_grad_batches)
 
     def build(memory: MemoryConfig) -> nn.Module:
         # As for `plan`, without torch.compile.
         return type(module)(**{**module.hparams, "memory": memory, "compile": False})
 
-    return measure(build, rung, of_run, card)
+    return measure(build, rung, of_run, gpu)
 
 
-def on_card_mib(tensors: list[Any]) -> float:
-    """What tensors hold on a card; a storage that several share counts once."""
+def on_gpu_mib(tensors: list[Any]) -> float:
+    """What tensors hold on a GPU; a storage that several share counts once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in tensors

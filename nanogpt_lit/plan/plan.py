@@ -1,4 +1,4 @@
-"""Whether a run fits a card, where its memory goes, and the cheapest way to make it fit."""
+"""Whether a run fits a GPU, where its memory goes, and the cheapest way to make it fit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,14 +9,15 @@ from torch import nn
 
 from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
-from nanogpt_lit.plan.allocator import MIB, Event, replay
+from nanogpt_lit.plan.allocator import MIB, Event, Usage, replay
 from nanogpt_lit.plan.budget import Budget
+from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.steady import long_run
 from nanogpt_lit.plan.step import StepShape, trace_steps
 from nanogpt_lit.plan.trace import CATEGORIES, Moment
-from nanogpt_lit.runtime.cards import Card
 from nanogpt_lit.runtime.collector import no_collector
+from nanogpt_lit.runtime.gpus import Gpu
 from nanogpt_lit.runtime.precision import PRECISIONS
 
 PROCESS_MIB = 1500
@@ -33,7 +34,7 @@ class Footprint:
     allocated_mib: float
     """Peak of what tensors and kernels hold, in the allocator's blocks: torch.cuda.max_memory_allocated()."""
     reserved_mib: float
-    """Peak of what the allocator takes from the card: torch.cuda.max_memory_reserved(). This must fit."""
+    """Peak of what the allocator takes from the GPU: torch.cuda.max_memory_reserved(). This must fit."""
     host_memory_mib: float
     categories_mib: dict[str, float]
     """allocated_mib by what it is for, at the fullest moment."""
@@ -42,16 +43,22 @@ class Footprint:
     fullest_phase: str
     parameters: int
     step_s: float
-    """An estimate, from the peaks of the card."""
+    """An estimate, from the peaks of the GPU."""
+    longest_step_s: float
+    """At the lowest clock of such a GPU."""
     timeline: tuple[Moment, ...]
     """One optimizer step, operation by operation; bytes."""
     events: list[Event]
     """Allocations and releases of several steps."""
 
     @cached_property
+    def expandable(self) -> Usage:
+        """Peaks with PYTORCH_ALLOC_CONF=expandable_segments:True, which Linux has; bytes."""
+        return replay(self.events, expandable=True)
+
+    @property
     def expandable_reserved_mib(self) -> float:
-        """reserved_mib with PYTORCH_ALLOC_CONF=expandable_segments:True, which Linux has."""
-        return replay(self.events, expandable=True).reserved / MIB
+        return self.expandable.reserved / MIB
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class Plan:
     budget: Budget
     own: PlannedRung
     """The YAML as it is."""
+    price_of_determinism: tuple[float, float]
+    """Of trainer.deterministic=true: MiB more that are reserved, and the time against that without it."""
     ladder: tuple[PlannedRung, ...]
 
     @property
@@ -97,7 +106,10 @@ class Plan:
             "phases_mib": {name: round(size, 1) for name, size in own.phases_mib.items()},
             "estimated_step_s": round(own.step_s, 3),
             "estimated_run_s": round(own.step_s * self.max_steps),
-            "card": self.budget.card.name,
+            "estimated_step_s_at_lowest_clock": round(own.longest_step_s, 3),
+            "deterministic_extra_mib": round(self.price_of_determinism[0], 1),
+            "deterministic_slowdown": round(self.price_of_determinism[1], 3),
+            "gpu": self.budget.gpu.name,
             "parameters": self.parameters,
             "ladder": [
                 {
@@ -129,7 +141,7 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
         if rung.last_resort(own) and any(other.reserved_mib <= budget.usable_mib for other in footprints):
             continue
         rungs.append(rung)
-        footprints.append(measure(build, rung, shape, budget.card))
+        footprints.append(measure(build, rung, shape, budget.gpu))
     plain = next(i for i, rung in enumerate(rungs) if rung.memory == MemoryConfig())
     planned = tuple(
         PlannedRung(
@@ -144,15 +156,18 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
         for rung, footprint in zip(rungs, footprints, strict=True)
     )
     yours = next(p for p in planned if own.same_training(p.rung))
-    return Plan(shape, footprints[plain].parameters, max_steps, budget, yours, planned)
+    other = measure(build, own, replace(shape, deterministic=not shape.deterministic), budget.gpu)
+    free, fixed = (other, yours.footprint) if shape.deterministic else (yours.footprint, other)
+    price = fixed.reserved_mib - free.reserved_mib, fixed.step_s / free.step_s
+    return Plan(shape, footprints[plain].parameters, max_steps, budget, yours, price, planned)
 
 
 @no_collector()  # which would look through the events, a hundred thousand objects, again and again
-def measure(build: Build, rung: Rung, shape: StepShape, card: Card) -> Footprint:
+def measure(build: Build, rung: Rung, shape: StepShape, gpu: Gpu) -> Footprint:
     """Traces one rung."""
     shape = replace(shape, batch_size=rung.batch_size, accumulate_grad_batches=rung.accumulate_grad_batches)
-    roofline = Roofline(card, shape.tf32)
-    trace = trace_steps(lambda: build(rung.memory), shape, roofline)
+    roofline = Roofline(Kernels(gpu, shape.deterministic), shape.tf32)
+    trace = trace_steps(lambda: build(rung.memory), shape, gpu, roofline)
     events = long_run(trace, shape.accumulate_grad_batches)
     usage, peak = replay(events), trace.peak
     categories = {name: peak.bytes_by_category.get(name, 0) / MIB for name in CATEGORIES}
@@ -167,6 +182,7 @@ def measure(build: Build, rung: Rung, shape: StepShape, card: Card) -> Footprint
         fullest_phase=peak.phase,
         parameters=trace.parameters,
         step_s=roofline.seconds,
+        longest_step_s=roofline.seconds_at_lowest_clock,
         timeline=tuple(trace.timeline or ()),
         events=events,
     )

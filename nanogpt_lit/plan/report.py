@@ -1,5 +1,6 @@
 """The plan as a student reads it: does it fit, what to do, where the memory goes, what else there is."""
 
+from collections.abc import Callable
 from typing import Any
 
 from nanogpt_lit.plan.plan import Plan, PlannedRung
@@ -18,12 +19,12 @@ def _head(plan: Plan, title: str) -> list[str]:
     shape, budget = plan.shape, plan.budget
     tokens = shape.batch_size * shape.block_size * shape.accumulate_grad_batches
     system = {"linux": "under Linux", "windows": "under Windows", None: "under any system"}[budget.system]
-    desktop = " with the desktop on the card" if budget.desktop_on_card else ""
+    desktop = " with the desktop on the GPU" if budget.desktop_on_gpu else ""
     usable = f"{budget.usable_mib:,} usable " + ("as you measured" if budget.measured_mib else system + desktop)
     batches = f"{shape.accumulate_grad_batches} x {shape.batch_size} x {shape.block_size:,} = {tokens:,} tokens a step"
     return [
         f"{title}: {plan.parameters / 1e6:,.0f}M parameters, {shape.precision}, {batches}",
-        f"{budget.card.name}: {budget.card.vram_mib:,} MiB, {usable}",
+        f"{budget.gpu.name}: {budget.gpu.vram_mib:,} MiB, {usable}",
     ]
 
 
@@ -56,12 +57,19 @@ def _verdict(plan: Plan) -> list[str]:
 
 def _time(plan: Plan, planned: PlannedRung) -> str:
     tokens = plan.shape.batch_size * plan.shape.block_size * plan.shape.accumulate_grad_batches
-    step_s = planned.footprint.step_s
+    shortest_s, longest_s = planned.footprint.step_s, planned.footprint.longest_step_s
+    peaks = "its peaks" if shortest_s == longest_s else "its peaks, from the highest power limit to the lowest"
     return (
-        f"About {_duration(step_s)} per step ({tokens / step_s:,.0f} tokens/s), "
-        f"{_duration(step_s * plan.max_steps)} for {plan.max_steps:,} steps: an estimate from the peaks of the card, "
-        "until its first steps say better."
+        f"About {_range(_duration, shortest_s, longest_s)} per step "
+        f"({_range(lambda s: f'{tokens / s:,.0f}', shortest_s, longest_s)} tokens/s), "
+        f"{_range(_duration, shortest_s * plan.max_steps, longest_s * plan.max_steps)} for {plan.max_steps:,} steps: "
+        f"an estimate from {peaks}, until its first steps say better."
     )
+
+
+def _range(text: Callable[[float], str], first: float, last: float) -> str:
+    """Both as text, or one where they read the same."""
+    return " to ".join(dict.fromkeys([text(first), text(last)]))
 
 
 def _duration(seconds: float) -> str:
@@ -107,6 +115,11 @@ def _notes(plan: Plan) -> list[str]:
     notes = ["MiB is what PyTorch reserves: allocations, rounded, and the gaps between them."]
     if plan.own.changes_numerics:
         notes.append("numerics: model.optim.state_bits=8 rounds AdamW's moments, and trains to other weights.")
+    extra_mib, slowdown = plan.price_of_determinism
+    notes.append(
+        f"trainer.deterministic=true, with which a run repeats to the bit, takes {extra_mib:,.0f} MiB more and "
+        f"x{slowdown:.2f} of the time{' (counted above)' if plan.shape.deterministic else ''}."
+    )
     if abs(saved) >= 16 and plan.budget.system != "windows":
         effect = f"closes gaps: {saved:,.0f} MiB less" if saved > 0 else f"needs {-saved:,.0f} MiB more"
         notes.append(f"Under Linux, PYTORCH_ALLOC_CONF=expandable_segments:True {effect} for yours.")

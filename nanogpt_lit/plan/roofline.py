@@ -1,6 +1,6 @@
-"""How long a card would take for the operations of a trace: an estimate.
+"""How long a GPU would take for the operations of a trace: an estimate.
 
-Each operation takes as long as its arithmetic or its traffic, whichever is longer, at a share of the card's peaks that
+Each operation takes as long as its arithmetic or its traffic, whichever is longer, at a share of the GPU's peaks that
 well-tuned kernels reach; launching it takes its time too, and many small operations are bound by that. Ratios between
 two ways to train the same network are worth more than the seconds.
 """
@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import nanogpt_lit.gpt.loss  # noqa: F401 - defines the operator that is counted below
-from nanogpt_lit.plan.trace import CARD, HOST, name_of, tensors_in
-from nanogpt_lit.runtime.cards import Card
+from nanogpt_lit.plan.kernels import Kernels
+from nanogpt_lit.plan.trace import GPU, HOST, name_of, tensors_in
 
 MATRIX_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.65, 0.45, 0.80
 """Of the peaks: large matrix products, FlashAttention, and streaming through memory."""
 LAUNCH_S = 8e-6
+WORK, WORK_AT_LOWEST_CLOCK = "work", "work at the lowest clock"
 HOST_BANDWIDTH = 14.4e9
-"""Bytes per second of a processor's own arithmetic: what fused AdamW reached on one core of an AMD EPYC."""
+"""Bytes per second of a CPU's own arithmetic: what fused AdamW reached on one core of an AMD EPYC."""
 
 # Operations that move nothing.
 VIEWS = {
@@ -40,8 +41,8 @@ def _add_product_flops(
 class Roofline:
     """Adds up operations; `seconds` is the estimate. `phase` and `weight` are set before the operations they are of."""
 
-    def __init__(self, card: Card, tf32: bool = False) -> None:
-        self.card = card
+    def __init__(self, kernels: Kernels, tf32: bool = False) -> None:
+        self.kernels, self.gpu = kernels, kernels.gpu
         self.tf32 = tf32
         self.phase = ""
         """Copies to and from the host run beside the computation of their phase, as far as that lasts."""
@@ -52,7 +53,18 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        return sum(max(busy.values(), default=0.0) for busy in self._phases.values())
+        """At the GPU's highest clock."""
+        return self._seconds(WORK)
+
+    @property
+    def seconds_at_lowest_clock(self) -> float:
+        return self._seconds(WORK_AT_LOWEST_CLOCK)
+
+    def _seconds(self, work: str) -> float:
+        others = {WORK, WORK_AT_LOWEST_CLOCK} - {work}
+        return sum(
+            max((s for name, s in busy.items() if name not in others), default=0.0) for busy in self._phases.values()
+        )
 
     def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name = name_of(func)
@@ -66,21 +78,24 @@ class Roofline:
             busy["host"] += traffic / HOST_BANDWIDTH * self.weight
             return
         if HOST in places:
-            direction = "arriving" if outputs[0].device.type == CARD else "leaving"
-            busy[direction] += _traffic(outputs[0]) / self.card.host_bandwidth * self.weight
+            direction = "arriving" if outputs[0].device.type == GPU else "leaving"
+            busy[direction] += _traffic(outputs[0]) / self.gpu.host_bandwidth * self.weight
             return
-        work_s = traffic / (self.card.bandwidth * BANDWIDTH_SHARE)
+        work_s = slow_s = traffic / (self.gpu.bandwidth * BANDWIDTH_SHARE)
         if func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
             self.flops += flops * self.weight
             share = ATTENTION_SHARE if "attention" in name else MATRIX_SHARE
-            work_s = max(work_s, flops / (self._peak(inputs[-1].dtype) * share))
-        busy["work"] += work_s * self.weight
+            share *= self.kernels.share_at_work(name, args)
+            arithmetic_s = flops / (self._peak(inputs[-1].dtype) * share)
+            work_s, slow_s = max(work_s, arithmetic_s), max(slow_s, arithmetic_s / self.gpu.lowest_clock)
+        busy[WORK] += work_s * self.weight
+        busy[WORK_AT_LOWEST_CLOCK] += slow_s * self.weight
         busy["launches"] += LAUNCH_S * self.weight
 
     def _peak(self, dtype: torch.dtype) -> float:
-        by_dtype = {torch.float16: self.card.fp16, torch.bfloat16: self.card.bf16}
-        return by_dtype.get(dtype) or (self.tf32 and self.card.tf32) or self.card.fp32
+        by_dtype = {torch.float16: self.gpu.fp16, torch.bfloat16: self.gpu.bf16}
+        return by_dtype.get(dtype) or (self.tf32 and self.gpu.tf32) or self.gpu.fp32
 
 
 def _traffic(tensor: Tensor) -> int:

@@ -4,7 +4,7 @@ What PyTorch's FakeTensorMode does, for programs whose sizes are all known: an o
 the device "meta", once for each combination of shapes, and what it makes is said to lie where its inputs do.
 FakeTensorMode also handles sizes that are not known and values that decide what is done next, and takes several times
 as long per operation to look for them. tests/test_shape_tensor.py holds the two to the same traces. They differ where
-PyTorch's kernels for a processor do: those of "meta" keep the statistics of a 16-bit layer norm in float32, as CUDA's.
+PyTorch's kernels for a CPU do: those of "meta" keep the statistics of a 16-bit layer norm in float32, as CUDA's.
 """
 
 from functools import cache
@@ -162,7 +162,7 @@ def _is_new(leaf: Any, given: Any) -> bool:
 def _run_on_contents(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = tree_map_only(Tensor, _without_content, (args, kwargs))
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, ShapeTensor)]
-    # A number may lie on the host and be used on the card: a tensor of some size says where.
+    # A number may lie on the host and be used on the GPU: a tensor of some size says where.
     places = [leaf.fake_device for leaf in sorted(given, key=lambda leaf: leaf.dim() == 0)]
     if kwargs.get("device") is not None:
         places = [torch.device(kwargs["device"])]

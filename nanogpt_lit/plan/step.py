@@ -1,4 +1,4 @@
-"""The optimizer steps of a run, traced without a card and without their memory."""
+"""The optimizer steps of a run, traced without a GPU and without their memory."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,10 +11,12 @@ from torch.amp import GradScaler
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.plan.cuda_paths import cuda_paths
+from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.shape_tensor import ShapeMode
-from nanogpt_lit.plan.trace import CARD, MemoryTrace
+from nanogpt_lit.plan.trace import GPU, MemoryTrace
 from nanogpt_lit.runtime.collector import no_collector
+from nanogpt_lit.runtime.gpus import GPUS, Gpu
 from nanogpt_lit.runtime.precision import PRECISIONS, dtype_of
 
 TRACED_STEPS = TRACED_MICRO_BATCHES = 2
@@ -37,6 +39,7 @@ class StepShape:
     PyTorch and accelerate free them at the end of their own."""
     validates: bool = True
     tf32: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -50,7 +53,9 @@ class StepShape:
 
 
 @no_collector()  # when it runs depends on all that ran before: a trace must not
-def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roofline | None = None) -> MemoryTrace:
+def trace_steps(
+    build: Callable[[], nn.Module], shape: StepShape, gpu: Gpu = GPUS[0], roofline: Roofline | None = None
+) -> MemoryTrace:
     """Two optimizer steps, of two micro-batches each where gradients accumulate, and a batch of validation.
 
     build: makes the module; what it makes has no content, so that no memory is taken for it
@@ -61,8 +66,9 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
     assert weight_dtype is not None
     last = TRACED_STEPS - 1
     micro_batches = min(shape.accumulate_grad_batches, TRACED_MICRO_BATCHES)
-    trace = MemoryTrace(vocab_size=shape.vocab_size)
-    with ShapeMode(), cuda_paths():
+    kernels = Kernels(gpu, shape.deterministic)
+    trace = MemoryTrace(kernels, vocab_size=shape.vocab_size)
+    with ShapeMode(), cuda_paths(kernels):
         with _default_dtype(weight_dtype):
             module = build()
         _cast_buffers(module, weight_dtype)
@@ -71,7 +77,7 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
             trace.label_module(module)
             optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[operator]
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            on_card = parameters[0].device.type == CARD
+            on_gpu = parameters[0].device.type == GPU
             for step in range(TRACED_STEPS):
                 if step == last:
                     trace.timeline = []
@@ -100,7 +106,7 @@ def trace_steps(build: Callable[[], nn.Module], shape: StepShape, roofline: Roof
                 if roofline is not None:
                     roofline.weight, roofline.phase = 1, "optimizer"
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(parameters, 1.0 if shape.clips else math.inf, foreach=on_card)
+                nn.utils.clip_grad_norm_(parameters, 1.0 if shape.clips else math.inf, foreach=on_gpu)
                 optimizer.step()
                 trace.label(list(optimizer.state.values()), "optimizer")
                 if not shape.zeroes_after_forward:

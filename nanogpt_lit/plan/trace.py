@@ -1,10 +1,10 @@
-"""Where a program's tensors go: every allocation and release on the card, with what it was for.
+"""Where a program's tensors go: every allocation and release on the GPU, with what it was for.
 
 A `MemoryTrace` is a dispatch mode. It sees each operation that PyTorch runs, forward, backward and in the optimizer,
 and follows the storages of the results until they are freed. Under ShapeMode, or PyTorch's FakeTensorMode, nothing
 is computed and nothing is held: only shapes flow, and a network of any size is traced in seconds.
 
-The card is the device "cpu", whose code paths `cuda_paths` makes those of CUDA. Host memory is the device "meta": a
+The GPU is the device "cpu", whose code paths `cuda_paths` makes those of CUDA. Host memory is the device "meta": a
 technique that moves tensors to the host moves them there while it is traced.
 """
 
@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanogpt_lit.plan.allocator import Event, rounded
+from nanogpt_lit.plan.kernels import Kernels
 
-CARD, HOST = "cpu", "meta"
+GPU, HOST = "cpu", "meta"
 
 CATEGORIES = (
     "weights", "gradients", "optimizer", "activations", "logits", "casts", "temporaries", "workspace", "batch",
@@ -30,50 +31,11 @@ CATEGORIES = (
 """activations: kept by the forward pass   logits: whatever is as wide as the vocabulary   casts: 16-bit copies of
 weights   temporaries: of the backward pass and the optimizer   workspace: held by kernels, not by tensors"""
 
-CUBLAS_WORKSPACE = 8_519_680
-"""Bytes that cuBLAS holds per thread, ":4096:2:16:8" as PyTorch sets it up to Ada; backward runs in a second thread."""
-
 MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
-def _up(size: int, unit: int) -> int:
-    return (size + unit - 1) // unit * unit
-
-
-def _flash_backward(args: tuple[Any, ...]) -> int:
-    """The float32 gradient of the queries and the row sums, as mha_bwd of flash_api.cpp allocates them."""
-    B, H, T, D = args[1].shape
-    return B * H * _up(T, 128) * (_up(D, 32 if D <= 128 else 64) + 1) * 4
-
-
-def _efficient_backward(args: tuple[Any, ...]) -> int:
-    """Of float32: the row sums, and the gradient of the queries in tiles of 64 x 64 with a lock of 16 bytes each, as
-    workspace_elements_gq of mem_eff_attention/kernel_backward.h counts them."""
-    B, H, T, D = args[1].shape
-    return B * H * (T * 4 + _up(T, 64) // 64 * (_up(D, 64) // 64) * (64 * 64 * 4 + 16))
-
-
-def _embedding_backward(args: tuple[Any, ...]) -> int:
-    """From 3072 tokens on they are sorted and each row is summed in parts of 10, as Embedding.cu and
-    EmbeddingBackwardKernel.cu do: the float32 parts, and what numbers them."""
-    tokens, vocab_size, channels = args[1].numel(), args[2], args[0].size(-1)
-    if tokens <= 3072:
-        return 0
-    rows = min(tokens, vocab_size)
-    parts = tokens // 10 + rows
-    return parts * channels * 4 + 8 * (3 * tokens + 2 * rows + parts)
-
-
-# Memory that a kernel takes for itself while it runs: no dispatch mode can see it.
-KERNEL_WORKSPACES: dict[str, Callable[[tuple[Any, ...]], int]] = {
-    "_scaled_dot_product_flash_attention_backward": _flash_backward,
-    "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
-    "embedding_dense_backward": _embedding_backward,
-}
-
-
 class Moment(NamedTuple):
-    """The card's memory after one operation."""
+    """The GPU's memory after one operation."""
 
     phase: str
     bytes_by_category: dict[str, int]
@@ -98,14 +60,16 @@ class _Block:
 class MemoryTrace(TorchDispatchMode):
     """Follows the tensors of everything that runs inside its `with` block.
 
-    vocab_size: tensors that wide are counted as logits   watch: called with every operation, for the time estimate
+    kernels: what they take for themselves is counted too   vocab_size: tensors that wide are counted as logits
+    watch: called with every operation, for the time estimate
     """
 
+    kernels: Kernels = field(default_factory=Kernels)
     vocab_size: int | None = None
     watch: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
     phase: str = "setup"
     events: list[Event] = field(default_factory=list)
-    """Allocations and releases on the card, in order: what the allocator is simulated with."""
+    """Allocations and releases on the GPU, in order: what the allocator is simulated with."""
     peaks: dict[str, Moment] = field(default_factory=dict)
     """The fullest moment of each phase."""
     marks: dict[str, int] = field(default_factory=dict)
@@ -120,7 +84,7 @@ class MemoryTrace(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
         self.allocated = 0
-        """Bytes on the card now."""
+        """Bytes on the GPU now."""
         self._live: dict[int, _Block] = {}  # by the address of the storage
         self._bytes: Counter[str] = Counter()
         self._weights: set[int] = set()
@@ -185,8 +149,7 @@ class MemoryTrace(TorchDispatchMode):
         for tensor in tensors_in(result):
             wide = self.vocab_size is not None and tensor.dim() > 1 and tensor.size(-1) == self.vocab_size
             self._follow(tensor, "logits" if wide and category in ("activations", "temporaries") else category)
-        workspace = KERNEL_WORKSPACES.get(name)
-        if workspace is not None and args[0].device.type == CARD and (size := workspace(args)):
+        if (size := self.kernels.workspace(name, args)) and args[0].device.type == GPU:
             self._use_and_release(rounded(size))
         self._record()
         if self.watch is not None:
@@ -219,7 +182,7 @@ class MemoryTrace(TorchDispatchMode):
     def _follow(self, tensor: Tensor, category: str) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._live or size == 0 or tensor.device.type not in (CARD, HOST):
+        if key in self._live or size == 0 or tensor.device.type not in (GPU, HOST):
             return
         self._serial += 1
         host = tensor.device.type == HOST
@@ -261,8 +224,9 @@ class MemoryTrace(TorchDispatchMode):
         thread = "backward" if self.phase == "backward" else "main"
         if thread not in self._threads_with_cublas:
             self._threads_with_cublas.add(thread)
-            self._serial += 1
-            self._allocate(self._serial, CUBLAS_WORKSPACE, "workspace")
+            if size := self.kernels.cublas_bytes():
+                self._serial += 1
+                self._allocate(self._serial, rounded(size), "workspace")
 
     def _record(self) -> None:
         is_peak = self.allocated > self._peak_bytes.get(self.phase, -1)

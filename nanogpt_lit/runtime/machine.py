@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.cards import peak_flops
+from nanogpt_lit.runtime.gpus import peak_flops
 from nanogpt_lit.runtime.precision import PRECISIONS
 
 GPUS = ("cuda", "mps")
@@ -131,7 +131,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops_of(device: torch.device, precision: str, processes: int) -> float | None:
-    """FLOP/s of all processes' devices at best, taken to be alike; None where runtime/cards.py does not know."""
+    """FLOP/s of all processes' devices at best, taken to be alike; None where runtime/gpus.py does not know."""
     if device.type != "cuda":
         return None
     one = peak_flops(torch.cuda.get_device_name(device), precision, torch.backends.cuda.matmul.fp32_precision == "tf32")

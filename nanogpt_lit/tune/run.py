@@ -87,6 +87,6 @@ def memory_check(settings: Any, own: Candidate, device: str) -> Callable[[Candid
     def fits(candidate: Candidate) -> bool:
         B, accumulate = candidate.batch_size, candidate.accumulate_grad_batches
         tried = replace(rung, batch_size=B, accumulate_grad_batches=accumulate)
-        return plan_rung(settings, tried, budget.card).reserved_mib <= budget.usable_mib
+        return plan_rung(settings, tried, budget.gpu).reserved_mib <= budget.usable_mib
 
     return fits

@@ -1,6 +1,6 @@
 import pytest
 
-from nanogpt_lit.runtime.cards import peak_flops
+from nanogpt_lit.runtime.gpus import peak_flops
 
 # Names as torch.cuda.get_device_name() gives them; peaks in TFLOP/s, dense, from NVIDIA's data sheets and whitepapers.
 KNOWN = {

@@ -1,0 +1,100 @@
+"""Which of its kernels PyTorch takes on a GPU, and the memory that these take for themselves: no dispatch mode sees it.
+
+Read from PyTorch 2.13's host code, and compared with it in tests/fake_gpu. cuDNN's attention, which compute capability
+9.0 and 10.0 take, is not among them: only a GPU can tell what it holds. FlashAttention is counted in its place.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from nanogpt_lit.runtime.gpus import GPUS, Gpu
+
+Attention = Literal["flash", "efficient", "math"]
+
+CUBLAS_BYTES, CUBLAS_BYTES_SINCE_HOPPER = 8_519_680, 32 << 20
+"""What cuBLAS holds per thread: ":4096:2:16:8", and ":4096:8" on the capabilities below. Backward runs in a second
+thread."""
+HOPPER_AND_LATER = {(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}
+REPEATABLE = (":4096:8", ":16:8")
+"""CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats itself; a deterministic run sets the first, unless it has one."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    gpu: Gpu = GPUS[0]
+    deterministic: bool = False
+    """As trainer.deterministic: kernels that add up in a fixed order."""
+
+    def cublas_bytes(self) -> int:
+        """As PyTorch reads it from the environment when it first multiplies; what it cannot read is no setting."""
+        setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
+        if self.deterministic and setting not in REPEATABLE:
+            setting = REPEATABLE[0]
+        chunks = re.findall(r":(\d+):(\d+)", setting)
+        if chunks:
+            return sum(int(kib) * 1024 * int(count) for kib, count in chunks)
+        return CUBLAS_BYTES_SINCE_HOPPER if self.gpu.capability in HOPPER_AND_LATER else CUBLAS_BYTES
+
+    def attention(self, dtype: torch.dtype, D: int, needs_grad: bool) -> Attention:
+        """Without a mask. FlashAttention is for 16 bits, and older GPUs than Ampere have neither it nor bfloat16."""
+        major = self.gpu.capability[0]
+        if dtype == torch.bfloat16 and major < 8:
+            return "math"
+        # Between 192 and 224 channels a head its backward pass needs more shared memory than smaller GPUs have.
+        too_wide = D > 256 or (
+            192 < D <= 224 and needs_grad and self.gpu.capability in {(8, 6), (8, 9), (12, 0), (12, 1)}
+        )
+        return "efficient" if dtype not in (torch.float16, torch.bfloat16) or major < 8 or too_wide else "flash"
+
+    def workspace(self, operation: str, args: tuple[Any, ...]) -> int:
+        """Bytes that an operation takes while it runs, beside its results."""
+        if operation == "_scaled_dot_product_flash_attention_backward":
+            return self._flash_backward(args)
+        if operation == "_scaled_dot_product_efficient_attention_backward":
+            return _efficient_backward(args)
+        return _embedding_backward(args) if operation == "embedding_dense_backward" else 0
+
+    def share_at_work(self, operation: str, args: tuple[Any, ...]) -> float:
+        """Of the multiprocessors. To add up in a fixed order, attention's backward pass leaves the keys of a sequence
+        and head to one of them, and they rarely come out even."""
+        if not (self.deterministic and operation.endswith("_attention_backward")):
+            return 1.0
+        B, H = args[1].shape[:2]
+        parts = B * H * (self._parts(B * H) if "flash" in operation else 1)
+        return parts / _up(parts, self.gpu.multiprocessors)
+
+    def _flash_backward(self, args: tuple[Any, ...]) -> int:
+        """The float32 gradient of the queries and the row sums, as mha_bwd of flash_api.cpp allocates them; in a fixed
+        order, a gradient for each part of the keys."""
+        B, H, T, D = args[1].shape
+        return B * H * _up(T, 128) * (self._parts(B * H) * _up(D, 32 if D <= 128 else 64) + 1) * 4
+
+    def _parts(self, heads: int) -> int:
+        """So many that every multiprocessor has one, where the order is fixed."""
+        return -(-self.gpu.multiprocessors // heads) if self.deterministic else 1
+
+
+def _up(size: int, unit: int) -> int:
+    return (size + unit - 1) // unit * unit
+
+
+def _efficient_backward(args: tuple[Any, ...]) -> int:
+    """Of float32: the row sums, and the gradient of the queries in tiles of 64 x 64 with a lock of 16 bytes each, as
+    workspace_elements_gq of mem_eff_attention/kernel_backward.h counts them."""
+    B, H, T, D = args[1].shape
+    return B * H * (T * 4 + _up(T, 64) // 64 * (_up(D, 64) // 64) * (64 * 64 * 4 + 16))
+
+
+def _embedding_backward(args: tuple[Any, ...]) -> int:
+    """From 3072 tokens on they are sorted and each row is summed in parts of 10, as Embedding.cu and
+    EmbeddingBackwardKernel.cu do: the float32 parts, and what numbers them."""
+    tokens, vocab_size, channels = args[1].numel(), args[2], args[0].size(-1)
+    if tokens <= 3072:
+        return 0
+    rows = min(tokens, vocab_size)
+    parts = tokens // 10 + rows
+    return parts * channels * 4 + 8 * (3 * tokens + 2 * rows + parts)
