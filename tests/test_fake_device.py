@@ -1,4 +1,4 @@
-"""The fake CUDA device of tests/fake_card: what it is built with, what it says, and its account of memory and time."""
+"""The fake CUDA device of tests/fake_gpu: what it is built with, what it says, and its account of memory and time."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parent / "fake_card"
+FOLDER = Path(__file__).parent / "fake_gpu"
 
 
 def load(name):

@@ -16,8 +16,9 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.plan.allocator import MIB
+from nanogpt_lit.plan.kernels import CUBLAS_BYTES
 from nanogpt_lit.plan.step import StepShape, trace_steps
-from nanogpt_lit.plan.trace import CUBLAS_WORKSPACE, HOST
+from nanogpt_lit.plan.trace import HOST
 
 
 def made(gpt, **memory):
@@ -130,7 +131,7 @@ def peak(weights):
 
 def test_the_plan_sees_16_bytes_a_parameter_leave_the_card():
     trace, count, head = peak("host")
-    on_card = trace.peak.bytes - 2 * CUBLAS_WORKSPACE
+    on_card = trace.peak.bytes - 2 * CUBLAS_BYTES
     # The blocks' 16-bit copies, and in the loss the head's with its float32 gradient; of the rest little at 64 tokens.
     copies = 2 * (count - head)
     assert copies + 6 * head < on_card < copies + 6 * head + 2 * 32 * 50304 * 6

@@ -141,7 +141,8 @@ def test_the_first_steps_say_once_what_they_make_of_the_planned_time(run, planne
     assert run.step(peaks=(10.0, planned.reserved_mib))[1] == ""  # the first step warms up
     clock["s"] += 8.0
     _, err = run.step(4)
-    line = f"time: 2 s per step, {planned.step_s:.3g} to {planned.longest_step_s:.3g} were planned\n"
+    were_planned = f"{planned.step_s:.3g}"  # tiny kernels: bound by their launches, at any clock
+    line = f"time: 2 s per step, {were_planned} were planned\n"
     assert err == (line if says else "")
     clock["s"] += 8.0
     assert run.step(4)[1] == ""

@@ -16,7 +16,7 @@ from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.plan import command as planning
 from nanogpt_lit.plan import plan as plan_module
-from nanogpt_lit.plan.allocator import MIB, replay
+from nanogpt_lit.plan.allocator import MIB, Usage, replay
 from nanogpt_lit.plan.budget import choose_budget
 from nanogpt_lit.plan.command import largest_that_fits, own_rung, plan_run, plan_rung, vocab_size
 from nanogpt_lit.plan.plan import measure
@@ -116,7 +116,7 @@ def test_the_first_screen_says_what_to_do(tight):
 def test_it_says_whether_expandable_segments_need_less_or_more(plan, monkeypatch):
     own = plan.own.footprint
     for needs_mib, words in [(-100, "closes gaps: 100 MiB less for yours"), (100, "needs 100 MiB more for yours")]:
-        monkeypatch.setitem(vars(own), "expandable_reserved_mib", own.reserved_mib + needs_mib)
+        monkeypatch.setitem(vars(own), "expandable", Usage(0, round((own.reserved_mib + needs_mib) * MIB)))
         assert words in report(plan, "mine.yaml")
 
 
@@ -167,7 +167,7 @@ def test_the_largest_is_told_for_the_yaml_and_for_the_leanest_way_with_its_lines
     changes.write_text("\n".join(leanest["yaml"]))
     for batch_size, fits in ((leanest["batch_size"], True), (int(leanest["batch_size"] * 1.1) + 2, False)):
         sized = settings("--config", str(changes), *SMALL, *short, f"--data.batch_size={batch_size}")
-        footprint = plan_rung(sized, own_rung(sized), budget.card)
+        footprint = plan_rung(sized, own_rung(sized), budget.gpu)
         assert (footprint.reserved_mib <= budget.usable_mib) == fits
     text = report_largest([own, leanest], plan)
     assert own["network"] == leanest["network"] == "mine"

@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt_lit.plan.allocator import replay, rounded
 from nanogpt_lit.plan.cuda_paths import cuda_paths
-from nanogpt_lit.plan.trace import CUBLAS_WORKSPACE, MemoryTrace
+from nanogpt_lit.plan.kernels import CUBLAS_BYTES
+from nanogpt_lit.plan.trace import MemoryTrace
 
 KIB = 1024
 
@@ -63,13 +64,13 @@ def test_a_linear_layer_is_counted_by_category(tensors):
         trace.label(x, "batch")
         trace.phase = "forward"
         loss = torch.relu(layer(x)).sum()
-        held = {"weights": 64 * 128 * 4, "batch": 8 * 128 * 4, "workspace": CUBLAS_WORKSPACE}
+        held = {"weights": 64 * 128 * 4, "batch": 8 * 128 * 4, "workspace": CUBLAS_BYTES}
         # ReLU keeps its output for backward; its input is gone. The loss is a block of 512 bytes.
         assert in_use(trace) == held | {"activations": 8 * 64 * 4 + 512}
         trace.phase = "backward"
         loss.backward()
         # Backward has a cuBLAS workspace too; the gradient counts as one from the moment it is there.
-        held |= {"gradients": 64 * 128 * 4, "workspace": 2 * CUBLAS_WORKSPACE}
+        held |= {"gradients": 64 * 128 * 4, "workspace": 2 * CUBLAS_BYTES}
         assert in_use(trace) == held | {"activations": 512}
         trace.phase = "optimizer"
         optimizer = torch.optim.AdamW(layer.parameters(), fused=True)

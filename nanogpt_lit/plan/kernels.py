@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from nanogpt_lit.runtime.gpus import GPUS, Gpu
+from nanogpt_lit.runtime.process_settings import CUBLAS_WORKSPACE, REPEATABLE_WORKSPACES
 
 Attention = Literal["flash", "efficient", "math"]
 
@@ -19,8 +20,6 @@ CUBLAS_BYTES, CUBLAS_BYTES_SINCE_HOPPER = 8_519_680, 32 << 20
 """What cuBLAS holds per thread: ":4096:2:16:8", and ":4096:8" on the capabilities below. Backward runs in a second
 thread."""
 HOPPER_AND_LATER = {(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}
-REPEATABLE = (":4096:8", ":16:8")
-"""CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats itself; a deterministic run sets the first, unless it has one."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ class Kernels:
 
     def cublas_bytes(self) -> int:
         """As PyTorch reads it from the environment when it first multiplies; what it cannot read is no setting."""
-        setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
-        if self.deterministic and setting not in REPEATABLE:
-            setting = REPEATABLE[0]
+        setting = os.environ.get(CUBLAS_WORKSPACE, "")
+        if self.deterministic and setting not in REPEATABLE_WORKSPACES:
+            setting = REPEATABLE_WORKSPACES[0]
         chunks = re.findall(r":(\d+):(\d+)", setting)
         if chunks:
             return sum(int(kib) * 1024 * int(count) for kib, count in chunks)

@@ -157,6 +157,8 @@ EXPORTED int fake_cuda_set(const char* name, long value) {
   else if (key == "page_lock_mib") device.page_lock_limit = value * fake::MIB;
   else if (key == "lag") device.lag = value;
   else if (key == "arithmetic") device.arithmetic = value;
+  else if (key == "registers_pages") device.registers_pages = value;
+  else if (key == "new_peak") device.peak = device.used;
   else return 1;
   return 0;
 }

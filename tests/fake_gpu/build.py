@@ -1,6 +1,6 @@
 """Builds the fake CUDA device: libcuda.so.1 (driver, runtime and cuBLAS in one) and libnvidia-ml.so.1.
 
-    python tests/fake_card/build.py --out FOLDER [--torch SITE-PACKAGES/torch]
+    python tests/fake_gpu/build.py --out FOLDER [--torch SITE-PACKAGES/torch]
 
 Needs Linux, g++ and CUDA's headers (cuda.h, cuda_runtime_api.h and crt/; version 12 or later). The headers are looked
 for in CUDA_HOME and in /usr/local/cuda*; without a toolkit, NVIDIA's packages nvidia-cuda-runtime and nvidia-cuda-crt

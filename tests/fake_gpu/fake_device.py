@@ -12,7 +12,8 @@ def is_here() -> bool:
 
 
 def configure(**settings: int) -> None:
-    """lag (launches), others_mib, page_lock_mib, arithmetic (0 or 1). Raises KeyError for any other."""
+    """lag (launches), others_mib, page_lock_mib, arithmetic, registers_pages (0 or 1), new_peak (the peak is counted
+    from here). Raises KeyError for any other."""
     for name, value in settings.items():
         if _LIBRARY.fake_cuda_set(name.encode(), ctypes.c_long(value)):
             raise KeyError(name)

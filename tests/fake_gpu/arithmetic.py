@@ -6,8 +6,10 @@ Right to rounding, not to a GPU's bits. Enter OnTheCPU() around what is to be co
 """
 
 import ctypes
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ NO_ARITHMETIC = {
 class OnTheCPU(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        draws = torch.Tag.nondeterministic_seeded in func.tags and torch.cuda.is_initialized()
+        seed = seed_of((args, kwargs)) if draws else None
         out = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         if name in NO_ARITHMETIC or not any(t.is_cuda for t in tensors((args, kwargs, out))):
@@ -36,7 +40,7 @@ class OnTheCPU(TorchDispatchMode):
             on_cpu["device"] = torch.device("cpu")
         if "pin_memory" in on_cpu:
             on_cpu["pin_memory"] = False
-        with torch.no_grad():
+        with torch.no_grad(), drawing_from(seed):
             computed = compute(func, name, tree_map(over_its_memory, args), on_cpu)
         if name == "_local_scalar_dense":
             return computed
@@ -49,6 +53,28 @@ class OnTheCPU(TorchDispatchMode):
                     memory = memory[tuple(map(slice, result.shape))]
                 memory.copy_(result)
         return out
+
+
+def seed_of(given: Any) -> int:
+    """What the next random numbers of the device depend on: its generator's seed and how far that is, as PyTorch's host
+    code counts it."""
+    named = (leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Generator) and leaf.device.type == "cuda")
+    generator = next(named, None) or torch.cuda.default_generators[torch.cuda.current_device()]
+    return int.from_bytes(hashlib.sha256(bytes(generator.get_state().tolist())).digest()[:8], "little") >> 1
+
+
+@contextmanager
+def drawing_from(seed: int | None) -> Iterator[None]:
+    """The CPU's random numbers begin at seed, and afterwards go on where they were."""
+    if seed is None:
+        yield
+        return
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
 def compute(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -91,7 +117,9 @@ def scores_of(q: Tensor, k: Tensor, causal: bool, scale: float | None) -> Tensor
 
 
 def over_its_memory(value: Any) -> Any:
-    """A CPU tensor over the memory of a CUDA one, which on the fake device is host memory."""
+    """A CPU tensor over the memory of a CUDA one, which on the fake device is host memory; a CPU generator for one."""
+    if isinstance(value, torch.Generator):
+        return torch.default_generator
     if not isinstance(value, Tensor) or not value.is_cuda:
         return value
     size = value.untyped_storage().nbytes()

@@ -1,0 +1,124 @@
+"""Other programs take the GPU's memory in the middle of a run, and PyTorch's allocator fails: a real OutOfMemoryError,
+in each phase of a step, wherever weights, optimizer and activations are kept.
+
+The run goes on with the curve of the one that nobody disturbed, or it ends with one sentence; never with a traceback.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from fake_device import configure, report
+from short_run import PLACEMENTS, FailedError, fit
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+PHASES = ("forward", "backward", "optimizer", "validation")
+AT_STEP = {"optimizer": 1}
+"""The step in which memory ends; AdamW makes its state in the first. All else in the second."""
+ROOM = 0.6
+"""Of the memory that the phase took in the undisturbed run beyond what was there when it began."""
+PAGE_MIB = 2
+
+
+@dataclass
+class Moments:
+    """Follows a run's phases by PyTorch's own hooks, which know nothing of how a step is done.
+
+    take: (phase, MiB) that others leave from the beginning of that phase on; None measures what each phase takes
+    """
+
+    take: tuple[str, float] | None = None
+    found: dict[str, float] = field(default_factory=dict)
+    """MiB that each phase took beyond what was there when it began."""
+    steps: int = 0
+    _phase: str | None = None
+    _began_mib: float = 0.0
+
+    def __call__(self):
+        """In the run's process, before it begins."""
+        register_module_forward_pre_hook(self._forward)
+        register_optimizer_step_pre_hook(lambda *_: self._begin("optimizer"))
+        register_optimizer_step_post_hook(self._end_step)
+        backward = torch.Tensor.backward
+
+        def watched(tensor, *arguments, **options):
+            if tensor.numel() == 1:
+                self._begin("backward")
+            return backward(tensor, *arguments, **options)
+
+        torch.Tensor.backward = watched
+
+    def _forward(self, module, _):
+        if "Embedding" in type(module).__name__:
+            self._begin("forward" if module.training else "validation")
+
+    def _end_step(self, *_):
+        self._end()
+        self.steps += 1
+
+    def _begin(self, phase):
+        if phase == self._phase:
+            return
+        self._end()
+        self._phase = phase
+        if self.steps + 1 != AT_STEP.get(phase, 2) and phase != "validation":
+            return
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self._began_mib = report()["used_mib"]
+        configure(new_peak=1)
+        if self.take is not None and self.take[0] == phase:
+            total_mib = torch.cuda.get_device_properties(0).total_memory / 2**20
+            configure(others_mib=int(total_mib - self._began_mib - self.take[1]))
+            self.take = None
+
+    def _end(self):
+        if self._phase is not None and self._began_mib:
+            needed = report()["peak_mib"] - self._began_mib
+            self.found[self._phase] = max(needed, self.found.get(self._phase, 0.0))
+        self._phase, self._began_mib = None, 0.0
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, text):
+    runs = {}
+
+    def run(placement):
+        if placement not in runs:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            outcome = fit(folder / "run", text, PLACEMENTS[placement], before=Moments())
+            assert outcome.code == 0, outcome.said
+            runs[placement] = outcome
+        return runs[placement]
+
+    return run
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_memory_that_ends_does_not_end_the_run(placement, phase, undisturbed, text, tmp_path, record_property):
+    expected = undisturbed(placement)
+    need_mib = expected.found.get(phase, 0.0)
+    if need_mib < 2 * PAGE_MIB:
+        pytest.skip(f"takes {need_mib:.0f} MiB of the GPU in {phase}")
+    room_mib = max(PAGE_MIB, math.floor(need_mib * ROOM / PAGE_MIB) * PAGE_MIB)
+    try:
+        outcome = fit(tmp_path / "run", text, PLACEMENTS[placement], before=Moments(take=(phase, room_mib)))
+    except FailedError as error:
+        pytest.fail(str(error))
+    record_property("outcome", outcome.error or next(iter(lines(outcome.said, "out of memory")), "went on"))
+    assert outcome.peaks["out_of_memory"] > 0
+    if outcome.code == 0:
+        for tag in ("train/loss", "val/loss"):
+            theirs = expected.curves[tag]
+            assert outcome.curves[tag] == {step: pytest.approx(loss, abs=2e-5) for step, loss in theirs.items()}
+    else:
+        assert outcome.code == 2
+        assert "model." in outcome.error or "memory" in outcome.error
+        assert len(lines(outcome.said, "error: ")) == 1
+
+
+def lines(text, beginning):
+    return [line for line in text.splitlines() if line.startswith(beginning)]
