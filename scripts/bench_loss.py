@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt_lit.gpt.loss import chunked_cross_entropy, cross_entropy
-from nanogpt_lit.parity.memory import peak_bytes
+from nanogpt_lit.parity.processes import peak_bytes
 from nanogpt_lit.runtime.heap import keep_freed_memory
 from nanogpt_lit.runtime.machine import hardware
 from nanogpt_lit.runtime.matmul import set_matmul_backend

@@ -5,7 +5,7 @@
     python scripts/parity.py --config configs/parity.yaml --explain
     python scripts/parity.py --config configs/parity.yaml --on cuda --precision 16-mixed
 
-Runs a grid of cases in each of the three loops, on the processor or on a CUDA card, and compares the loss of every
+Runs a grid of cases in each of the three loops, on the CPU or on a CUDA GPU, and compares the loss of every
 micro-batch, the gradient norm, learning rate and loss scale of every step, the validation losses, and at the end every
 parameter, the states of optimizer, schedule and scaler, and the random state: bit for bit. Cases of two processes train
 under DistributedDataParallel, in processes that the script starts itself. The network, its optimizer, the text and the
@@ -33,15 +33,28 @@ from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, relative_to_h
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity.compare import FRAMEWORKS, Outcome, compare_loops, compare_together, warm_up
-from nanogpt_lit.parity.curves import draw_in_tensorboard
-from nanogpt_lit.parity.grid import AXES, Point, case_of, every_combination, every_pair
-from nanogpt_lit.parity.memory import peak_growth_mib
-from nanogpt_lit.parity.record import Difference
+from nanogpt_lit.parity.grid import (
+    AXES,
+    CAPS,
+    CAPS_OF_A_LARGE_VOCABULARY,
+    FRAMEWORKS,
+    LARGE_VOCABULARY,
+    Outcome,
+    Point,
+    Size,
+    case_of,
+    compare_loops,
+    compare_together,
+    every_combination,
+    every_pair,
+    options_given,
+    peak_growth_mib,
+    warm_up,
+)
+from nanogpt_lit.parity.known_differences import KNOWN_DIFFERENCES, effects_together
+from nanogpt_lit.parity.record import Difference, draw_in_tensorboard
 from nanogpt_lit.parity.report import markdown_table, page, picture
 from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
-from nanogpt_lit.parity.settled import SETTLED, drifts_together
-from nanogpt_lit.parity.size import CAPS, CAPS_OF_A_LARGE_VOCABULARY, LARGE_VOCABULARY, Size, options_given
 from nanogpt_lit.run.journal import next_folder
 from nanogpt_lit.runtime.machine import hardware
 
@@ -59,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     for axis, values in AXES.items():
         parser.add_argument(f"--{axis}", nargs="+", type=type(values[0]), choices=values, help="only these")
     parser.add_argument("--all", action="store_true", help="every combination, not only enough to have every pair")
-    parser.add_argument("--explain", action="store_true", help="turn each settled difference off: what drifts?")
+    parser.add_argument("--explain", action="store_true", help="bring each known difference back: what does it change?")
     parser.add_argument(
         "--on", choices=["cpu", "cuda"], default="cpu", help="where: cuda has cases of one process (cpu)"
     )
@@ -73,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--explain brings cases of its own; leave out --{next(iter(chosen), 'all')}.")
     if options.on == "cuda":
         if not torch.cuda.is_available():
-            parser.error("--on=cuda needs a CUDA card, and torch sees none; cpu needs none.")
+            parser.error("--on=cuda needs a CUDA GPU, and torch sees none; cpu needs none.")
         if options.explain or 2 in chosen.get("processes", ()):
             parser.error("--on=cuda compares cases of one process; leave out --explain, and 2 from --processes.")
         chosen["processes"] = (1,)
@@ -98,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     outcomes: list[tuple[Point, Outcome]] = []
     if options.explain:
         report["explained"] = explain(base, data)
-        succeeded = all(row["seen"] != "no drift" for row in report["explained"])
+        succeeded = all(row["seen"] != "no difference" for row in report["explained"])
     else:
         points = (every_combination if options.all else every_pair)(AXES | chosen)
         cases = [case_of(point, base, clip) for point in points]
@@ -215,15 +228,15 @@ def summary(outcomes: list[tuple[Point, Outcome]], memory: dict[str, float] | No
 
 
 def explain(base: Case, data: TokenDataModule) -> list[dict[str, Any]]:
-    """Prints, as a table in Markdown, what drifts when a settled difference is turned off."""
-    seen = drifts_together(2, base, data)
+    """Prints, as a table in Markdown, what changes when a known difference is brought back."""
+    seen = effects_together(2, base, data)
     rows = []
-    for settled in SETTLED:
-        drift = seen[settled.name] if settled.name in seen else settled.drift(base, data)
-        named = {"difference": settled.name, "breaks": settled.breaks, "loop": settled.loop}
-        rows.append(named | {"seen": settled.describe(drift)} | asdict(drift))
-    heads = ["not settled", "what happens", "in", "first difference from plain PyTorch"]
-    print(markdown_table(heads, [[row["difference"], row["breaks"], row["loop"], row["seen"]] for row in rows]))
+    for known in KNOWN_DIFFERENCES:
+        effect = seen[known.name] if known.name in seen else known.effect(base, data)
+        named = {"difference": known.name, "what_happens": known.what_happens, "loop": known.loop}
+        rows.append(named | {"seen": known.describe(effect)} | asdict(effect))
+    heads = ["known difference", "what happens", "in", "first difference from plain PyTorch"]
+    print(markdown_table(heads, [[row["difference"], row["what_happens"], row["loop"], row["seen"]] for row in rows]))
     return rows
 
 

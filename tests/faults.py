@@ -20,7 +20,7 @@ from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps, Obse
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity.runs import Case, HalfOnProcessors, quiet, trainer_options
+from nanogpt_lit.parity.runs import Case, HalfOnCpu, quiet, trainer_options
 from nanogpt_lit.run.curves import StepMeter, ValidationRecord
 
 B, T, V = 4, 8, 11
@@ -120,7 +120,7 @@ def run(loop, module, settings=SETTINGS, train=None, val=None, start=None, **sca
         GradientState._reset_state()
         options = accelerate_loop.accelerator_options(settings, "cpu")
         options["kwargs_handlers"].append(GradScalerKwargs(**scaler))
-        accelerator = HalfOnProcessors(**options)
+        accelerator = HalfOnCpu(**options)
         accelerate_loop.train(accelerator, module, train, val, settings, diary, start and load_run(start))
     else:
         options = trainer_options(Case(settings, GPT, AdamWConfig(), ScheduleConfig(), scaler))

@@ -43,9 +43,9 @@ FRAMEWORKS = {
         "loops.lightning_callbacks", "loops.lightning_checkpoint",
         "loops.lightning_observer", "loops.lightning_precision", "loops.lightning_stops", "loops.lightning_guards",
         "loops.lightning_logger", "loops.lightning_folder",
-        "parity.runs", "parity.settled",
+        "parity.runs", "parity.known_differences",
     },
-    "accelerate": {"loops.accelerate_loop", "parity.runs", "parity.settled"},
+    "accelerate": {"loops.accelerate_loop", "parity.runs", "parity.known_differences"},
 }  # fmt: skip
 OPTIONAL = {"transformers", "gguf", "xllamacpp", "tokenizers", "huggingface_hub", "lm_eval", "datasets", "pyarrow"}
 """Training needs none of them: what does is an extra, and imports it where it is used."""

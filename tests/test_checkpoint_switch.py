@@ -29,7 +29,7 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same
-from nanogpt_lit.parity.runs import HalfOnProcessors, lightning_precision
+from nanogpt_lit.parity.runs import HalfOnCpu, lightning_precision
 from nanogpt_lit.run.curves import StepMeter, ValidationRecord
 from nanogpt_lit.run.resume import capture, random_states
 from nanogpt_lit.tune.trials import MODERN
@@ -177,7 +177,7 @@ def by_accelerate(setup, shards, path, until):
     if setup.precision == "16-mixed":
         options["kwargs_handlers"].append(GradScalerKwargs(**dict(setup.scaler)))
     loaders = data.train_dataloader(), data.val_dataloader()
-    accelerate_loop.train(HalfOnProcessors(**options), setup.module(), *loaders, settings, diary, start)
+    accelerate_loop.train(HalfOnCpu(**options), setup.module(), *loaders, settings, diary, start)
     return diary
 
 

@@ -19,8 +19,7 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.record import compare
-from nanogpt_lit.parity.runs import LOOPS, Case, quiet
-from nanogpt_lit.parity.settled import OVERFLOWS
+from nanogpt_lit.parity.runs import LOOPS, OVERFLOWS, Case, quiet
 from nanogpt_lit.run.resume import capture, random_states
 
 STEPS = 6

@@ -23,14 +23,12 @@ from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity import memory
-from nanogpt_lit.parity.compare import compare_loops, of_all_ranks
-from nanogpt_lit.parity.drift import Drift
-from nanogpt_lit.parity.grid import AXES, every_combination, every_pair, pairs
+from nanogpt_lit.parity import grid
+from nanogpt_lit.parity.grid import AXES, compare_loops, every_combination, every_pair, of_all_ranks, pairs
+from nanogpt_lit.parity.known_differences import KNOWN_DIFFERENCES, Effect, effects
 from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.record import FINAL, Difference, compare, same
-from nanogpt_lit.parity.runs import LOOPS, Case, quiet
-from nanogpt_lit.parity.settled import OVERFLOWS, SETTLED, drifts
+from nanogpt_lit.parity.runs import LOOPS, OVERFLOWS, Case, quiet
 from nanogpt_lit.tune.trials import MODERN
 
 ROOT = Path(__file__).parents[1]
@@ -82,14 +80,15 @@ def modern(**rest):
 
 GRID = {
     "float32": case(),
-    "float32, nothing clipped, no dropout": case(clip=None, dropout=0.0),
     "a ragged last window": case(accumulate=4, ragged=10),
     "deterministic": replace(case(), settings=replace(case().settings, deterministic=True)),
     "bfloat16, accumulation, for-loop": case("bf16-mixed", 4, implementation="for-loop"),
-    "bfloat16, ragged, foreach": case("bf16-mixed", 4, implementation="foreach", ragged=6),
-    "float16, steps skipped and scale grown": case("16-mixed", 1, scaler=OVERFLOWS),
-    "float16, the same with foreach, ragged": case("16-mixed", 4, implementation="foreach", ragged=6, scaler=OVERFLOWS),
-    "float16, the same, nothing clipped": case("16-mixed", 4, clip=None, scaler=OVERFLOWS),
+    "float16, steps skipped and scale grown, foreach, ragged": case(
+        "16-mixed", 4, implementation="foreach", ragged=6, scaler=OVERFLOWS
+    ),
+    "float16, the same with one batch a step, nothing clipped, no dropout": case(
+        "16-mixed", 1, clip=None, dropout=0.0, scaler=OVERFLOWS
+    ),
 }
 
 
@@ -100,23 +99,23 @@ def test_the_three_loops_give_the_same_bits(name, data):
     assert compare(runs["reference"], runs["accelerate"]) is None
 
 
-OF_ONE = [settled for settled in SETTLED if settled.case(case()).processes == 1]
-OF_TWO = [settled for settled in SETTLED if settled not in OF_ONE]
-(ORDER_OF_CLIPPING,) = (settled for settled in SETTLED if settled.only_rounds)
+OF_ONE = [known for known in KNOWN_DIFFERENCES if known.case(case()).processes == 1]
+OF_TWO = [known for known in KNOWN_DIFFERENCES if known not in OF_ONE]
+(ORDER_OF_CLIPPING,) = (known for known in KNOWN_DIFFERENCES if known.only_rounds)
 
 
-@pytest.mark.parametrize("settled", OF_ONE, ids=lambda settled: settled.name)
-def test_a_settled_difference_drifts_when_it_is_taken_out_and_only_then(settled, data):
+@pytest.mark.parametrize("known", OF_ONE, ids=lambda known: known.name)
+def test_a_known_difference_shows_when_it_is_brought_back_and_only_then(known, data):
     base = case()
-    it = settled.case(base)
-    assert compare(LOOPS["reference"](it, data).entries, LOOPS[settled.loop](it, data).entries) is None
-    drift = settled.drift(base, data)
-    if not settled.only_rounds:
-        assert drift
-    elif drift:
+    it = known.case(base)
+    assert compare(LOOPS["reference"](it, data).entries, LOOPS[known.loop](it, data).entries) is None
+    effect = known.effect(base, data)
+    if not known.only_rounds:
+        assert effect
+    elif effect:
         # A sum of 28 squares, rounded at each addition by at most 2**-24 of it, and the norm is its root.
-        assert drift.first.quantity == "gradient norm"
-        assert drift.first.size < 28 * 2**-24 * norm_at(drift.first, LOOPS["reference"](it, data))
+        assert effect.first.quantity == "gradient norm"
+        assert effect.first.size < 28 * 2**-24 * norm_at(effect.first, LOOPS["reference"](it, data))
 
 
 def norm_at(difference, run):
@@ -124,7 +123,7 @@ def norm_at(difference, run):
     return float(norm)
 
 
-def test_every_loop_clips_in_the_order_of_the_optimizers_groups_and_without_what_was_settled_in_another(
+def test_every_loop_clips_in_the_order_of_the_optimizers_groups_and_without_what_was_known_in_another(
     data, monkeypatch
 ):
     """Whether the two orders round differently is a matter of the CPU's kernels; that there are two is not."""
@@ -146,7 +145,7 @@ def test_every_loop_clips_in_the_order_of_the_optimizers_groups_and_without_what
         loop(it, data)
         assert orders == [of_groups] * STEPS
     orders.clear()
-    with ORDER_OF_CLIPPING.off():
+    with ORDER_OF_CLIPPING.brought_back():
         LOOPS[ORDER_OF_CLIPPING.loop](it, data)
     assert orders == [of_module] * STEPS
 
@@ -159,19 +158,19 @@ ON_TWO = {
 }
 
 
-def compare_then_take_out(cases, settled, base, data):
+def compare_then_take_out(cases, known, base, data):
     """In each of two processes."""
     quiet()
     compared = [compare_loops(case, data) for case in cases]
-    return compared, drifts(settled, base, data), compare_loops(cases[0], data)
+    return compared, effects(known, base, data), compare_loops(cases[0], data)
 
 
 @pytest.fixture(scope="module")
 def on_two(data):
-    """Of each rank: the outcomes, the drifts, and the outcome of the first case once more."""
-    cases = [*ON_TWO.values(), *(settled.case(case()) for settled in OF_TWO)]
+    """Of each rank: the outcomes, the effects, and the outcome of the first case once more."""
+    cases = [*ON_TWO.values(), *(known.case(case()) for known in OF_TWO)]
     data.position = None
-    return run_together(2, compare_then_take_out, cases, [settled.name for settled in OF_TWO], case(), data)
+    return run_together(2, compare_then_take_out, cases, [known.name for known in OF_TWO], case(), data)
 
 
 @pytest.mark.parametrize("name", ON_TWO)
@@ -195,12 +194,12 @@ def test_the_modern_recipe_takes_on_two_processes_the_steps_that_it_takes_on_one
         assert two == pytest.approx(one, rel=1e-4), tag
 
 
-@pytest.mark.parametrize("settled", OF_TWO, ids=lambda settled: settled.name)
-def test_a_settled_difference_of_two_processes_drifts_when_it_is_taken_out_and_only_then(settled, on_two):
-    k = OF_TWO.index(settled)
-    for compared, drift, afterwards in on_two:
-        assert compared[len(ON_TWO) + k].differences[settled.loop] is None
-        assert drift[k]
+@pytest.mark.parametrize("known", OF_TWO, ids=lambda known: known.name)
+def test_a_known_difference_of_two_processes_shows_when_it_is_brought_back_and_only_then(known, on_two):
+    k = OF_TWO.index(known)
+    for compared, effect, afterwards in on_two:
+        assert compared[len(ON_TWO) + k].differences[known.loop] is None
+        assert effect[k]
         assert afterwards.identical
 
 
@@ -367,29 +366,29 @@ def test_the_script_names_the_first_difference_and_leaves_with_1(script, options
     assert 'id="case_1_parted"' in html  # the mark at the step
 
 
-def test_explain_prints_a_table_of_every_settled_difference(script, options, on_two, tmp_path, capsys, monkeypatch):
-    few = [settled for settled in SETTLED if settled.name in ("schedule on a skipped step", OF_TWO[0].name)]
-    monkeypatch.setattr(script, "SETTLED", few)
+def test_explain_prints_a_table_of_every_known_difference(script, options, on_two, tmp_path, capsys, monkeypatch):
+    few = [known for known in KNOWN_DIFFERENCES if known.name in ("schedule on a skipped step", OF_TWO[0].name)]
+    monkeypatch.setattr(script, "KNOWN_DIFFERENCES", few)
     on_rank_0 = on_two[0][1]  # other processes need not be started again to be printed
-    monkeypatch.setattr(script, "drifts_together", lambda *_: {OF_TWO[0].name: on_rank_0[0]})
+    monkeypatch.setattr(script, "effects_together", lambda *_: {OF_TWO[0].name: on_rank_0[0]})
     assert run(script, *options, "--explain") == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {settled.name}" for settled in few]
+    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {known.name}" for known in few]
     assert all(re.search(r"step \d: [a-z ]+ by \d\.\de-\d\d; weights at the end by", row) for row in rows[2:])
     report = json.loads((tmp_path / "parity_0" / "report.json").read_text())
-    assert [row["difference"] for row in report["explained"]] == [settled.name for settled in few]
+    assert [row["difference"] for row in report["explained"]] == [known.name for known in few]
     assert few[0].name in (tmp_path / "parity_0" / "report.html").read_text()
 
 
 def test_two_orders_that_this_cpu_rounds_alike_are_explained_so_and_are_no_failure(
     script, options, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(script, "drifts_together", lambda *_: {ORDER_OF_CLIPPING.name: Drift(None, 0.0)})
-    monkeypatch.setattr(script, "SETTLED", [ORDER_OF_CLIPPING])
+    monkeypatch.setattr(script, "effects_together", lambda *_: {ORDER_OF_CLIPPING.name: Effect(None, 0.0)})
+    monkeypatch.setattr(script, "KNOWN_DIFFERENCES", [ORDER_OF_CLIPPING])
     assert run(script, *options, "--explain") == 0
     assert "| rounded alike on this CPU |" in capsys.readouterr().out
-    monkeypatch.setattr(script, "drifts_together", lambda *_: {OF_TWO[0].name: Drift(None, 0.0)})
-    monkeypatch.setattr(script, "SETTLED", [OF_TWO[0]])
+    monkeypatch.setattr(script, "effects_together", lambda *_: {OF_TWO[0].name: Effect(None, 0.0)})
+    monkeypatch.setattr(script, "KNOWN_DIFFERENCES", [OF_TWO[0]])
     assert run(script, *options, "--explain") == 1
 
 
@@ -402,10 +401,10 @@ class Hoarder(LitNanoGPT):
 
 
 def test_the_peak_memory_of_a_loop_is_what_its_own_process_grew_by(data, monkeypatch):
-    if memory.peak_bytes() is None:
+    if grid.peak_bytes() is None:
         pytest.skip("the system does not say")
-    monkeypatch.setattr(memory, "LOOPS", {"lightning": None})  # one is enough to see
-    (growth,) = memory.peak_growth_mib(case(module=Hoarder), data).values()
+    monkeypatch.setattr(grid, "LOOPS", {"lightning": None})  # one is enough to see
+    (growth,) = grid.peak_growth_mib(case(module=Hoarder), data).values()
     assert 64 < growth < 64 + 128
 
 

@@ -20,8 +20,7 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import compare
-from nanogpt_lit.parity.runs import LOOPS, Case
-from nanogpt_lit.parity.settled import OVERFLOWS
+from nanogpt_lit.parity.runs import LOOPS, OVERFLOWS, Case
 
 EXACT = {
     "recast": MemoryConfig(recast_weights=True),

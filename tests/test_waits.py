@@ -15,7 +15,7 @@ from nanogpt_lit.loops.lightning_stops import StepStops
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity.runs import HalfOnProcessors, lightning_precision
+from nanogpt_lit.parity.runs import HalfOnCpu, lightning_precision
 from nanogpt_lit.run.curves import StepMeter, ValidationRecord
 
 STEPS, ACCUMULATE = 5, 3
@@ -40,7 +40,7 @@ def plain(module, loader, settings, folder):
 
 
 def accelerated(module, loader, settings, folder):
-    accelerator = HalfOnProcessors(**accelerate_loop.accelerator_options(settings, "cpu"))
+    accelerator = HalfOnCpu(**accelerate_loop.accelerator_options(settings, "cpu"))
     accelerate_loop.train(accelerator, module, loader, loader, settings)
 
 

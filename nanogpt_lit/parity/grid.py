@@ -1,12 +1,18 @@
-"""The cases that the loops are compared in."""
+"""The cases of the comparison, both frameworks against plain PyTorch in each, and the memory that each takes."""
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from nanogpt_lit.parity.runs import Case
-from nanogpt_lit.parity.settled import OVERFLOWS
+import torch
+from jsonargparse import Namespace
+
+from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.parity.processes import in_new_processes, peak_bytes, run_together
+from nanogpt_lit.parity.record import Curves, Difference, compare, earliest
+from nanogpt_lit.parity.runs import LOOPS, OVERFLOWS, Case, quiet
 
 AXES: dict[str, tuple[Any, ...]] = {
     "precision": ("32-true", "bf16-mixed", "16-mixed", "16-mixed overflow"),
@@ -63,3 +69,135 @@ def case_of(point: Point, base: Case, clip: float) -> Case:
         batches_per_epoch=2 * accumulate + max(1, accumulate // 2) if point["ragged"] == "yes" else None,
         processes=point["processes"],
     )
+
+
+FRAMEWORKS = ("lightning", "accelerate")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    differences: dict[str, Difference | None]
+    """The first, of each framework from plain PyTorch."""
+    quantities: int
+    """Compared in each loop, over all processes."""
+    skipped_steps: int
+    seconds_per_step: dict[str, float]
+    """Of each loop, validation in it."""
+    curves: dict[str, Curves]
+
+    @property
+    def identical(self) -> bool:
+        return not any(self.differences.values())
+
+
+def compare_loops(case: Case, data: TokenDataModule, turn: int = 0) -> Outcome:
+    """turn: which loop is the first, so that in a row of cases each is as often"""
+    names = [*LOOPS]
+    names = names[turn % len(names) :] + names[: turn % len(names)]
+    runs = {name: LOOPS[name](case, data) for name in names}
+    expected = runs["reference"]
+    return Outcome(
+        {name: compare(expected.entries, runs[name].entries) for name in FRAMEWORKS},
+        len(expected.entries),
+        int(max(values.get("train/skipped_steps", 0) for _, values in expected.curves)),
+        {name: runs[name].seconds_per_step for name in LOOPS},
+        {name: runs[name].curves for name in LOOPS},
+    )
+
+
+def warm_up(case: Case, data: TokenDataModule) -> None:
+    """What happens once only in a process is then not in anybody's time."""
+    for run in LOOPS.values():
+        run(case, data)
+
+
+def compare_together(processes: int, cases: Sequence[Case], data: TokenDataModule) -> list[Outcome]:
+    """The outcome of each case of several processes. They are started once: that takes as long as many cases."""
+    data.position = None
+    of_ranks = run_together(processes, compare_cases, cases, data)
+    return [of_all_ranks(outcomes) for outcomes in zip(*of_ranks, strict=True)]
+
+
+def compare_cases(cases: Sequence[Case], data: TokenDataModule) -> list[Outcome]:
+    quiet()
+    warm_up(cases[0], data)
+    return [compare_loops(case, data, turn) for turn, case in enumerate(cases)]
+
+
+def of_all_ranks(outcomes: Sequence[Outcome]) -> Outcome:
+    first = outcomes[0]
+    return Outcome(
+        {name: earliest([outcome.differences[name] for outcome in outcomes]) for name in FRAMEWORKS},
+        sum(outcome.quantities for outcome in outcomes),
+        first.skipped_steps,
+        {name: max(outcome.seconds_per_step[name] for outcome in outcomes) for name in LOOPS},
+        first.curves,
+    )
+
+
+MEMORY_MEASURED = (
+    "Growth of a fresh process's peak resident memory from just before the loop is called to its end: weights, "
+    "gradients, optimizer states, activations, the comparison's own copies, and what the loop's library loads and "
+    "keeps. The libraries' import is not in it."
+)
+
+
+def peak_growth_mib(case: Case, data: TokenDataModule) -> dict[str, float] | None:
+    """By loop; None on a system that does not tell a process its peak (Windows)."""
+    if peak_bytes() is None:
+        return None
+    data.position = None
+    grown = in_new_processes(len(LOOPS), grow, case, data, torch.get_num_threads())
+    return dict(zip(LOOPS, grown, strict=True))
+
+
+def grow(rank: int, folder: Path, case: Case, data: TokenDataModule, threads: int) -> float:
+    quiet()
+    torch.set_num_threads(threads)
+    before = peak_bytes()
+    list(LOOPS.values())[rank](case, data)
+    after = peak_bytes()
+    assert before is not None
+    assert after is not None
+    return (after - before) / 2**20
+
+
+# Largest values that are compared by default: float16 runs at a few billion operations a second on a CPU.
+CAPS = {"model.gpt.n_layer": 2, "model.gpt.n_embd": 64, "data.block_size": 32, "data.batch_size": 2}
+LARGE_VOCABULARY = 8192  # from here on the head is nearly all of the work
+CAPS_OF_A_LARGE_VOCABULARY = {"model.gpt.n_embd": 32, "data.block_size": 16}
+
+
+def options_given(arguments: Iterable[str]) -> set[str]:
+    """The keys that the command line sets."""
+    return {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
+
+
+class Size:
+    """Lowers what is too large in the settings and not given on the command line. The text and its tokenizer stay."""
+
+    def __init__(self, settings: Namespace, given: set[str]) -> None:
+        self.settings = settings
+        self.given = given
+        self.changed: dict[str, int] = {}
+        """What the YAML had, by key."""
+
+    def cap(self, caps: Mapping[str, int]) -> None:
+        for key, largest in caps.items():
+            self._lower(key, largest)
+        heads, channels = self.settings["model.gpt.n_head"], self.settings["model.gpt.n_embd"]
+        if heads > 1 and channels % heads:
+            self._lower("model.gpt.n_head", max(n for n in range(1, heads) if channels % n == 0))
+        self.settings["model.gpt.block_size"] = self.settings["data.block_size"]
+
+    def _lower(self, key: str, largest: int) -> None:
+        # Also given by a whole section, as in --data '{...}'.
+        given = any(key == option or key.startswith(f"{option}.") for option in self.given)
+        if self.settings[key] > largest and not given:
+            self.changed.setdefault(key, self.settings[key])
+            self.settings[key] = largest
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{key.rpartition('.')[2]} {before} -> {self.settings[key]}" for key, before in self.changed.items()
+        )

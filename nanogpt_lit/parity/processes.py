@@ -1,4 +1,4 @@
-"""Several real processes on this machine, joined under gloo: a run on several devices without the devices."""
+"""Several real processes on this machine: joined under gloo, a run on several devices without the devices."""
 
 import multiprocessing
 import os
@@ -86,3 +86,16 @@ def in_a_group(
         return work(*arguments)
     finally:
         dist.destroy_process_group()  # gloo's threads would abort the interpreter's exit
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has held at once."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: on Linux its maximum is handed down from the parent through exec.
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None

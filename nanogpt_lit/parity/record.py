@@ -1,16 +1,22 @@
-"""Everything that a loop computes, written down as it happens, and the first place where two loops differ."""
+"""Every quantity that a loop computes, recorded as it happens, and the first one in which two loops differ."""
 
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from nanogpt_lit.loops.contract import Observer, Parts
+from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
+from nanogpt_lit.run.curves import StepMeter, perplexity
 
 FINAL = "the end"
+Curves = list[tuple[int, dict[str, float]]]
+"""(optimizer step, tag to value)"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,59 @@ class Recorder(Observer):
             self.entries.append(Entry(FINAL, name, kept))
 
 
+class CurveRecorder(Recorder):
+    """Keeps the curves beside everything else, and the time.
+
+    The curves are of the first process, whose loss it is; tokens are those of all.
+    """
+
+    def __init__(self, settings: LoopSettings, processes: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.processes = processes
+        self.curves: Curves = []
+        self.elapsed_s = 0.0
+        self._meter = StepMeter()
+
+    def on_train_start(self, parts: Parts) -> None:
+        super().on_train_start(parts)
+        self._meter.start()
+        self._started_s = time.perf_counter()
+
+    def on_batch_end(self, loss: Tensor, tokens: int) -> None:
+        super().on_batch_end(loss, tokens)
+        self._meter.add_batch(loss / self.settings.accumulate_grad_batches, tokens * self.processes)
+
+    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        batches = self._batch
+        super().on_step_end(step, lr, grad_norm)
+        self._meter.end_step()
+        curves = self._meter.curves(
+            lr=lr,
+            grad_norm=grad_norm,
+            loss_scale=self._parts.loss_scale(),
+            skipped_steps=getattr(self._parts.schedule, "skipped_steps", 0),
+            flops_per_token=0,
+            peak_flops=None,
+            device=next(self._parts.module.parameters()).device,
+        )
+        # Every loop divides by the whole accumulation; a window that the loader's end cuts short would seem to dip.
+        curves["train/loss"] *= self.settings.accumulate_grad_batches / batches
+        self.curves.append((step, curves))
+
+    def on_validation_start(self) -> None:
+        self._meter.pause()
+
+    def on_validation_end(self, step: int, loss: Tensor) -> None:
+        super().on_validation_end(step, loss)
+        self.curves.append((step, {"val/loss": float(loss), "val/perplexity": perplexity(float(loss))}))
+        self._meter.start()
+
+    def on_train_end(self) -> None:
+        self.elapsed_s = time.perf_counter() - self._started_s
+        super().on_train_end()
+
+
 def compare(first: Sequence[Entry], second: Sequence[Entry]) -> Difference | None:
     """The first entry of `first` that `second` has not bit for bit in the same place; None when all are the same."""
     for k, (a, b) in enumerate(itertools.zip_longest(first, second)):
@@ -87,6 +146,12 @@ def compare(first: Sequence[Entry], second: Sequence[Entry]) -> Difference | Non
         if not same(a.value, b.value):
             return Difference(a.when, a.quantity, distance(a.value, b.value), k)
     return None
+
+
+def earliest(differences: Sequence[Difference | None]) -> Difference | None:
+    """The difference that came first, of those of several processes."""
+    found = [difference for difference in differences if difference is not None]
+    return min(found, key=lambda difference: difference.position, default=None)
 
 
 def distance_of_weights(first: Sequence[Entry], second: Sequence[Entry]) -> float | None:
@@ -129,3 +194,15 @@ def leaves(name: str, state: Any) -> Iterator[tuple[str, Any]]:
             yield from leaves(f"{name} {index}", value)
     else:
         yield name, state
+
+
+def draw_in_tensorboard(curves: Curves, folder: Path) -> None:
+    """Writes a run of TensorBoard, with the tags of training."""
+    with SummaryWriter(str(folder)) as writer:
+        for step, values in curves:
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
+
+
+def points(curves: Curves, tag: str) -> list[tuple[int, float]]:
+    return [(step, values[tag]) for step, values in curves if tag in values]

@@ -1,15 +1,15 @@
-"""The comparison as one HTML file that needs nothing else: a verdict, a picture and a table that explain themselves."""
+"""The comparison as one HTML file that needs nothing else: a verdict, the curves, a table and what its words mean."""
 
+import io
+import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from nanogpt_lit.parity.compare import FRAMEWORKS, Outcome
-from nanogpt_lit.parity.curves import points
-from nanogpt_lit.parity.grid import Point
-from nanogpt_lit.parity.memory import WHAT_IT_IS
-from nanogpt_lit.parity.pictures import Panel, sheet
-from nanogpt_lit.parity.record import FINAL, Difference
+from nanogpt_lit.parity.grid import FRAMEWORKS, MEMORY_MEASURED, Outcome, Point
+from nanogpt_lit.parity.record import FINAL, Difference, points
 
 COLUMNS = {
     "precision": "Lightning's names; accelerate's are no, bf16 and fp16. overflow: fp16 whose loss scale starts so "
@@ -30,6 +30,26 @@ STYLE = (
     "dt{font-weight:600;float:left;clear:left;width:7em}dd{margin-left:7.5em}.differs{color:#c00;font-weight:600}"
     "svg{max-width:100%;height:auto}"
 )
+
+
+STYLES = {
+    "reference": ("plain PyTorch", "#c9c9c9", 7.0),
+    "lightning": ("Lightning", "#792ee5", 3.5),
+    "accelerate": ("accelerate", "#ffb000", 1.2),
+}
+"""Name, colour and width of each loop's line, the widest first: lines that lie over each other stay visible."""
+PANELS_A_ROW = 4
+
+
+@dataclass(frozen=True)
+class Panel:
+    caption: str
+    lines: Mapping[str, Sequence[tuple[int, float]]]
+    """Training loss of each loop."""
+    dots: Mapping[str, Sequence[tuple[int, float]]]
+    """Validation loss of each loop."""
+    parted_at: int | None = None
+    """The step where a loop first differs from plain PyTorch."""
 
 
 def page(report: Mapping[str, Any], outcomes: Sequence[tuple[Point, Outcome]]) -> str:
@@ -82,19 +102,19 @@ def costs(report: Mapping[str, Any]) -> Iterable[str]:
     yield (
         "<p>Time: the ratio to plain PyTorch in the same case, its median over the cases and in brackets its "
         "quartiles; recording is in it, the same in each loop. The networks compared are small, so that this is mostly "
-        f"what a framework spends per step, not what it adds to a real run. Memory: {escape(WHAT_IT_IS)}</p>"
+        f"what a framework spends per step, not what it adds to a real run. Memory: {escape(MEMORY_MEASURED)}</p>"
     )
 
 
 def explanation(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    yield "<h1>What would differ between the loops if it were not settled</h1>"
+    yield "<h1>What differs between the frameworks by default</h1>"
     yield (
-        "<p>Each row turns one settled difference off, in one loop, and compares that loop with plain PyTorch: what is "
-        "seen is what a user of that framework gets by default.</p>"
+        "<p>Each row brings one known difference back, in one loop, and compares that loop with plain PyTorch: what "
+        "shows is what a user of that framework gets by default.</p>"
     )
     yield table(
-        ["difference", "what breaks without it", "loop", "what is seen"],
-        [[row["difference"], row["breaks"], row["loop"], row["seen"]] for row in rows],
+        ["difference", "what happens", "loop", "what shows"],
+        [[row["difference"], row["what_happens"], row["loop"], row["seen"]] for row in rows],
     )
 
 
@@ -135,3 +155,40 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def sheet(panels: Sequence[Panel]) -> str | None:
+    """One SVG; None without matplotlib, which is an extra."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    rows = math.ceil(len(panels) / PANELS_A_ROW)
+    figure = Figure(figsize=(3 * PANELS_A_ROW, 0.5 + 2.3 * rows), layout="constrained")
+    grid = figure.subplots(rows, PANELS_A_ROW, squeeze=False)
+    for k, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
+        axes.set_gid(f"case_{k + 1}")
+        for loop, (name, colour, width) in STYLES.items():
+            (line,) = axes.plot(*_columns(panel.lines.get(loop, ())), color=colour, linewidth=width, label=name)
+            line.set_gid(f"case_{k + 1}_{loop}")
+            axes.plot(*_columns(panel.dots.get(loop, ())), "o", color=colour, markersize=1.5 + width)
+        if panel.parted_at is not None:
+            axes.axvline(panel.parted_at, color="#dd0000", linestyle="--", gid=f"case_{k + 1}_parted")
+        axes.set_title("\n".join(textwrap.wrap(panel.caption, 38)), fontsize=7)
+        axes.tick_params(labelsize=6)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("optimizer step", fontsize=7)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "parity"}):
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    return [x for x, _ in finite], [y for _, y in finite]

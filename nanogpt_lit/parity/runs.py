@@ -29,11 +29,13 @@ from nanogpt_lit.loops.lightning_precision import MixedPrecision, precision_plug
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity.curves import CurveRecorder, Curves
-from nanogpt_lit.parity.record import Entry
+from nanogpt_lit.parity.record import CurveRecorder, Curves, Entry
 from nanogpt_lit.run.curves import StepMeter, ValidationRecord
 from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.runtime.processes import rank
+
+OVERFLOWS = {"init_scale": 2.0**26, "backoff_factor": 2.0**-4, "growth_interval": 2}
+"""A GradScaler that skips its first steps, then finds a scale that works and soon grows it."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,12 @@ def run_accelerate(case: Case, data: TokenDataModule) -> Run:
     options = accelerate_loop.accelerator_options(case.settings, case.device)
     if case.settings.precision == "16-mixed":
         options["kwargs_handlers"].append(GradScalerKwargs(**case.scaler))
-    accelerator = HalfOnProcessors(**options)
+    accelerator = HalfOnCpu(**options)
     accelerate_loop.train(accelerator, case.make_module(), *loaders_to_deal_out(case, data), case.settings, recorder)
     return Run.of(recorder)
 
 
-class HalfOnProcessors(Accelerator):
+class HalfOnCpu(Accelerator):
     """fp16 with its GradScaler also without a GPU, where Accelerator trains in float32 without a word: float16 would be
     compared with float32."""
 

@@ -1,13 +1,13 @@
-"""The differences between the frameworks that were settled, each with the way to unsettle it again.
+"""The known differences between the frameworks, each with the way to bring it back.
 
-A difference is turned off in one loop, and that loop is compared with the reference: what is seen then is what a user
-of that framework would have got.
+The loops here train alike because each difference is dealt with in one of them. Brought back there, that loop is
+compared with the reference: what shows is what a user of that framework gets by default.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -29,32 +29,76 @@ from nanogpt_lit.loops.lightning_precision import precision_plugin
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import WarmupDecay
 from nanogpt_lit.parity import runs
-from nanogpt_lit.parity.compare import earliest
-from nanogpt_lit.parity.drift import Drift, Settled
 from nanogpt_lit.parity.processes import run_together
-from nanogpt_lit.parity.runs import Case, loaders_of, loaders_to_deal_out, quiet, trainer_options
+from nanogpt_lit.parity.record import Difference, compare, distance_of_weights, earliest
+from nanogpt_lit.parity.runs import LOOPS, OVERFLOWS, Case, loaders_of, loaders_to_deal_out, quiet, trainer_options
 from nanogpt_lit.runtime.processes import rank
 
-OVERFLOWS = {"init_scale": 2.0**26, "backoff_factor": 2.0**-4, "growth_interval": 2}
-"""A GradScaler that skips its first steps, then finds a scale that works and soon grows it."""
+
+@dataclass(frozen=True)
+class Effect:
+    """What shows when a difference is brought back."""
+
+    first: Difference | None
+    weights: float | None
+    """The largest distance of a weight at the end."""
+    refused: str | None = None
+    """The framework's error, where it refuses to run."""
+
+    def __bool__(self) -> bool:
+        return self.first is not None or self.refused is not None
+
+    def __str__(self) -> str:
+        if self.refused is not None:
+            return f"refused: {self.refused}"
+        if self.first is None:
+            return "no difference"
+        return str(self.first) + (f"; weights at the end by {self.weights:.1e}" if self.weights else "")
 
 
-def drifts_together(processes: int, base: Case, data: TokenDataModule) -> dict[str, Drift]:
-    """What happens without each settled difference that takes several processes to be seen, by its name."""
+@dataclass(frozen=True)
+class KnownDifference:
+    name: str
+    what_happens: str
+    loop: str
+    """The loop that deals with it."""
+    case: Callable[[Case], Case]
+    """A case in which it matters."""
+    brought_back: Callable[[], Any]
+    """A context in which the loop does not deal with it."""
+    only_rounds: bool = False
+    """Whether it changes nothing but the order of a sum, which a CPU's kernels may round to the same bits."""
+
+    def effect(self, base: Case, data: TokenDataModule) -> Effect:
+        """Train in the loop with and without it. A case of several processes is for `effects_together`."""
+        case = self.case(base)
+        expected = LOOPS["reference"](case, data).entries
+        try:
+            with self.brought_back():
+                found = LOOPS[self.loop](case, data).entries
+        except RuntimeError as error:
+            return Effect(None, None, str(error).split(".")[0])
+        return Effect(compare(expected, found), distance_of_weights(expected, found))
+
+    def describe(self, effect: Effect) -> str:
+        return "rounded alike on this CPU" if self.only_rounds and not effect else str(effect)
+
+
+def effects_together(processes: int, base: Case, data: TokenDataModule) -> dict[str, Effect]:
+    """By its name, the effect of each difference that takes several processes to be seen."""
     data.position = None
-    names = [settled.name for settled in SETTLED if settled.case(base).processes == processes]
-    of_ranks = run_together(processes, drifts, names, base, data)
-    return {name: of_all_ranks(drift) for name, *drift in zip(names, *of_ranks, strict=True)}
+    names = [known.name for known in KNOWN_DIFFERENCES if known.case(base).processes == processes]
+    of_ranks = run_together(processes, effects, names, base, data)
+    return {
+        name: replace(of_all[0], first=earliest([effect.first for effect in of_all]))
+        for name, *of_all in zip(names, *of_ranks, strict=True)
+    }
 
 
-def drifts(names: Sequence[str], base: Case, data: TokenDataModule) -> list[Drift]:
+def effects(names: Sequence[str], base: Case, data: TokenDataModule) -> list[Effect]:
     quiet()
-    by_name = {settled.name: settled for settled in SETTLED}
-    return [by_name[name].drift(base, data) for name in names]
-
-
-def of_all_ranks(drifts: Sequence[Drift]) -> Drift:
-    return replace(drifts[0], first=earliest([drift.first for drift in drifts]))
+    by_name = {known.name: known for known in KNOWN_DIFFERENCES}
+    return [by_name[name].effect(base, data) for name in names]
 
 
 def with_settings(base: Case, /, scaler: Mapping[str, Any] | None = None, **changes: Any) -> Case:
@@ -63,13 +107,13 @@ def with_settings(base: Case, /, scaler: Mapping[str, Any] | None = None, **chan
 
 @contextmanager
 def swapped(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    """What was settled is one name in a loop: for a while it means what a framework would do by itself."""
-    settled = getattr(owner, name)
+    """Each difference is dealt with by one name in a loop: for a while it means what the framework does by itself."""
+    ours = getattr(owner, name)
     setattr(owner, name, stand_in)
     try:
         yield
     finally:
-        setattr(owner, name, settled)
+        setattr(owner, name, ours)
 
 
 @contextmanager
@@ -95,18 +139,18 @@ class LossInTwoHalves(LitNanoGPT):
     """Uses every weight twice in a forward, as a loss in chunks does with the head."""
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        first, second = (self.loss(*half) for half in zip(tokens.tensor_split(2), targets.tensor_split(2), strict=True))
+        first, second = (self.gpt.loss(*half) for half in zip(tokens.tensor_split(2), targets.tensor_split(2)))
         return (first + second) / 2
 
 
-told = Observed.on_train_batch_end
+reported = Observed.on_train_batch_end
 
 
-def told_the_divided_loss(
+def reported_divided(
     self: Observed, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, k: int
 ) -> None:
     self._loss = outputs["loss"]
-    told(self, trainer, module, outputs, batch, k)
+    reported(self, trainer, module, outputs, batch, k)
 
 
 def stock_precision(precision: str, scaler: dict[str, Any], device: str) -> LightningMixedPrecision:
@@ -135,8 +179,8 @@ def the_share_of_this_process(case: Case, data: TokenDataModule) -> tuple[DataLo
 def a_plain_loader(case: Case, data: TokenDataModule, rank: int) -> tuple[DataLoader, DataLoader]:
     """The same samples in the same order, as a data set of one sample each that nobody has dealt out."""
     train, val = loaders_of(replace(case, processes=1), data, rank)
-    turns = case.settings.max_steps * case.settings.accumulate_grad_batches
-    batches = itertools.islice(train, turns * case.processes)
+    rounds = case.settings.max_steps * case.settings.accumulate_grad_batches
+    batches = itertools.islice(train, rounds * case.processes)
     samples: Any = [sample for tokens, targets in batches for sample in zip(tokens, targets, strict=True)]
     return DataLoader(samples, batch_size=data.batch_size), val
 
@@ -169,8 +213,8 @@ def library_sampler() -> Iterator[None]:
 def without_reseeding(seed: int | None, rank: int = 0) -> None: ...
 
 
-SETTLED = [
-    Settled(
+KNOWN_DIFFERENCES = [
+    KnownDifference(
         "order of clipping",
         "accelerate's tutorial clips module.parameters(), Lightning by optimizer group: the norm may round differently",
         "accelerate",
@@ -179,35 +223,35 @@ SETTLED = [
         parameters_in_the_order_of_the_module,
         only_rounds=True,
     ),
-    Settled(
+    KnownDifference(
         "autocast's weight cache",
         "accelerate leaves it on: the gradients of a weight that is used twice are added in 16 bits",
         "accelerate",
         lambda base: replace(with_settings(base, precision="bf16-mixed"), module=LossInTwoHalves),
         lambda: swapped(accelerate_loop, "AUTOCAST", AutocastKwargs()),
     ),
-    Settled(
+    KnownDifference(
         "schedule on a skipped step",
         "Lightning moves the learning rate on although the scaler skipped the step, accelerate does not",
         "lightning",
         lambda base: with_settings(base, precision="16-mixed", scaler=OVERFLOWS),
         lambda: swapped(WarmupDecay, "step", LambdaLR.step),
     ),
-    Settled(
+    KnownDifference(
         "float16 without a GPU (accelerate)",
         "Accelerator(mixed_precision='fp16') trains in float32 there, without a word",
         "accelerate",
         lambda base: with_settings(base, precision="16-mixed"),
-        lambda: swapped(runs, "HalfOnProcessors", Accelerator),
+        lambda: swapped(runs, "HalfOnCpu", Accelerator),
     ),
-    Settled(
+    KnownDifference(
         "float16 without a GPU (Lightning)",
         "Trainer(precision='16-mixed') trains in bfloat16 there",
         "lightning",
         lambda base: with_settings(base, precision="16-mixed"),
         lambda: swapped(runs, "lightning_precision", lambda *_: precision_plugin("bf16-mixed", "cpu")),
     ),
-    Settled(
+    KnownDifference(
         "clipping with a fused optimizer",
         "Lightning refuses the two together under mixed precision",
         "lightning",
@@ -217,21 +261,21 @@ SETTLED = [
         ),
         lambda: swapped(runs, "lightning_precision", stock_precision),
     ),
-    Settled(
+    KnownDifference(
         "start of dropout's random state",
         "the masks depend on what was drawn while a framework set up",
         "lightning",
         lambda base: replace(with_settings(base, precision="32-true"), gpt=replace(base.gpt, dropout=0.1)),
         lambda: swapped(lightning_observer, "seed_dropout", without_reseeding),
     ),
-    Settled(
+    KnownDifference(
         "a ragged last window",
         "accelerate sees the end of a loader that it prepared only: the window runs on into the next epoch",
         "accelerate",
         lambda base: replace(with_settings(base, precision="32-true", accumulate_grad_batches=4), batches_per_epoch=6),
         lambda: swapped(Accelerator, "prepare_data_loader", lambda self, loader, **options: loader),
     ),
-    Settled(
+    KnownDifference(
         "a validation that stops half-way",
         "accelerate goes on to ask the validation loader whether the training loader ends",
         "accelerate",
@@ -243,35 +287,35 @@ SETTLED = [
         ),
         lambda: swapped(accelerate_loop, "end", lambda loader: None),
     ),
-    Settled(
+    KnownDifference(
         "the loss that is reported",
         "Lightning hands callbacks the loss divided by the accumulation",
         "lightning",
         lambda base: with_settings(base, precision="32-true", accumulate_grad_batches=4),
-        lambda: swapped(Observed, "on_train_batch_end", told_the_divided_loss),
+        lambda: swapped(Observed, "on_train_batch_end", reported_divided),
     ),
-    Settled(
+    KnownDifference(
         "steps of the schedule on two processes",
         "accelerate steps a prepared schedule once per process: the rate rises and falls twice as fast",
         "accelerate",
         lambda base: replace(with_settings(base, precision="32-true"), processes=2),
         usual_schedule,
     ),
-    Settled(
+    KnownDifference(
         "batches of each process (accelerate)",
         "accelerate deals out every loader that it prepares, also one that is a process's share: half goes unread",
         "accelerate",
         lambda base: replace(with_settings(base, precision="32-true"), processes=2),
         lambda: swapped(runs, "loaders_to_deal_out", the_share_of_this_process),
     ),
-    Settled(
+    KnownDifference(
         "validation on two processes",
         "accelerate's even_batches fills the last turn with windows that have been read: they count twice",
         "accelerate",
         lambda base: replace(with_settings(base, precision="32-true", limit_val_batches=None), processes=2),
         usual_evenness,
     ),
-    Settled(
+    KnownDifference(
         "batches of each process (Lightning)",
         "Lightning puts its own sampler into a loader, which shuffles also where shuffle=False was asked for",
         "lightning",
