@@ -139,7 +139,8 @@ class LossInTwoHalves(LitNanoGPT):
     """Uses every weight twice in a forward, as a loss in chunks does with the head."""
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        first, second = (self.gpt.loss(*half) for half in zip(tokens.tensor_split(2), targets.tensor_split(2)))
+        halves = zip(tokens.tensor_split(2), targets.tensor_split(2), strict=True)
+        first, second = (self.gpt.loss(*half) for half in halves)
         return (first + second) / 2
 
 
