@@ -15,7 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "untrusted": set(),
     "gpt": {"runtime"},
     "gpt.sampling": {"data"},
-    "optim": set(),
+    "optim": {"untrusted"},
     "data": {"runtime", "untrusted"},
     "memory": {"gpt", "runtime"},
     "plan": {"gpt", "memory", "runtime"},

@@ -20,6 +20,12 @@ CLASHING = [
         {"model.optim.state_bits": 8, "model.memory.optimizer_state": "card", "model.memory.weights": "streamed"},
         "model.memory.weights=streamed",
     ),
+    *(
+        ({"model.optim.class_path": "torch.optim.SGD", "model.memory.optimizer_state": state,
+          "model.memory.weights": weights, "trainer.devices": 1}, "model.optim.class_path=torch.optim.SGD does not go")
+        for state, weights in (("host", "card"), ("card", "streamed"))
+    ),
+    ({"model.optim.class_path": None, "trainer.strategy.offload_optimizer": True}, "DeepSpeedCPUAdam"),
     ({"model.compile": True, "model.memory.weights": "host", "trainer.devices": 1}, "model.compile=true does not go"),
     ({"model.memory.weights": "host"}, "trainer.accelerator=cuda and trainer.devices=2"),
     ({"trainer.strategy": "FSDPStrategy", "trainer.accelerator": "cpu"}, "does not go with trainer.accelerator=cpu"),

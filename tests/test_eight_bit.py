@@ -45,7 +45,7 @@ def test_matrices_keep_one_byte_a_moment_and_what_is_planned_for_the_state_is_wh
         if isinstance(tensor, torch.Tensor)
     }
     blocks = sum(max(512, -(-size // 512) * 512) for size in tensors.values())
-    rung = Rung("", MemoryConfig(), 4, 1, state_bits=8)
+    rung = Rung("", MemoryConfig(), 4, 1, state_bits=8, state_moves=False)
     footprint = measure(
         lambda memory: LitNanoGPT(GPT, IN_8_BITS, memory=memory), rung, StepShape(4, 64, 300), gpu_named("rtx2050")
     )
@@ -74,7 +74,7 @@ def test_a_crashed_run_goes_on_to_the_same_bits_under_either_framework(text, tmp
 
 
 def test_its_ladder_moves_no_state_and_says_that_the_numerics_change():
-    own = Rung("mine", MemoryConfig(), 4, 1, state_bits=8)
+    own = Rung("mine", MemoryConfig(), 4, 1, state_bits=8, state_moves=False)
     plain = Rung("mine", MemoryConfig(), 4, 1)
     rungs = list(ladder(own, 64, casts_weights=True))
     assert {rung.state_bits for rung in rungs} == {8}

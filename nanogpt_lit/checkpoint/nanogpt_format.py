@@ -147,12 +147,13 @@ def write(target: Path, state: RunState, source: Path) -> list[str]:
         )
     optim = AdamWConfig(**state.hyper_parameters.get("optim", {}))
     schedule = ScheduleConfig(**state.hyper_parameters.get("schedule", {}))
-    if optim.matrices == "adamw" and optim.state_bits == 32:
+    if optim.matrices == "adamw" and optim.state_moves:
         moments = state.optimizer["state"]
     else:
         moments = {}
         notes.append("The state of its optimizer, which nanoGPT lacks, stays behind: AdamW begins anew there.")
-    fresh = build_optimizer(gpt.named_parameters(), replace(optim, matrices="adamw", muon_lr=None, state_bits=32))
+    alone = replace(optim, matrices="adamw", muon_lr=None, state_bits=32, class_path=None, init_args={})
+    fresh = build_optimizer(gpt.named_parameters(), alone)
     WarmupDecay(fresh, schedule)  # gives each group its initial_lr
     # None leaves the kernel to torch, as nanoGPT does; a state that is loaded brings its own choice along.
     groups = [{**group, "foreach": None, "fused": None} for group in fresh.state_dict()["param_groups"]]

@@ -49,6 +49,19 @@ CLASHES = (
         )
         for name in ("optimizer_state", "weights")
     ),
+    *(
+        Clash(
+            {"model.optim.class_path": lambda path: path is not None, f"model.memory.{name}": ON_HOST},
+            "only AdamW and Muon keep their state in host memory",
+            f"model.memory.{name}=card, or model.optim.class_path=null",
+        )
+        for name in ("optimizer_state", "weights")
+    ),
+    Clash(
+        {"model.optim.class_path": (None,), "trainer.strategy.offload_optimizer": (True,)},
+        "DeepSpeed offloads only its own DeepSpeedCPUAdam",
+        "model.optim.class_path=deepspeed.ops.adam.DeepSpeedCPUAdam with --trust deepspeed, or leave the offload out",
+    ),
     Clash(
         {"model.compile": (True,), "model.memory.weights": ON_HOST},
         "compiled code cannot follow weights that come and go",

@@ -88,7 +88,7 @@ def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]
         "trainer.gradient_clip_val": trainer["gradient_clip_val"],
         **{
             f"trainer.strategy.{key}": arguments[key]
-            for key in ("start_method", "tensor_parallel_size")
+            for key in ("start_method", "tensor_parallel_size", "offload_optimizer")
             if key in arguments
         },
     }

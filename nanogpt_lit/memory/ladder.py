@@ -35,6 +35,8 @@ class Rung:
     accumulate_grad_batches: int
     state_bits: int = 32
     """model.optim.state_bits. 8 changes the numerics: no rung proposes it, all keep it."""
+    state_moves: bool = True
+    """Whether the optimizer's state may live in host memory."""
 
     def same_training(self, other: "Rung") -> bool:
         return replace(self, name="") == replace(other, name="")
@@ -74,7 +76,7 @@ def ladder(own: Rung, block_size: int, casts_weights: bool) -> Iterator[Rung]:
     for name, changes in TECHNIQUES:
         if "recast_weights" in changes and not casts_weights:
             continue
-        if changes.keys() & {"optimizer_state", "weights"} and in_8_bits:  # whose state stays on the GPU
+        if changes.keys() & {"optimizer_state", "weights"} and not own.state_moves:
             continue
         if "loss_chunk_tokens" in changes:
             changes = {"loss_chunk_tokens": chunk_tokens(tokens)}

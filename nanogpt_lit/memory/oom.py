@@ -151,6 +151,6 @@ def useless(module: Any, casts_weights: bool, on_cpu: bool) -> set[str]:
     fields: Collection[str] = () if casts_weights else ("recast_weights",)
     if on_cpu:  # where host memory is all there is
         return {*fields, *ON_HOST}
-    if module.optim_config.state_bits == 8 or module.device_mesh is not None:
+    if not module.optim_config.state_moves or module.device_mesh is not None:
         return {*fields, "optimizer_state", "weights"}
     return {*fields, "weights"} if module.hparams["compile"] else {*fields}

@@ -1,14 +1,15 @@
-"""AdamW as nanoGPT uses it, weight decay on matrices and none on vectors; on request with Muon beside it."""
+"""The optimizer of a run: AdamW as nanoGPT uses it, Muon beside it, or any class of torch.optim's kind by its path."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.optim.muon import MuonBesideAdamW
+from nanogpt_lit.untrusted.allowlist import imported_class
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,25 @@ class AdamWConfig:
     parameter in place of 8 (Dettmers et al., arXiv:2110.02861). Through bitsandbytes, whose kernel makes implementation
     idle: pip install -e ".[eight_bit]"."""
 
+    class_path: str | None = None
+    """Another optimizer in place of AdamW, such as torch.optim.SGD; one outside of torch.optim needs --trust PACKAGE.
+    It is given lr and the two groups of weight_decay; the other keys above are AdamW's and do nothing."""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Its other arguments, such as {momentum: 0.9}."""
+
+    @property
+    def state_moves(self) -> bool:
+        """Whether its state may live in host memory."""
+        return self.class_path is None and self.state_bits == 32
+
     def __post_init__(self) -> None:
+        if self.class_path is None and self.init_args:
+            raise UserError(f"model.optim.init_args={self.init_args} is for model.optim.class_path; set that too.")
+        if self.class_path is not None and (self.matrices != "adamw" or self.state_bits != 32):
+            raise UserError(
+                f"model.optim.class_path={self.class_path} replaces AdamW, and matrices and state_bits are AdamW's; "
+                "leave them at adamw and 32."
+            )
         for name, low, high in (("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0), ("muon_momentum", 0.0, 1.0)):
             if not low <= getattr(self, name) < high:
                 raise UserError(f"model.optim.{name}={getattr(self, name)} is outside [0, 1); 0.9 to 0.99 is usual.")
@@ -80,10 +99,13 @@ def block_matrices(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: AdamWConfig, adamw: type[AdamW] = AdamW
 ) -> Optimizer:
-    """adamw: a class that does the same with its state elsewhere
+    """Build the optimizer that a configuration describes.
 
-    Raises UserError where bitsandbytes is wanted and missing.
+    adamw: a class that does the same with its state elsewhere
+    Raises UserError for a class that is none or refuses its arguments, and where bitsandbytes is wanted and missing.
     """
+    if config.class_path is not None:
+        return _of_class(param_groups(named_parameters, config.weight_decay), config)
     if config.state_bits == 8:
         return _adamw_in_8_bits(param_groups(named_parameters, config.weight_decay), config)
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
@@ -106,6 +128,16 @@ def build_optimizer(
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
     )
+
+
+def _of_class(groups: list[dict], config: AdamWConfig) -> Optimizer:
+    found: Any = imported_class(str(config.class_path), "model.optim.class_path")
+    if not issubclass(found, Optimizer):
+        raise UserError(f"model.optim.class_path={config.class_path} is no optimizer; torch.optim.SGD is one.")
+    try:
+        return found(groups, lr=config.lr, **config.init_args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.optim.class_path={config.class_path} refuses its arguments: {error}.") from error
 
 
 def _adamw_in_8_bits(groups: list[dict], config: AdamWConfig) -> Optimizer:

@@ -59,8 +59,15 @@ def plan_rung(settings: Any, rung: Rung, gpu: Gpu, lightning: bool = True) -> Fo
 def own_rung(settings: Any) -> Rung:
     """The YAML as it is."""
     memory = MemoryConfig(**(settings.model.get("memory") or {}))
-    state_bits = AdamWConfig(**settings.model.optim).state_bits
-    return Rung("as configured", memory, settings.data.batch_size, settings.trainer.accumulate_grad_batches, state_bits)
+    optim = AdamWConfig(**settings.model.optim)
+    return Rung(
+        "as configured",
+        memory,
+        settings.data.batch_size,
+        settings.trainer.accumulate_grad_batches,
+        optim.state_bits,
+        optim.state_moves,
+    )
 
 
 def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> list[dict[str, Any]]:

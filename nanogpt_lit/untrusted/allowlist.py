@@ -5,7 +5,9 @@ it, whatever the class then turns out to be. So a configuration names Lightning'
 when the command line says `--trust PACKAGE`: a YAML cannot say that.
 """
 
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from jsonargparse import set_parsing_settings
 
@@ -35,6 +37,7 @@ ALLOWED = (
     "torch.dtype",
     "torch.float16",
     "torch.float32",
+    "torch.optim",
 )
 
 _trusted: set[str] = set()  # by the parser that was made last: jsonargparse's settings are the process's
@@ -80,3 +83,22 @@ def refusal(path: str, key: str | None) -> str:
         f"{key or 'the configuration'} names {path}, and a configuration may name only classes of Lightning and of "
         f"nanogpt_lit, for naming one runs its code; if you trust {module}, add {TRUST} {module} to the command."
     )
+
+
+def imported_class(path: str, key: str) -> type:
+    """Import a class by its path. key: the setting that names it
+
+    Raises UserError for a path that names no class, and for one whose module would have to be imported and is not
+    trusted.
+    """
+    module, _, name = path.rpartition(".")
+    allowed = any(f"{path}.".startswith(f"{package}.") for package in (*ALLOWED, *_trusted))
+    if not allowed and module not in sys.modules:
+        raise UserError(refusal(path, key))
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}={path} cannot be imported ({error}).") from error
+    if not isinstance(found, type):
+        raise UserError(f"{key}={path} is no class.")
+    return found
