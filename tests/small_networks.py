@@ -1,5 +1,7 @@
 """Networks of a second's training, with any tokenizer, as checkpoints: for the tests of the formats of others."""
 
+import random
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,6 +26,47 @@ LANGUAGES = (
     "中文字符，日本語のテキスト。こんにちは世界！ 🙂👩\u200d👩\u200d👧 한국어\n",
 )
 TEXT = "".join(LANGUAGES) * 4
+LETTERS = (
+    "abcdefghijklmnopqrstuvwxyz", "abcdefghijklmnopqrstuvwxyzäöüß", "абвгдежзийклмнопрстуфхцчшщъыьэюя",
+    "的一是不了人我在有他这中大来上国個ひらがなカタカナ한국어",
+)  # fmt: skip
+BETWEEN = [" "] * 12 + [
+    ", ",
+    ". ",
+    "\n",
+    "\n\n",
+    "  ",
+    " \n\t",
+    "'s ",
+    "'re ",
+    " (",
+    ") ",
+    "-",
+    " 12",
+    "345",
+    "6.7",
+    "! ",
+    "…",
+    "🙂",
+]
+
+
+@cache
+def a_megabyte():
+    """Text in four languages, of the words above and of words that no language has."""
+    draw, parts, size = random.Random(1), [], 0
+    while size < 2**20:
+        language = draw.randrange(4)
+        known = LANGUAGES[language].split(" ")
+        for _ in range(draw.randrange(1, 200)):
+            word = (
+                draw.choice(known)
+                if draw.random() < 0.5
+                else "".join(draw.choices(LETTERS[language], k=draw.randrange(1, 12)))
+            )
+            parts += [word.capitalize() if draw.random() < 0.1 else word, draw.choice(BETWEEN)]
+            size += len(parts[-2].encode()) + len(parts[-1].encode())
+    return "".join(parts)
 
 
 def new_tokenizer(kind):

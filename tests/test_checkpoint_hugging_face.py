@@ -8,13 +8,21 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_networks import LANGUAGES, TEXT, new_tokenizer, saved, trained
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from small_networks import LANGUAGES, TEXT, a_megabyte, new_tokenizer, saved, trained
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.data.tokenizer import EOT, BytePairTokenizer, tokenizer_from_files
+from nanogpt_lit.data.hugging_face_tokenizer import from_hugging_face, to_hugging_face
+from nanogpt_lit.data.tokenizer import EOT, BytePairTokenizer, CharTokenizer, gpt2_tokenizer, tokenizer_from_files
 from nanogpt_lit.errors import UserError
 
 ROUNDING = 1e-5
@@ -76,6 +84,29 @@ def test_every_tokenizer_goes_along_and_comes_back(tmp_path, kind):
     assert type(back) is type(tokenizer)
     assert back.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
     assert back.eot == tokenizer.eot
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "byte", "char", "bpe", "pattern"])
+def test_token_ids_of_a_megabyte_in_four_languages_are_equal(tmp_path, kind):
+    text = a_megabyte()
+    tokenizer = CharTokenizer.of([text]) if kind == "char" else new_tokenizer(kind)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(to_hugging_face(tokenizer)))
+    there = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ids = tokenizer.encode(text).tolist()
+    assert there(text)["input_ids"] == ids
+    assert there.decode(ids) == text == tokenizer.decode(ids)
+    assert from_hugging_face(tmp_path).encode(text).tolist() == ids
+
+
+@pytest.mark.parametrize("add_bos_token", [False, True])
+def test_gpt2_s_tokenizer_as_transformers_writes_it_is_read_as_gpt2_s(tmp_path, add_bos_token):
+    tokenizer = gpt2_tokenizer()
+    described = to_hugging_face(tokenizer)["model"]
+    merges = [tuple(pair) for pair in described["merges"]]
+    theirs = GPT2Tokenizer(vocab=described["vocab"], merges=merges, add_bos_token=add_bos_token)
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"]["type"] == "TemplateProcessing"
+    assert from_hugging_face(tmp_path) is tokenizer
 
 
 def test_a_pattern_that_two_libraries_read_differently_is_refused(tmp_path):

@@ -170,6 +170,7 @@ def test_a_network_with_the_tanh_approximation_goes_there_with_the_effect_measur
     there, here = map(float, re.search(r"the loss is (\S+) there and (\S+) here", said).groups())
     assert abs(there - here) < 0.01
     assert "nanoGPT computes GELU exactly" in said
+    assert "the tokenizer byte stays behind; --to hf carries it" in said
 
 
 @pytest.mark.parametrize("shape", [{"tied_head": False}, {"activation": "relu2"}], ids=str)

@@ -139,9 +139,15 @@ def write(target: Path, state: RunState, source: Path) -> list[str]:
                 f"{source} has model.gpt.{key}={value}, and nanoGPT knows {only} alone; --to hf carries it."
             )
     notes = []
+    tokenizer = tokenizer_from_files(state.data["tokenizer"])
+    if tokenizer.kind != "gpt2":
+        notes.append(
+            f"nanoGPT keeps no tokenizer in a checkpoint, and its sample.py takes GPT-2's, or the characters of a "
+            f"meta.pkl: the tokenizer {tokenizer.name} stays behind; --to hf carries it."
+        )
     if config.gelu != "erf":
         there = network(source, gpt.state_dict(), replace(config, gelu="erf"))
-        effect = measured_effect(gpt, there, tokenizer_from_files(state.data["tokenizer"]))
+        effect = measured_effect(gpt, there, tokenizer)
         notes.append(
             f"nanoGPT computes GELU exactly and this network was trained with its tanh approximation: {effect}."
         )

@@ -21,7 +21,6 @@ TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
 NO_REGEX = {**BYTE_LEVEL, "use_regex": False}
-HARMLESS_POST_PROCESSORS = (None, "ByteLevel")  # ByteLevel's moves offsets, and adds no token
 
 SAMPLE = (
     "It's what they'd've said:  'll 1234567 3.14\n\n\n\tdef f(x):\r\n    return x  \n"
@@ -158,7 +157,7 @@ def tokenizer_of(described: dict[str, Any], path: Path) -> Tokenizer:
         raise UserError(f"{path} adds the word {words[0]!r} to its vocabulary; special tokens alone can be added.")
     if described.get("normalizer") is not None:
         raise UserError(f"{path} changes text before it is cut ({described['normalizer']['type']}); ours does not.")
-    if (described.get("post_processor") or {}).get("type") not in HARMLESS_POST_PROCESSORS:
+    if added_around(described.get("post_processor")):
         raise UserError(f"{path} adds tokens around a text ({described['post_processor']['type']}); ours does not.")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
         if model.get(key):
@@ -179,6 +178,16 @@ def tokenizer_of(described: dict[str, Any], path: Path) -> Tokenizer:
     if isinstance(tokenizer, BytePairTokenizer) and tokenizer.pattern != GPT2_PATTERN:
         check_same_ids(described, tokenizer, str(path))
     return tokenizer
+
+
+def added_around(post_processor: Any) -> bool:
+    """Whether it adds other tokens than the end-of-text that begins each document here too."""
+    match post_processor:
+        case None | {"type": "ByteLevel"}:  # which moves offsets alone
+            return False
+        case {"type": "TemplateProcessing", "single": [*before, {"Sequence": {"id": "A"}}]}:
+            return before not in ([], [{"SpecialToken": {"id": EOT, "type_id": 0}}])
+    return True
 
 
 def one_of_ours(described: dict[str, Any], vocabulary: dict[str, int], specials: dict[str, int]) -> Tokenizer | None:
