@@ -8,11 +8,14 @@ import shutil
 import zipfile
 from copy import deepcopy
 
+import numpy as np
 import pytest
+import small_networks
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_networks import new_tokenizer, trained
 
 from nanogpt_lit.accelerate_config.accelerate_file import read_accelerate_file
 from nanogpt_lit.accelerate_config.from_accelerate import to_trainer
@@ -25,7 +28,7 @@ from nanogpt_lit.checkpoint.accelerate_format import (
     read_folder,
     write_folder,
 )
-from nanogpt_lit.checkpoint.convert import load_network, read_ckpt
+from nanogpt_lit.checkpoint.convert import convert, load_network, read, read_ckpt
 from nanogpt_lit.checkpoint.lightning_format import to_lightning
 from nanogpt_lit.checkpoint.run_file import DESCRIPTION, load_run, open_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
@@ -309,6 +312,87 @@ def test_a_folder_of_accelerates_whose_description_was_rewritten_is_refused_or_r
     folder = copy_of(accelerates_folder, tmp_path)
     (folder / BESIDE).write_text(json.dumps(change(json.loads((folder / BESIDE).read_text()))))
     answer(lambda: read_folder(folder))
+
+
+# Models of others. Most of these formats have no checksums: other weights in them are read as they are.
+
+
+@pytest.fixture(scope="module")
+def hugging_face_folder(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("hugging_face"), new_tokenizer("bpe")
+    network = trained(tokenizer, steps=0, n_layer=1, n_head=1, n_embd=8, block_size=8)
+    convert(small_networks.saved(folder / "x.safetensors", network, tokenizer), folder / "hf", to="hf")
+    return folder / "hf"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@given(damage=damages())
+@examples(25)
+def test_a_damaged_folder_of_hugging_face_is_refused_or_read(name, damage, hugging_face_folder, tmp_path):
+    folder = copy_of(hugging_face_folder, tmp_path)
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    answer(lambda: read(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@given(change=changes())
+@examples(60)
+def test_a_folder_of_hugging_face_that_was_written_to_harm_is_refused_or_read(
+    name, change, hugging_face_folder, tmp_path
+):
+    folder = copy_of(hugging_face_folder, tmp_path)
+    (folder / name).write_text(json.dumps(change(json.loads((folder / name).read_text()))))
+    answer(lambda: read(folder))
+
+
+@pytest.fixture(scope="module")
+def nanogpts_file(hugging_face_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("nanogpt") / "ckpt.pt"
+    tokenizer = ByteTokenizer()
+    network = trained(tokenizer, steps=0, n_layer=1, n_head=1, n_embd=8, block_size=8)
+    convert(small_networks.saved(path.with_suffix(".safetensors"), network, tokenizer), path)
+    return path
+
+
+@given(damage=damages())
+@examples(60)
+def test_a_damaged_file_of_nanogpts_is_refused_or_read_the_same(damage, nanogpts_file, tmp_path):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(damage(nanogpts_file.read_bytes()))
+    found = answer(lambda: read(path, "byte"))
+    if found is not None:
+        right = read(nanogpts_file, "byte")[1].weights
+        assert all(torch.equal(tensor, found[1].weights[name]) for name, tensor in right.items())
+
+
+@given(change=changes())
+@examples(60)
+def test_a_file_of_nanogpts_that_was_written_to_harm_is_refused_or_read(change, nanogpts_file, tmp_path):
+    checkpoint = torch.load(nanogpts_file, weights_only=True)
+    tensors = checkpoint.pop("model"), checkpoint.pop("optimizer")
+    path = tmp_path / "ckpt.pt"
+    torch.save({**change(checkpoint), "model": tensors[0], "optimizer": tensors[1]}, path)
+    answer(lambda: read(path, "byte"))
+
+
+@given(damage=damages())
+@examples(40)
+def test_a_damaged_model_of_llm_c_is_refused_or_read(damage, tmp_path):
+    T, V, L, H, C = 4, 7, 1, 1, 4
+    header = np.zeros(256, dtype="<i4")
+    header[:8] = 20240326, 3, T, V, L, H, C, 8
+    numbers = 8 * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+    path = tmp_path / "model.bin"
+    path.write_bytes(damage(header.tobytes() + np.full(numbers, 0.1, dtype="<f4").tobytes()))
+    answer(lambda: read(path, "byte"))
+
+
+@given(damage=damages())
+@examples(40)
+def test_a_damaged_gguf_file_is_named(damage, tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(damage(b"GGUF" + bytes([3, 0, 0, 0] + [255] * 16)))
+    assert answer(lambda: read(path)) is None
 
 
 # YAML, and accelerate's.
