@@ -13,7 +13,7 @@ import pytest
 import small_networks
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_networks import new_tokenizer, trained
 
@@ -355,6 +355,7 @@ def nanogpts_file(hugging_face_folder, tmp_path_factory):
 
 
 @given(damage=damages())
+@example(damage=lambda content: content.replace(b"PK\x06\x07" + bytes(4), b"PK\x06\x07\1\0\0\0"))  # of several disks
 @examples(60)
 def test_a_damaged_file_of_nanogpts_is_refused_or_read_the_same(damage, nanogpts_file, tmp_path):
     path = tmp_path / "ckpt.pt"

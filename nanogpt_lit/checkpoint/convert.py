@@ -1,6 +1,5 @@
 """Checkpoints from and to the formats of others. What a file is, is seen from its content, and no code of it runs."""
 
-import zipfile
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from nanogpt_lit.checkpoint.known_files import known_as
 from nanogpt_lit.checkpoint.network import network_of, size
 from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, check_counts, load_run, load_stored_network, save_run
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.checkpoint.torch_file import read_torch_file, words_of
+from nanogpt_lit.checkpoint.torch_file import is_zip, read_torch_file, words_of
 from nanogpt_lit.data.tokenizer import Tokenizer, tokenizer_from_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT
@@ -80,7 +79,7 @@ NANOGPT, OURS = "nanoGPT's checkpoint", "a checkpoint of nanogpt_lit"
 
 def read(source: Path, tokenizer: str | None = None) -> tuple[str, RunState]:
     """What the source is, and its run. Raises UserError, naming the source, for what it is not."""
-    words = words_of(source) if source.is_file() and zipfile.is_zipfile(source) else set()
+    words = words_of(source) if source.is_file() and is_zip(source) else set()
     if source.is_dir() and hugging_face_format.recognises(source):
         return "a Hugging Face folder", hugging_face_format.read(source, tokenizer)
     if words >= nanogpt_format.MARKS:

@@ -5,7 +5,6 @@ It needs no transformers: the folder is safetensors and JSON. There the four mat
 """
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from nanogpt_lit.checkpoint.export import check_expressible
 from nanogpt_lit.checkpoint.model_card import model_card
 from nanogpt_lit.checkpoint.network import TIED, chosen_tokenizer, network_of, new_run
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.checkpoint.torch_file import read_torch_file
+from nanogpt_lit.checkpoint.torch_file import is_zip, read_torch_file
 from nanogpt_lit.data.hugging_face_tokenizer import from_hugging_face, read_json, to_hugging_face
 from nanogpt_lit.data.tokenizer import EOT, Tokenizer, tokenizer_from_files
 from nanogpt_lit.errors import UserError
@@ -134,10 +133,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if zipfile.is_zipfile(path):
-            content = read_torch_file(path)
-        else:  # as torch wrote before 1.6, GPT-2's own file among them
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        # No zip archive: as torch wrote before 1.6, GPT-2's own file among them.
+        old = not is_zip(path)
+        content = torch.load(path, map_location="cpu", weights_only=True) if old else read_torch_file(path)
         if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
             raise TypeError("more than named tensors")
         return dict(content)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nanogpt_lit.checkpoint import llm_c_format
 from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, LONGEST_HEADER
-from nanogpt_lit.checkpoint.torch_file import words_of
+from nanogpt_lit.checkpoint.torch_file import is_zip, words_of
 
 BEGINNINGS = {
     b"GGUF": "a GGUF file of llama.cpp, whose weights may be rounded; give what it was made from",
@@ -38,7 +38,7 @@ def known_as(path: Path) -> str | None:
         start = file.read(32)
     if start[8:9] == b"{":  # after the length of a header, which may begin as anything
         return safetensors_of_others(path)
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         return zip_of_others(path)
     for beginning, what in BEGINNINGS.items():
         if start.startswith(beginning):

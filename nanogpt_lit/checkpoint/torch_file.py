@@ -24,6 +24,14 @@ def read_torch_file(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def is_zip(path: Path) -> bool:
+    """Whether it is a zip archive, as files of torch.save are, whole or damaged."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # raised for some damage
+        return True
+
+
 def words_of(path: Path) -> set[str]:
     """The texts in a file's pickle, such as the keys of its dictionaries; none where there is no pickle.
 
