@@ -2,9 +2,11 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from small_runs import accelerate, fit, small_run
 
 PACKAGE = Path(__file__).parents[1] / "nanogpt_lit"
 
@@ -90,6 +92,13 @@ def test_a_framework_is_imported_only_in_its_rooms(path):
 @pytest.mark.parametrize("path", FILES, ids=dotted)
 def test_no_file_needs_an_optional_package_to_be_imported(path):
     assert not OPTIONAL & {name.partition(".")[0] for name in imports(path, top_level_only=True)}
+
+
+@pytest.mark.parametrize("loop", [fit, accelerate])
+def test_a_run_trains_validates_and_saves_without_any_optional_package(loop, text, tmp_path, monkeypatch):
+    for name in OPTIONAL:
+        monkeypatch.setitem(sys.modules, name, None)  # its import fails from here on
+    assert loop(*small_run(text, tmp_path)) == 0
 
 
 @pytest.mark.parametrize("name", sorted(LIGHT))

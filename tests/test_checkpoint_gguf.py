@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 from urllib.request import Request, urlopen
 
 import gguf
@@ -13,7 +14,8 @@ import xllamacpp
 from small_networks import LANGUAGES, TEXT, new_tokenizer, saved, trained
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.checkpoint.convert import convert
+from nanogpt_lit.checkpoint.convert import convert, load_network
+from nanogpt_lit.data.special_tokens import with_special_tokens
 
 LOG_PROBABILITY = 2e-3
 """llama.cpp takes GELU from a table of float16."""
@@ -83,6 +85,29 @@ def test_llama_cpp_cuts_text_as_our_tokenizer(tmp_path, kind):
         ids = tokenizer.encode(text).tolist()
         assert asked(there, "tokenize", {"content": text, "add_special": False})["tokens"] == ids
         assert asked(there, "detokenize", {"tokens": ids})["content"] == text
+
+
+def test_special_tokens_of_one_s_own_are_read_from_a_prompt_there_too(tmp_path):
+    tokenizer = with_special_tokens(new_tokenizer("byte"), ["<|user|>", "<|bot|>"])
+    source = saved(tmp_path / "ours.safetensors", trained(tokenizer, steps=0, n_layer=1), tokenizer)
+    convert(source, tmp_path / "there.gguf")
+    text = "<|user|>Größe?<|bot|>5 €"
+    there = server(tmp_path / "there.gguf", 64)
+    tokens = asked(there, "tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+    assert tokens == tokenizer.encode(text).tolist()
+
+
+@pytest.mark.long
+def test_llama_cpp_goes_on_with_a_text_as_the_trained_quickstart_does(tmp_path):
+    """Minutes of training: its answers are not those of a network that has learnt a few lines by heart."""
+    config = Path(__file__).parents[1] / "configs/quickstart.yaml"
+    assert main(["fit", "--config", str(config), f"--trainer.default_root_dir={tmp_path}"]) == 0
+    best = tmp_path / "version_0/checkpoints/best.safetensors"
+    convert(best, tmp_path / "gguf/best.gguf")
+    gpt, tokenizer = load_network(best)
+    same, worst = compare(gpt, tokenizer, server(tmp_path / "gguf/best.gguf", 128), "def ", 64)
+    assert same == 64
+    assert worst < LOG_PROBABILITY
 
 
 def asked(there, what, content):

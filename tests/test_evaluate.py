@@ -299,3 +299,26 @@ def test_a_local_task_of_the_harness_is_scored_as_by_hand(run_folder, tmp_path, 
         lengths = map(len, row["choices"])
         right_norm += int(np.argmax([s / n for s, n in zip(scores, lengths, strict=True)])) == row["answer"]
     assert found == {"capitals/acc": right / 9, "capitals/acc_norm": right_norm / 9}
+
+
+@pytest.mark.long
+def test_log_likelihoods_are_those_of_the_harness_s_own_model_on_our_folder_for_transformers(run_folder, tmp_path):
+    """Its HFLM cuts, batches and scores by itself; needs lm-eval too."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    checkpoint = run_folder / "checkpoints" / "last.safetensors"
+    convert(checkpoint, tmp_path / "hf", to="hf")
+    theirs = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=3, max_length=16)
+    pairs = [
+        ("9 bottles of", " beer"),
+        ("", "on the wall"),
+        ("a context that is longer than the block of", " it"),
+        ("x ", "y"),
+    ]
+    requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    ours = Scorer(*load_network(checkpoint)).continuations(pairs)
+    for found, (expected, greedy) in zip(ours, theirs.loglikelihood(requests, disable_tqdm=True), strict=True):
+        assert found.log_likelihood == pytest.approx(expected, abs=1e-5)
+        assert found.is_greedy == greedy
