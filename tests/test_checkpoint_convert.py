@@ -1,6 +1,5 @@
 """Checkpoints to the two frameworks and back, read by the frameworks themselves."""
 
-import json
 import os
 import pickle
 from dataclasses import replace
@@ -14,7 +13,6 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder
 from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.data.tokenizer import ByteTokenizer
@@ -242,12 +240,3 @@ def test_a_folder_without_what_accelerate_has_no_place_for_is_refused_by_the_nam
         (folder / missing).unlink()
         with pytest.raises(ValueError, match=sentence):
             convert(folder, tmp_path / "out.safetensors")
-
-
-def test_a_folder_from_before_there_was_something_to_find_means_that_everything_fits(checkpoint, tmp_path):
-    folder = tmp_path / "folder"
-    convert(checkpoint, folder)
-    beside = json.loads((folder / BESIDE).read_text())
-    assert beside.pop("elastic") == {"sequences": B, "validation_sequences": 1}
-    (folder / BESIDE).write_text(json.dumps(beside))
-    assert read_folder(folder).elastic == {}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_lit.checkpoint.tree import put_together, take_apart
+from nanogpt_lit.checkpoint.tree import flatten, unflatten
 from nanogpt_lit.parity.record import leaves, same
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)
@@ -22,8 +22,8 @@ STATES = st.recursive(
 
 def through_json(state):
     tensors = {}
-    text = json.dumps(take_apart(state, "state", tensors), allow_nan=False)
-    return put_together(json.loads(text), tensors)
+    text = json.dumps(flatten(state, "state", tensors), allow_nan=False)
+    return unflatten(json.loads(text), tensors)
 
 
 def shape(state):
@@ -52,7 +52,7 @@ def test_numbers_that_json_lacks_come_back():
 
 def test_a_tensor_has_the_name_of_its_place():
     tensors = {}
-    take_apart({"state": {0: {"exp_avg": torch.zeros(1)}}, "list": [torch.ones(1)]}, "optimizer", tensors)
+    flatten({"state": {0: {"exp_avg": torch.zeros(1)}}, "list": [torch.ones(1)]}, "optimizer", tensors)
     assert list(tensors) == ["optimizer.state.0.exp_avg", "optimizer.list.0"]
 
 
@@ -62,4 +62,4 @@ def test_what_a_checkpoint_cannot_keep_is_refused_with_its_place():
         pass
 
     with pytest.raises(ValueError, match=r"callbacks\.Mine\.x holds a Thing"):
-        take_apart({"Mine": {"x": Thing()}}, "callbacks", {})
+        flatten({"Mine": {"x": Thing()}}, "callbacks", {})

@@ -99,15 +99,3 @@ def test_a_checkpoint_of_another_network_is_refused_by_name(module, tiny_gpt, ba
     trainer.save_checkpoint(tmp_path / "wide.ckpt")
     with pytest.raises(ValueError, match=r"model\.gpt\.n_embd is 16 there and 8 here"):
         quiet_trainer(max_epochs=2).fit(module, batches, ckpt_path=tmp_path / "wide.ckpt")
-
-
-def test_a_checkpoint_of_an_earlier_version_is_taken_where_its_network_is_todays(module):
-    saved = dict(module.hparams["gpt"])
-    del saved["qk_norm"]  # not there to choose: the default
-    former = {"gpt": {**saved, "norm": "layer", "zero_init": True}}
-    module.on_load_checkpoint({"hyper_parameters": former})
-    assert LitNanoGPT(**former).gpt.config == module.gpt.config
-    former["gpt"]["norm"] = "rms"
-    for read in (lambda: module.on_load_checkpoint({"hyper_parameters": former}), lambda: LitNanoGPT(**former)):
-        with pytest.raises(ValueError, match=r"network has model\.gpt\.norm=rms, which this version .* does not know"):
-            read()

@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt_lit.checkpoint.run_file import LATER, check_counts, stored_once
+from nanogpt_lit.checkpoint.run_file import check_counts, stored_once
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
-from nanogpt_lit.checkpoint.tree import put_together, take_apart
+from nanogpt_lit.checkpoint.tree import flatten, unflatten
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import durable_folder
 from nanogpt_lit.runtime.random_state import RandomState
@@ -48,7 +48,7 @@ def write_folder(folder: Path, state: RunState) -> None:
             torch.save(state.scaler, partial / SCALER)
         for rank, random_state in enumerate(state.random):
             torch.save(with_accelerates_names(random_state, state.batches), partial / RANDOM.format(rank))
-        beside = {name: take_apart(getattr(state, name), name, {}) for name in KEPT_BESIDE}
+        beside = {name: flatten(getattr(state, name), name, {}) for name in KEPT_BESIDE}
         (partial / BESIDE).write_text(json.dumps(beside, indent=1), encoding="utf-8")
 
 
@@ -114,7 +114,7 @@ def read_beside(folder: Path) -> dict[str, Any]:
         )
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return {name: put_together(kept[name], {}) for name in KEPT_BESIDE if name in kept or name not in LATER}
+        return {name: unflatten(kept[name], {}) for name in KEPT_BESIDE}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not as `python -m nanogpt_lit convert` wrote it ({error}).") from error
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import TensorFile, write_tensors
-from nanogpt_lit.checkpoint.tree import put_together, take_apart
+from nanogpt_lit.checkpoint.tree import flatten, unflatten
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import durable_file
 
@@ -31,8 +31,6 @@ TOKENIZER = "tokenizer"
 COUNTS = {"step": 0, "batches": 0, "tokens": 0, "processes": 1, "accumulate_grad_batches": 1}
 """What a run is continued by, and the least that each can be."""
 STATES = [field.name for field in fields(RunState) if field.name != "weights"]
-LATER = ("elastic", "spikes", "trained_s")
-"""Not in files of an earlier version, which mean the default."""
 
 
 def save_run(path: Path, state: RunState) -> None:
@@ -61,7 +59,7 @@ class RunContent:
             value = getattr(state, name)
             if name == "data" and TOKENIZER in value:
                 value = {**value, TOKENIZER: {key: as_bytes(text) for key, text in value[TOKENIZER].items()}}
-            described[name] = take_apart(value, name, tensors)
+            described[name] = flatten(value, name, tensors)
         description = {"format": FORMAT, "written_by": written_by(), SHARED: shared, **described}
         return cls(tensors, json.dumps(description, allow_nan=False))
 
@@ -144,10 +142,10 @@ def load_stored_network(path: Path) -> StoredNetwork:
         tensors = file.read(name for name in file.names if not name.startswith(("optimizer.", "random.", "lightning.")))
     try:
         weights = {n: t for n, t in tensors.items() if not n.startswith("data.")}
-        files = put_together(description["data"][TOKENIZER], tensors)
+        files = unflatten(description["data"][TOKENIZER], tensors)
         return StoredNetwork(
             weights={**weights, **{name: weights[first] for name, first in description[SHARED].items()}},
-            hyper_parameters=put_together(description["hyper_parameters"], tensors),
+            hyper_parameters=unflatten(description["hyper_parameters"], tensors),
             tokenizer_files={name: as_text(content) for name, content in files.items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -188,8 +186,7 @@ def decoded(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Te
         elsewhere = tuple(f"{name}." for name in STATES)
         weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(elsewhere)}
         weights |= {name: weights[first] for name, first in description[SHARED].items()}
-        present = [name for name in STATES if name in description or name not in LATER]
-        states = {name: put_together(description[name], tensors) for name in present}
+        states = {name: unflatten(description[name], tensors) for name in STATES}
         if TOKENIZER in states["data"]:
             files = states["data"][TOKENIZER]
             states["data"][TOKENIZER] = {name: as_text(content) for name, content in files.items()}

@@ -1,8 +1,8 @@
 """A safetensors file that knows its checksums: any reader of the format reads it, ours notices a flipped bit.
 
 The format (huggingface.co/docs/safetensors) is the length of a header, the header in JSON, and the bytes of the
-tensors. `safetensors.torch.save_file` could write it too, but would neither hash what it writes nor let the file be
-synced before it is renamed. Here a tensor's memory goes to the file without a copy in between.
+tensors. `safetensors.torch.save_file` writes it too, but wants the checksums before it begins, which is a second pass
+over all bytes, and brings all of a GPU to the host at once. Here one tensor after another is hashed and written.
 """
 
 import hashlib

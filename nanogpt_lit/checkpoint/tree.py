@@ -12,7 +12,7 @@ from nanogpt_lit.errors import UserError
 TENSOR, TUPLE, PAIRS, NUMBER = "$tensor", "$tuple", "$pairs", "$number"
 
 
-def take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON of a nested state; its tensors go to `tensors`, named after where they stand.
 
     path: where the value stands, "optimizer" for a whole optimizer
@@ -28,34 +28,34 @@ def take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         case float():
             return value if math.isfinite(value) else {NUMBER: str(value)}  # JSON knows neither nan nor inf
         case list():
-            return [take_apart(item, f"{path}.{n}", tensors) for n, item in enumerate(value)]
+            return [flatten(item, f"{path}.{n}", tensors) for n, item in enumerate(value)]
         case tuple():
-            return {TUPLE: take_apart(list(value), path, tensors)}
+            return {TUPLE: flatten(list(value), path, tensors)}
         case Mapping():
-            pairs = [(key, take_apart(item, f"{path}.{key}", tensors)) for key, item in value.items()]
+            pairs = [(key, flatten(item, f"{path}.{key}", tensors)) for key, item in value.items()]
             if all(isinstance(key, str) and not key.startswith("$") for key, _ in pairs):
                 return dict(pairs)
-            return {PAIRS: [[take_apart(key, path, tensors), item] for key, item in pairs]}
+            return {PAIRS: [[flatten(key, path, tensors), item] for key, item in pairs]}
     raise UserError(f"{path} holds a {type(value).__name__}, which a checkpoint cannot keep; numbers and tensors can.")
 
 
-def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The nested state that `take_apart` made this JSON of."""
+def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The nested state that `flatten` made this JSON of."""
     match value:
         case list():
-            return [put_together(item, tensors) for item in value]
+            return [unflatten(item, tensors) for item in value]
         case dict() if len(value) == 1:
             ((key, item),) = value.items()
             match key:
                 case "$tensor":
                     return tensors[item]
                 case "$tuple":
-                    return tuple(put_together(item, tensors))
+                    return tuple(unflatten(item, tensors))
                 case "$pairs":
-                    return {put_together(k, tensors): put_together(v, tensors) for k, v in item}
+                    return {unflatten(k, tensors): unflatten(v, tensors) for k, v in item}
                 case "$number":
                     return float(item)
-            return {key: put_together(item, tensors)}
+            return {key: unflatten(item, tensors)}
         case dict():
-            return {key: put_together(item, tensors) for key, item in value.items()}
+            return {key: unflatten(item, tensors) for key, item in value.items()}
     return value

@@ -95,23 +95,14 @@ class GPTConfig:
             )
 
 
-FORMER_FIELDS: Mapping[str, tuple[Any, ...]] = {"norm": ("layer",), "zero_init": (False, True)}
-"""Of GPTConfig in checkpoints of an earlier version, with the values that make no other network than today's: zero_init
-was where training began."""
-
-
 def config_of_checkpoint(saved: Mapping[str, Any]) -> GPTConfig:
-    """saved: the fields that a checkpoint names; the others were not there to choose, and have their defaults
-
-    Raises UserError for a network that this version does not have.
-    """
+    """The network that a checkpoint names. Raises UserError for one that this version does not have."""
     for name in saved.keys() - GPTConfig.__dataclass_fields__.keys():
-        if saved[name] not in FORMER_FIELDS.get(name, ()):
-            raise UserError(
-                f"the checkpoint's network has model.gpt.{name}={saved[name]}, which this version of nanogpt_lit does "
-                "not know; use the version that wrote it."
-            )
-    return GPTConfig(**{name: value for name, value in saved.items() if name in GPTConfig.__dataclass_fields__})
+        raise UserError(
+            f"the checkpoint's network has model.gpt.{name}={saved[name]}, which this version of nanogpt_lit does not "
+            "know; use the version that wrote it."
+        )
+    return GPTConfig(**saved)
 
 
 class GPT(nn.Module):
