@@ -118,7 +118,7 @@ def build(config: GPTConfig, options: dict[str, Any]) -> "LitNanoGPT":
     from nanogpt_lit.memory.techniques import MemoryConfig
     from nanogpt_lit.module import LitNanoGPT
     from nanogpt_lit.runtime import matmul
-    from nanogpt_lit.runtime.heap import keep_freed_memory
+    from nanogpt_lit.runtime.process_settings import keep_freed_memory
 
     if options["heap"]:
         keep_freed_memory()  # as fit does on a processor

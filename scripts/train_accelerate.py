@@ -23,8 +23,8 @@ from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, relative_to_here
 from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.data.interleave import interleave
 from nanogpt_lit.data.sampler import Position
-from nanogpt_lit.data.turns import in_turns
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.accelerate_environment import (
     check_environment,
@@ -49,10 +49,10 @@ from nanogpt_lit.run.report import closing_table, opening_lines
 from nanogpt_lit.run.resume import batches_done, check_network, load_together
 from nanogpt_lit.run.stops import Reason, Stopped, Stops, go_on_line, seconds_of
 from nanogpt_lit.runtime.clock import awake_s
+from nanogpt_lit.runtime.environment import requeue, requeue_signal
 from nanogpt_lit.runtime.machine import device_type
 from nanogpt_lit.runtime.precision import full_precision_name
-from nanogpt_lit.runtime.processes import told
-from nanogpt_lit.runtime.slurm import requeue, requeue_signal
+from nanogpt_lit.runtime.processes import broadcast
 from nanogpt_lit.runtime.supervised import stop_with_supervisor, supervised
 
 
@@ -115,7 +115,7 @@ def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     )
     cli.say_what_changed()
     resumed = cli.resumed.run_folder if cli.resumed is not None else None
-    folder = told(resumed or next_folder(Path(trainer.default_root_dir), "accelerate"))
+    folder = broadcast(resumed or next_folder(Path(trainer.default_root_dir), "accelerate"))
     if accelerator.is_main_process:
         lock.acquire(folder)
         observer = journal = Journal(
@@ -207,7 +207,7 @@ def loaders(data: TokenDataModule, processes: int, batches_done: int) -> tuple[D
     for rank in range(processes):
         data.position = Position(rank, processes)
         shares.append(data.val_dataloader())
-    return train_loader, in_turns(shares)
+    return train_loader, interleave(shares)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 
 TEN_LARGE_BLOCKS = """
 import ctypes, resource, sys
-from nanogpt_lit.runtime.heap import keep_freed_memory
+from nanogpt_lit.runtime.process_settings import keep_freed_memory
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
@@ -39,8 +39,8 @@ def test_a_large_block_that_was_freed_is_used_again_without_a_page_fault():
 
 
 def test_elsewhere_than_on_linux_it_does_nothing_and_says_so(monkeypatch):
-    from nanogpt_lit.runtime import heap
+    from nanogpt_lit.runtime import process_settings
 
-    monkeypatch.setattr(heap.sys, "platform", "win32")
-    monkeypatch.setattr(heap.ctypes, "CDLL", None)
-    assert not heap.keep_freed_memory()
+    monkeypatch.setattr(process_settings.sys, "platform", "win32")
+    monkeypatch.setattr(process_settings.ctypes, "CDLL", None)
+    assert not process_settings.keep_freed_memory()

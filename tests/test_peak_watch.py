@@ -30,7 +30,7 @@ class Run:
     def __init__(self, monkeypatch, capsys, **shape):
         self.peaks = (0.0, 0.0)
         monkeypatch.setattr(curves_module, "peaks_mib", lambda device: self.peaks)
-        monkeypatch.setattr(curves_module, "CardHealth", lambda device: SimpleNamespace(curves=dict))
+        monkeypatch.setattr(curves_module, "GpuHealth", lambda device: SimpleNamespace(curves=dict))
         # The network is on the processor here; weights that the test asks for are told to be on the card.
         monkeypatch.setattr(peak_watch, "on_gpu_mib", lambda tensors: self.on_card.get(len(tensors) > 0, 0.0))
         self.on_card = {}

@@ -21,8 +21,7 @@ from nanogpt_lit.data.prepare import PrepareConfig, prepare
 from nanogpt_lit.data.shards import MANIFEST, TokenShards
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, BytePairTokenizer, read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.loops.accelerate_environment import check_environment, launched_processes
-from nanogpt_lit.untrusted.config_paths import check_places
-from nanogpt_lit.untrusted.inside import file_inside
+from nanogpt_lit.untrusted.config_paths import check_paths, file_inside
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = sorted([*(REPOSITORY / "nanogpt_lit").rglob("*.py"), *(REPOSITORY / "scripts").rglob("*.py")])
@@ -269,11 +268,11 @@ def test_no_checkpoint_comes_from_an_address_or_from_a_search():
         *((word, "leaves it to Lightning") for word in ("best", "last", "hpc", "registry", "registry:model:v1")),
     ):
         with pytest.raises(ValueError, match=f"ckpt_path={value} {said}"):
-            check_places({"ckpt_path": value})
+            check_paths({"ckpt_path": value})
 
 
 def test_drives_and_dots_are_no_addresses():
-    check_places(
+    check_paths(
         {
             "ckpt_path": "C:/runs/last.ckpt",
             "data": {"source": "hf:owner/name:config", "tokenizer": "bpe:32000"},
@@ -294,7 +293,7 @@ def test_a_name_that_leaves_its_folder_is_refused(name):
     for section, key in (("logger", "name"), ("logger", "version"), ("logger", "sub_dir"), ("callbacks", "filename")):
         trainer = {section: [{"class_path": "x.X", "init_args": {"save_dir": "runs", key: name}}]}
         with pytest.raises(ValueError, match=rf"trainer\.{section}\.init_args\.{key}=.*(leads out of|NUL)"):
-            check_places({"trainer": trainer})
+            check_paths({"trainer": trainer})
 
 
 def test_a_logger_that_climbs_writes_nothing(tmp_path, refusal):
@@ -310,7 +309,7 @@ def test_a_link_in_a_name_is_followed_before_it_is_believed(tmp_path):
     link(tmp_path / "runs" / "x", tmp_path / "elsewhere")
     logger = {"class_path": "x.X", "init_args": {"save_dir": str(tmp_path / "runs"), "name": "x"}}
     with pytest.raises(ValueError, match="leads out of"):
-        check_places({"trainer": {"logger": logger}})
+        check_paths({"trainer": {"logger": logger}})
 
 
 def link(path, target):

@@ -22,7 +22,7 @@ from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.checkpoint.tree import flatten, unflatten
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import durable_folder
-from nanogpt_lit.runtime.random_state import RandomState
+from nanogpt_lit.runtime.process_settings import RandomState
 
 WEIGHTS, OPTIMIZER, SCALER = "model.safetensors", "optimizer.bin", "scaler.pt"
 RANDOM = "random_states_{}.pkl"

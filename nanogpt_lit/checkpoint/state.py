@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.random_state import RandomState
+from nanogpt_lit.runtime.process_settings import RandomState
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from nanogpt_lit.run.curves import StepMeter, ValidationRecord, perplexity
 from nanogpt_lit.run.report import closing_table, opening_lines
 from nanogpt_lit.run.stops import Reason, Stopped, go_on_line, seconds_of
 from nanogpt_lit.runtime.clock import awake_s
+from nanogpt_lit.runtime.environment import requeue
 from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.runtime.processes import has_group
-from nanogpt_lit.runtime.slurm import requeue
 
 
 def run(arguments: list[str]) -> int:

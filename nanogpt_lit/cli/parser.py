@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from nanogpt_lit.errors import UserError, shown
 from nanogpt_lit.runtime.precision import OTHER_NAMES
 from nanogpt_lit.untrusted.allowlist import TRUST, limit_imports, refusal, split_trusted
-from nanogpt_lit.untrusted.config_paths import check_arguments, check_places
+from nanogpt_lit.untrusted.config_paths import check_arguments, check_paths
 from nanogpt_lit.untrusted.numbers import check_numbers
 from nanogpt_lit.untrusted.yaml_file import check_yaml, read_yaml_file
 
@@ -77,7 +77,7 @@ class Parser(LightningArgumentParser):
             Parser._is_parsing = False
         settings = config[config.subcommand] if config.get("subcommand") else config
         check_numbers(settings.as_dict())
-        check_places(settings.as_dict())
+        check_paths(settings.as_dict())
         return config
 
     def instantiate(self, *arguments: Any, **options: Any) -> Namespace:

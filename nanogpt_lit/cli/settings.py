@@ -39,11 +39,11 @@ from nanogpt_lit.run.pieces import changed_settings, latest_config, rate_change
 from nanogpt_lit.run.save_times import EVERY_MINUTES, SaveTimes
 from nanogpt_lit.run.spikes import SpikeGuard
 from nanogpt_lit.run.stops import seconds_of
-from nanogpt_lit.runtime.heap import keep_freed_memory
+from nanogpt_lit.runtime.environment import was_requeued
 from nanogpt_lit.runtime.machine import device_type, slow_precision, unused_gpu, usable_precision
 from nanogpt_lit.runtime.precision import full_precision_name
+from nanogpt_lit.runtime.process_settings import keep_freed_memory
 from nanogpt_lit.runtime.processes import is_first, launched_processes
-from nanogpt_lit.runtime.slurm import was_requeued
 from nanogpt_lit.runtime.supervised import supervised
 
 TRAINER_DEFAULTS = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from nanogpt_lit.data.tokenizer import CharTokenizer
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.untrusted.inside import file_inside
+from nanogpt_lit.untrusted.config_paths import file_inside
 
 META = "meta.pkl"
 LARGEST = 2**26

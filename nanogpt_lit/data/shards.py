@@ -18,7 +18,7 @@ import numpy as np
 
 from nanogpt_lit.data.shard_file import ShardFile, ShardWriter, is_llmc, token_dtype
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.untrusted.inside import file_inside
+from nanogpt_lit.untrusted.config_paths import file_inside
 
 __all__ = ["MANIFEST", "MANIFEST_FORMAT", "ShardWriter", "TokenShards", "read_manifest", "ready_format", "token_dtype"]
 

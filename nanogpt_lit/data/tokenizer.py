@@ -19,7 +19,7 @@ from nanogpt_lit.data.bpe import Ranks, dump_ranks, gpt2_ranks, parse_ranks
 from nanogpt_lit.data.pattern import check_pattern
 from nanogpt_lit.data.shard_file import token_dtype
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.untrusted.inside import file_inside
+from nanogpt_lit.untrusted.config_paths import file_inside
 
 EOT = "<|endoftext|>"
 """How end-of-text is written when tokens are decoded. In a document these characters are plain text; other special

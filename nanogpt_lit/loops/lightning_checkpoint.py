@@ -29,8 +29,8 @@ from nanogpt_lit.run.resume import (
 )
 from nanogpt_lit.run.spikes import SpikeGuard
 from nanogpt_lit.runtime.durable import durable_file
-from nanogpt_lit.runtime.processes import told
-from nanogpt_lit.runtime.random_state import RandomState
+from nanogpt_lit.runtime.process_settings import RandomState
+from nanogpt_lit.runtime.processes import broadcast
 
 
 class RunFileIO(CheckpointIO):
@@ -127,7 +127,7 @@ class ExactResume(Callback):
 
         def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
             # Where machines have no disk in common, only the first process may have seen a checkpoint.
-            type(connector).resume_start(connector, told(checkpoint_path), weights_only=weights_only)
+            type(connector).resume_start(connector, broadcast(checkpoint_path), weights_only=weights_only)
 
         connector.resume_start = resume_start  # type: ignore[method-assign]
         if isinstance(trainer.strategy.checkpoint_io, RunFileIO):

@@ -32,7 +32,7 @@ from nanogpt_lit.memory.ladder import chunk_tokens, next_technique
 from nanogpt_lit.memory.micro_batch import MicroBatch, loss_of, share_of
 from nanogpt_lit.memory.oom import advice, catch_oom, free_unused, limit_device_memory
 from nanogpt_lit.memory.techniques import MemoryConfig, change_techniques
-from nanogpt_lit.runtime.random_state import RandomState, random_state, set_random_state
+from nanogpt_lit.runtime.process_settings import RandomState, random_state, set_random_state
 
 FREE_OF_COST = ("loss_chunk_tokens", "recast_weights")
 """The fields of MemoryConfig that save memory and take no time."""

@@ -18,8 +18,8 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.data.interleave import interleave, with_batches
 from nanogpt_lit.data.sampler import Position
-from nanogpt_lit.data.turns import in_turns, with_batches
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate_loop, reference
 from nanogpt_lit.loops.contract import LoopSettings
@@ -92,7 +92,7 @@ def loaders_of(case: Case, data: TokenDataModule, rank: int) -> tuple[DataLoader
 def loaders_to_deal_out(case: Case, data: TokenDataModule) -> tuple[DataLoader, DataLoader]:
     """The loaders whose batches accelerate deals out, one to each process in turn: each then gets its share."""
     train, val = zip(*(loaders_of(case, data, rank) for rank in range(case.processes)), strict=True)
-    return in_turns(train), in_turns(val)
+    return interleave(train), interleave(val)
 
 
 def run_reference(case: Case, data: TokenDataModule) -> Run:

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from nanogpt_lit.plan.peak_watch import PeakWatch
 from nanogpt_lit.plan.step import StepShape
-from nanogpt_lit.runtime.card_health import CardHealth
 from nanogpt_lit.runtime.clock import awake_s
+from nanogpt_lit.runtime.gpu_health import GpuHealth
 from nanogpt_lit.runtime.processes import mean_of_processes
 from nanogpt_lit.runtime.supervised import Position
 
@@ -44,7 +44,7 @@ class StepMeter:
         self._peak_watch: PeakWatch | None = None
         self._window_loss: Tensor | None = None
         self._position = Position()
-        self._card_health: CardHealth | None = None
+        self._card_health: GpuHealth | None = None
         self._clock = clock
         self._began_s: float | None = None
         self._counting_since_s: float | None = None
@@ -119,8 +119,8 @@ class StepMeter:
         loss_scale: GradScaler's, None without one
         """
         if self._card_health is None:
-            self._card_health = CardHealth(device)
-        card_health = self._card_health.curves()  # before the wait: the card is still at work
+            self._card_health = GpuHealth(device)
+        gpu_health = self._card_health.curves()  # before the wait: the card is still at work
         self.drawn_loss = float(self.share_loss())
         values = {
             "train/loss": self.drawn_loss,
@@ -129,7 +129,7 @@ class StepMeter:
             "train/skipped_steps": float(skipped_steps),
             "train/tokens": float(self.tokens),
             "throughput/trained_hours": self.trained_s / 3600,
-            **card_health,
+            **gpu_health,
         }
         if self.went_back is not None:
             values["train/rollbacks"] = float(self.went_back())

@@ -14,8 +14,8 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, TensorFile
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Parts
-from nanogpt_lit.runtime.processes import are_several, gathered, rank, told
-from nanogpt_lit.runtime.random_state import RandomState, random_state, set_random_state
+from nanogpt_lit.runtime.process_settings import RandomState, random_state, set_random_state
+from nanogpt_lit.runtime.processes import are_several, broadcast, gathered, rank
 
 
 def capture(
@@ -63,7 +63,7 @@ def load_together(path: Path | None) -> RunState | None:
     """
     if not are_several():
         return None if path is None else load_run(path)
-    named, digest = told((path is not None, digest_of(path)))
+    named, digest = broadcast((path is not None, digest_of(path)))
     if not named:
         return None
     state, error = None, None
@@ -72,10 +72,10 @@ def load_together(path: Path | None) -> RunState | None:
             state = load_run(path)
         except (UserError, OSError) as problem:
             error = str(problem)
-    if (error := told(error)) is not None:
+    if (error := broadcast(error)) is not None:
         raise UserError(error)
     if not all(gathered(state is not None)):
-        sent = told(state if rank() == 0 else None)
+        sent = broadcast(state if rank() == 0 else None)
         state = state if state is not None else sent
     return state
 

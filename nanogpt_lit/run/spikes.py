@@ -20,7 +20,7 @@ from nanogpt_lit.loops.contract import Parts
 from nanogpt_lit.run.curves import say
 from nanogpt_lit.run.guards import NotFinite
 from nanogpt_lit.run.resume import load_together
-from nanogpt_lit.runtime.processes import mean_of_processes, rank, told
+from nanogpt_lit.runtime.processes import broadcast, mean_of_processes, rank
 
 RECENT = 64
 """Steps whose median loss a step is compared with; the first ones of a run are compared with nothing."""
@@ -61,7 +61,7 @@ class SpikeGuard:
     def _go_back(self, step: int, loss: float, parts: Parts) -> None:
         seen = f"step {step:,}: the loss {loss:.3f} is above {self.factor:g} times the median of the {RECENT} before"
         paths = [self.folder / f"{name}{SUFFIX}" for name in ("last", PREVIOUS)] if self.folder is not None else []
-        found = told([path for path in paths if path.exists()])
+        found = broadcast([path for path in paths if path.exists()])
         if not found:
             self._say(f"{seen}, and there is no checkpoint yet to go back to")
             return

@@ -1,12 +1,14 @@
-"""What a run sets for its whole process, in every loop: how float32 matrices are multiplied, and whether it repeats.
+"""What a run sets for its whole process, in every loop: matrix products, determinism, random state, the C heap.
 
 Many kernels of a GPU add up in whatever order their threads arrive, attention's backward pass among them: a run on a
 GPU differs from itself, by rounding. PyTorch has slower ones that do not. trainer.deterministic is Lightning's key for
 them, and means the same in the other loops.
 """
 
+import ctypes
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -71,3 +73,46 @@ def repeatability(device: torch.device, processes: int, deterministic: Determini
     if processes > 1:
         return f"to the bit, as far as NCCL adds up the gradients of {processes} GPUs in a fixed order"
     return "to the bit on this GPU"
+
+
+RandomState = Mapping[str, torch.Tensor]
+"""Device type to the state of its generator, uint8: "cpu", and "cuda" or "mps" where that is trained on."""
+
+
+def random_state(device: torch.device) -> RandomState:
+    """Of the processor's generator, and of the device's where it is another. Waits for no card, whose state is a seed
+    and a count that the host keeps."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state["mps"])
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""glibc's <malloc.h>"""
+NEVER = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Large blocks that are freed stay with this process, for the next of their size. Whether the system can do that.
+
+    Without it glibc gives every tensor of more than 32 MiB (logits, the gradient of the embedding) back to the system
+    and fetches it again, page by page, zeroed: of a step on a processor with GPT-2's vocabulary that was a fifth. The
+    same as MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=2147483647 in the environment. Bits do not change. Elsewhere
+    than with glibc (Windows, macOS, musl) it does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # musl has no mallopt, or one that returns 0.
+    return mallopt is not None and mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, NEVER) == 1

@@ -60,7 +60,7 @@ def gathered(mine: T) -> list[T]:
     return all_of_them
 
 
-def told(mine: T) -> T:
+def broadcast(mine: T) -> T:
     """What the first process hands in. All have to ask together."""
     if not are_several():
         return mine

@@ -28,7 +28,7 @@ SECTIONS = ("c", "config", "trainer", "model", "data")
 KEYWORDS = re.compile(r"(best|last|hpc|registry(:.*)?)")
 
 
-def check_places(settings: Mapping[str, Any]) -> None:
+def check_paths(settings: Mapping[str, Any]) -> None:
     """Raises UserError for an address where a path is meant, and a name that leaves its folder.
 
     settings: of fit, as nested mappings
@@ -112,3 +112,17 @@ def values_of(
                     yield keys, item, settings
         else:
             yield keys, value, settings
+
+
+PLAIN = re.compile(r"\w[\w.-]*")
+
+
+def file_inside(folder: Path, name: str, named_by: str = "") -> Path:
+    """The file of that name in the folder. Raises UserError for a name, or a link, that leads out of it."""
+    if not isinstance(name, str) or not PLAIN.fullmatch(name):
+        raise UserError(f"{folder / named_by} names {name!r}; a plain file name in that folder works.")
+    path = folder / name
+    # The folder itself may be a link, and often is one, to a larger disk.
+    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path} is a link to {path.resolve()}, out of its folder; put the file itself there.")
+    return path

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanogpt_lit.run.curves import StepMeter
-from nanogpt_lit.runtime.card_health import CardHealth
+from nanogpt_lit.runtime.gpu_health import GpuHealth
 
 CUDA = torch.device("cuda", 1)
 
@@ -43,12 +43,12 @@ def pynvml(monkeypatch):
 
 
 def test_the_card_is_read_in_degrees_watts_and_megahertz(pynvml):
-    assert CardHealth(CUDA).curves() == {
-        "card/temperature_c": 87.0,
-        "card/power_w": 45.5,
-        "card/clock_mhz": 1102.0,
-        "card/slowed_by_heat": 1.0,
-        "card/slowed_by_power": 0.0,
+    assert GpuHealth(CUDA).curves() == {
+        "gpu/temperature_c": 87.0,
+        "gpu/power_w": 45.5,
+        "gpu/clock_mhz": 1102.0,
+        "gpu/slowed_by_heat": 1.0,
+        "gpu/slowed_by_power": 0.0,
     }
 
 
@@ -57,30 +57,30 @@ def test_the_card_is_read_in_degrees_watts_and_megahertz(pynvml):
 )
 def test_only_heat_and_power_slow_it(pynvml, reasons, slowed):
     pynvml.nvmlDeviceGetCurrentClocksThrottleReasons = lambda card: reasons
-    values = CardHealth(CUDA).curves()
-    assert (values["card/slowed_by_heat"], values["card/slowed_by_power"]) == slowed
+    values = GpuHealth(CUDA).curves()
+    assert (values["gpu/slowed_by_heat"], values["gpu/slowed_by_power"]) == slowed
 
 
 def test_what_a_card_does_not_know_is_left_out_and_the_rest_is_not(pynvml):
     pynvml.nvmlDeviceGetPowerUsage = unsupported
-    assert sorted(set(CardHealth(CUDA).curves())) == [
-        "card/clock_mhz", "card/slowed_by_heat", "card/slowed_by_power", "card/temperature_c",
+    assert sorted(set(GpuHealth(CUDA).curves())) == [
+        "gpu/clock_mhz", "gpu/slowed_by_heat", "gpu/slowed_by_power", "gpu/temperature_c",
     ]  # fmt: skip
 
 
 def test_without_a_driver_there_is_nothing(pynvml):
     pynvml.nvmlInit = unsupported
-    assert CardHealth(CUDA).curves() == {}
+    assert GpuHealth(CUDA).curves() == {}
 
 
 def test_without_the_package_there_is_nothing(pynvml, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert CardHealth(CUDA).curves() == {}
+    assert GpuHealth(CUDA).curves() == {}
 
 
 def test_a_processor_is_not_asked_after(pynvml):
     pynvml.nvmlInit = lambda: pytest.fail("the driver was asked")
-    assert CardHealth(torch.device("cpu")).curves() == {}
+    assert GpuHealth(torch.device("cpu")).curves() == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
@@ -88,16 +88,16 @@ def test_the_real_library_without_a_card_says_nothing(monkeypatch):
     pytest.importorskip("pynvml")
     found = SimpleNamespace(pci_domain_id=0, pci_bus_id=1, pci_device_id=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    assert CardHealth(CUDA).curves() == {}
+    assert GpuHealth(CUDA).curves() == {}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs an NVIDIA card")
 def test_a_real_card_has_a_temperature():
     pytest.importorskip("pynvml")
-    values = CardHealth(torch.device("cuda", 0)).curves()
-    assert 0 < values["card/temperature_c"] < 120
-    assert values["card/clock_mhz"] > 0
+    values = GpuHealth(torch.device("cuda", 0)).curves()
+    assert 0 < values["gpu/temperature_c"] < 120
+    assert values["gpu/clock_mhz"] > 0
 
 
 def test_the_curves_of_a_step_have_the_card_in_them(pynvml, monkeypatch):
@@ -109,4 +109,4 @@ def test_the_curves_of_a_step_have_the_card_in_them(pynvml, monkeypatch):
     values = meter.curves(
         lr=0.1, grad_norm=1.0, loss_scale=None, skipped_steps=0, flops_per_token=1, peak_flops=None, device=CUDA
     )
-    assert values["card/temperature_c"] == 87.0
+    assert values["gpu/temperature_c"] == 87.0

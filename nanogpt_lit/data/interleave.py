@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Sampler
 
 
-class Turns(Sampler[list[int]]):
+class Interleaved(Sampler[list[int]]):
     """The first batch of each sampler, then the second of each: dealt out again, every process gets its own."""
 
     def __init__(self, samplers: Sequence[Any]) -> None:
@@ -20,9 +20,9 @@ class Turns(Sampler[list[int]]):
         return sum(len(sampler) for sampler in self.samplers)
 
 
-def in_turns(loaders: Sequence[DataLoader]) -> DataLoader:
+def interleave(loaders: Sequence[DataLoader]) -> DataLoader:
     """loaders: of each process, by rank"""
-    return with_batches(loaders[0], Turns([loader.batch_sampler for loader in loaders]))
+    return with_batches(loaders[0], Interleaved([loader.batch_sampler for loader in loaders]))
 
 
 def with_batches(loader: DataLoader, batches: Any) -> DataLoader:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class CardHealth:
+class GpuHealth:
     """Reads an NVIDIA card. Without one, or without nvidia-ml-py (the extra `card`), it has nothing to say."""
 
     def __init__(self, device: torch.device) -> None:
@@ -17,7 +17,7 @@ class CardHealth:
     def curves(self) -> dict[str, float]:
         """The tags of this moment, those that the card knows: many a laptop does not know its power.
 
-        card/slowed_by_heat and card/slowed_by_power are 1 while the driver holds the clock down for that reason.
+        gpu/slowed_by_heat and gpu/slowed_by_power are 1 while the driver holds the clock down for that reason.
         """
         if self._pynvml is None:
             return {}
@@ -34,11 +34,11 @@ def readings(pynvml: ModuleType, handle: Any) -> Iterator[tuple[str, Callable[[]
 
     heat = pynvml.nvmlClocksThrottleReasonSwThermalSlowdown | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
     power = pynvml.nvmlClocksThrottleReasonSwPowerCap | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
-    yield "card/temperature_c", lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
-    yield "card/power_w", lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
-    yield "card/clock_mhz", lambda: float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
-    yield "card/slowed_by_heat", slowed(heat)
-    yield "card/slowed_by_power", slowed(power)
+    yield "gpu/temperature_c", lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+    yield "gpu/power_w", lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
+    yield "gpu/clock_mhz", lambda: float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
+    yield "gpu/slowed_by_heat", slowed(heat)
+    yield "gpu/slowed_by_power", slowed(power)
 
 
 def handle_of(device: torch.device) -> tuple[ModuleType | None, Any]:
