@@ -12,7 +12,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT, GPTConfig, config_of_checkpoint
 from nanogpt_lit.loops.compatibility import FSDP2, check_together, keys_of
 from nanogpt_lit.memory.elastic import ElasticConfig
-from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
+from nanogpt_lit.memory.host_optimizer import HostAdamW, HostResidentAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
@@ -91,7 +91,7 @@ class LitNanoGPT(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         adamw = HostAdamW if self.memory_config.optimizer_state == "host" else AdamW
         if self.host_weights is not None:
-            adamw = StayingAdamW
+            adamw = HostResidentAdamW
         optimizer = build_optimizer(self.named_parameters(), self.optim_config, adamw)
         if self.host_weights is not None:
             self.host_weights.follow(optimizer)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.contract import device_of, scaler_beside
+from nanogpt_lit.memory.host import HELD
 from nanogpt_lit.memory.host_weights import HostWeights
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
@@ -32,7 +33,7 @@ def batch(seed, device="cpu"):
 
 
 @pytest.mark.parametrize("weights", ["host", "streamed"])
-def test_the_weights_stay_at_home_when_the_module_is_sent_to_a_card(weights, tiny_gpt):
+def test_the_weights_stay_resident_when_the_module_is_sent_to_a_card(weights, tiny_gpt):
     module = made(tiny_gpt, weights=weights)
     before = {name: (p, p.data_ptr()) for name, p in module.named_parameters()}
     module.to("meta")  # in place of a card
@@ -159,7 +160,8 @@ def test_block_inputs_leave_the_card_in_the_plan():
         peaks[where] = trace.peaks["backward"].bytes, trace.host_peak_bytes
     inputs = 4 * 512 * 160 * 4  # 1.25 MiB
     assert peaks["host"][1] == 5 * 2 * MIB  # page-locked memory comes in powers of two
-    assert peaks["card"][0] - peaks["host"][0] >= 3 * inputs
+    # All but the one that is computed with and those that are kept until they are copied.
+    assert peaks["card"][0] - peaks["host"][0] >= (5 - 1 - HELD) * inputs
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
-from nanogpt_lit.memory import host_inputs, host_optimizer, host_weights
+from nanogpt_lit.memory import host, host_optimizer, host_weights
 from nanogpt_lit.memory.host import Mark
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.optim.adamw import AdamWConfig
@@ -114,6 +114,9 @@ class LateLane:
         self.queue.append((source, target, after))
         return LateMark(self, len(self.queue))
 
+    def send(self, source, target):
+        return self.copy(source, target, after=Mark())
+
     def run_until(self, end):
         while self.done < end:
             source, target, after = self.queue[self.done]
@@ -130,7 +133,7 @@ def test_whatever_is_copied_is_waited_for(technique, data, monkeypatch):
     base = case("bf16-mixed")
     plain = LOOPS["reference"](with_memory(base), data).entries
     made = functools.cache(lambda device: (LateLane(device), LateLane(device)))
-    for user in (host_inputs, host_optimizer, host_weights):
+    for user in (host, host_optimizer, host_weights):
         monkeypatch.setattr(user, "lanes", made)
     found = LOOPS["reference"](with_memory(base, **TECHNIQUES[technique]), data).entries
     assert compare(plain, found) is None

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from nanogpt_lit.gpt.model import GPT, GPTConfig
-from nanogpt_lit.memory.host_optimizer import HostAdamW, StayingAdamW
+from nanogpt_lit.memory.host_optimizer import HostAdamW, HostResidentAdamW
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer, param_groups
 from nanogpt_lit.optim.muon import COEFFICIENTS, MuonBesideAdamW, orthogonalised, together
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay, warmup_decay
@@ -250,8 +250,8 @@ def test_adamws_part_has_the_bits_of_adamw_alone():
     assert all(torch.equal(p, theirs[name]) for name, p in rest)
 
 
-@pytest.mark.parametrize("there", [AdamW, HostAdamW, StayingAdamW])
-@pytest.mark.parametrize("here", [AdamW, HostAdamW, StayingAdamW])
+@pytest.mark.parametrize("there", [AdamW, HostAdamW, HostResidentAdamW])
+@pytest.mark.parametrize("here", [AdamW, HostAdamW, HostResidentAdamW])
 def test_a_saved_optimizer_goes_on_bit_for_bit_wherever_its_moments_lie(here, there):
     whole, optimizer = made()
     take_steps(whole, optimizer, range(6))

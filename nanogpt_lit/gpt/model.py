@@ -205,8 +205,9 @@ class Transformer(nn.Module):
             )
         x = self.wte(tokens)  # (B, T, C)
         if self.wpe is not None:
-            positions = torch.arange(start, end, device=tokens.device) if documents is None else documents.positions
-            x = x + self.wpe(positions)
+            # Made where they are looked up: from the device to host memory they would wait for all that it computes.
+            positions = torch.arange(start, end, device=self.wpe.weight.device)
+            x = x + self.wpe(positions if documents is None else documents.positions).to(x.device)
         x = self.drop(x)
         mask = documents.mask if documents is not None else None
         for layer, block in enumerate(self.h):

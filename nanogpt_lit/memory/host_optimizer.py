@@ -107,8 +107,7 @@ class HostAdamW(AdamW):
     @staticmethod
     def _to_host(p: Tensor, make: Callable[..., Tensor]) -> Tensor:
         moment = make(p.shape, dtype=p.dtype, device=host_of(p))
-        if p.is_cuda:
-            page_lock(moment)
+        page_lock(moment, p.device)
         return moment
 
     def _buckets(self) -> Iterator[_Bucket]:
@@ -210,15 +209,14 @@ class HostAdamW(AdamW):
     @staticmethod
     def _loaded(p: Tensor, moment: Tensor) -> Tensor:
         on_host = moment.detach().to(host_of(p), p.dtype).contiguous()
-        if p.is_cuda:
-            page_lock(on_host)
+        page_lock(on_host, p.device)
         return on_host
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
 
-class StayingAdamW(HostAdamW):
+class HostResidentAdamW(HostAdamW):
     """The same for parameters and gradients that are in host memory themselves: nothing travels.
 
     Not torch.optim.AdamW, whose state Lightning would move to the card when it loads a checkpoint.

@@ -85,12 +85,11 @@ class HostWeights:
     def _keep(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
         copy = self._kept.get(weight)
         if copy is None or not copy.is_of(self._version(weight), dtype, device):
-            source = torch.empty_like(weight, dtype=dtype, pin_memory=device.type == "cuda").copy_(weight.detach())
             alike = copy is not None and (copy.tensor.dtype, copy.tensor.device) == (dtype, device)
-            self._kept[weight] = copy = self._send(
-                source, self._version(weight), device, copy.tensor if copy is not None and alike else None
-            )
-            copy.arrived.hold_computation()
+            into = copy.tensor if copy is not None and alike else torch.empty(weight.shape, dtype=dtype, device=device)
+            arriving, _ = lanes(device)
+            arriving.send(empty_on_host(into).copy_(weight.detach()), into).hold_computation()
+            self._kept[weight] = copy = _Copy(into, self._version(weight))
         return copy.tensor
 
     def _stream(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -117,27 +116,24 @@ class HostWeights:
     def _depart(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> _Copy:
         version = self._version(weight)
         if dtype == weight.dtype:
-            if device.type == "cuda":
-                page_lock(weight)
-            return self._send(weight.detach(), version, device)
+            page_lock(weight, device)
+            return self._send(weight.detach(), version, torch.empty(weight.shape, dtype=dtype, device=device))
         cast = self._cast.get(weight)
         if cast is None or cast.tensor.dtype != dtype:
             cast = self._cast[weight] = _Copy(weight.detach().to(dtype), version)
-            if device.type == "cuda":
-                page_lock(cast.tensor)
+            page_lock(cast.tensor, device)
         elif cast.version != version:
             cast.arrived.wait()  # what was made of it is still being read
             cast.tensor.copy_(weight.detach())
             cast.version = version
-        copy = self._send(cast.tensor, version, device)
+        copy = self._send(cast.tensor, version, torch.empty(weight.shape, dtype=dtype, device=device))
         cast.arrived = copy.arrived
         return copy
 
-    def _send(self, source: Tensor, version: Version, device: torch.device, into: Tensor | None = None) -> _Copy:
-        if into is None:
-            into = torch.empty(source.shape, dtype=source.dtype, device=device)
-        arriving, _ = lanes(device)
-        return _Copy(into, version, arriving.copy(source, into, after=Mark.now(device)))
+    @staticmethod
+    def _send(source: Tensor, version: Version, into: Tensor) -> _Copy:
+        arriving, _ = lanes(into.device)
+        return _Copy(into, version, arriving.copy(source, into, after=Mark.now(into.device)))
 
 
 def computed_in(weight: Tensor, device: torch.device) -> torch.dtype:
@@ -179,11 +175,11 @@ class _CardEnd(torch.autograd.Function):
     def backward(ctx: Any, d_copy: Tensor) -> tuple[Tensor | None, ...]:
         at_host = empty_on_host(d_copy)
         _, leaving = lanes(d_copy.device)
-        ctx.arrival.mark = leaving.copy(d_copy, at_host, after=Mark.now(d_copy.device))
+        ctx.arrival.mark = leaving.send(d_copy, at_host)
         return at_host, None, None
 
 
-class _AtHome(nn.Module):
+class _HostResident(nn.Module):
     """A module whose parameters stay in host memory wherever the network is sent."""
 
     host: HostWeights
@@ -198,37 +194,36 @@ class _AtHome(nn.Module):
         return self.host.fetch(weight, device, keep=self.keep or weight.dim() < 2)
 
 
-class HostLinear(_AtHome, nn.Linear):
+class HostLinear(_HostResident, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.fetch(self.bias, x.device)
         return F.linear(x, self.fetch(self.weight, x.device), bias)
 
 
-class HostLayerNorm(_AtHome, nn.LayerNorm):
+class HostLayerNorm(_HostResident, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.fetch(self.bias, x.device)
         return F.layer_norm(x, self.normalized_shape, self.fetch(self.weight, x.device), bias, self.eps)
 
 
-class HostEmbedding(_AtHome, nn.Embedding):
+class HostEmbedding(_HostResident, nn.Embedding):
     """The rows are looked up in host memory, in float32, and only they travel."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens.to(self.weight.device)).to(tokens.device)
 
 
-AT_HOME = {nn.Linear: HostLinear, nn.LayerNorm: HostLayerNorm, nn.Embedding: HostEmbedding}
+HOST_RESIDENT = {nn.Linear: HostLinear, nn.LayerNorm: HostLayerNorm, nn.Embedding: HostEmbedding}
 
 
 def keep_on_host(module: nn.Module, host: HostWeights, keep: bool) -> None:
     """Makes every part of the module compute with copies of its weights; those stay where they are, in host memory."""
-    at_home: dict[nn.Parameter, nn.Parameter] = {}  # a tied matrix stays one
+    resident: dict[nn.Parameter, nn.Parameter] = {}  # a tied matrix stays one
     for part in module.modules():
-        if type(part) in AT_HOME or isinstance(part, _AtHome):
-            part.__class__ = AT_HOME.get(type(part), type(part))
+        if type(part) in HOST_RESIDENT or isinstance(part, _HostResident):
+            part.__class__ = HOST_RESIDENT.get(type(part), type(part))
             part.host, part.keep = host, keep  # type: ignore[assignment]
             for name, weight in part.named_parameters(recurse=False):
                 if hasattr(weight, "fake_device") and not weight.is_meta:  # in a trace: see memory/host.py
-                    part.register_parameter(
-                        name, at_home.setdefault(weight, nn.Parameter(weight.detach().to("meta"), weight.requires_grad))
-                    )
+                    on_host = nn.Parameter(weight.detach().to("meta"), weight.requires_grad)
+                    part.register_parameter(name, resident.setdefault(weight, on_host))

@@ -13,8 +13,8 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.cache import LayerCache
 from nanogpt_lit.gpt.loss import chunked_cross_entropy, cross_entropy
 from nanogpt_lit.gpt.model import GPT, Block
+from nanogpt_lit.memory.host import saved_on_host
 from nanogpt_lit.memory.host_head import HostHead
-from nanogpt_lit.memory.host_inputs import saved_on_host
 from nanogpt_lit.memory.host_weights import HostLinear, HostWeights, keep_on_host
 
 

@@ -36,6 +36,8 @@ class Footprint:
     reserved_mib: float
     """Peak of what the allocator takes from the GPU: torch.cuda.max_memory_reserved(). This must fit."""
     host_memory_mib: float
+    page_locked_mib: float
+    """Of host_memory_mib, what the GPU copies by itself. Windows and WSL2 lock about half of the memory they have."""
     categories_mib: dict[str, float]
     """allocated_mib by what it is for, at the fullest moment."""
     phases_mib: dict[str, float]
@@ -102,6 +104,7 @@ class Plan:
             "planned_reserved_expandable_mib": round(own.expandable_reserved_mib, 1),
             "usable_mib": self.budget.usable_mib,
             "host_memory_mib": round(own.host_memory_mib),
+            "page_locked_mib": round(own.page_locked_mib),
             "categories_mib": {name: round(size, 1) for name, size in own.categories_mib.items()},
             "phases_mib": {name: round(size, 1) for name, size in own.phases_mib.items()},
             "estimated_step_s": round(own.step_s, 3),
@@ -177,6 +180,7 @@ def measure(build: Build, rung: Rung, shape: StepShape, gpu: Gpu) -> Footprint:
         allocated_mib=usage.allocated / MIB,
         reserved_mib=usage.reserved / MIB,
         host_memory_mib=PROCESS_MIB + max(categories["weights"], trace.host_peak_bytes / MIB),
+        page_locked_mib=trace.page_locked_peak_bytes / MIB,
         categories_mib=categories,
         phases_mib={phase: moment.bytes / MIB for phase, moment in trace.peaks.items()},
         fullest_phase=peak.phase,

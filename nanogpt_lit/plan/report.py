@@ -6,6 +6,8 @@ from typing import Any
 from nanogpt_lit.plan.plan import Plan, PlannedRung
 
 BAR = 40
+LOCKED_BY_ALL_MIB = 2048
+"""Half of what the smallest machines have that train with a GPU."""
 
 
 def report(plan: Plan, title: str) -> str:
@@ -123,6 +125,11 @@ def _notes(plan: Plan) -> list[str]:
     if abs(saved) >= 16 and plan.budget.system != "windows":
         effect = f"closes gaps: {saved:,.0f} MiB less" if saved > 0 else f"needs {-saved:,.0f} MiB more"
         notes.append(f"Under Linux, PYTORCH_ALLOC_CONF=expandable_segments:True {effect} for yours.")
+    if (locked_mib := plan.own.footprint.page_locked_mib) >= LOCKED_BY_ALL_MIB and plan.budget.system != "linux":
+        notes.append(
+            f"{locked_mib:,.0f} MiB of host memory are page-locked. Windows and WSL2 lock about half of theirs: with "
+            f"less than {2 * locked_mib / 1024:,.0f} GiB the rest is copied more slowly."
+        )
     return notes
 
 

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nanogpt_lit.memory.host import page_lock_notes
 from nanogpt_lit.plan.allocator import Event, rounded
 from nanogpt_lit.plan.kernels import Kernels
 
@@ -53,6 +54,7 @@ class _Block:
     bytes: int
     category: str
     host: bool
+    page_locked: bool
     finalizer: weakref.ref
 
 
@@ -80,6 +82,8 @@ class MemoryTrace(TorchDispatchMode):
     """Of the modules that were labelled, a tied one counted once."""
     host_bytes: int = 0
     host_peak_bytes: int = 0
+    page_locked_bytes: int = 0
+    page_locked_peak_bytes: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -97,8 +101,13 @@ class MemoryTrace(TorchDispatchMode):
         """The fullest moment of all."""
         return max(self.peaks.values(), key=lambda moment: moment.bytes)
 
+    def __enter__(self) -> Self:
+        page_lock_notes.append(self._note_page_lock)
+        return super().__enter__()
+
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        page_lock_notes.remove(self._note_page_lock)
         self._live.clear()  # when what is left goes, is no part of the program
 
     def mark(self, place: str) -> None:
@@ -187,7 +196,7 @@ class MemoryTrace(TorchDispatchMode):
         self._serial += 1
         host = tensor.device.type == HOST
         finalizer = weakref.ref(storage, lambda _, key=key, serial=self._serial: self._freed(key, serial))  # type: ignore[misc]
-        self._live[key] = _Block(self._serial, size if host else rounded(size), category, host, finalizer)
+        self._live[key] = _Block(self._serial, size if host else rounded(size), category, host, False, finalizer)
         if host:
             self.host_bytes += size
             self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
@@ -201,8 +210,17 @@ class MemoryTrace(TorchDispatchMode):
         del self._live[key]
         if block.host:
             self.host_bytes -= block.bytes
+            self.page_locked_bytes -= block.bytes * block.page_locked
         else:
             self._release(serial, block.bytes, block.category)
+
+    def _note_page_lock(self, tensor: Tensor) -> None:
+        """Of a tensor on the host that a GPU would copy asynchronously."""
+        block = self._live[tensor.untyped_storage()._cdata]
+        if not block.page_locked:
+            block.page_locked = True
+            self.page_locked_bytes += block.bytes
+            self.page_locked_peak_bytes = max(self.page_locked_peak_bytes, self.page_locked_bytes)
 
     def _allocate(self, serial: int, size: int, category: str) -> None:
         self.allocated += size
