@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from nanogpt_lit.data.prepare import PrepareConfig, prepare
 from nanogpt_lit.doctor import machine
 from nanogpt_lit.doctor import run as of_run
 from nanogpt_lit.doctor.examination import Finding
-from nanogpt_lit.doctor.machine import advice, check_cpu, check_gpu, check_packages, check_sleep
+from nanogpt_lit.doctor.machine import advice, check_cpu, check_gpu, check_packages, check_page_locks, check_sleep
 from nanogpt_lit.doctor.run import check_checkpoints, check_disk, check_shards
 
 posix = pytest.mark.skipif(os.name != "posix", reason="its programs are shell scripts")
@@ -371,6 +373,29 @@ echo "  Aktueller Gleichstrom-Einstellungsindex: 0x00000258"
 
 
 @posix
+@pytest.mark.parametrize(
+    ("platform", "release", "found"),
+    [
+        ("win32", "10", [("look", "Windows")]),
+        ("linux", "5.15.153.1-microsoft-standard-WSL2", [("look", "WSL2")]),
+        ("linux", "6.8.0-45-generic", []),
+    ],
+)
+def test_a_run_that_page_locks_more_than_windows_allows_is_told(platform, release, found, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * 2**30))
+    findings = list(check_page_locks(lambda: 4_800.0, platform, release))
+    assert [(f.level, f.text.split("of which ")[1].split()[0]) for f in findings] == found
+    assert all("the run page-locks 4,800 MiB of 8,192, of which" in f.text for f in findings)
+    assert levels(check_page_locks(lambda: 4_000.0, platform, release)) == ["ok"] * len(found)
+
+
+def test_the_doctor_plans_what_the_run_of_a_yaml_page_locks(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(machine, "check_page_locks", lambda needed_mib: asked.append(needed_mib()) or [])
+    main(["doctor", "--config", str(Path(__file__).parents[1] / "configs" / "rtx2050.yaml")])
+    assert asked == [pytest.approx(8 * 124.5e6 / 2**20, rel=0.01)]  # AdamW's moments
+
+
 def test_windows_that_sleeps_while_plugged_in_is_told(programs, monkeypatch):
     program(programs, "powercfg", ANSWER)
     monkeypatch.setenv("AC", "0x00000708")

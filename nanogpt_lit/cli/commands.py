@@ -252,13 +252,24 @@ def doctor(arguments: list[str]) -> int:
     from nanogpt_lit.doctor.examination import examine
 
     findings = []
-    for finding in examine(options.run, options.config):
+    for finding in examine(options.run, options.config, page_locked_mib):
         findings.append(finding)
         if not options.json:
             print(finding, flush=True)
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     return 1 if any(finding.level == "wrong" for finding in findings) else 0
+
+
+def page_locked_mib(config: Path) -> float:
+    """Host memory that the run of a YAML page-locks, as `plan` says."""
+    from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
+    from nanogpt_lit.plan.budget import choose_budget
+    from nanogpt_lit.plan.command import own_rung, plan_rung
+
+    quiet_lightning()
+    settings = SettingsCLI(args=[f"--config={config}"]).settings
+    return plan_rung(settings, own_rung(settings), choose_budget().gpu).page_locked_mib
 
 
 def prepare(arguments: list[str]) -> int:

@@ -24,10 +24,13 @@ class Finding:
         return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
-def examine(run: Path | None, config: Path | None) -> Iterator[Finding]:
+def examine(
+    run: Path | None, config: Path | None, page_locked_mib: Callable[[Path], float] | None = None
+) -> Iterator[Finding]:
     """Examine this machine, and a run if one is named; a check that fails stops none of the others.
 
     run: a run's folder, or one of several runs   config: a YAML of fit, for the run that it has made or will make
+    page_locked_mib: plans the run of a YAML
     Raises UserError for a folder or file that is not there.
     """
     from nanogpt_lit.doctor import machine
@@ -45,6 +48,8 @@ def examine(run: Path | None, config: Path | None) -> Iterator[Finding]:
             yield Finding("wrong", "settings", str(error).rstrip("."))
     for name in ("packages", "cpu", "gpu", "sleep"):
         yield from unless_it_fails(name, getattr(machine, f"check_{name}"))
+    if config is not None and page_locked_mib is not None:
+        yield from unless_it_fails("memory", lambda: machine.check_page_locks(lambda: page_locked_mib(config)))
     root = run or Path(setting(settings, "trainer", "default_root_dir") or "runs")
     yield from unless_it_fails("disk", lambda: of_run.check_disk(root, of_run.largest_checkpoint(root)))
     if run is None and config is None:

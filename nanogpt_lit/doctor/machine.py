@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from nanogpt_lit.doctor.examination import Finding
+from nanogpt_lit.errors import UserError
 
 SHOWN = ("torch", "lightning", "accelerate")
 """Packages that get a line also when nothing is wrong with them."""
@@ -24,6 +25,8 @@ REASONS = {
 }
 MALWARE = {"lightning": ("2.6.2", "2.6.3")}
 NVIDIA, DISPLAY_CLASS = "0x10de", "0x03"
+WINDOWS_LOCKS = 0.5
+"""Share of the memory that Windows and WSL2 let be page-locked, about."""
 CROWDED = 0.25
 """Share of a GPU's memory in other hands that is worth a word."""
 WINDOWS_QUESTIONS = {
@@ -139,6 +142,30 @@ def check_gpu(root: Path = Path("/"), platform: str = sys.platform) -> Iterator[
             "Windows lets a full GPU spill into the computer's memory, and training then crawls instead of saying so: "
             "NVIDIA Control Panel, Manage 3D settings, CUDA - Sysmem Fallback Policy, Prefer No Sysmem Fallback",
         )
+
+
+def check_page_locks(
+    needed_mib: Callable[[], float], platform: str = sys.platform, release: str = python_platform.release()
+) -> Iterator[Finding]:
+    """Compare the host memory that a run page-locks with what Windows lets it lock; other systems lock all they have.
+
+    needed_mib: plans the run   release: of the system; that of WSL2 has Microsoft's name in it
+    """
+    if platform != "win32" and "microsoft" not in release.lower():
+        return
+    import psutil
+
+    try:
+        memory_mib, mib = psutil.virtual_memory().total / 2**20, needed_mib()
+    except UserError:  # which `plan` tells, and `fit`
+        return
+    text = f"the run page-locks {mib:,.0f} MiB of {memory_mib:,.0f}"
+    if mib > memory_mib * WINDOWS_LOCKS:
+        system = "Windows" if platform == "win32" else "WSL2"
+        text += f", of which {system} allows about half: the rest is copied more slowly; a smaller model.gpt needs less"
+        yield Finding("look", "memory", text)
+    else:
+        yield Finding("ok", "memory", text)
 
 
 def check_torch() -> Finding:
