@@ -1,8 +1,10 @@
 """Checkpoints to the two frameworks and back, read by the frameworks themselves."""
 
+import itertools
 import os
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -185,6 +187,77 @@ def test_accelerates_own_load_state_goes_on_from_the_folder_and_comes_back(check
     assert not different(save.end, load_run(tmp_path / "later.safetensors"))
 
 
+def own_loop(folder, schedule_is_saved):
+    """Somebody's own loop with accelerate, 4 steps of two micro-batches, and the folder of its save_state."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer, schedule = optimizer_and_schedule(raw := new_module(dropout=0.0))
+    module, optimizer = accelerator.prepare(raw, optimizer)
+    if schedule_is_saved:
+        accelerator.register_for_checkpointing(schedule)
+    for tokens, targets in itertools.islice(batches(), 2 * STEPS):
+        with accelerator.accumulate(module):
+            accelerator.backward(module(tokens, targets))
+            optimizer.step()
+            if accelerator.sync_gradients:
+                schedule.step()
+            optimizer.zero_grad()
+    accelerator.save_state(folder)
+
+
+YAML = f"""
+trainer: {{max_steps: 10, accumulate_grad_batches: 2, default_root_dir: ROOT}}
+model:
+  gpt: {{n_layer: 1, n_head: 2, n_embd: 8, vocab_size: 257}}
+  optim: {{lr: 0.05}}
+  schedule: {{warmup_steps: 2}}
+data: {{tokenizer: byte, block_size: {T}, batch_size: {B}, seed: 7}}
+"""
+
+
+@pytest.mark.parametrize("schedule_is_saved", [True, False])
+def test_a_folder_of_somebodys_own_loop_goes_on_with_its_yaml(schedule_is_saved, tmp_path, monkeypatch, capsys):
+    own, yaml, out = tmp_path / "own", tmp_path / "run.yaml", tmp_path / "out.safetensors"
+    monkeypatch.setitem(globals(), "new_module", partial(new_module, vocab_size=257))
+    own_loop(own, schedule_is_saved)
+    yaml.write_text(YAML.replace("ROOT", str(tmp_path)))
+    assert main(["convert", str(own), str(out)]) == 2
+    assert f"give the YAML of its run: convert {own} TO --config FILE.yaml" in capsys.readouterr().err
+    assert main(["convert", str(own), str(out), "--config", str(yaml)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{out}: step 4, {2 * STEPS * B * T} tokens"
+
+    settings = LoopSettings(STEPS + 1, accumulate_grad_batches=2)
+    ours, undisturbed = new_module(dropout=0.0), new_module(dropout=0.0)
+    train(ours, batches(2 * STEPS), [], settings, start=load_run(out))
+    train(undisturbed, batches(), [], settings)
+    assert all(map(torch.equal, ours.parameters(), undisturbed.parameters()))
+
+    out.unlink()
+    assert main(["convert", str(own), str(out), "--config", str(yaml), "--model.gpt.n_embd=16"]) == 2
+    assert "of shape (24,), and the network that it describes has (48,)" in capsys.readouterr().err
+    torch.save({"state": {}, "param_groups": [{"params": list(range(15))}]}, own / "optimizer.bin")
+    assert main(["convert", str(own), str(out), "--config", str(yaml)]) == 2
+    assert "holds an optimizer that is not ours" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_ckpt_of_a_stock_trainer_has_as_many_tokens_as_the_yaml_says_of_a_step(tmp_path, capsys):
+    trainer = Trainer(
+        max_steps=STEPS, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(new_module(dropout=0.0, vocab_size=257), batches())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    (tmp_path / "run.yaml").write_text(YAML.replace("ROOT", str(tmp_path)))
+    for name, more, said in (
+        ("a", [], "step 4, and no word of how many tokens a step has; --config FILE.yaml says it"),
+        ("b", ["--config", str(tmp_path / "run.yaml")], f"step 4, {STEPS * B * T} tokens"),
+    ):
+        assert main(["convert", str(tmp_path / "x.ckpt"), str(tmp_path / f"{name}.safetensors"), *more]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / name}.safetensors: {said}"
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)
@@ -229,7 +302,7 @@ def test_a_folder_without_what_accelerate_has_no_place_for_is_refused_by_the_nam
     checkpoint, tmp_path
 ):
     for missing, sentence in (
-        ("nanogpt_lit.json", "holds no nanogpt_lit.json"),
+        ("nanogpt_lit.json", "give the YAML of its run: convert .* TO --config"),
         ("custom_checkpoint_0.pkl", "holds no state of the schedule"),
         ("random_states_0.pkl", "random_states_0.pkl is missing"),
         ("model.safetensors", "model.safetensors cannot be read"),

@@ -7,7 +7,9 @@ files, in nanogpt_lit.json, which load_state leaves alone.
 import codecs
 import json
 import random
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from nanogpt_lit.checkpoint.described import Described
+from nanogpt_lit.checkpoint.network import new_run, with_moments
 from nanogpt_lit.checkpoint.run_file import check_counts, stored_once
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
@@ -30,6 +35,8 @@ SCHEDULE = "custom_checkpoint_0.pkl"
 """The first object of register_for_checkpointing: a prepared schedule would step once per process."""
 PREPARED_SCHEDULE = "scheduler.bin"
 BESIDE = "nanogpt_lit.json"
+PREFIXES = re.compile(r"^(module\.|_orig_mod\.|gpt\.)+")
+"""What DDP, torch.compile and LitNanoGPT put before the names of the network's weights."""
 KEPT_BESIDE = (
     "hyper_parameters", "data", "batches", "processes", "accumulate_grad_batches", "tokens", "validations", "elastic",
 )  # fmt: skip
@@ -64,20 +71,20 @@ def with_accelerates_names(state: RandomState, batches: int) -> dict[str, Any]:
     }
 
 
-def read_folder(folder: Path) -> RunState:
-    """The run of a folder by `write_folder`, or by save_state when nanogpt_lit.json was copied into it.
+def read_folder(folder: Path, described: Described | None = None) -> RunState:
+    """The run of a folder by `write_folder`, or by somebody's own save_state.
 
+    described: what the YAML of the run says; for the latter
     Raises UserError, naming the file, for one that is missing, damaged, or holds more than data.
     """
+    if described is not None and not (folder / BESIDE).is_file():
+        return read_users_folder(folder, described)
     beside = read_beside(folder)
     schedule = read_schedule(folder)
     random_states = list(read_random_states(folder))
     if not random_states:
         raise UserError(f"{folder / RANDOM.format(0)} is missing: it says after how many micro-batches the run stands.")
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
+    weights = read_weights(folder)
     optimizer = read_pickle(folder / OPTIMIZER)
     scaler = read_pickle(folder / SCALER) if (folder / SCALER).is_file() else None
     try:
@@ -105,12 +112,48 @@ def read_folder(folder: Path) -> RunState:
     return state
 
 
+def read_users_folder(folder: Path, described: Described) -> RunState:
+    """The run of a loop of somebody's own, with LitNanoGPT and the optimizer of its configure_optimizers()."""
+    weights = {PREFIXES.sub("", name): tensor for name, tensor in read_weights(folder).items()}
+    optim, schedule = described.optim, described.schedule
+    begun = new_run(folder, weights, described.gpt, described.tokenizer, optim, schedule)
+    optimizer = read_pickle(folder / OPTIMIZER)
+    random_states = list(read_random_states(folder))
+    try:
+        # Our schedule knows the steps that were left out, too. Any other may count something else than steps.
+        rate = read_schedule(folder)
+        step = int(rate["last_epoch"]) + int(rate["skipped_steps"])
+    except UserError:
+        step = max((int(moments.get("step", 0)) for moments in optimizer.get("state", {}).values()), default=0)
+        rate = {**begun.schedule, "last_epoch": step, "_step_count": step + 1}
+    accumulate, processes = described.accumulate_grad_batches, max(1, len(random_states))
+    state = replace(
+        begun,
+        optimizer=with_moments(folder, begun, optim, optimizer),
+        schedule=rate,
+        scaler=read_pickle(folder / SCALER) if (folder / SCALER).is_file() else None,
+        random=[with_our_names(state) for state in random_states],
+        step=step,
+        batches=step * accumulate,
+        processes=processes,
+        accumulate_grad_batches=accumulate,
+    )
+    return described.complete(state)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
+
+
 def read_beside(folder: Path) -> dict[str, Any]:
     path = folder / BESIDE
     if not path.is_file():
         raise UserError(
-            f"{folder} holds no {BESIDE}, which says what network and data it belongs to; copy it from the folder that "
-            "`python -m nanogpt_lit convert` made for this run."
+            f"{folder} does not say what network and data it belongs to; give the YAML of its run: convert {folder} TO "
+            "--config FILE.yaml."
         )
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))

@@ -1,11 +1,20 @@
 """Checkpoints from and to the formats of others. What a file is, is seen from its content, and no code of it runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from nanogpt_lit.checkpoint import gguf_format, hugging_face_format, lightning_format, llm_c_format, nanogpt_format
+from nanogpt_lit.checkpoint import (
+    gguf_format,
+    hugging_face_format,
+    lightning_format,
+    llm_c_format,
+    nanogpt_format,
+    sharded_format,
+)
 from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder, write_folder
+from nanogpt_lit.checkpoint.described import Described
 from nanogpt_lit.checkpoint.known_files import known_as
 from nanogpt_lit.checkpoint.network import network_of, size
 from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, check_counts, load_run, load_stored_network, save_run
@@ -21,13 +30,19 @@ FORMATS = {"hf": "", "gguf": gguf_format.SUFFIX, "nanogpt": nanogpt_format.SUFFI
 
 
 def convert(
-    source: Path, target: Path, to: str | None = None, dtype: str | None = None, tokenizer: str | None = None
+    source: Path,
+    target: Path,
+    to: str | None = None,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    described: Described | None = None,
 ) -> list[str]:
     """Writes the checkpoint at `source` as `to`, or as what the name of `target` says, and returns what to tell of it.
 
     .safetensors is the format of every loop here, .ckpt Lightning's, a name without a suffix accelerate's folder.
 
     dtype: of the matrices in a GGUF file   tokenizer: its name, for a source that holds none
+    described: what the YAML of the run says, for a source that does not
     Raises UserError for a source that is none of them, and for a target that is there already.
     """
     if target.exists():
@@ -43,7 +58,7 @@ def convert(
         raise UserError(f"{target} is to be a file for {to}; such a file ends in {FORMATS[to]}.")
     if dtype is not None and to != "gguf":
         raise UserError(f"--dtype={dtype} is for --to gguf; the other formats keep float32.")
-    what, state = read(source, tokenizer)
+    what, state = read(source, tokenizer, described)
     gpt = state.hyper_parameters.get("gpt")
     lines = [f"{source}: {what}" + (f"; {size(gpt)}" if gpt else "")]
     match to:
@@ -68,7 +83,10 @@ def convert(
             torch.save(lightning_format.to_lightning(state), file)
     else:
         write_folder(target, state)
-    lines.append(f"{target}: step {state.step:,}, {state.tokens:,} tokens")
+    tokens = f"{state.tokens:,} tokens"
+    if state.step and not state.tokens:
+        tokens = "and no word of how many tokens a step has; --config FILE.yaml says it"
+    lines.append(f"{target}: step {state.step:,}, {tokens}")
     if what == NANOGPT:
         lines.append(f"go on with: fit --ckpt_path {target} {nanogpt_format.fit_options(state)}")
     return lines
@@ -77,8 +95,11 @@ def convert(
 NANOGPT, OURS = "nanoGPT's checkpoint", "a checkpoint of nanogpt_lit"
 
 
-def read(source: Path, tokenizer: str | None = None) -> tuple[str, RunState]:
-    """What the source is, and its run. Raises UserError, naming the source, for what it is not."""
+def read(source: Path, tokenizer: str | None = None, described: Described | None = None) -> tuple[str, RunState]:
+    """What the source is, and its run. Raises UserError, naming the source, for what it is not.
+
+    described: what the YAML of the run says
+    """
     words = words_of(source) if source.is_file() and is_zip(source) else set()
     if source.is_dir() and hugging_face_format.recognises(source):
         return "a Hugging Face folder", hugging_face_format.read(source, tokenizer)
@@ -89,9 +110,11 @@ def read(source: Path, tokenizer: str | None = None) -> tuple[str, RunState]:
     if tokenizer is not None:
         raise UserError(f"--tokenizer={tokenizer} is for a source that holds none, and {source} holds its own.")
     if words >= lightning_format.MARKS:
-        return "a checkpoint of Lightning", read_ckpt(source)
+        return "a checkpoint of Lightning", read_ckpt(source, described)
+    if source.is_dir() and sharded_format.recognises(source):
+        return "a folder of Lightning's shards", read_ckpt(source, described)
     if source.is_dir() and ((source / BESIDE).is_file() or known_as(source) is None):
-        return "a folder of accelerate", read_folder(source)
+        return "a folder of accelerate", read_folder(source, described)
     if source.exists() and (what := known_as(source)) is not None:
         raise UserError(f"{source} is not a checkpoint that convert reads; it is {what}.")
     return OURS, load_run(source)
@@ -111,15 +134,17 @@ def load_network(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, T
     return network_of(path, stored).to(device), tokenizer_from_files(stored.tokenizer_files)
 
 
-def read_ckpt(path: Path) -> RunState:
-    """Of a file that Trainer.save_checkpoint wrote."""
+def read_ckpt(path: Path, described: Described | None = None) -> RunState:
+    """Of a file that Trainer.save_checkpoint wrote, or of the folder that it writes in shards."""
     try:
-        state = lightning_format.from_lightning(read_torch_file(path))
+        whole = sharded_format.read_checkpoint(path) if path.is_dir() else read_torch_file(path)
+        state = lightning_format.from_lightning(whole)
+        state = replace(state, optimizer=lightning_format.numbered(state.optimizer))
         check_counts(state)
-        return state
     except Exception as error:  # what the readers of zip, of pickle and of a dictionary raise is not one family
         reason = " ".join(str(error).split())[:100]
         raise UserError(
             f"{path} is damaged, or is not a checkpoint that Lightning wrote of one optimizer and one schedule "
             f"({type(error).__name__}: {reason})."
         ) from error
+    return state if described is None else described.complete(state)

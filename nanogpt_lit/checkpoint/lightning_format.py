@@ -1,5 +1,6 @@
 """Lightning's checkpoint dictionary, to and from a RunState. It needs no Lightning: the dictionary is plain."""
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -27,6 +28,7 @@ def from_lightning(checkpoint: dict[str, Any]) -> RunState:
     callbacks = dict(rest.pop("callbacks", {}))
     counted = callbacks.pop(CURVES, {})
     run = rest.pop(RUN, {})
+    processes = run.get("processes", 1)
     data = {name: value for name, value in rest.pop(DATA, {}).items() if name != "batches"}
     batches = rest["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
     return RunState(
@@ -39,15 +41,30 @@ def from_lightning(checkpoint: dict[str, Any]) -> RunState:
         random=run.get("random", []),
         step=step,
         batches=batches,
-        processes=run.get("processes", 1),
+        processes=processes,
         accumulate_grad_batches=run.get("accumulate_grad_batches", max(1, batches // max(1, step))),
-        tokens=counted.get("tokens", 0),
+        tokens=counted.get("tokens", batches * processes * data.get("batch_size", 0) * data.get("block_size", 0)),
         trained_s=counted.get("trained_s", 0.0),
         validations=counted.get("validations", {"latest": None, "best": None}),
         elastic=run.get("elastic", {}),
         spikes=run.get("spikes", {}),
         lightning={**rest, "callbacks": callbacks},
     )
+
+
+def numbered(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state by the numbers that it gives its own parameters, which go through the groups.
+
+    Under FSDP2, Lightning numbers them as the network does, and in a folder of shards it keeps their names.
+    """
+    names = [name for group in optimizer["param_groups"] for name in group["params"]]
+    number_of = {name: number for number, name in enumerate(names)}
+    return {
+        "state": {number_of[name]: moments for name, moments in optimizer["state"].items()},
+        "param_groups": [
+            {**group, "params": [number_of[name] for name in group["params"]]} for group in optimizer["param_groups"]
+        ],
+    }
 
 
 def to_lightning(state: RunState) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nanogpt_lit.checkpoint.export import check_expressible, measured_effect
-from nanogpt_lit.checkpoint.network import chosen_tokenizer, network, network_of, new_run
+from nanogpt_lit.checkpoint.network import chosen_tokenizer, network, network_of, new_run, with_moments
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.torch_file import read_torch_file
 from nanogpt_lit.data.tokenizer import tokenizer_from_files
@@ -64,7 +63,7 @@ def read(path: Path, tokenizer: str | None = None) -> RunState:
     begun = new_run(path, weights, gpt, chosen_tokenizer(path, gpt.vocab_size, tokenizer), optim, schedule)
     return replace(
         begun,
-        optimizer=optimizer_of(path, checkpoint.get("optimizer"), begun.optimizer, begun.weights, gpt),
+        optimizer=with_moments(path, begun, optim, checkpoint.get("optimizer")),
         schedule={**begun.schedule, "last_epoch": step, "_step_count": step + 1},
         step=step,
         batches=step * accumulate,
@@ -89,26 +88,6 @@ def schedule_of(config: Mapping[str, Any]) -> ScheduleConfig:
         min_lr_ratio=float(config.get("min_lr", 0.0)) / float(config["learning_rate"]) if decays else 1.0,
         total_steps=int(config.get("lr_decay_iters", 1000)),
     )
-
-
-def optimizer_of(
-    path: Path, saved: Any, begun: dict[str, Any], weights: Mapping[str, Tensor], config: GPTConfig
-) -> dict[str, Any]:
-    """AdamW's moments in our groups. Raises UserError for moments of another shape than their weights."""
-    gpt = network(path, {name.removeprefix("gpt."): tensor for name, tensor in weights.items()}, config)
-    parameters = [
-        p for group in build_optimizer(gpt.named_parameters(), AdamWConfig()).param_groups for p in group["params"]
-    ]
-    try:
-        state = {number: {**moments} for number, moments in saved["state"].items()}
-        for number, moments in state.items():
-            moments["step"] = torch.as_tensor(moments["step"], dtype=torch.float32)
-            for name in ("exp_avg", "exp_avg_sq"):
-                if moments[name].shape != parameters[number].shape:
-                    raise ValueError(f"{name} {number} has shape {tuple(moments[name].shape)}")
-    except (TypeError, KeyError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path} holds an optimizer that is not AdamW's for its network ({error}).") from error
-    return {**begun, "state": state}
 
 
 def fit_options(state: RunState) -> str:

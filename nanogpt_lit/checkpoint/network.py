@@ -58,6 +58,35 @@ def new_run(
     )
 
 
+def with_moments(path: Path, begun: RunState, optim: AdamWConfig, saved: Any) -> dict[str, Any]:
+    """The optimizer's state of a run, with the moments of another of its kind.
+
+    begun: by new_run   saved: its state_dict()
+    Raises UserError for moments of another shape than their weights, or that stand in another order.
+    """
+    gpt = network_of(path, begun)
+    groups = build_optimizer(gpt.named_parameters(), optim).param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    try:
+        state = {number: {**moments} for number, moments in saved["state"].items()}
+        theirs, ours = ([len(group["params"]) for group in side] for side in (saved["param_groups"], groups))
+        if theirs != ours:
+            raise ValueError(f"groups of {theirs} parameters where LitNanoGPT has {ours}")
+        for number, moments in state.items():
+            if "step" in moments:
+                moments["step"] = torch.as_tensor(moments["step"], dtype=torch.float32)
+            for name, moment in moments.items():
+                matters = isinstance(moment, Tensor) and moment.dim() and optim.state_bits == 32
+                if matters and moment.shape != parameters[number].shape:
+                    raise ValueError(f"{name} {number} has shape {tuple(moment.shape)}")
+    except (TypeError, KeyError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"{path} holds an optimizer that is not ours for its network ({error}); fit --init_from begins a run with "
+            "the weights alone."
+        ) from error
+    return {**begun.optimizer, "state": state}
+
+
 def network(path: Path, weights: Mapping[str, Tensor], config: GPTConfig) -> GPT:
     """The network, in float32 and in eval mode."""
     # Before it is built: a number that lies must not make us build for hours.

@@ -2,20 +2,21 @@
 
 import pickletools
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from nanogpt_lit.errors import UserError
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(source: Path | BinaryIO) -> Any:
     """Its content, on the processor. What the readers of zip and of pickle raise for any other file is not one family.
 
     weights_only: the file may come from elsewhere, and an ordinary pickle can run code.
     """
-    with path.open("rb") as file:
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
         # torch wrote a checksum of every part, and does not look at it when it reads.
         if (part := zipfile.ZipFile(file).testzip()) is not None:
             raise RuntimeError(f"{part} differs from its checksum")

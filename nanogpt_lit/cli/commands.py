@@ -184,7 +184,15 @@ def convert(arguments: list[str]) -> int:
     )
     parser.add_argument("--dtype", choices=["f32", "f16", "bf16", "q8_0"], help="of the matrices in FILE.gguf (f32)")
     parser.add_argument("--tokenizer", metavar="NAME", help="gpt2, byte or FILE.tiktoken, for a FROM that holds none")
-    options = parser.parse_args(arguments[1:])
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="the YAML of the run, and more options of fit, for a FROM of your own loop (accelerate's save_state, "
+        "Lightning's Trainer), which does not say what network and data it belongs to",
+    )
+    options, settings_of_fit = parser.parse_known_args(arguments[1:])
+    if settings_of_fit and options.config is None:
+        parser.error(f"unrecognized arguments: {' '.join(settings_of_fit)}")
 
     from nanogpt_lit.checkpoint.convert import convert
     from nanogpt_lit.checkpoint.hub import fetched
@@ -192,7 +200,13 @@ def convert(arguments: list[str]) -> int:
     source, pinned = fetched(options.source)
     if pinned != options.source:
         print(f"{options.source} is {pinned} today")
-    for line in convert(source, options.target, options.to, options.dtype, options.tokenizer):
+    described = None
+    if options.config is not None:
+        from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
+
+        quiet_lightning()
+        described = SettingsCLI(args=[f"--config={options.config}", *settings_of_fit]).described()
+    for line in convert(source, options.target, options.to, options.dtype, options.tokenizer, described):
         print(line)
     return 0
 

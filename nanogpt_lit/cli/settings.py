@@ -11,12 +11,15 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+from nanogpt_lit.checkpoint.described import Described
+from nanogpt_lit.checkpoint.network import chosen_tokenizer
 from nanogpt_lit.checkpoint.newest import CKPT, Newest, latest_of, newest_run, step_in
 from nanogpt_lit.checkpoint.run_file import SUFFIX, check_run_file
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.fine_tuning import Beginning
 from nanogpt_lit.cli.parser import Parser
-from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.data.datamodule import ORDER_FIELDS, TokenDataModule
+from nanogpt_lit.data.tokenizer import parse_tokenizer
 from nanogpt_lit.errors import NothingToDo, UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.compatibility import (
@@ -336,13 +339,33 @@ class SettingsCLI(LightningCLI):
 
     def prepare_data(self) -> TokenDataModule:
         """Text to shards, when they are missing or were made from something else."""
+        datamodule = self._data()
+        datamodule.prepare_data()
+        return datamodule
+
+    def _data(self) -> TokenDataModule:
         settings = self.settings
         if settings.data.shards_dir is None:
             self._chose_shards_dir = True
             settings.data.shards_dir = str(Path(settings.trainer.default_root_dir) / "shards")
-        datamodule = TokenDataModule(**settings.data)
-        datamodule.prepare_data()
-        return datamodule
+        return TokenDataModule(**settings.data)
+
+    def described(self) -> Described:
+        """What the settings say of a run. Raises UserError where a tokenizer that is made from text is not made yet."""
+        settings = self.settings
+        data = self._data()
+        name = settings.data.tokenizer
+        made_of_text = parse_tokenizer(name)[0] in ("char", "bpe")
+        tokenizer = data.tokenizer if made_of_text else chosen_tokenizer(Path(name), 0, name)
+        vocab_size = settings.model.gpt.vocab_size or tokenizer.vocab_size
+        return Described(
+            gpt=GPTConfig(**{**settings.model.gpt, "vocab_size": vocab_size}),
+            optim=AdamWConfig(**settings.model.optim),
+            schedule=ScheduleConfig(**settings.model.schedule),
+            tokenizer=tokenizer,
+            order={name: settings.data[name] for name in ORDER_FIELDS},
+            accumulate_grad_batches=settings.trainer.accumulate_grad_batches,
+        )
 
     def build(self) -> tuple[LitNanoGPT, TokenDataModule]:
         """The module and the data, as fit builds them, once the settings are complete."""

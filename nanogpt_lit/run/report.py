@@ -68,7 +68,7 @@ def closing_table(
     rows += [(f"{name} checkpoint", f"{path}{held_step(Path(path))}") for name, path in files.items()]
     rows.append(("curves", f"tensorboard --logdir {run_folder.parent}"))
     if files:
-        rows += writing(Path(next(iter(files.values()))))
+        rows.append(("write more", f"python -m nanogpt_lit generate --ckpt {next(iter(files.values()))}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     if sample is not None:
@@ -84,12 +84,3 @@ def held_step(checkpoint: Path) -> str:
         return f" (step {step_of(checkpoint):,})"
     except (ValueError, OSError):
         return " (damaged)"
-
-
-def writing(checkpoint: Path) -> list[tuple[str, str]]:
-    """What to type for more text: a sharded strategy writes Lightning's own file, or a folder that no command reads."""
-    if checkpoint.is_dir():
-        return []
-    file = checkpoint.with_suffix(SUFFIX)
-    convert = [] if file == checkpoint else [("convert first", f"python -m nanogpt_lit convert {checkpoint} {file}")]
-    return [*convert, ("write more", f"python -m nanogpt_lit generate --ckpt {file}")]
