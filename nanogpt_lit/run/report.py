@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from nanogpt_lit.checkpoint import sharded_format
 from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.gpt.sampling import printable
@@ -67,8 +68,9 @@ def closing_table(
     files = {name: path for name, path in checkpoints.items() if path and Path(path).exists()}
     rows += [(f"{name} checkpoint", f"{path}{held_step(Path(path))}") for name, path in files.items()]
     rows.append(("curves", f"tensorboard --logdir {run_folder.parent}"))
-    if files:
-        rows.append(("write more", f"python -m nanogpt_lit generate --ckpt {next(iter(files.values()))}"))
+    for path in map(Path, list(files.values())[:1]):
+        if path.is_file() or sharded_format.recognises(path):  # of a folder of another kind no command can write
+            rows.append(("write more", f"python -m nanogpt_lit generate --ckpt {path}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     if sample is not None:
