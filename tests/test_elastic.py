@@ -27,7 +27,7 @@ from faults import (
 )
 from torch.utils.data import DataLoader, TensorDataset
 
-from nanogpt_lit.checkpoint.run_file import decoded, description_of, load_run, open_run, save_run
+from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.loss import IGNORE_INDEX, cross_entropy
 from nanogpt_lit.loops import reference
@@ -444,16 +444,6 @@ def test_what_was_found_is_in_the_checkpoint_and_every_loop_goes_on_with_it(tmp_
         assert other.gpt.cross_entropy is not cross_entropy
         assert same_weights(other, resumed["lightning"])
     assert not same_weights(other, module)
-
-
-def test_a_checkpoint_from_before_there_was_this_means_that_everything_fits(tmp_path):
-    path, kept = tmp_path / "last.safetensors", Kept()
-    reference.train(make_module(), make_loader(MICRO_BATCHES, 1), make_loader(2, 2), SETTINGS, kept)
-    save_run(path, kept.state())
-    with open_run(path) as file:
-        description, tensors = description_of(file), file.read(file.names)
-    del description["elastic"]
-    assert decoded(path, description, tensors).elastic == {}
 
 
 def test_what_was_found_goes_on_where_the_yaml_has_the_techniques_by_now():
