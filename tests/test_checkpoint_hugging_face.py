@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
-from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.data.hugging_face_tokenizer import from_hugging_face, to_hugging_face
 from nanogpt_lit.data.tokenizer import EOT, BytePairTokenizer, CharTokenizer, gpt2_tokenizer, tokenizer_from_files
 from nanogpt_lit.errors import UserError
@@ -157,13 +158,21 @@ def test_what_it_cannot_say_is_refused_in_one_sentence(tmp_path, capsys, shape, 
 def test_generation_begins_and_ends_as_here_and_the_card_says_what_the_model_is(tmp_path):
     tokenizer = new_tokenizer("byte")
     source = saved(tmp_path / "run/checkpoints/best.safetensors", trained(tokenizer, steps=0), tokenizer)
-    (tmp_path / "run/config.yaml").write_text("data:\n  source: my_texts\n")
+    save_run(source, replace(load_run(source), step=1500, validations={"latest": (1500, 2.0), "best": (1400, 1.5)}))
+    (tmp_path / "run/config.yaml").write_text("init_from: hf:a/b@c\ndata: {source: my_texts, val_fraction: 0.1}\n")
     convert(source, tmp_path / "hf", to="hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert model.generation_config.eos_token_id == model.generation_config.bos_token_id == 256
     card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
-    for said in ("source: my_texts", "2 layers, 3 heads, 48 channels", '"lr": 0.0006', "torch 2.", "0 optimizer steps"):
+    for said in (
+        "source: my_texts", "val_fraction: 0.1", "tokenizer: byte, 257 tokens", "2 layers, 3 heads, 48 channels",
+        '"lr": 0.0006', "1,500 optimizer steps", "latest validation loss 2.0000, perplexity 7.39, at step 1,500",
+        "best validation loss 1.5000", "fine-tuned from hf:a/b@c", "nanogpt_lit ", "torch 2.", "Python 3.",
+    ):  # fmt: skip
         assert said in card
+    (tmp_path / "run/config.yaml").write_text("data: {{[")
+    convert(source, tmp_path / "again", to="hf")
+    assert "the text: not known to the checkpoint" in (tmp_path / "again/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
