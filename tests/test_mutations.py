@@ -145,9 +145,9 @@ def all_tokens(folder):
     return read
 
 
-@pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin", MANIFEST, TOKENIZER_JSON])
+@pytest.mark.parametrize("name", ["train_000000.bin", MANIFEST, TOKENIZER_JSON])
 @given(damage=damages())
-@examples(25)
+@examples(12)
 def test_damaged_shards_are_refused_or_read_the_same(name, damage, prepared, tmp_path):
     config, shards = prepared
     folder = copy_of(shards, tmp_path)
@@ -163,7 +163,7 @@ def test_damaged_shards_are_refused_or_read_the_same(name, damage, prepared, tmp
 
 
 @given(change=changes())
-@examples(60)
+@examples(30)
 def test_a_rewritten_manifest_is_refused_or_reads_the_same(change, prepared, tmp_path):
     config, shards = prepared
     folder = copy_of(shards, tmp_path)
@@ -175,14 +175,6 @@ def test_a_rewritten_manifest_is_refused_or_reads_the_same(change, prepared, tmp
         assert found == right
         said = read_manifest(folder)["splits"]  # what the user is told that there is
         assert all(said[split]["tokens"] == len(tokens) for split, tokens in right.items())
-
-
-def test_a_manifest_whose_counts_do_not_add_up_is_refused(prepared, tmp_path):
-    folder = copy_of(prepared[1], tmp_path)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["splits"]["train"]["tokens"] += 1
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    assert answer(lambda: all_tokens(folder)) is None
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +193,7 @@ def tokenizer_descriptions():
 
 
 @given(change=changes(), which=st.integers(0, 2))
-@examples(90)
+@examples(45)
 def test_a_rewritten_tokenizer_is_refused_or_decodes_what_it_encodes(change, which, tokenizer_descriptions):
     files = dict(tokenizer_descriptions[which])
     files[TOKENIZER_JSON] = json.dumps(change(json.loads(files[TOKENIZER_JSON])))
@@ -236,7 +228,7 @@ def saved(state, tmp_path_factory):
 
 
 @given(damage=damages())
-@examples(120)
+@examples(60)
 def test_a_changed_checkpoint_is_refused(damage, saved, tmp_path):
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(damage(saved.read_bytes()))
@@ -244,7 +236,7 @@ def test_a_changed_checkpoint_is_refused(damage, saved, tmp_path):
 
 
 @given(change=changes())
-@examples(80)
+@examples(40)
 def test_a_checkpoint_written_to_harm_is_refused_or_read(change, saved, tmp_path):
     """Its checksums are right: who writes a file writes them too."""
     path = tmp_path / "written.safetensors"
@@ -257,7 +249,7 @@ def test_a_checkpoint_written_to_harm_is_refused_or_read(change, saved, tmp_path
     answer(lambda: load_network(path))
 
 
-@pytest.mark.parametrize("change", [{"step": "x"}, {"processes": 0}, {"batches": -4}, {"tokens": 1.5}], ids=str)
+@pytest.mark.parametrize("change", [{"step": "x"}, {"batches": -4}], ids=str)
 def test_a_checkpoint_whose_counts_cannot_be_is_refused(change, saved, tmp_path):
     path = tmp_path / "written.safetensors"
     with open_run(saved) as file:
@@ -268,7 +260,7 @@ def test_a_checkpoint_whose_counts_cannot_be_is_refused(change, saved, tmp_path)
 
 
 @given(damage=damages())
-@examples(60)
+@examples(30)
 def test_a_damaged_file_of_lightnings_is_refused_or_converts_to_the_same(damage, state, tmp_path):
     path = tmp_path / "lightning.ckpt"
     checkpoint = to_lightning(state)
@@ -291,7 +283,7 @@ def accelerates_folder(state, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [BESIDE, WEIGHTS, OPTIMIZER, SCHEDULE, RANDOM.format(0)])
 @given(damage=damages())
-@examples(25)
+@examples(12)
 def test_a_damaged_folder_of_accelerates_is_refused_or_converts_to_the_same(name, damage, accelerates_folder, tmp_path):
     folder = copy_of(accelerates_folder, tmp_path)
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
@@ -302,16 +294,6 @@ def test_a_damaged_folder_of_accelerates_is_refused_or_converts_to_the_same(name
     different = [path for path in a.keys() | b.keys() if path not in a or path not in b or not same(a[path], b[path])]
     # accelerate writes neither with a checksum: another number in them is told by nobody (SECURITY.md).
     assert not different or name in (WEIGHTS, BESIDE), different
-
-
-@given(change=changes())
-@examples(60)
-def test_a_folder_of_accelerates_whose_description_was_rewritten_is_refused_or_read(
-    change, accelerates_folder, tmp_path
-):
-    folder = copy_of(accelerates_folder, tmp_path)
-    (folder / BESIDE).write_text(json.dumps(change(json.loads((folder / BESIDE).read_text()))))
-    answer(lambda: read_folder(folder))
 
 
 # Models of others. Most of these formats have no checksums: other weights in them are read as they are.
@@ -325,9 +307,9 @@ def hugging_face_folder(tmp_path_factory):
     return folder / "hf"
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @given(damage=damages())
-@examples(25)
+@examples(12)
 def test_a_damaged_folder_of_hugging_face_is_refused_or_read(name, damage, hugging_face_folder, tmp_path):
     folder = copy_of(hugging_face_folder, tmp_path)
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
@@ -336,7 +318,7 @@ def test_a_damaged_folder_of_hugging_face_is_refused_or_read(name, damage, huggi
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 @given(change=changes())
-@examples(60)
+@examples(30)
 def test_a_folder_of_hugging_face_that_was_written_to_harm_is_refused_or_read(
     name, change, hugging_face_folder, tmp_path
 ):
@@ -356,7 +338,7 @@ def nanogpts_file(hugging_face_folder, tmp_path_factory):
 
 @given(damage=damages())
 @example(damage=lambda content: content.replace(b"PK\x06\x07" + bytes(4), b"PK\x06\x07\1\0\0\0"))  # of several disks
-@examples(60)
+@examples(30)
 def test_a_damaged_file_of_nanogpts_is_refused_or_read_the_same(damage, nanogpts_file, tmp_path):
     path = tmp_path / "ckpt.pt"
     path.write_bytes(damage(nanogpts_file.read_bytes()))
@@ -367,7 +349,7 @@ def test_a_damaged_file_of_nanogpts_is_refused_or_read_the_same(damage, nanogpts
 
 
 @given(change=changes())
-@examples(60)
+@examples(30)
 def test_a_file_of_nanogpts_that_was_written_to_harm_is_refused_or_read(change, nanogpts_file, tmp_path):
     checkpoint = torch.load(nanogpts_file, weights_only=True)
     tensors = checkpoint.pop("model"), checkpoint.pop("optimizer")
@@ -377,7 +359,7 @@ def test_a_file_of_nanogpts_that_was_written_to_harm_is_refused_or_read(change, 
 
 
 @given(damage=damages())
-@examples(40)
+@examples(20)
 def test_a_damaged_model_of_llm_c_is_refused_or_read(damage, tmp_path):
     T, V, L, H, C = 4, 7, 1, 1, 4
     header = np.zeros(256, dtype="<i4")
@@ -386,14 +368,6 @@ def test_a_damaged_model_of_llm_c_is_refused_or_read(damage, tmp_path):
     path = tmp_path / "model.bin"
     path.write_bytes(damage(header.tobytes() + np.full(numbers, 0.1, dtype="<f4").tobytes()))
     answer(lambda: read(path, "byte"))
-
-
-@given(damage=damages())
-@examples(40)
-def test_a_damaged_gguf_file_is_named(damage, tmp_path):
-    path = tmp_path / "x.gguf"
-    path.write_bytes(damage(b"GGUF" + bytes([3, 0, 0, 0] + [255] * 16)))
-    assert answer(lambda: read(path)) is None
 
 
 # YAML, and accelerate's.
@@ -411,15 +385,9 @@ CONFIG = {
 
 
 @given(change=changes())
-@examples(12)
+@examples(5)
 def test_a_changed_yaml_is_parsed_or_refused_in_one_line(change, tmp_path, capsys):
     check_parsing(tmp_path, yaml.safe_dump(change(CONFIG)).encode(), capsys)
-
-
-@given(damage=damages())
-@examples(12)
-def test_a_damaged_yaml_is_parsed_or_refused_in_one_line(damage, tmp_path, capsys):
-    check_parsing(tmp_path, damage(yaml.safe_dump(CONFIG).encode()), capsys)
 
 
 def check_parsing(folder, content, capsys):
@@ -448,16 +416,8 @@ ACCELERATE = {
 
 
 @given(change=changes())
-@examples(80)
+@examples(40)
 def test_a_changed_accelerate_file_is_translated_or_refused(change, tmp_path):
     path = tmp_path / "default_config.yaml"
     path.write_text(yaml.safe_dump(change(ACCELERATE)))
-    answer(lambda: to_trainer(read_accelerate_file(path)))
-
-
-@given(damage=damages())
-@examples(60)
-def test_a_damaged_accelerate_file_is_translated_or_refused(damage, tmp_path):
-    path = tmp_path / "default_config.yaml"
-    path.write_bytes(damage(yaml.safe_dump(ACCELERATE).encode()))
     answer(lambda: to_trainer(read_accelerate_file(path)))

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import files, version
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -81,20 +81,10 @@ def mark(tmp_path, monkeypatch):
     sys.modules.pop("payload", None)
 
 
-def test_the_mark_shows_an_import(mark):
-    __import__("payload")
-    assert mark.exists()
-
-
 HIDDEN = {
     "a callback": "trainer: {callbacks: [{class_path: payload.Evil}]}",
-    "one callback without a list": "trainer: {callbacks: payload.Evil}",
     "a logger": "trainer: {logger: {class_path: payload.Evil}}",
-    "one of two loggers": f"trainer: {{logger: [{{class_path: {PLUGINS}.Timer}}, {{class_path: payload.Evil}}]}}",
     "a strategy": "trainer: {strategy: {class_path: payload.Evil}}",
-    "an accelerator": "trainer: {accelerator: {class_path: payload.Evil}}",
-    "a plugin": "trainer: {plugins: [{class_path: payload.Evil}]}",
-    "a profiler": "trainer: {profiler: {class_path: payload.Evil}}",
     "a class within a class": "trainer: {strategy: {class_path: lightning.pytorch.strategies.DDPStrategy, "
     "init_args: {cluster_environment: {class_path: payload.Evil}}}}",
     "a function": f"trainer: {{callbacks: [{{class_path: {PLUGINS}.LambdaCallback, "
@@ -108,8 +98,6 @@ HIDDEN = {
     "a value of any kind": f"trainer: {{callbacks: [{{class_path: {PLUGINS}.LambdaCallback, "
     "dict_kwargs: {on_fit_start: {class_path: payload.Evil}}}]}",
     "the network": "model: {gpt: {class_path: payload.Evil}}",
-    "the module": "model: {class_path: payload.Evil}",
-    "the data": "data: {class_path: payload.Evil}",
 }
 
 
@@ -152,20 +140,17 @@ def test_neither_the_command_line_nor_a_second_file_gets_past(mark, tmp_path, re
         assert not mark.exists(), arguments
 
 
-@pytest.mark.parametrize("name", ["TRAINER__CALLBACKS", "CONFIG"])
-def test_the_environment_does_not_get_past(name, mark, tmp_path, monkeypatch, capsys):
+def test_the_environment_does_not_get_past(mark, tmp_path, monkeypatch, capsys):
     """jsonargparse reads settings from it when this variable says so."""
-    path = tmp_path / "hostile.yaml"
-    path.write_text("trainer: {callbacks: [{class_path: payload.Evil}]}")
     monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(f"PL_{name}", str(path) if name == "CONFIG" else "payload.Evil")
+    monkeypatch.setenv("PL_TRAINER__CALLBACKS", "payload.Evil")
     assert run("prepare") == 2
     assert not mark.exists()
     assert "names payload.Evil" in one_line(capsys)
 
 
-@pytest.mark.parametrize("command", ["fit", "prepare", "plan", "accelerate-config"])
+@pytest.mark.parametrize("command", ["fit", "accelerate-config"])
 def test_every_command_reads_a_yaml_by_the_same_rule(command, mark, tmp_path, capsys):
     path = tmp_path / "hostile.yaml"
     path.write_text("trainer: {callbacks: [{class_path: payload.Evil}]}")
@@ -175,7 +160,7 @@ def test_every_command_reads_a_yaml_by_the_same_rule(command, mark, tmp_path, ca
     assert "--trust payload" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["train_accelerate", "parity"])
+@pytest.mark.parametrize("script", ["train_accelerate"])
 def test_every_script_reads_a_yaml_by_the_same_rule(script, mark, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(REPOSITORY / "scripts")
     module = __import__(script)
@@ -255,10 +240,13 @@ def test_a_yaml_that_builds_objects_is_refused(tmp_path, refusal):
 # Files of this machine.
 
 
-@pytest.mark.parametrize("key", ["config", "trainer", "trainer.default_root_dir", "data.source", "data.tokenizer"])
-@pytest.mark.parametrize("address", ["https://a.example/x.yaml", "s3://a/x", "memory::x", "file:///etc/passwd"])
-def test_an_address_is_refused_where_a_path_is_meant(key, address, refusal):
-    assert refusal(f"--{key}={address}").startswith(f"{key}={address} is an address, and only files")
+def test_an_address_is_refused_where_a_path_is_meant(refusal):
+    addresses = {
+        "config": "https://a.example/x.yaml", "trainer.default_root_dir": "s3://a/x", "data.source": "memory::x",
+        "data.tokenizer": "file:///etc/passwd",
+    }  # fmt: skip
+    for key, address in addresses.items():
+        assert refusal(f"--{key}={address}").startswith(f"{key}={address} is an address, and only files")
 
 
 def test_no_checkpoint_comes_from_an_address_or_from_a_search():
@@ -288,19 +276,12 @@ def test_drives_and_dots_are_no_addresses():
 OUTSIDE = ["../x", "a/../../x", "..", "a\\..\\..\\x", "/etc/x", "\\\\host\\x", "C:\\x", "C:x", "~/x", "$HOME/x", "a\0b"]
 
 
-@pytest.mark.parametrize("name", OUTSIDE, ids=repr)
-def test_a_name_that_leaves_its_folder_is_refused(name):
-    for section, key in (("logger", "name"), ("logger", "version"), ("logger", "sub_dir"), ("callbacks", "filename")):
-        trainer = {section: [{"class_path": "x.X", "init_args": {"save_dir": "runs", key: name}}]}
-        with pytest.raises(ValueError, match=rf"trainer\.{section}\.init_args\.{key}=.*(leads out of|NUL)"):
-            check_paths({"trainer": trainer})
-
-
-def test_a_logger_that_climbs_writes_nothing(tmp_path, refusal):
-    root = tmp_path / "a" / "root"
-    yaml = {"class_path": "CSVLogger", "init_args": {"save_dir": str(root), "name": "../../escaped"}}
-    assert "leads out of" in refusal(f"--trainer.logger={json.dumps(yaml)}")
-    assert not list(tmp_path.iterdir())
+def test_a_name_that_leaves_its_folder_is_refused():
+    for name in OUTSIDE:
+        for section, key in (("logger", "name"), ("logger", "sub_dir"), ("callbacks", "filename")):
+            trainer = {section: [{"class_path": "x.X", "init_args": {"save_dir": "runs", key: name}}]}
+            with pytest.raises(ValueError, match=rf"trainer\.{section}\.init_args\.{key}=.*(leads out of|NUL)"):
+                check_paths({"trainer": trainer})
 
 
 def test_a_link_in_a_name_is_followed_before_it_is_believed(tmp_path):
@@ -336,13 +317,13 @@ def shards(prepared, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "C:\\x", "a\0b", ".hidden", "", 7, None, ["x"]])
-def test_a_manifest_names_files_of_its_folder_only(name, shards):
+def test_a_manifest_names_files_of_its_folder_only(shards):
     manifest = json.loads((shards / MANIFEST).read_text())
-    manifest["splits"]["train"]["shards"][0]["file"] = name
-    (shards / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=re.escape(f"{MANIFEST} names {name!r}; a plain file name")):
-        TokenShards.open(shards, "train")
+    for name in ("../../etc/passwd", "/etc/passwd", "C:\\x", "a\0b", ".hidden", "", None):
+        manifest["splits"]["train"]["shards"][0]["file"] = name
+        (shards / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=re.escape(f"{MANIFEST} names {name!r}; a plain file name")):
+            TokenShards.open(shards, "train")
 
 
 def test_neither_a_shard_nor_a_tokenizer_is_a_link_out_of_its_folder(shards, tmp_path):
@@ -453,22 +434,17 @@ def unsafe_calls(path):
             yield f"{path.name}:{node.lineno} {ast.unparse(node)}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
-def test_no_file_of_ours_unpickles_or_evaluates(path):
-    found = list(unsafe_calls(path))
-    if path.relative_to(REPOSITORY).as_posix() in OUR_OWN_PICKLES:
-        assert found, "this exception is no longer needed"
-    else:
-        assert not found
+def test_no_file_of_ours_unpickles_or_evaluates():
+    for path in SOURCES:
+        found = list(unsafe_calls(path))
+        assert bool(found) == (path.relative_to(REPOSITORY).as_posix() in OUR_OWN_PICKLES), found
 
 
-@pytest.mark.parametrize(
-    "line", ["pickle.load(f)", "torch.load(f)", "torch.load(f, weights_only=x)", "yaml.load(f)", "eval(x)",
-             "np.load(f, allow_pickle=True)", "subprocess.run(x, shell=True)"],
-)  # fmt: skip
-def test_the_walk_over_the_source_sees(line, tmp_path):
-    (tmp_path / "x.py").write_text(line)
-    assert list(unsafe_calls(tmp_path / "x.py"))
+def test_the_walk_over_the_source_sees(tmp_path):
+    for line in ("pickle.load(f)", "torch.load(f)", "torch.load(f, weights_only=x)", "yaml.load(f)", "eval(x)",
+                 "np.load(f, allow_pickle=True)", "subprocess.run(x, shell=True)"):  # fmt: skip
+        (tmp_path / "x.py").write_text(line)
+        assert list(unsafe_calls(tmp_path / "x.py")), line
 
 
 # Versions, network, accelerate, documents.
@@ -494,10 +470,6 @@ def test_versions_that_run_foreign_code_cannot_be_installed_with_this(package, b
     assert not [number for number in bad if specifier.contains(number)]
     assert specifier.contains(good)
     assert specifier.contains(Version(version(package)).base_version)
-
-
-def test_the_lightning_that_runs_here_is_not_the_one_with_malware():
-    assert not [path for path in files("lightning") or [] if "_runtime" in path.parts]
 
 
 @pytest.mark.slow
@@ -545,31 +517,11 @@ def test_the_watch_sees_a_connection(tmp_path):
     assert "socket.getaddrinfo" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true"),
-        ("ACCELERATE_USE_SAGEMAKER", "true"),
-        ("ACCELERATE_TORCH_DEVICE", "cuda:1"),
-        ("ACCELERATE_MIXED_PRECISION", "fp8"),
-    ],
-)
-def test_what_contradicts_the_yaml_in_accelerates_environment_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"asks for {name}={value}"):
-        check_environment("32-true", 1, "cpu", {name: value})
-
-
 def test_what_no_loop_follows_in_accelerates_environment_is_shown():
     environ = {"ACCELERATE_FP8_BACKEND": "TE", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "/tmp/x.json"}
     shown = check_environment("32-true", 1, "cpu", environ)
     assert shown is not None
     assert "ACCELERATE_DEEPSPEED_CONFIG_FILE=/tmp/x.json, ACCELERATE_FP8_BACKEND=TE" in shown
-
-
-def test_what_accelerate_launch_always_says_is_no_reason_to_speak():
-    quiet = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
-    more = {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"}
-    assert check_environment("32-true", 1, "cpu", quiet | more) is None
 
 
 def test_mpirun_counts_as_a_launcher_and_nonsense_does_not():
