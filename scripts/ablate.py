@@ -24,11 +24,11 @@ from torch import Tensor
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import reference
-from nanogpt_lit.loops.contract import LoopSettings, Observer
-from nanogpt_lit.loops.reference import Batch
+from nanogpt_lit.loops.contract import Batch, LoopSettings, Observer
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.run.guards import FiniteGuard
 from nanogpt_lit.tune.trials import MODERN as OPTIONS
 
 Recipe = tuple[GPTConfig, AdamWConfig, ScheduleConfig]
@@ -110,7 +110,8 @@ def validation_loss(
     module = LitNanoGPT(replace(gpt, vocab_size=data.vocab_size, **network), optim, schedule)
     settings = LoopSettings(total, gradient_clip_val=1.0, val_check_interval=total, limit_val_batches=80, seed=seed)
     last = LastLoss()
-    reference.train(module, SmallAtFirst(data.train_dataloader(), cut, pieces), data.val_dataloader(), settings, last)
+    training = SmallAtFirst(data.train_dataloader(), cut, pieces)
+    reference.train(module, training, data.val_dataloader(), settings, [FiniteGuard(), last])
     return last.loss
 
 

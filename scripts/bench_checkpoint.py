@@ -3,7 +3,7 @@
     python scripts/bench_checkpoint.py --json docs/bench_checkpoint.json
 
 Steps without a save, with one in the background and with one that is waited for take turns, so that a busy machine
-slows all of them alike. A save is what Journal and RunFileIO make of it: finite weights looked for, every number and
+slows all of them alike. A save is what run/checkpoints.py makes of it: finite weights looked for, every number and
 tensor of the run written with checksums, synced and renamed, the one before kept as `previous`. Linux only: the peak of
 resident memory is read from /proc. The share of a run is that of the time it stands still for a save; what a save
 adds to a step otherwise, by taking turns at the processor, is in added_to_a_step_s, as far as the machine was quiet.
@@ -18,13 +18,13 @@ from statistics import median, quantiles
 
 import torch
 
-from nanogpt_lit.checkpoint.disk import PatientSaver
+from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops.contract import Parts, optimizer_and_schedule
+from nanogpt_lit.loops.contract import LoopSettings, Training, optimizer_and_schedule
 from nanogpt_lit.module import LitNanoGPT
-from nanogpt_lit.run.resume import capture, random_states
+from nanogpt_lit.run.resume import capture
 from nanogpt_lit.runtime.machine import hardware
 
 GPT2 = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
@@ -82,9 +82,11 @@ class Run:
     def __init__(self, folder: Path, tokens: int, batches: int) -> None:
         torch.manual_seed(0)
         self.module = LitNanoGPT(GPT2)
-        self.parts = Parts(self.module, *optimizer_and_schedule(self.module), scaler=None)
-        self.saver = PatientSaver()
-        self.parts.optimizer.register_step_pre_hook(lambda *_: self._wait())
+        self.training = Training(
+            self.module, *optimizer_and_schedule(self.module), None, LoopSettings(10**6), torch.device("cpu")
+        )
+        self.saver = BestEffortSaver()
+        self.training.optimizer.register_step_pre_hook(lambda *_: self._wait())
         self.held_s: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         """Of each step: what the loop stood still for, in the call that saves and before the optimizer's step."""
         self.path = folder / f"last{SUFFIX}"
@@ -101,9 +103,9 @@ class Run:
         for window in self.windows:
             (self.module(window[:, :-1], window[:, 1:]) / len(self.windows)).backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.parts.optimizer.step()
-        self.parts.schedule.step()
-        self.parts.optimizer.zero_grad()
+        self.training.optimizer.step()
+        self.training.schedule.step()
+        self.training.optimizer.zero_grad()
         self.steps += 1
         self.held_s[variant].append(self._waited_s)
         return time.perf_counter() - started_s
@@ -123,10 +125,8 @@ class Run:
         return time.perf_counter() - started_s, self.path.stat().st_size, peak_bytes() - before
 
     def state(self) -> RunState:
-        return capture(
-            self.parts, step=self.steps, batches=self.steps * len(self.windows), data={},
-            accumulate_grad_batches=len(self.windows), random=random_states(torch.device("cpu")),
-        )  # fmt: skip
+        self.training.step = self.steps
+        return capture(self.training, data={})
 
 
 def peak_bytes() -> int:

@@ -136,10 +136,10 @@ def build(config: GPTConfig, options: dict[str, Any]) -> "LitNanoGPT":
 def plain(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
     from nanogpt_lit.loops import reference
     from nanogpt_lit.loops.contract import LoopSettings
+    from nanogpt_lit.run.observers import always
 
-    reference.train(
-        module.to(turns.device), turns, [], LoopSettings(FOR_EVER, gradient_clip_val=1.0, precision=precision)
-    )
+    settings = LoopSettings(FOR_EVER, gradient_clip_val=1.0, precision=precision)
+    reference.train(module.to(turns.device), turns, [], settings, always())
 
 
 def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
@@ -147,14 +147,10 @@ def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TrainingCurves
-    from nanogpt_lit.loops.lightning_guards import FiniteSteps
-    from nanogpt_lit.loops.lightning_precision import precision_plugin
-    from nanogpt_lit.loops.lightning_stops import StepStops
-    from nanogpt_lit.run.curves import StepMeter, ValidationRecord
+    from nanogpt_lit.loops.lightning import precision_plugin
+    from nanogpt_lit.loops.lightning_run import LightningRun
     from nanogpt_lit.runtime.process_settings import set_for_process
 
-    meter, validations = StepMeter(), ValidationRecord()
     plugin = precision_plugin(precision, turns.device)
     assert plugin is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -162,16 +158,11 @@ def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
             accelerator=turns.device,
             max_steps=FOR_EVER,
             gradient_clip_val=1.0,
-            log_every_n_steps=10,
             plugins=[plugin],
             logger=TensorBoardLogger(folder, name=""),
-            callbacks=[
-                TrainingCurves(meter, validations),
-                FiniteSteps(),
-                StepStops(None),
-                StepProgressBar(meter, validations),
-            ],
+            callbacks=[LightningRun(saves=False, log_every_n_steps=10, shows_progress=True)],
             enable_checkpointing=False,
+            enable_progress_bar=False,
             enable_model_summary=False,
             limit_val_batches=0,
         )

@@ -40,7 +40,7 @@ from nanogpt_lit.plan.budget import choose_budget, parse_mib
 from nanogpt_lit.plan.command import own_rung, plan_rung
 from nanogpt_lit.plan.peak_watch import TOLERANCE, expandable_segments
 from nanogpt_lit.plan.plan import Footprint
-from nanogpt_lit.run.curves import peaks_mib
+from nanogpt_lit.run.metrics import peaks_mib
 from nanogpt_lit.runtime.machine import hardware, peak_flops_of
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +160,7 @@ class Proof:
             "--trainer.limit_val_batches=2", f"--trainer.val_check_interval={STEPS * accumulate}",
             "--model.schedule.warmup_steps=2",
             "--trainer.enable_checkpointing=false", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
-            "--trainer.callbacks+=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1",
+            "--trainer.callbacks+=nanogpt_lit.loops.lightning.TextSamples", "--trainer.callbacks.tokens=1",
         ]  # fmt: skip
         return self._options[name]
 
@@ -217,7 +217,10 @@ def run_here(options: list[str], cap_mib: int | None) -> dict[str, Any]:
         return {"failed": " ".join(str(error).split())[:200]}
     if cli.model.fallback:
         return {"failed": f"did not fit as planned, and fell back to {cli.model.fallback}"}
-    answer: dict[str, Any] = {"steps": cli.trainer.global_step, "tokens_per_s": cli.meter.tokens_per_s}
+    answer: dict[str, Any] = {
+        "steps": cli.trainer.global_step,
+        "tokens_per_s": cli.lightning_run.run.metrics.tokens_per_s,
+    }
     if card is not None and cli.device == "cuda":
         allocated_mib, reserved_mib = peaks_mib(card)
         answer |= {"measured_allocated_mib": allocated_mib, "measured_reserved_mib": reserved_mib, "mfu": mfu(cli)}
@@ -227,7 +230,7 @@ def run_here(options: list[str], cap_mib: int | None) -> dict[str, Any]:
 def mfu(cli: Any) -> float | None:
     """The share of the peak of the device that the last steps reached; None where runtime/gpus.py has no peak."""
     peak = peak_flops_of(cli.trainer.strategy.root_device, str(cli.trainer.precision), 1)
-    gpt, tokens_per_s = cli.model.gpt, cli.meter.tokens_per_s
+    gpt, tokens_per_s = cli.model.gpt, cli.lightning_run.run.metrics.tokens_per_s
     return None if peak is None else tokens_per_s * gpt.flops_per_token(gpt.config.block_size) / peak
 
 

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import torch
 
 from nanogpt_lit.__main__ import exit_code
-from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, relative_to_here
+from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -55,7 +55,8 @@ from nanogpt_lit.parity.known_differences import KNOWN_DIFFERENCES, effects_toge
 from nanogpt_lit.parity.record import Difference, draw_in_tensorboard
 from nanogpt_lit.parity.report import markdown_table, page, picture
 from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
-from nanogpt_lit.run.journal import next_folder
+from nanogpt_lit.run.observers import relative_to_here
+from nanogpt_lit.run.pieces import next_folder
 from nanogpt_lit.runtime.machine import hardware
 
 OF_A_LAUNCHER = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
 
     out = options.out or next_folder(Path(cli.settings.trainer.default_root_dir), "parity")
     write(out, report, outcomes)
-    print(f"{relative_to_here(str(out / 'report.html'))}\n{report['hardware']}; {report['compared']}")
+    print(f"{relative_to_here(out / 'report.html')}\n{report['hardware']}; {report['compared']}")
     return 0 if succeeded else 1
 
 

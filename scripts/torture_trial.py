@@ -68,7 +68,7 @@ class Setup:
             f"--trainer.precision={self.precision}", f"--trainer.accumulate_grad_batches={self.accumulate}",
             f"--trainer.val_check_interval={VALIDATES_EVERY * self.accumulate}", "--trainer.limit_val_batches=2",
             "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false",
-            "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=2",
+            "--trainer.callbacks=nanogpt_lit.loops.lightning.TextSamples", "--trainer.callbacks.tokens=2",
             "--model.gpt.n_layer=2", "--model.gpt.n_head=2", "--model.gpt.n_embd=32", "--model.gpt.dropout=0.1",
             "--model.schedule.warmup_steps=4", f"--data.source={text}", "--data.tokenizer=byte",
             "--data.block_size=32", "--data.batch_size=4", "--data.val_fraction=0.1",

@@ -7,7 +7,7 @@
 
 Every option of fit works here, or is refused when only the Trainer could follow it. The run is
 default_root_dir/accelerate_N, beside fit's version_N, so that TensorBoard lays their curves over each other. The loop
-is nanogpt_lit/loops/accelerate_loop.py.
+is nanogpt_lit/loops/accelerate.py.
 """
 
 import os
@@ -19,37 +19,34 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
 from nanogpt_lit.__main__ import exit_code
-from nanogpt_lit.checkpoint import disk
+from nanogpt_lit.checkpoint.disk import BestEffortSaver
+from nanogpt_lit.checkpoint.load_together import load_together
 from nanogpt_lit.checkpoint.run_lock import RunLock
-from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, relative_to_here
+from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.interleave import interleave
 from nanogpt_lit.data.sampler import Position
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.accelerate import accelerator_options, train
 from nanogpt_lit.loops.accelerate_environment import (
     check_environment,
     check_processes,
     check_running,
     launched_processes,
 )
-from nanogpt_lit.loops.accelerate_loop import accelerator_options, train
 from nanogpt_lit.loops.compatibility import check_followed
-from nanogpt_lit.loops.contract import Observer
-from nanogpt_lit.loops.lightning_callbacks import TextSamples
 from nanogpt_lit.loops.trainer_section import (
     asked_processes,
     loop_settings,
-    text_samples,
 )
 from nanogpt_lit.memory.oom import oom_explained
-from nanogpt_lit.run.guards import NotFinite, give_up
-from nanogpt_lit.run.journal import Journal, OtherProcess, next_folder
-from nanogpt_lit.run.pieces import keep_config
+from nanogpt_lit.run.curves import TensorBoardCurves
+from nanogpt_lit.run.metrics import say
+from nanogpt_lit.run.observers import RunObservers, relative_to_here
+from nanogpt_lit.run.pieces import keep_config, next_folder, tidied
 from nanogpt_lit.run.report import closing_table, opening_lines
-from nanogpt_lit.run.resume import batches_done, check_network, load_together
-from nanogpt_lit.run.stops import Reason, Stopped, Stops, go_on_line, seconds_of
-from nanogpt_lit.runtime.clock import awake_s
-from nanogpt_lit.runtime.environment import requeue, requeue_signal
+from nanogpt_lit.run.resume import batches_done, check_network
+from nanogpt_lit.run.stops import print_stopped
+from nanogpt_lit.runtime.environment import requeue_signal
 from nanogpt_lit.runtime.machine import device_type
 from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.processes import broadcast
@@ -101,38 +98,28 @@ def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     if remark is not None:
         accelerator.print(remark)
 
-    samples = TextSamples(**text_samples(vars(trainer)))
-    samples.check(data)
-    saves = trainer.enable_checkpointing is not False
-    every = trainer.log_every_n_steps
-    observer: Observer = OtherProcess(
-        settings,
-        log_every_n_steps=every,
-        device=accelerator.device,
-        saves=saves,
-        batches=start.batches * start.processes // accelerator.num_processes if start is not None else 0,
-        save_times=cli.save_times,
-    )
+    features = cli.features(data)
     cli.say_what_changed()
     resumed = cli.resumed.run_folder if cli.resumed is not None else None
     folder = broadcast(resumed or next_folder(Path(trainer.default_root_dir), "accelerate"))
+    curves = None
     if accelerator.is_main_process:
         lock.acquire(folder)
-        observer = journal = Journal(
-            folder,
-            settings,
-            log_every_n_steps=every,
-            processes=accelerator.num_processes,
-            device=accelerator.device,
-            show_progress=trainer.enable_progress_bar is not False,
-            write_sample=lambda: samples.write(module, data),
-            data_state=data.state_dict if saves else None,
-            start=start,
-            spikes=cli.spikes,
-            save_times=cli.save_times,
-        )
+        for stray in tidied(folder, folder / "checkpoints"):
+            say(stray)
+        curves = TensorBoardCurves(folder, purge_step=None if start is None else start.step + 1)
         keep_config(folder, cli.kept_settings())
-        journal.add_text("config", cli.kept_settings())
+        curves.add_text("config", cli.kept_settings(), 0 if start is None else start.step)
+    observers = RunObservers(
+        curves=curves,
+        folder=folder,
+        requeue_by=requeue_signal(),
+        checkpoints=folder / "checkpoints" if trainer.enable_checkpointing is not False else None,
+        saver=BestEffortSaver(),
+        data_state=data.state_dict,
+        start=start,
+        **features,
+    )
     accelerator.print(
         opening_lines(
             gpt=module.gpt,
@@ -141,60 +128,24 @@ def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
             device=accelerator.device,
             accumulate_grad_batches=settings.accumulate_grad_batches,
             batch_size=data.batch_size,
-            run_folder=relative_to_here(str(folder)),
+            run_folder=relative_to_here(folder),
             seed=cli.seed,
             deterministic=settings.deterministic,
         )
     )
-    if cli.spikes is not None:
-        cli.spikes.folder = folder / "checkpoints"
-    started_s = awake_s()
     try:
-        with (
-            Stops(folder, seconds_of(trainer.max_time), requeue_by=requeue_signal()) as stops,
-            oom_explained(module, casts_weights="mixed" in settings.precision),
-        ):
-            train(accelerator, module, train_loader, val_loader, settings, observer, start, stops.asked, cli.spikes)
-    except NotFinite as error:
-        last = observer.checkpoints.get("last") if isinstance(observer, Journal) else None
-        give_up(error, last and relative_to_here(last))
+        with oom_explained(module, casts_weights="mixed" in settings.precision):
+            train(accelerator, module, train_loader, val_loader, settings, observers.in_order())
     finally:
-        if isinstance(observer, Journal):
-            observer.close()
-    unsaved = None
-    try:
-        if isinstance(observer, Journal):
-            observer.saver.insist(disk.END_S if stops.reason is None else disk.STOP_S)
-    except UserError as error:
-        unsaved = error
-    if stops.reason is not None:
-        code = stops.reason.exit_code
-        if isinstance(observer, Journal):
-            last = observer.checkpoints.get("last") if unsaved is None else None
-            stopped = Stopped(stops.reason, observer.step, last and relative_to_here(last), saves)
-            code = stopped.exit_code
-            print(stopped, flush=True)
-            if last is not None:
-                print(go_on_line([sys.argv[0]], arguments), flush=True)
-            if stops.reason is Reason.PREEMPTED:
-                print(requeue(), flush=True)  # the job ends with it
+        observers.curves.close()
+    if (stopped := observers.stopped()) is not None:
+        print_stopped(stopped, [sys.argv[0]], arguments)
         accelerator.end_training()
-        return code
-    if isinstance(observer, Journal):
-        print(
-            closing_table(
-                steps=observer.step,
-                elapsed_s=awake_s() - started_s,
-                meter=observer.meter,
-                validations=observer.validations,
-                sample=observer.sample,
-                checkpoints={name: relative_to_here(path) for name, path in observer.checkpoints.items()},
-                run_folder=Path(relative_to_here(str(folder))),
-            )
-        )
+        return stopped.exit_code
+    accelerator.print(closing_table(observers, settings.max_steps, folder))
     accelerator.end_training()
-    if unsaved is not None:
-        raise unsaved
+    if (kept := observers.checkpoints) is not None and kept.unsaved is not None:
+        raise kept.unsaved
     return 0
 
 

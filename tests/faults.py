@@ -12,16 +12,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops import accelerate_loop, reference
+from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
-from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
-from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunFileIO
-from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps, Observed
+from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.runs import Case, HalfOnCpu, quiet, trainer_options
-from nanogpt_lit.run.curves import StepMeter, ValidationRecord
+from nanogpt_lit.run.observers import RunObservers
 
 B, T, V = 4, 8, 11
 ACCUMULATE, STEPS = 2, 3
@@ -112,22 +110,22 @@ def run(loop, module, settings=SETTINGS, train=None, val=None, start=None, **sca
     """start: the checkpoint that it goes on from, with the loader from its start   scaler: GradScaler's arguments"""
     train, val, diary = train or make_loader(MICRO_BATCHES, 1), val or make_loader(2, 2), Diary()
     quiet()
+    observers = [*RunObservers(start=start and load_run(start)).in_order(), diary]
     if loop == "reference":
         grad_scaler = torch.amp.GradScaler("cpu", **scaler) if settings.precision == "16-mixed" else None
-        reference.train(module, train, val, settings, diary, grad_scaler, start and load_run(start))
+        reference.train(module, train, val, settings, observers, grad_scaler)
     elif loop == "accelerate":
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        options = accelerate_loop.accelerator_options(settings, "cpu")
+        options = accelerate.accelerator_options(settings, "cpu")
         options["kwargs_handlers"].append(GradScalerKwargs(**scaler))
         accelerator = HalfOnCpu(**options)
-        accelerate_loop.train(accelerator, module, train, val, settings, diary, start and load_run(start))
+        accelerate.train(accelerator, module, train, val, settings, observers)
     else:
         options = trainer_options(Case(settings, GPT, AdamWConfig(), ScheduleConfig(), scaler))
         options["plugins"].append(RunFileIO())
-        curves = TrainingCurves(StepMeter(), ValidationRecord())
-        callbacks = [curves, DropoutSeed(settings.seed), ExactResume(), ElasticSteps(), Observed(diary)]
-        Trainer(**options, callbacks=callbacks).fit(module, train, val, ckpt_path=start)
+        observed = LightningRun(seed=settings.seed, saves=False, observers=[diary])
+        Trainer(**options, callbacks=[observed]).fit(module, train, val, ckpt_path=start)
     return diary
 
 

@@ -19,7 +19,7 @@ from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import compare
 from nanogpt_lit.parity.runs import LOOPS, Case
-from nanogpt_lit.run.curves import StepMeter
+from nanogpt_lit.run.metrics import StepMetrics
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "add_x.md").read_text(encoding="utf-8")
@@ -115,9 +115,9 @@ class Countdown:
 
 def test_a_source_and_a_curve_are_one_place_each_and_both_loops_have_them(text, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "open_source", lambda name, *rest: {"countdown": Countdown}[name]())
-    logged = StepMeter.curves
+    logged = StepMetrics.curves
     monkeypatch.setattr(
-        StepMeter, "curves", lambda self, **values: logged(self, **values) | {"train/half_lr": values["lr"] / 2}
+        StepMetrics, "curves", lambda self, **values: logged(self, **values) | {"train/half_lr": values["lr"] / 2}
     )
     options = small_run(text, tmp_path, "--trainer.max_steps=2", "--trainer.val_check_interval=2")
     for loop, folder in LOOPS_OF_RUNS.items():

@@ -44,12 +44,9 @@ ALLOWED: dict[str, set[str]] = {
 FRAMEWORKS = {
     "lightning": {
         "cli.fit", "cli.settings", "cli.parser", "module", "data.datamodule",
-        "loops.lightning_callbacks", "loops.lightning_checkpoint",
-        "loops.lightning_observer", "loops.lightning_precision", "loops.lightning_stops", "loops.lightning_guards",
-        "loops.lightning_logger", "loops.lightning_folder",
-        "parity.runs", "parity.known_differences",
+        "loops.lightning", "loops.lightning_run", "parity.runs", "parity.known_differences",
     },
-    "accelerate": {"loops.accelerate_loop", "parity.runs", "parity.known_differences"},
+    "accelerate": {"loops.accelerate", "parity.runs", "parity.known_differences"},
 }  # fmt: skip
 OPTIONAL = {"transformers", "gguf", "xllamacpp", "tokenizers", "huggingface_hub", "lm_eval", "datasets", "pyarrow"}
 """Training needs none of them: what does is an extra, and imports it where it is used."""
@@ -124,6 +121,26 @@ def test_light_files_import_only_the_standard_library_at_the_top():
         for imported in imports(PACKAGE / f"{name.replace('.', '/')}.py", top_level_only=True):
             light = imported == "nanogpt_lit.errors"
             assert light or imported.partition(".")[0] not in ("torch", "numpy", "lightning", "nanogpt_lit"), name
+
+
+@pytest.mark.parametrize(
+    ("file", "allowed"),
+    [
+        ("contract", {"errors", "runtime.precision", "runtime.process_settings"}),
+        ("reference", {"loops", "loops.contract"}),
+        ("accelerate", {"errors", "loops.contract", "runtime.precision"}),
+    ],
+)
+def test_a_loop_imports_nothing_of_ours_but_the_contract(file, allowed):
+    ours = {
+        name.removeprefix("nanogpt_lit.") for name in imports(PACKAGE / "loops" / f"{file}.py") if "nanogpt" in name
+    }
+    assert ours <= allowed
+
+
+def test_what_a_run_does_knows_no_loop_but_the_contract():
+    for path in (PACKAGE / "run").glob("*.py"):
+        assert not [name for name in imports(path) if ".loops." in name and name != "nanogpt_lit.loops.contract"], path
 
 
 def test_the_contract_never_reads_the_trainer():

@@ -20,16 +20,16 @@ from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.data.tokenizer import ByteTokenizer
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings, Observer, optimizer_and_schedule
-from nanogpt_lit.loops.lightning_precision import MixedPrecision
+from nanogpt_lit.loops.lightning import MixedPrecision
 from nanogpt_lit.loops.reference import train
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same
-from nanogpt_lit.run.resume import capture, random_states
+from nanogpt_lit.run.guards import FiniteGuard
+from nanogpt_lit.run.resume import Resume, capture
 
 STEPS, B, T = 4, 2, 8
-CPU = torch.device("cpu")
 
 
 def new_module(**changes):
@@ -48,8 +48,8 @@ def new_scaler():
 
 
 class Catch(Observer):
-    def on_train_start(self, parts):
-        self.parts = parts
+    def on_train_start(self, training):
+        self.training = training
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +57,18 @@ def trained():
     """The parts of a run in float16 after 4 steps, some of them skipped."""
     catch = Catch()
     settings = LoopSettings(STEPS, precision="16-mixed", seed=5)
-    train(new_module(), batches(), [], settings, catch, new_scaler())
-    assert 0 < catch.parts.schedule.skipped_steps < STEPS
-    return catch.parts
+    train(new_module(), batches(), [], settings, [FiniteGuard(), catch], new_scaler())
+    assert 0 < catch.training.schedule.skipped_steps < STEPS
+    return catch.training
 
 
 @pytest.fixture
 def state(trained):
     data = {"tokenizer": ByteTokenizer().files(), "seed": 7, "block_size": T, "batch_size": B}
-    run = capture(
-        trained, step=STEPS, batches=STEPS, accumulate_grad_batches=1, random=random_states(CPU), data=data,
-        tokens=STEPS * B * T, validations={"latest": (4, 2.5), "best": (2, 2.25)},
-    )  # fmt: skip
-    return replace(run, elastic={"sequences": B, "validation_sequences": 1})
+    run = capture(trained, data)
+    validations = {"latest": (4, 2.5), "best": (2, 2.25)}
+    elastic = {"sequences": B, "validation_sequences": 1}
+    return replace(run, tokens=STEPS * B * T, validations=validations, elastic=elastic)
 
 
 @pytest.fixture
@@ -176,14 +175,12 @@ def test_accelerates_own_load_state_goes_on_from_the_folder_and_comes_back(check
 
     class Save(Catch):
         def on_train_end(self):
-            self.end = capture(
-                self.parts, step=5, batches=5, accumulate_grad_batches=1, random=random_states(CPU),
-                data=expected.data, tokens=5 * B * T, validations=expected.validations,
-            )  # fmt: skip
+            state = capture(self.training, expected.data)
+            self.end = replace(state, tokens=5 * B * T, validations=expected.validations)
 
     save = Save()
     settings = LoopSettings(STEPS + 1, precision="16-mixed", seed=5)
-    train(new_module(), batches(STEPS), [], settings, save, new_scaler(), load_run(checkpoint))
+    train(new_module(), batches(STEPS), [], settings, [Resume(load_run(checkpoint)), FiniteGuard(), save], new_scaler())
     assert not different(save.end, load_run(tmp_path / "later.safetensors"))
 
 

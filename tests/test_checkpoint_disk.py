@@ -9,7 +9,7 @@ import torch
 from small_runs import LOOPS, different, small_run
 
 from nanogpt_lit.checkpoint import disk, run_file
-from nanogpt_lit.checkpoint.disk import PatientSaver
+from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.module import LitNanoGPT
@@ -25,7 +25,7 @@ def run_state(step, **tensors):
 def test_the_batches_that_follow_do_not_wait_for_the_disk_and_the_next_step_does(loop, text, tmp_path, monkeypatch):
     """The writer here takes nothing until the last micro-batch of the next step has been through the network."""
     with monkeypatch.context() as patch:  # what is compared with must not be torn itself: its saves are waited for
-        patch.setattr(PatientSaver, "in_background", property(lambda self: False, lambda *_: None), raising=False)
+        patch.setattr(BestEffortSaver, "in_background", property(lambda self: False, lambda *_: None), raising=False)
         assert loop(*small_run(text, tmp_path / "undisturbed", "--trainer.max_steps=4")) == 0
 
     went_through, stepped, waits = threading.Event(), threading.Event(), []
@@ -59,7 +59,7 @@ def test_the_batches_that_follow_do_not_wait_for_the_disk_and_the_next_step_does
 
 
 def test_what_is_not_the_disks_fault_comes_to_light_and_the_next_save_goes_on(tmp_path, monkeypatch):
-    saver = PatientSaver()
+    saver = BestEffortSaver()
     saver.in_background = True
     monkeypatch.setattr(run_file, "write_tensors", lambda *_: 1 // 0)
     saver.save(tmp_path / "last.safetensors", run_state(1, w=torch.ones(3)))
@@ -73,7 +73,7 @@ def test_what_is_not_the_disks_fault_comes_to_light_and_the_next_save_goes_on(tm
 
 
 def test_nobody_has_to_wait_for_a_saver_that_is_not_in_the_background(tmp_path):
-    saver = PatientSaver()
+    saver = BestEffortSaver()
     for step in (1, 2):
         saver.save(tmp_path / "last.safetensors", run_state(step, w=torch.full((9,), float(step))))
         assert load_run(tmp_path / "last.safetensors").step == step
@@ -82,7 +82,7 @@ def test_nobody_has_to_wait_for_a_saver_that_is_not_in_the_background(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_path, bad):
     weights = {"counts": torch.arange(3), "empty": torch.empty(0), "w": torch.zeros(2, 3)}
-    saver = PatientSaver()
+    saver = BestEffortSaver()
     saver.save(tmp_path / "last.safetensors", run_state(1, **weights))
     weights["w"][1, 2] = bad
     with pytest.raises(ValueError, match="w holds numbers that are not finite"):
@@ -98,7 +98,7 @@ class Full:
 
 
 def test_a_full_disk_that_takes_no_warning_either_ends_nothing(tmp_path, monkeypatch):
-    saver = PatientSaver()
+    saver = BestEffortSaver()
     monkeypatch.setattr(sys, "stderr", Full())
     with monkeypatch.context() as patch:
         patch.setattr(run_file, "write_tensors", lambda file, *_: Full().write(file))

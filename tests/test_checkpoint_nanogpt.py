@@ -22,6 +22,7 @@ from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.loops.reference import train
 from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.run.resume import Resume
 
 V, T, B, ACCUMULATE, STEPS, MORE = 257, 16, 4, 2, 6, 20
 ROUNDING = 1e-5
@@ -106,7 +107,7 @@ def going_on_here(checkpoint, batches, steps):
         start.step + steps, start.accumulate_grad_batches, gradient_clip_val=CONFIG["grad_clip"], seed=1
     )
     losses = Losses()
-    train(module, batches, [], settings, losses, start=start)
+    train(module, batches, [], settings, [Resume(start), losses])
     return losses.losses
 
 

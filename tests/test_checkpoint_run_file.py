@@ -7,17 +7,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from trainings import training_of
 
 from nanogpt_lit.checkpoint.convert import load_network
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.checkpoint.tensor_file import write_tensors
 from nanogpt_lit.data.tokenizer import CharTokenizer
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops.contract import Parts, optimizer_and_schedule
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same
-from nanogpt_lit.run.resume import capture, random_states, restore, restore_random_state
+from nanogpt_lit.run.metrics import StepMetrics
+from nanogpt_lit.run.resume import capture, restore
+from nanogpt_lit.runtime.process_settings import random_state, set_random_state
 
 TOKENIZER = CharTokenizer("héllo wörld")
 
@@ -28,8 +30,9 @@ def new_parts(**changes):
         **{"block_size": 8, "vocab_size": TOKENIZER.vocab_size, "n_layer": 1, "n_head": 2, "n_embd": 8, **changes}
     )
     module = LitNanoGPT(config, schedule=ScheduleConfig(total_steps=9))
-    optimizer, schedule = optimizer_and_schedule(module)
-    return Parts(module, optimizer, schedule, torch.amp.GradScaler("cpu"))
+    training = training_of(module, torch.amp.GradScaler("cpu"), accumulate_grad_batches=3)
+    training.step, training.batches = 1, 3
+    return training
 
 
 @pytest.fixture
@@ -39,11 +42,9 @@ def state():
     parts.module(tokens, tokens).backward()
     parts.optimizer.step()
     parts.schedule.step()
-    return capture(
-        parts, step=1, batches=3, accumulate_grad_batches=3, random=random_states(torch.device("cpu")),
-        data={"tokenizer": TOKENIZER.files(), "seed": 3, "batches": 0}, tokens=24,
-        validations={"latest": (1, float("inf")), "best": None},
-    )  # fmt: skip
+    metrics = StepMetrics(lambda *_: None, 1)
+    metrics.tokens, metrics.validations.latest = 24, (1, float("inf"))
+    return capture(parts, {"tokenizer": TOKENIZER.files(), "seed": 3, "batches": 0}, metrics)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_restored_parts_have_every_state_and_share_no_memory_with_what_was_read(
             parameter.zero_()
     restore(parts, read)
     assert parts.module.gpt.lm_head.weight is parts.module.gpt.transformer.wte.weight  # still one matrix
-    again = capture(parts, step=1, batches=3, accumulate_grad_batches=3, random=state.random, data=state.data)
+    again = capture(parts, state.data)
     for name in ("weights", "optimizer", "schedule", "scaler"):
         assert all(same(a, b) for (_, a), (_, b) in zip(
             leaves("", getattr(again, name)), leaves("", getattr(state, name)), strict=True
@@ -99,7 +100,7 @@ def test_the_rest_is_json_for_anybody_to_read(path):
 
 def test_an_untied_head_is_stored_and_comes_back(tmp_path):
     parts = new_parts(tied_head=False)
-    state = capture(parts, step=0, batches=0, accumulate_grad_batches=1, random=[{}], data={})
+    state = capture(parts, data={})
     save_run(tmp_path / "x.safetensors", state)
     assert torch.equal(
         load_run(tmp_path / "x.safetensors").weights["gpt.lm_head.weight"], parts.module.gpt.lm_head.weight
@@ -172,9 +173,9 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence_that_names_it(path, tm
 def test_random_numbers_of_the_card_go_on_where_they_were():
     card = torch.device("cuda")
     torch.manual_seed(1)
-    states = random_states(card)
+    state = random_state(card)
     expected = torch.rand(3, device=card), torch.rand(3)
     torch.manual_seed(2)
-    restore_random_state(states, 0, card)
+    set_random_state(state, card)
     assert torch.equal(torch.rand(3, device=card), expected[0])
     assert torch.equal(torch.rand(3), expected[1])

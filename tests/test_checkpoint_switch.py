@@ -14,24 +14,23 @@ from lightning.pytorch import Trainer
 from small_runs import BOTTLES
 from torch.amp import GradScaler
 
-from nanogpt_lit.checkpoint.run_file import load_run, save_run
+from nanogpt_lit.checkpoint.disk import BestEffortSaver
+from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.cli.settings import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import Position, windows_in
 from nanogpt_lit.data.shards import TokenShards
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops import accelerate_loop, reference
+from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
-from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
-from nanogpt_lit.loops.lightning_checkpoint import ExactResume, RunCheckpoint, RunFileIO
-from nanogpt_lit.loops.lightning_observer import DropoutSeed, Observed
+from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.parity.runs import HalfOnCpu, lightning_precision
-from nanogpt_lit.run.curves import StepMeter, ValidationRecord
-from nanogpt_lit.run.resume import capture, random_states
+from nanogpt_lit.run.observers import RunObservers
+from nanogpt_lit.run.resume import capture
 from nanogpt_lit.tune.trials import MODERN
 
 STEPS = 12
@@ -107,8 +106,8 @@ class Diary(Observer):
         self.step = step
         self.values, self.validations = {}, {}
 
-    def on_train_start(self, parts):
-        self.parts = parts
+    def on_train_start(self, training):
+        self.training = training
         self.losses = []
 
     def on_batch_end(self, loss, tokens):
@@ -117,16 +116,14 @@ class Diary(Observer):
     def on_step_end(self, step, lr, grad_norm):
         assert step == self.step + 1
         self.values[step] = {"losses": self.losses, "lr": lr, "norm": grad_norm.detach().clone()}
-        self.values[step]["scale"] = self.parts.loss_scale()
+        self.values[step]["scale"] = self.training.loss_scale()
         self.step, self.losses = step, []
 
     def on_validation_end(self, step, loss):
         self.validations[step] = loss.detach().clone()
 
     def on_train_end(self):
-        state = capture(
-            self.parts, step=self.step, batches=0, accumulate_grad_batches=1, random=random_states(CPU), data={}
-        )
+        state = capture(self.training, data={})
         names = ("weights", "optimizer", "schedule", "scaler", "random")
         self.end = {
             path: value.clone() if isinstance(value, torch.Tensor) else value
@@ -135,67 +132,46 @@ class Diary(Observer):
         }
 
 
-class SavingDiary(Diary):
-    """Saves as Journal does, after the last validation."""
-
-    def __init__(self, setup, start, data, path):
-        super().__init__(start.step if start else 0)
-        self.setup, self.data, self.path = setup, data, path
-        self.batches = start.batches if start else 0
-
-    def on_batch_end(self, loss, tokens):
-        super().on_batch_end(loss, tokens)
-        self.batches += 1
-
-    def on_validation_end(self, step, loss):
-        super().on_validation_end(step, loss)
-        state = capture(
-            self.parts, step=step, batches=self.batches, accumulate_grad_batches=self.setup.accumulate,
-            random=random_states(CPU), data=self.data.state_dict(),
-        )  # fmt: skip
-        save_run(self.path, state)
+def going_on(setup, shards, path):
+    """The data where the run stands, its diary, and the observers of a run that keeps its checkpoint there."""
+    start, data = load_run(path) if path.exists() else None, setup.data(shards)
+    diary, batches = Diary(start.step if start else 0), start.batches if start else 0
+    data.position = Position(batches_done=lambda: batches)
+    run = RunObservers(checkpoints=path.parent, saver=BestEffortSaver(), data_state=data.state_dict, start=start)
+    return data, diary, [*run.in_order(), diary]
 
 
 def by_reference(setup, shards, path, until):
-    start, data = load_run(path) if path.exists() else None, setup.data(shards)
-    diary = SavingDiary(setup, start, data, path)
-    data.position = Position(batches_done=lambda: start.batches if start else 0)
+    data, diary, observers = going_on(setup, shards, path)
     scaler = GradScaler("cpu", **dict(setup.scaler)) if setup.precision == "16-mixed" else None
     loaders = data.train_dataloader(), data.val_dataloader()
-    reference.train(setup.module(), *loaders, setup.settings(until), diary, scaler, start)
+    reference.train(setup.module(), *loaders, setup.settings(until), observers, scaler)
     return diary
 
 
 def by_accelerate(setup, shards, path, until):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    start, data = load_run(path) if path.exists() else None, setup.data(shards)
-    diary = SavingDiary(setup, start, data, path)
-    data.position = Position(batches_done=lambda: start.batches if start else 0)
+    data, diary, observers = going_on(setup, shards, path)
     settings = setup.settings(until)
-    options = accelerate_loop.accelerator_options(settings, "cpu")
+    options = accelerate.accelerator_options(settings, "cpu")
     if setup.precision == "16-mixed":
         options["kwargs_handlers"].append(GradScalerKwargs(**dict(setup.scaler)))
     loaders = data.train_dataloader(), data.val_dataloader()
-    accelerate_loop.train(HalfOnCpu(**options), setup.module(), *loaders, settings, diary, start)
+    accelerate.train(HalfOnCpu(**options), setup.module(), *loaders, settings, observers)
     return diary
 
 
 def by_lightning(setup, shards, path, until):
     diary, settings = Diary(load_run(path).step if path.exists() else 0), setup.settings(until)
-    record = ValidationRecord()
-    last = RunCheckpoint("last", record)
-    last.dirpath = str(path.parent)
     trainer = Trainer(
         accelerator="cpu", devices=1, max_steps=until, accumulate_grad_batches=setup.accumulate,
         gradient_clip_val=settings.gradient_clip_val,
         plugins=[lightning_precision(setup.precision, dict(setup.scaler)), RunFileIO()],
         val_check_interval=settings.val_check_interval, check_val_every_n_epoch=None, limit_val_batches=2,
         num_sanity_val_steps=0, use_distributed_sampler=False, logger=False, enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[
-            TrainingCurves(StepMeter(), record), DropoutSeed(settings.seed), ExactResume(), Observed(diary), last
-        ],
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=path.parents[1],
+        callbacks=[LightningRun(seed=settings.seed, observers=[diary])],
     )  # fmt: skip
     data = setup.data(shards)
     trainer.fit(setup.module(), datamodule=data, ckpt_path=path if path.exists() else None)
@@ -207,7 +183,7 @@ LOOPS = {"L": by_lightning, "A": by_accelerate, "P": by_reference}
 
 def run_chain(chain, setup, shards, folder):
     """chain: "L3A6P" trains to step 3 by Lightning, to 6 by accelerate, to the end by plain PyTorch"""
-    path = folder / "last.safetensors"
+    path = folder / "checkpoints" / "last.safetensors"
     values, validations = {}, {}
     loops = [c for c in chain if c.isalpha()]
     ends = "".join(c if c.isdigit() else " " for c in chain).split()

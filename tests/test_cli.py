@@ -159,7 +159,7 @@ def test_shards_are_made_anew_when_the_text_or_the_tokenizer_differs(options, te
 
 
 def test_samples_leave_the_training_bit_for_bit_the_same(options, tmp_path):
-    without = ["--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1"]
+    without = ["--trainer.callbacks=nanogpt_lit.loops.lightning.TextSamples", "--trainer.callbacks.tokens=1"]
     dropout = "--model.gpt.dropout=0.1"
     assert run("fit", *options, dropout) == run("fit", *options, dropout, *without) == 0
     first, second = (load_run(tmp_path / f"root/version_{n}/checkpoints/last.safetensors").weights for n in (0, 1))

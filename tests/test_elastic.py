@@ -39,7 +39,8 @@ from nanogpt_lit.memory.ladder import at_least, levels
 from nanogpt_lit.memory.oom import advice, catch_oom, limit_device_memory, oom_explained
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.optim import muon
-from nanogpt_lit.run.resume import capture, random_states
+from nanogpt_lit.run.observers import always
+from nanogpt_lit.run.resume import capture
 
 LOOPS = ("lightning", "accelerate", "reference")
 CHUNK = B * T // 4
@@ -409,24 +410,17 @@ def test_after_the_run_the_module_calls_its_networks_loss(loop):
 class Kept(Diary):
     """Keeps the last state of a run as a checkpoint would."""
 
-    def on_train_start(self, parts):
-        self.parts = parts
+    def on_train_start(self, training):
+        self.training = training
 
     def state(self):
-        return capture(
-            self.parts,
-            step=STEPS,
-            batches=MICRO_BATCHES,
-            accumulate_grad_batches=ACCUMULATE,
-            random=random_states(torch.device("cpu")),
-            data={},
-        )
+        return capture(self.training, data={})
 
 
 def test_what_was_found_is_in_the_checkpoint_and_every_loop_goes_on_with_it(tmp_path):
     path, kept = tmp_path / "last.safetensors", Kept()
     module = Fault("backward", 3).into(make_module())
-    reference.train(module, make_loader(MICRO_BATCHES, 1), make_loader(2, 2), SETTINGS, kept)
+    reference.train(module, make_loader(MICRO_BATCHES, 1), make_loader(2, 2), SETTINGS, [*always(), kept])
     save_run(path, kept.state())
     found = {"loss_chunk_tokens": CHUNK, "sequences": 2}
     assert load_run(path).elastic == module.fallback == found

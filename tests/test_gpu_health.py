@@ -5,8 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trainings import training_of
 
-from nanogpt_lit.run.curves import StepMeter
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.run import metrics as metrics_module
+from nanogpt_lit.run.metrics import StepMetrics
 from nanogpt_lit.runtime.gpu_health import GpuHealth
 
 CUDA = torch.device("cuda", 1)
@@ -100,13 +103,16 @@ def test_a_real_card_has_a_temperature():
     assert values["gpu/clock_mhz"] > 0
 
 
-def test_the_curves_of_a_step_have_the_card_in_them(pynvml, monkeypatch):
+def test_the_curves_of_a_step_have_the_card_in_them(pynvml, monkeypatch, tiny_gpt):
     for name in ("max_memory_allocated", "max_memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
-    meter = StepMeter()
-    meter.add_batch(torch.tensor(1.0), tokens=8)
-    meter.end_step()
-    values = meter.curves(
-        lr=0.1, grad_norm=1.0, loss_scale=None, skipped_steps=0, flops_per_token=1, peak_flops=None, device=CUDA
-    )
+    monkeypatch.setattr(metrics_module, "peak_flops_of", lambda *_: None)
+    logged = []
+    metrics = StepMetrics(lambda values, step: logged.append(values), 1, plans=False)
+    training = training_of(LitNanoGPT(tiny_gpt))
+    training.device = CUDA
+    metrics.on_train_start(training)
+    metrics.on_batch_end(torch.tensor(1.0), tokens=8)
+    metrics.on_step_end(1, 0.1, torch.tensor(1.0))
+    (values,) = logged
     assert values["gpu/temperature_c"] == 87.0

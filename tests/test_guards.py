@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_runs import LOOPS, different, fit, small_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import training_of
 
 from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
@@ -22,7 +23,7 @@ from nanogpt_lit.memory.host_optimizer import HostAdamW
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.run import guards
-from nanogpt_lit.run.guards import NotFinite, SkippedInARow, drop_unless_finite
+from nanogpt_lit.run.guards import FiniteGuard, NotFinite, drop_unless_finite
 from nanogpt_lit.runtime import durable
 
 Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
@@ -119,22 +120,18 @@ def test_a_scale_that_sinks_to_nothing_is_named(tiny_gpt):
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with pytest.raises(NotFinite, match=r"20 steps in a row, up to step 20, .*scale has sunk to 0\.0625 and float16"):
         train(
-            Blowing(tiny_gpt), [(tokens, tokens)], [], LoopSettings(99, precision="16-mixed"),
+            Blowing(tiny_gpt), [(tokens, tokens)], [], LoopSettings(99, precision="16-mixed"), [FiniteGuard()],
             scaler=torch.amp.GradScaler("cpu"),
         )  # fmt: skip
 
 
-def test_only_steps_left_out_in_a_row_count():
-    class Schedule:
-        skipped_steps = 5
-
-    schedule = Schedule()
-    row = SkippedInARow(schedule)
+def test_only_steps_left_out_in_a_row_count(tiny_gpt):
+    training, guard = training_of(LitNanoGPT(tiny_gpt)), FiniteGuard()
+    guard.on_train_start(training)
     for step in range(1, 100):
-        schedule.skipped_steps += step % guards.IN_A_ROW != 0
-        row.add(step, lambda: None)
-    schedule.skipped_steps = 0  # nothing new is skipped
-    row.add(100, None)
+        training.schedule.skipped_steps += step % guards.IN_A_ROW != 0
+        guard.on_step_end(step, 0.1, None)
+    guard.on_step_end(100, 0.1, None)  # nothing new is skipped
 
 
 def test_weights_that_are_not_finite_are_not_saved_over_those_that_are(text, tmp_path):
@@ -167,13 +164,13 @@ def test_a_full_disk_does_not_end_the_run_which_saves_again_when_there_is_room(
         fsync(descriptor)
 
     state_of_disk = {"full": False}
-    original = disk.PatientSaver.save
+    original = disk.BestEffortSaver.save
 
     def at_step_four(self, path, state):
         state_of_disk["full"] = state.step == 4
         return original(self, path, state)
 
-    monkeypatch.setattr(disk.PatientSaver, "save", at_step_four)
+    monkeypatch.setattr(disk.BestEffortSaver, "save", at_step_four)
     if found_out == "before writing":
         monkeypatch.setattr(
             disk.shutil, "disk_usage", lambda folder: Usage(9, 9, 10) if state_of_disk["full"] else usage(folder)

@@ -8,7 +8,7 @@ from small_runs import LOOPS, small_run
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.generate import sample
-from nanogpt_lit.loops.lightning_callbacks import TextSamples
+from nanogpt_lit.loops.lightning import TextSamples
 from nanogpt_lit.untrusted.numbers import RANGES, check_numbers
 
 

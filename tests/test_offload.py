@@ -20,7 +20,8 @@ from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.record import compare
 from nanogpt_lit.parity.runs import LOOPS, OVERFLOWS, Case, quiet
-from nanogpt_lit.run.resume import capture, random_states
+from nanogpt_lit.run.observers import always
+from nanogpt_lit.run.resume import Resume, capture
 
 STEPS = 6
 TECHNIQUES = {
@@ -144,28 +145,22 @@ class Keep(Observer):
     """Takes the run down after a step, as a checkpoint does."""
 
     def __init__(self, step):
-        self.at, self.state, self.batches = step, None, 0
+        self.at, self.state = step, None
 
-    def on_train_start(self, parts):
-        self.parts = parts
-
-    def on_batch_end(self, loss, tokens):
-        self.batches += 1
+    def on_train_start(self, training):
+        self.training = training
 
     def on_step_end(self, step, lr, grad_norm):
         if step == self.at:
-            self.state = capture(
-                self.parts, step=step, batches=self.batches, accumulate_grad_batches=3,
-                random=random_states(torch.device("cpu")), data={},
-            )  # fmt: skip
+            self.state = capture(self.training, data={})
 
 
 def run_from(case, loader, until, start=None):
     module, keep = case.make_module(), Keep(until)
     scaler = torch.amp.GradScaler("cpu", **case.scaler)
-    reference.train(
-        module, loader, [], replace(case.settings, max_steps=until, val_check_interval=None), keep, scaler, start
-    )
+    settings = replace(case.settings, max_steps=until, val_check_interval=None)
+    going_on = [] if start is None else [Resume(start)]
+    reference.train(module, loader, [], settings, [*going_on, *always(), keep], scaler)
     return module, keep.state
 
 

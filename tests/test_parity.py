@@ -18,7 +18,7 @@ from nanogpt_lit.__main__ import exit_code
 from nanogpt_lit.cli.settings import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops import accelerate_loop
+from nanogpt_lit.loops import accelerate
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
@@ -346,7 +346,7 @@ def test_on_a_gpu_the_script_compares_loops_that_are_strict_and_not_only_warned(
 
 
 def test_the_script_names_the_first_difference_and_leaves_with_1(script, options, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(accelerate_loop, "clipping_order", lambda optimizer: [])  # clips nothing
+    monkeypatch.setattr(accelerate, "clipping_order", lambda optimizer: [])  # clips nothing
     out = tmp_path / "elsewhere"
     alone = ["--processes=1", "--precision=32-true", "--skip-memory", f"--out={out}"]
     assert run(script, *options, *ONE_POINT, *alone) == 1

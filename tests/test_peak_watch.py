@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trainings import training_of
 
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.memory.ladder import Rung
@@ -14,14 +15,16 @@ from nanogpt_lit.plan import peak_watch
 from nanogpt_lit.plan.allocator import MIB
 from nanogpt_lit.plan.plan import measure
 from nanogpt_lit.plan.step import StepShape
-from nanogpt_lit.run import curves as curves_module
-from nanogpt_lit.run.curves import StepMeter
+from nanogpt_lit.run import metrics as metrics_module
+from nanogpt_lit.run.metrics import StepMetrics
 from nanogpt_lit.runtime.gpus import GPUS
 
 CARD = torch.device("cuda")
 MEMORY = MemoryConfig(loss_chunk_tokens=16, recompute="selective")
 GPT = GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
-SHAPE = {"accumulate_grad_batches": 2, "precision": "16-mixed", "clips": True, "validates": True}
+SHAPE = {
+    "accumulate_grad_batches": 2, "precision": "16-mixed", "gradient_clip_val": 1.0, "val_check_interval": 2,
+}  # fmt: skip
 
 
 class Run:
@@ -29,28 +32,30 @@ class Run:
 
     def __init__(self, monkeypatch, capsys, **shape):
         self.peaks = (0.0, 0.0)
-        monkeypatch.setattr(curves_module, "peaks_mib", lambda device: self.peaks)
-        monkeypatch.setattr(curves_module, "GpuHealth", lambda device: SimpleNamespace(curves=dict))
+        monkeypatch.setattr(metrics_module, "peaks_mib", lambda device: self.peaks)
+        monkeypatch.setattr(metrics_module, "peak_flops_of", lambda *_: None)
+        monkeypatch.setattr(metrics_module, "GpuHealth", lambda device: SimpleNamespace(curves=dict))
         # The network is on the processor here; weights that the test asks for are told to be on the card.
         monkeypatch.setattr(peak_watch, "on_gpu_mib", lambda tensors: self.on_card.get(len(tensors) > 0, 0.0))
         self.on_card = {}
         self.capsys = capsys
         self.module = LitNanoGPT(GPT, memory=MEMORY)
-        self.optimizer = self.module.configure_optimizers()["optimizer"]
-        self.meter = StepMeter()
-        self.meter.watch_peak(self.module, self.optimizer, CARD, 1, **(SHAPE | shape))
-        self.meter.start()
+        training = training_of(self.module, device="cuda", **(SHAPE | shape))
+        self.optimizer, self.steps = training.optimizer, 0
+        self.metrics = StepMetrics(lambda values, step: self.logged.append(values), 1)
+        self.metrics.on_train_start(training)
 
     def step(self, steps=1, peaks=None):
-        for _ in range(steps):
+        """Returns the values that were logged last, and what was said. Several steps are logged as one."""
+        self.logged = []
+        for k in range(steps):
+            self.steps += 1
             for _ in range(2):
-                self.meter.add_batch(torch.tensor(0.5), tokens=4 * 32)
-            self.meter.end_step()
-        self.peaks = peaks or self.peaks
-        values = self.meter.curves(
-            lr=0.1, grad_norm=1.0, loss_scale=None, skipped_steps=0, flops_per_token=1.0, peak_flops=None, device=CARD
-        )
-        return values, self.capsys.readouterr().err
+                self.metrics.on_batch_end(torch.tensor(1.0), tokens=4 * 32)
+            self.peaks = peaks or self.peaks if k == steps - 1 else self.peaks
+            self.metrics._every = 1 if k == steps - 1 else 10**9
+            self.metrics.on_step_end(self.steps, 0.1, torch.tensor(1.0))
+        return self.logged[-1], self.capsys.readouterr().err
 
 
 @pytest.fixture
@@ -75,7 +80,7 @@ def test_the_planned_peak_is_drawn_beside_the_measured_ones(run, planned):
 
 def test_it_is_planned_once_and_not_while_the_clock_runs(run, monkeypatch):
     calls = []
-    monkeypatch.setattr(peak_watch, "measure", lambda *a: calls.append(run.meter._counting_since_s) or 1 / 0)
+    monkeypatch.setattr(peak_watch, "measure", lambda *a: calls.append(run.metrics._counting_since_s) or 1 / 0)
     run.step(3)
     assert calls == [None]
 
@@ -135,8 +140,8 @@ def test_the_optimizer_is_named_when_its_state_is_not_where_it_was_planned(monke
 def test_the_first_steps_say_once_what_they_make_of_the_planned_time(run, planned, monkeypatch, gpu, says):
     monkeypatch.setattr(peak_watch, "gpu_here", lambda: gpu)
     clock = {"s": 0.0}
-    run.meter._clock = lambda: clock["s"]
-    run.meter.start()
+    run.metrics._clock = lambda: clock["s"]
+    run.metrics._start()
     clock["s"] += 60.0
     assert run.step(peaks=(10.0, planned.reserved_mib))[1] == ""  # the first step warms up
     clock["s"] += 8.0
@@ -175,11 +180,12 @@ def test_planning_draws_no_random_number_and_leaves_the_network_alone(run):
 @pytest.mark.parametrize(("device", "processes"), [("cpu", 1), ("cuda", 2)])
 def test_without_a_card_or_among_several_processes_nothing_is_planned(device, processes, monkeypatch):
     monkeypatch.setattr(peak_watch, "measure", lambda *a: pytest.fail("planned"))
-    module = LitNanoGPT(GPT)
-    meter = StepMeter()
-    meter.watch_peak(module, module.configure_optimizers()["optimizer"], torch.device(device), processes, **SHAPE)
-    meter.add_batch(torch.tensor(0.5), tokens=4 * 32)
-    assert meter._peak_watch is None
+    monkeypatch.setattr(metrics_module, "peak_flops_of", lambda *_: None)
+    monkeypatch.setattr(metrics_module, "GpuHealth", lambda device: None)
+    metrics = StepMetrics(lambda *_: None, 1)
+    metrics.on_train_start(training_of(LitNanoGPT(GPT), device=device, processes=processes))
+    metrics.on_batch_end(torch.tensor(0.5), tokens=4 * 32)
+    assert metrics._peak_watch is None
 
 
 def test_what_is_on_the_card_is_counted_once():

@@ -13,6 +13,7 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.processes import run_together
+from nanogpt_lit.run.guards import FiniteGuard
 
 BATCHES = 10
 
@@ -66,7 +67,7 @@ def test_a_window_that_the_end_of_the_loader_cuts_short_is_stepped_and_the_next_
 
     diary = Diary()
     settings = LoopSettings(max_steps=4, accumulate_grad_batches=4, gradient_clip_val=0.5)
-    train(module, loader, [], settings, diary)
+    train(module, loader, [], settings, [FiniteGuard(), diary])
     assert diary.losses == losses
     assert diary.steps == steps
     assert same_weights(module, naive)
@@ -81,7 +82,7 @@ def test_without_clipping_the_norm_is_measured_and_the_gradients_are_left_alone(
     optimizer.step()
 
     diary = Diary()
-    train(module, loader, [], LoopSettings(max_steps=1), diary)
+    train(module, loader, [], LoopSettings(max_steps=1), [diary])
     assert diary.steps == [(1, 0.05 / 3, norm.item())]
     assert same_weights(module, naive)
 
@@ -99,7 +100,7 @@ def test_16_mixed_scales_skips_the_step_that_overflows_and_holds_the_schedule(mo
             scales.append(self.parts.loss_scale())
             held.append((lr, same_weights(module, before)))
 
-    train(module, loader, [], LoopSettings(max_steps=2, precision="16-mixed"), Scales(), scaler)
+    train(module, loader, [], LoopSettings(max_steps=2, precision="16-mixed"), [FiniteGuard(), Scales()], scaler)
     assert scales == [2.0**39, 2.0**38]
     assert held == [(0.05 / 3, True)] * 2
 
@@ -110,7 +111,7 @@ def test_autocast_computes_in_the_precision_that_is_asked_for(module, loader):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None), torch.no_grad():
             expected = module(*next(iter(loader))).item()
         diary = Diary()
-        train(copy.deepcopy(module), loader, [], LoopSettings(max_steps=1, precision=precision), diary)
+        train(copy.deepcopy(module), loader, [], LoopSettings(max_steps=1, precision=precision), [diary])
         assert diary.losses == [expected]
         losses[precision] = expected
     assert len(set(losses.values())) == 3
@@ -134,7 +135,7 @@ def test_validation_reads_its_first_batches_in_eval_mode_and_once_more_at_the_en
 
     diary = ByHand()
     settings = LoopSettings(max_steps=5, val_check_interval=2, limit_val_batches=3, seed=5)
-    train(module, loader, loader, settings, diary)
+    train(module, loader, loader, settings, [diary])
     assert [step for step, _ in diary.validations] == [2, 4, 5]
     assert [loss for _, loss in diary.validations] == expected
     assert module.training
@@ -147,7 +148,7 @@ def test_the_seed_decides_dropout_and_nothing_before_it_matters(tiny_gpt, loader
         module = LitNanoGPT(replace(tiny_gpt, dropout=0.5), AdamWConfig(), ScheduleConfig(total_steps=20))
         torch.rand(drawn_before)
         diary = Diary()
-        train(module, loader, [], LoopSettings(max_steps=2, seed=seed), diary)
+        train(module, loader, [], LoopSettings(max_steps=2, seed=seed), [diary])
         runs.append(diary.losses)
     assert runs[0] == runs[1] != runs[2]
 
@@ -162,7 +163,6 @@ def test_an_empty_loader_is_refused(module):
     [
         ({"max_steps": 0}, "trainer.max_steps=0 must be at least 1"),
         ({"max_steps": 1, "accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches=0"),
-        ({"max_steps": 1, "precision": "64-true"}, "trainer.precision=64-true .* 32-true, bf16-mixed, 16-mixed"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(wrong, sentence):
@@ -170,10 +170,15 @@ def test_settings_that_cannot_be_are_refused_by_name(wrong, sentence):
         LoopSettings(**wrong)
 
 
+def test_a_precision_of_lightnings_own_is_refused(module):
+    with pytest.raises(ValueError, match=r"trainer\.precision=bf16-true .* 32-true, bf16-mixed, 16-mixed"):
+        train(module, [], [], LoopSettings(1, precision="bf16-true"))
+
+
 def train_with_every_second_batch(module, windows, settings):
     loader = [(window[:, :-1], window[:, 1:]) for window in windows[torch.distributed.get_rank() :: 2]]
     diary = Diary()
-    train(module, loader, loader[:2], settings, diary)
+    train(module, loader, loader[:2], settings, [diary])
     return diary, module.state_dict()
 
 
@@ -183,7 +188,7 @@ def test_two_processes_take_the_step_that_one_takes_with_twice_the_accumulation(
     naive, diary = copy.deepcopy(module), Diary()
     loader = [(window[:, :-1], window[:, 1:]) for window in windows]
     clip = {"gradient_clip_val": 0.5, "val_check_interval": 100}
-    train(naive, loader, loader[:4], LoopSettings(max_steps=4, accumulate_grad_batches=2, **clip), diary)
+    train(naive, loader, loader[:4], LoopSettings(max_steps=4, accumulate_grad_batches=2, **clip), [diary])
 
     shares = run_together(2, train_with_every_second_batch, module, windows, LoopSettings(max_steps=4, **clip))
     # Halving is exact and a sum of two has one order: the same bits.

@@ -224,7 +224,7 @@ def test_classes_of_lightning_and_ours_need_no_trust(parser):
         arguments = [
             f"--trainer.strategy={json.dumps(strategy)}",
             "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs", "--trainer.profiler=SimpleProfiler",
-            "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples",
+            "--trainer.callbacks=nanogpt_lit.loops.lightning.TextSamples",
             "--trainer.callbacks+=LearningRateMonitor", "--trainer.plugins=TorchCheckpointIO",
         ]  # fmt: skip
         assert len(parser.parse_args(arguments).trainer.callbacks) == 2

@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 from small_runs import LOOPS, accelerate, curves, different, fit, small_run
+from trainings import training_of
 
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
-from nanogpt_lit.loops.contract import Parts, optimizer_and_schedule
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.run import spikes
 from nanogpt_lit.run.guards import NotFinite
-from nanogpt_lit.run.resume import capture, random_states
+from nanogpt_lit.run.resume import capture
 from nanogpt_lit.run.spikes import SpikeGuard
 
 LAST = "checkpoints/last.safetensors"
@@ -76,53 +76,51 @@ def test_what_cannot_be_guarded_is_refused(option, text, tmp_path, capsys):
 
 
 @pytest.fixture
-def parts(tiny_gpt):
+def training(tiny_gpt):
     torch.manual_seed(0)
     module = LitNanoGPT(tiny_gpt)
-    return Parts(module, *optimizer_and_schedule(module), scaler=None)
+    return training_of(module, accumulate_grad_batches=2)
 
 
-def take_step(parts):
+def take_step(training):
     tokens = torch.zeros(2, 8, dtype=torch.int64)
-    parts.module(tokens, tokens).backward()
-    parts.optimizer.step()
-    parts.schedule.step()
-    parts.optimizer.zero_grad()
+    training.module(tokens, tokens).backward()
+    training.optimizer.step()
+    training.schedule.step()
+    training.optimizer.zero_grad()
 
 
-def state_of(parts, step):
-    state = capture(
-        parts, step=step, batches=step, accumulate_grad_batches=1, random=random_states(torch.device("cpu")), data={}
-    )
-    return copy.deepcopy(state)
+def state_of(training, step):
+    training.step = step
+    return copy.deepcopy(capture(training, data={}))
 
 
-def guard_of(folder, monkeypatch):
+def guard_of(folder, training, monkeypatch):
     monkeypatch.setattr(spikes, "RECENT", 4)
-    guard = SpikeGuard(2.0)
-    guard.folder = folder
+    guard = SpikeGuard(2.0, folder)
+    guard.on_train_start(training)
     return guard
 
 
-def losses(guard, parts, step, *values):
+def losses(guard, step, *values):
     for value in values:
-        guard.add_batch(torch.tensor(value / 2))
-        guard.add_batch(torch.tensor(value / 2))
-        guard.end_step(step, parts)
+        guard.on_batch_end(torch.tensor(value), 8)
+        guard.on_batch_end(torch.tensor(value), 8)
+        guard.on_step_end(step, 0.1, None)
 
 
-def test_weights_and_moments_go_back_to_the_bit_and_the_rates_stay(parts, tmp_path, monkeypatch):
-    guard = guard_of(tmp_path, monkeypatch)
-    take_step(parts)
-    saved = state_of(parts, 1)
+def test_weights_and_moments_go_back_to_the_bit_and_the_rates_stay(training, tmp_path, monkeypatch):
+    guard = guard_of(tmp_path, training, monkeypatch)
+    take_step(training)
+    saved = state_of(training, 1)
     save_run(tmp_path / "last.safetensors", saved)
-    take_step(parts)
-    now = state_of(parts, 2)
-    losses(guard, parts, 2, 3.0, 3.0, 3.0, 3.0, 6.0)
-    assert guard.went_back == 0  # not above
-    losses(guard, parts, 2, 6.1)
-    after = state_of(parts, 2)
-    assert guard.went_back == 1
+    take_step(training)
+    now = state_of(training, 2)
+    losses(guard, 2, 3.0, 3.0, 3.0, 3.0, 6.0)
+    assert guard.rollbacks == 0  # not above
+    losses(guard, 2, 6.1)
+    after = state_of(training, 2)
+    assert guard.rollbacks == 1
     for part in ("weights", "optimizer"):
         before = dict(leaves("", getattr(saved, part)))
         back = dict(leaves("", getattr(after, part)))
@@ -133,25 +131,25 @@ def test_weights_and_moments_go_back_to_the_bit_and_the_rates_stay(parts, tmp_pa
     assert after.schedule == now.schedule
 
 
-def test_a_second_jump_goes_further_back_and_a_third_ends_the_run(parts, tmp_path, monkeypatch):
-    guard = guard_of(tmp_path, monkeypatch)
+def test_a_second_jump_goes_further_back_and_a_third_ends_the_run(training, tmp_path, monkeypatch):
+    guard = guard_of(tmp_path, training, monkeypatch)
     for step in (1, 2):
-        take_step(parts)
-        save_run(tmp_path / "last.safetensors", state_of(parts, step))
-    losses(guard, parts, 3, 3.0, 3.0, 3.0, 3.0, 9.0)
-    assert {float(s["step"]) for s in parts.optimizer.state.values()} == {2.0}
-    losses(guard, parts, 4, 9.0)
-    assert {float(s["step"]) for s in parts.optimizer.state.values()} == {1.0}
+        take_step(training)
+        save_run(tmp_path / "last.safetensors", state_of(training, step))
+    losses(guard, 3, 3.0, 3.0, 3.0, 3.0, 9.0)
+    assert {float(s["step"]) for s in training.optimizer.state.values()} == {2.0}
+    losses(guard, 4, 9.0)
+    assert {float(s["step"]) for s in training.optimizer.state.values()} == {1.0}
     with pytest.raises(
         NotFinite, match=r"step 5: the loss 9\.000 is above 2 times the median .*lower model\.optim\.lr"
     ):
-        losses(guard, parts, 5, 9.0)
+        losses(guard, 5, 9.0)
 
 
-def test_neither_the_first_steps_nor_those_that_are_left_out_anyway_are_jumps(parts, tmp_path, monkeypatch, capsys):
-    guard = guard_of(tmp_path, monkeypatch)
-    losses(guard, parts, 1, 9.0, 1.0, float("nan"), float("inf"), 9.0)
+def test_neither_the_first_steps_nor_those_that_are_left_out_anyway_are_jumps(training, tmp_path, monkeypatch, capsys):
+    guard = guard_of(tmp_path, training, monkeypatch)
+    losses(guard, 1, 9.0, 1.0, float("nan"), float("inf"), 9.0)
     assert capsys.readouterr().err == ""
-    losses(guard, parts, 6, 1.0, 99.0)
+    losses(guard, 6, 1.0, 99.0)
     assert "there is no checkpoint yet to go back to" in capsys.readouterr().err
-    assert guard.went_back == 0
+    assert guard.rollbacks == 0

@@ -142,7 +142,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    now[0] = 0.5\n"
         "    os.kill(os.getpid(), signal.SIGINT)  # by torchrun, of the same keystroke\n"
-        "    assert stops.asked()\n"
+        "    assert stops.between_steps()\n"
         "    print('still here', flush=True)\n"
         "    now[0] = 2.0\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -160,9 +160,9 @@ def test_under_nohup_a_closed_terminal_does_not_stop_a_run_and_ctrl_c_does():
         "from nanogpt_lit.run.stops import Stops\n"
         "with Stops(None) as stops:\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n"
-        "    print(stops.asked())\n"
+        "    print(stops.between_steps())\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    print(stops.asked(), stops.reason.name)\n"
+        "    print(stops.between_steps(), stops.reason.name)\n"
         "print(signal.getsignal(signal.SIGHUP).name)\n"
     )
     answer = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, text=True)
@@ -190,7 +190,7 @@ signal.SIGBREAK = signal.SIGUSR2  # as Windows has it
 from nanogpt_lit.run.stops import Stops
 with Stops(None) as stops:
     os.kill(os.getpid(), signal.SIGBREAK)
-    assert stops.asked()
+    assert stops.between_steps()
     print(stops.reason.exit_code)
 """
 
@@ -204,13 +204,13 @@ def test_ctrl_break_and_a_closed_console_stop_as_ctrl_c_does():
 def test_the_strongest_reason_is_the_one_that_counts(tmp_path):
     clock = {"s": 0.0}
     with Stops(tmp_path, max_time_s=1.0, clock=lambda: clock["s"]) as asked_to:
-        assert not asked_to.asked()
+        assert not asked_to.between_steps()
         assert asked_to.reason is None
         clock["s"] = 1.0
-        assert asked_to.asked()
+        assert asked_to.between_steps()
         assert asked_to.reason is Reason.MAX_TIME
         (tmp_path / "stop").touch()
-        assert asked_to.asked()
+        assert asked_to.between_steps()
         assert asked_to.reason is Reason.STOP_FILE
 
 
@@ -246,7 +246,7 @@ def stop_by_one(folder):
         for step in range(1, 6):
             if rank == 1 and step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if asked_to.asked():
+            if asked_to.between_steps():
                 stopped_after = step
                 break
     return stopped_after, asked_to.reason.name

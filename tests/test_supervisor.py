@@ -273,7 +273,7 @@ def small_fit(folder, root):
     return [
         f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_steps=42",
         "--trainer.val_check_interval=6", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false",
-        "--trainer.callbacks=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=2",
+        "--trainer.callbacks=nanogpt_lit.loops.lightning.TextSamples", "--trainer.callbacks.tokens=2",
         "--model.gpt.n_layer=1", "--model.gpt.n_head=2", "--model.gpt.n_embd=8", "--model.gpt.dropout=0.1",
         f"--data.source={text}", f"--data.shards_dir={folder / 'shards'}", "--data.tokenizer=byte",
         "--data.block_size=16", "--data.batch_size=2", "--data.val_fraction=0.1",

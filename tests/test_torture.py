@@ -39,9 +39,10 @@ def test_every_disturbance(processes, tmp_path):
 
 BREAKS = {
     "parts of the state differ": """
-from nanogpt_lit.loops import accelerate_loop, lightning_checkpoint
-for loop in accelerate_loop, lightning_checkpoint:
-    loop.restore_random_state = lambda *_: None
+from nanogpt_lit.loops import lightning_run
+from nanogpt_lit.run import resume
+for module in resume, lightning_run:
+    module.random_state_of = lambda *_: None
 """,
     "it went on from another": """
 from nanogpt_lit.cli import settings

@@ -6,17 +6,14 @@ from lightning.pytorch import Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from nanogpt_lit.loops import accelerate_loop, reference
-from nanogpt_lit.loops.contract import LoopSettings
-from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TrainingCurves
-from nanogpt_lit.loops.lightning_guards import FiniteSteps
-from nanogpt_lit.loops.lightning_observer import DropoutSeed
-from nanogpt_lit.loops.lightning_stops import StepStops
+from nanogpt_lit.loops import accelerate, reference
+from nanogpt_lit.loops.contract import LoopSettings, send
+from nanogpt_lit.loops.lightning_run import LightningRun
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.runs import HalfOnCpu, lightning_precision
-from nanogpt_lit.run.curves import StepMeter, ValidationRecord
+from nanogpt_lit.run.observers import RunObservers
 
 STEPS, ACCUMULATE = 5, 3
 
@@ -35,35 +32,35 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+FEATURES = {"log_every_n_steps": 100, "shows_progress": True}  # the first and the last step are logged all the same
+
+
+def features():
+    """What every run of ours has."""
+    return RunObservers(**FEATURES)
+
+
 def plain(module, loader, settings, folder):
-    reference.train(module, loader, [], settings)
+    reference.train(module, loader, [], settings, features().in_order())
 
 
 def accelerated(module, loader, settings, folder):
-    accelerator = HalfOnCpu(**accelerate_loop.accelerator_options(settings, "cpu"))
-    accelerate_loop.train(accelerator, module, loader, loader, settings)
+    accelerator = HalfOnCpu(**accelerate.accelerator_options(settings, "cpu"))
+    accelerate.train(accelerator, module, loader, loader, settings, features().in_order())
 
 
 def lightning(module, loader, settings, folder):
-    """With what fit has in every run."""
-    meter, validations = StepMeter(), ValidationRecord()
     trainer = Trainer(
         accelerator="cpu",
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val,
-        log_every_n_steps=100,  # the first and the last step are drawn all the same
         plugins=[lightning_precision(settings.precision, {})],
         logger=False,
-        callbacks=[
-            TrainingCurves(meter, validations),
-            DropoutSeed(0),
-            FiniteSteps(),
-            StepStops(),
-            StepProgressBar(meter, validations),
-        ],
+        callbacks=[LightningRun(saves=False, **FEATURES)],
         default_root_dir=folder,
         enable_checkpointing=False,
+        enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
     )
@@ -99,6 +96,6 @@ class Noted:
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 def test_a_card_copies_a_batch_while_the_process_goes_on(kind):
-    assert reference.send(Noted(), torch.device(kind)) == (kind, kind == "cuda")
-    options = accelerate_loop.accelerator_options(LoopSettings(1), kind)
+    assert send(Noted(), torch.device(kind)) == (kind, kind == "cuda")
+    options = accelerate.accelerator_options(LoopSettings(1), kind)
     assert options["dataloader_config"].non_blocking is (kind == "cuda")

@@ -18,7 +18,7 @@ END_S, STOP_S = 300.0, 20.0
 PAUSE_S = 5.0
 
 
-class PatientSaver:
+class BestEffortSaver:
     """Saves where it can. Where it cannot, it says so once, keeps what there is, and tries again at the next save.
 
     In the background, what it writes are the run's own tensors, not copies: they stay as they are through the forward
@@ -30,6 +30,8 @@ class PatientSaver:
         """Whether the latest save failed."""
         self.in_background = False
         """Whether the loop calls `let_go` before each optimizer step; otherwise `save` waits."""
+        self.holds_tensors = False
+        """Whether the run's own tensors are still to be written: until `let_go`."""
         self._thread: ThreadPoolExecutor | None = None  # not yet: a Trainer that starts processes pickles its plugins
         self._writing: list[Future[None]] = []
         self._unsaved: dict[Path, tuple[RunContent, int]] = {}
@@ -41,6 +43,7 @@ class PatientSaver:
         content = RunContent.of(state)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.holds_tensors = True
         self._writing.append(self._thread.submit(self._write, path, content, state.step))
         if not self.in_background:
             self.wait()
@@ -54,6 +57,7 @@ class PatientSaver:
         """Returns once the run's tensors may change."""
         self.wait()
         self._unsaved.clear()
+        self.holds_tensors = False
 
     def insist(self, patience_s: float) -> None:
         """Tries again what the disk did not take of this step: for a run that ends here, and has nothing better to do.

@@ -5,31 +5,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from nanogpt_lit.checkpoint.run_lock import RunLock
-from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print, relative_to_here, writes_run_files
+from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print, writes_run_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.compatibility import DDP, FSDP2, SINGLE
-from nanogpt_lit.loops.lightning_callbacks import StepProgressBar, TextSamples, TrainingCurves
-from nanogpt_lit.loops.lightning_checkpoint import DurableFileIO, ExactResume, RunCheckpoint, RunFileIO, with_writer
-from nanogpt_lit.loops.lightning_folder import RunFolder, run_folder
-from nanogpt_lit.loops.lightning_guards import FiniteSteps, SpikeRollback
-from nanogpt_lit.loops.lightning_logger import PatientLogger, go_on
-from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps
-from nanogpt_lit.loops.lightning_precision import precision_plugin
-from nanogpt_lit.loops.lightning_stops import StepStops
+from nanogpt_lit.loops.lightning import precision_plugin
+from nanogpt_lit.loops.lightning_run import (
+    BestEffortLogger,
+    DurableFileIO,
+    LightningRun,
+    RunFileIO,
+    go_on,
+    run_folder,
+    with_writer,
+)
 from nanogpt_lit.loops.strategies import named_strategy
 from nanogpt_lit.memory.oom import oom_explained
-from nanogpt_lit.run.curves import StepMeter, ValidationRecord, perplexity
+from nanogpt_lit.run.metrics import perplexity
+from nanogpt_lit.run.observers import relative_to_here
 from nanogpt_lit.run.report import closing_table, opening_lines
-from nanogpt_lit.run.stops import Reason, Stopped, go_on_line, seconds_of
-from nanogpt_lit.runtime.clock import awake_s
-from nanogpt_lit.runtime.environment import requeue
+from nanogpt_lit.run.stops import Stopped, print_stopped
 from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.runtime.processes import has_group
 
@@ -42,12 +42,7 @@ def run(arguments: list[str]) -> int:
         with restored_process_settings():
             NanoGPTCLI(args=arguments, lock=lock)
     except Stopped as stopped:
-        rank_zero_print(str(stopped))
-        if stopped.saved is not None:
-            rank_zero_print(go_on_line(["-m", "nanogpt_lit"], arguments))
-        if stopped.reason is Reason.PREEMPTED and stopped.first_rank:
-            sharded = stopped.saved is not None and Path(stopped.saved).is_dir()  # no start finds it by itself
-            print(f"sbatch it with --ckpt_path {stopped.saved}" if sharded else requeue(), flush=True)
+        print_stopped(stopped, ["-m", "nanogpt_lit"], arguments)
         # Of Lightning's own processes the first speaks for all: it would take another's code for a crash.
         return stopped.exit_code if stopped.first_rank else 0
     except MisconfigurationException as error:  # how Lightning says that a setting cannot be
@@ -70,9 +65,9 @@ def prepare(arguments: list[str]) -> int:
 class NanoGPTCLI(SettingsCLI):
     """Builds `LitNanoGPT`, `TokenDataModule` and a Trainer, and runs them."""
 
+    lightning_run: LightningRun
+
     def __init__(self, args: list[str], lock: RunLock | None = None) -> None:
-        self.meter = StepMeter()
-        self.validations = ValidationRecord()
         super().__init__(args, run=True, lock=lock)
 
     def before_instantiate_classes(self) -> None:
@@ -107,31 +102,20 @@ class NanoGPTCLI(SettingsCLI):
             if self.resumed is not None:
                 # What the piece before this one drew past its checkpoint is drawn again: TensorBoard forgets it.
                 options |= {"version": self.resumed.run_folder.name, "purge_step": self.resumed.step + 1}
-            kwargs["logger"] = PatientLogger(trainer.default_root_dir, **options)
-        kwargs["max_time"] = None  # Lightning's timer ends inside a step; StepStops has it
-        return super().instantiate_trainer(**kwargs, callbacks=self._callbacks(trainer))
-
-    def _callbacks(self, trainer: Namespace) -> list[Callback]:
-        """The YAML's callbacks and those of every run; one of the YAML's takes the place of ours of the same kind."""
-        callbacks: list[Callback] = [RunFolder(self.kept_settings(), self.lock), *(trainer.callbacks or [])]
-        if self.spikes is not None:
-            spikes = self.spikes
-            self.meter.went_back = lambda: spikes.went_back
-            callbacks.append(SpikeRollback(spikes))
-        callbacks.append(TrainingCurves(self.meter, self.validations))
-        callbacks += [DropoutSeed(self.seed), ExactResume(self.spikes), ElasticSteps()]
-        if not any(isinstance(callback, TextSamples) for callback in callbacks):
-            callbacks.append(TextSamples())
-        for callback in callbacks:
-            if isinstance(callback, TextSamples):
-                callback.check(self.datamodule)
-        callbacks.append(FiniteSteps())
-        callbacks.append(StepStops(seconds_of(trainer.max_time), self.save_times))
-        if trainer.enable_progress_bar is not False:
-            callbacks.append(StepProgressBar(self.meter, self.validations))
-        if trainer.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-            callbacks += [RunCheckpoint("best", self.validations), RunCheckpoint("last", self.validations)]
-        return callbacks
+            kwargs["logger"] = BestEffortLogger(trainer.default_root_dir, **options)
+        kwargs["max_time"] = None  # Lightning's timer ends inside a step; run/stops.py has it
+        saves = trainer.enable_checkpointing is not False
+        own = any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks or [])
+        kwargs["enable_checkpointing"] = saves and own  # or Lightning would keep checkpoints besides ours
+        # Last, so that the user's callbacks have drawn their random numbers before dropout is seeded.
+        self.lightning_run = LightningRun(
+            self.kept_settings(),
+            self.lock,
+            self.seed,
+            saves,
+            **self.features(self.datamodule),
+        )
+        return super().instantiate_trainer(**kwargs, callbacks=[*(trainer.callbacks or []), self.lightning_run])
 
     def _run_subcommand(self, subcommand: str) -> None:
         with oom_explained(self.model, casts_weights="mixed" in str(self.trainer.precision)):
@@ -149,35 +133,20 @@ class NanoGPTCLI(SettingsCLI):
                 device=trainer.strategy.root_device,
                 accumulate_grad_batches=trainer.accumulate_grad_batches,
                 batch_size=self.datamodule.batch_size,
-                run_folder=relative_to_here(str(run_folder(trainer))),
+                run_folder=relative_to_here(run_folder(trainer)),
                 seed=self.seed,
                 deterministic=self.settings.trainer.deterministic,
             )
         )
-        self._started_s = awake_s()
 
     def after_fit(self) -> None:
-        trainer = self.trainer
-        sample = next((c.latest for c in callbacks(trainer) if isinstance(c, TextSamples)), None)
-        saved = {
-            c.filename or "": str(c.path) if isinstance(c, RunCheckpoint) else c.best_model_path
-            for c in callbacks(trainer)
-            if isinstance(c, ModelCheckpoint)
-        }
-        rank_zero_print(
-            closing_table(
-                steps=trainer.global_step,
-                elapsed_s=awake_s() - self._started_s,
-                meter=self.meter,
-                validations=self.validations,
-                sample=sample,
-                checkpoints={name: relative_to_here(path) for name, path in saved.items()},
-                run_folder=Path(relative_to_here(str(run_folder(trainer)))),
-            )
-        )
-        for callback in callbacks(trainer):
-            if isinstance(callback, StepStops) and callback.unsaved is not None:
-                raise callback.unsaved
+        users = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        files = {c.filename or "": Path(c.best_model_path) for c in users if c.best_model_path}
+        run = self.lightning_run.run
+        table = closing_table(run, self.trainer.global_step, self.lightning_run.folder, files if users else None)
+        rank_zero_print(table)
+        if (kept := run.checkpoints) is not None and kept.unsaved is not None:
+            raise kept.unsaved
 
     def before_validate(self) -> None:
         self.config_init[self.subcommand].verbose = False  # our line says it, with the perplexity
@@ -193,7 +162,3 @@ class NanoGPTCLI(SettingsCLI):
     def _print_loss(self, name: str, metric: str) -> None:
         loss = float(self.trainer.callback_metrics[metric])
         rank_zero_print(f"{name} {loss:.4f}, perplexity {perplexity(loss):.2f}")
-
-
-def callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined]  # its connectors set it

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml  # type: ignore[import-untyped]
@@ -32,15 +32,16 @@ from nanogpt_lit.loops.compatibility import (
     keys_of,
 )
 from nanogpt_lit.loops.strategies import check_devices, check_started, complete_sizes, named_strategy, strategy_settings
-from nanogpt_lit.loops.trainer_section import asked_processes
+from nanogpt_lit.loops.trainer_section import asked_processes, text_samples
 from nanogpt_lit.memory.elastic import ElasticConfig
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig, short_of_peak
+from nanogpt_lit.run.checkpoints import EVERY_MINUTES, SaveTimes
 from nanogpt_lit.run.pieces import changed_settings, latest_config, rate_change
-from nanogpt_lit.run.save_times import EVERY_MINUTES, SaveTimes
-from nanogpt_lit.run.spikes import SpikeGuard
+from nanogpt_lit.run.samples import SampleConfig
+from nanogpt_lit.run.spikes import check_spike_factor
 from nanogpt_lit.run.stops import seconds_of
 from nanogpt_lit.runtime.environment import was_requeued
 from nanogpt_lit.runtime.machine import device_type, slow_precision, unused_gpu, usable_precision
@@ -77,7 +78,6 @@ class SettingsCLI(LightningCLI):
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         self.resumed: Newest | None = None
         self.beginning: Beginning | None = None
-        self.spikes: SpikeGuard | None = None
         self._chose_shards_dir = False
         super().__init__(
             LitNanoGPT,
@@ -230,7 +230,7 @@ class SettingsCLI(LightningCLI):
         strategy = named_strategy(trainer.strategy)
         saves = {"trainer.enable_checkpointing": trainer.enable_checkpointing, "trainer.strategy": strategy}
         check_together({"spike_factor": factor, **saves})
-        self.spikes = SpikeGuard(factor)
+        check_spike_factor(factor)
 
     def _plan_saves(self) -> None:
         settings = self.settings
@@ -240,6 +240,24 @@ class SettingsCLI(LightningCLI):
                 "checkpoints: trainer.limit_val_batches=0 validates nothing, so there is no best; last is saved "
                 f"{self.save_times}"
             )
+
+    def features(self, data: TokenDataModule) -> dict[str, Any]:
+        """What the settings say of a run's observers (run/observers.py), whichever loop drives it.
+
+        Raises UserError for a sample that cannot be written.
+        """
+        trainer = self.settings.trainer
+        samples = SampleConfig(**text_samples(vars(trainer)))
+        data.tokenizer.encode(samples.prompt)
+        return {
+            "log_every_n_steps": trainer.log_every_n_steps,
+            "max_time_s": seconds_of(trainer.max_time),
+            "save_times": self.save_times,
+            "samples": samples,
+            "tokenizer": lambda: data.tokenizer,
+            "spike_factor": self.settings.get("spike_factor"),
+            "shows_progress": trainer.enable_progress_bar is not False,
+        }
 
     def _find_resumed(self) -> None:
         """resume=auto: the checkpoint to go on from, as ckpt_path, and the run that it belongs to."""
@@ -410,9 +428,3 @@ def writes_run_files(trainer: Namespace) -> bool:
 @rank_zero_only
 def rank_zero_print(text: str) -> None:
     print(text, flush=True)
-
-
-def relative_to_here(path: str) -> str:
-    """The path as a user would type it: relative when it is below the current folder."""
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -1,10 +1,14 @@
-"""What a loop needs of a module, what it is told, and what it tells: the same for plain PyTorch and for accelerate.
+"""What a loop needs of a module, and the moments at which it tells its observers where it is: the same for every loop.
 
-A module is anything with `forward(tokens, targets) -> mean loss` and `configure_optimizers()`. The settings are named
-as in Lightning's Trainer, which defined the contract.
+A module is anything with `forward(tokens, targets) -> mean loss` and `configure_optimizers()`. A loop holds what a
+framework's users expect to read: batches, accumulation, backward, clipping, step, schedule, validation. All else that a
+run does, curves and checkpoints and guards, is an `Observer` (run/). The settings are named as in Lightning's Trainer.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +18,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.precision import IN_ACCELERATE
-from nanogpt_lit.runtime.process_settings import Deterministic
+from nanogpt_lit.runtime.precision import IN_ACCELERATE, PRECISIONS, dtype_of, scales_gradients
+from nanogpt_lit.runtime.process_settings import (
+    Deterministic,
+    RandomState,
+    restored_process_settings,
+    set_for_process,
+    set_random_state,
+)
+
+Batch = tuple[Tensor, Tensor]
+"""tokens, targets: each (B, T) int64"""
+EMPTY_LOADER = "the training loader is empty; its data needs at least one batch."
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,7 @@ class LoopSettings:
     gradient_clip_val: float | None = None
     """Largest global norm of the gradients; None or 0 leaves them alone."""
     precision: str = "32-true"
-    """32-true, bf16-mixed or 16-mixed."""
+    """32-true, bf16-mixed or 16-mixed; Lightning's Trainer knows more."""
     val_check_interval: int | None = None
     """Micro-batches between validations, and one after the last step; None never validates."""
     limit_val_batches: int | None = None
@@ -38,11 +52,6 @@ class LoopSettings:
     """Whether a GPU, which otherwise adds up in no fixed order, repeats the run to the bit."""
 
     def __post_init__(self) -> None:
-        if self.precision not in IN_ACCELERATE:
-            raise UserError(
-                f"trainer.precision={self.precision} is for Lightning's Trainer only; "
-                f"{', '.join(IN_ACCELERATE)} run in every loop."
-            )
         for name in ("max_steps", "accumulate_grad_batches", "val_check_interval", "limit_val_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -55,45 +64,143 @@ class LoopSettings:
         return batches % self.val_check_interval == 0 or step == self.max_steps
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The objects whose state is the state of a run."""
+@dataclass
+class Training:
+    """What a loop trains, and how far it is. The loop keeps it up to date; an observer may read all of it."""
 
     module: nn.Module
     optimizer: Optimizer
     schedule: LRScheduler
     scaler: GradScaler | None
     """None unless gradients are scaled."""
+    settings: LoopSettings
+    device: torch.device
+    """That the module computes on."""
+    rank: int = 0
+    processes: int = 1
+    step: int = 0
+    """Optimizer steps so far, skipped ones too."""
+    batches: int = 0
+    """Micro-batches so far, of this process."""
+    is_stopped: bool = False
+    """Whether an observer has asked for the end."""
+    random: RandomState | None = None
+    """Where dropout goes on from; None begins at the seed."""
+    save: Callable[[Path], None] | None = None
+    """Writes a checkpoint, where the framework has to do it; None where this object holds all that there is to save."""
+    zeroes_after_forward: bool = False
+    """Whether the gradients of a step live until the next one's first forward is done, as under Lightning."""
 
     def loss_scale(self) -> float | None:
+        """The scaler's. To read it is to wait for the device."""
         return None if self.scaler is None else self.scaler.get_scale()
 
 
 class Observer:
-    """What a loop tells while it runs. Each method may be overridden; none may change the training."""
+    """Told of the moments of a run, at some of which it may change the course of it. Each may be overridden."""
 
-    def on_train_start(self, parts: Parts) -> None: ...
+    def on_train_start(self, training: Training) -> None:
+        """Before the first batch. May put another state, step and random state into `training`: to go on with a run."""
 
     def on_batch_end(self, loss: Tensor, tokens: int) -> None:
         """loss: the mean of this process's micro-batch, not divided by the accumulation   tokens: in it"""
 
+    def on_before_step(self, grad_norm: Tensor) -> None:
+        """The gradients are whole and clipped. Without gradients, the step leaves all as it is: may take them away.
+
+        grad_norm: before clipping
+        """
+
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        """step: optimizer steps so far, skipped ones too   lr: that it was taken with   grad_norm: before clipping"""
+        """Before the validation that may follow. May put weights and moments back to what they were.
+
+        step: optimizer steps so far, skipped ones too   lr: that it was taken with   grad_norm: before clipping
+        """
 
     def on_validation_start(self) -> None: ...
 
     def on_validation_end(self, step: int, loss: Tensor) -> None:
         """loss: the mean over all that was read, on all processes"""
 
-    def on_stop(self, step: int) -> None:
-        """The run was asked to stop: this is the last thing that is told."""
+    def between_steps(self, step: int) -> bool:
+        """After a step and its validation, the last one's excepted. Returns whether the run is to end here."""
+        return False
 
-    def on_train_end(self) -> None: ...
+    def on_train_end(self) -> None:
+        """After the last step, or where an observer has asked for the end."""
+
+    def on_exit(self) -> None:
+        """However the run ends, also by an error: give back what was taken. Called without a start if that failed."""
 
 
-def never() -> bool:
-    """The should_stop of a run that nothing stops."""
-    return False
+class Observers(Observer):
+    """Several as one, told in their order; those that do not listen to a moment are not called at it."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = observers
+
+        def listening(moment: str) -> list[Any]:
+            its_own = (o for o in observers if getattr(type(o), moment) is not getattr(Observer, moment))
+            return [getattr(observer, moment) for observer in its_own]
+
+        self._batch_end, self._before_step = listening("on_batch_end"), listening("on_before_step")
+        self._step_end, self._between_steps = listening("on_step_end"), listening("between_steps")
+
+    def on_train_start(self, training: Training) -> None:
+        for observer in self._observers:
+            observer.on_train_start(training)
+
+    def on_batch_end(self, loss: Tensor, tokens: int) -> None:
+        for tell in self._batch_end:
+            tell(loss, tokens)
+
+    def on_before_step(self, grad_norm: Tensor) -> None:
+        for tell in self._before_step:
+            tell(grad_norm)
+
+    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        for tell in self._step_end:
+            tell(step, lr, grad_norm)
+
+    def on_validation_start(self) -> None:
+        for observer in self._observers:
+            observer.on_validation_start()
+
+    def on_validation_end(self, step: int, loss: Tensor) -> None:
+        for observer in self._observers:
+            observer.on_validation_end(step, loss)
+
+    def between_steps(self, step: int) -> bool:
+        asks_for_the_end = False
+        for ask in self._between_steps:  # all of them: where there are several processes, they do it together
+            asks_for_the_end |= ask(step)
+        return asks_for_the_end
+
+    def on_train_end(self) -> None:
+        for observer in self._observers:
+            observer.on_train_end()
+
+    def on_exit(self) -> None:
+        with ExitStack() as stack:  # one that fails keeps no other from it
+            for observer in reversed(self._observers):
+                stack.callback(observer.on_exit)
+
+
+@contextmanager
+def running(training: Training, observers: Sequence[Observer]) -> Iterator[Observers]:
+    """The time of a run: its process settings are made, the observers are told of its start and of its end."""
+    observer = Observers(observers)
+    with restored_process_settings():
+        try:
+            set_for_process(training.module, training.device, training.settings.deterministic)
+            observer.on_train_start(training)
+            seed_dropout(training.settings.seed, training.rank)
+            if training.random is not None:
+                set_random_state(training.random, training.device)
+            yield observer
+            observer.on_train_end()
+        finally:
+            observer.on_exit()
 
 
 def optimizer_and_schedule(module: nn.Module) -> tuple[Optimizer, LRScheduler]:
@@ -116,6 +223,29 @@ def device_of(module: nn.Module) -> torch.device:
     return device if isinstance(device, torch.device) else next(module.parameters()).device
 
 
+def autocast_for(settings: LoopSettings, device: torch.device) -> torch.autocast:
+    """Raises UserError for a precision that needs another framework.
+
+    Without a cache of casted weights, as Lightning has it: with it, the gradients of a weight that a forward uses twice
+    (a head that takes the loss in chunks) are summed in 16 bits; without it, in float32.
+    """
+    check_precision(settings)
+    dtype = dtype_of(PRECISIONS[settings.precision].autocast)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+
+
+def scaler_for(settings: LoopSettings, device: torch.device) -> GradScaler:
+    return GradScaler(device.type, enabled=scales_gradients(settings.precision))
+
+
+def check_precision(settings: LoopSettings) -> None:
+    if settings.precision not in IN_ACCELERATE:
+        raise UserError(
+            f"trainer.precision={settings.precision} is for Lightning's Trainer only; "
+            f"{', '.join(IN_ACCELERATE)} run in every loop."
+        )
+
+
 def scaler_beside(parameters: list[nn.Parameter], scaler: GradScaler, device: torch.device) -> GradScaler:
     """The scaler, or one with its settings where the gradients are, when they are not on the device that computes.
 
@@ -131,7 +261,7 @@ def scaler_beside(parameters: list[nn.Parameter], scaler: GradScaler, device: to
 
 
 def seed_dropout(seed: int | None, rank: int = 0) -> None:
-    """Called by every loop just before its first batch; each process gets masks of its own.
+    """Called just before the first batch of every loop; each process gets masks of its own.
 
     Frameworks may draw random numbers while they set up (a sanity check, a loader's iterator, a hook of the user's),
     and each draws its own count: without a common start the first dropout masks already differ.
@@ -151,3 +281,20 @@ class MeanLoss:
     def add(self, loss: Tensor, sequences: int) -> None:
         self.total = self.total + loss.detach() * sequences
         self.sequences += sequences
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """As both frameworks do: a GPU copies pinned memory while this process goes on."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def with_last(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, and whether the loader ends with it. Raises UserError for a loader that has none."""
+    batches = iter(loader)
+    batch = next(batches, None)
+    if batch is None:
+        raise UserError(EMPTY_LOADER)
+    for following in batches:
+        yield batch, False
+        batch = following
+    yield batch, True

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nanogpt_lit.loops.compatibility import TEXT_SAMPLES
 from nanogpt_lit.runtime.precision import full_precision_name
 
 if TYPE_CHECKING:  # whose torch takes a second to import, and the section can be read without
@@ -32,7 +33,8 @@ def loop_settings(trainer: Mapping[str, Any], val_batches: int, seed: int | None
 
 def text_samples(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """What the YAML says of the text samples: prompt, tokens, temperature, seed."""
-    return {key: value for c in trainer["callbacks"] or [] for key, value in vars(c["init_args"]).items()}
+    of_samples = (c for c in trainer["callbacks"] or [] if c["class_path"].endswith(TEXT_SAMPLES))
+    return {key: value for c in of_samples for key, value in vars(c["init_args"]).items()}
 
 
 def asked_processes(trainer: Mapping[str, Any]) -> int | None:

@@ -22,10 +22,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.loops import accelerate_loop, lightning_observer
+from nanogpt_lit.loops import accelerate, contract
 from nanogpt_lit.loops.contract import optimizer_and_schedule
-from nanogpt_lit.loops.lightning_observer import Observed
-from nanogpt_lit.loops.lightning_precision import precision_plugin
+from nanogpt_lit.loops.lightning import Observed, precision_plugin
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import WarmupDecay
 from nanogpt_lit.parity import runs
@@ -129,8 +128,8 @@ def parameters_in_the_order_of_the_module() -> Iterator[None]:
         return list(module.parameters())
 
     with (
-        swapped(accelerate_loop, "optimizer_and_schedule", remember),
-        swapped(accelerate_loop, "clipping_order", usual_order),
+        swapped(accelerate, "optimizer_and_schedule", remember),
+        swapped(accelerate, "clipping_order", usual_order),
     ):
         yield
 
@@ -167,7 +166,7 @@ def prepared_schedule(module: nn.Module) -> tuple[Optimizer, LRScheduler]:
 @contextmanager
 def usual_schedule() -> Iterator[None]:
     with (
-        swapped(accelerate_loop, "optimizer_and_schedule", prepared_schedule),
+        swapped(accelerate, "optimizer_and_schedule", prepared_schedule),
         swapped(WarmupDecay, "step", LambdaLR.step),  # ours moves once for each step of the optimizer, whoever calls
     ):
         yield
@@ -196,7 +195,7 @@ def validation_to_deal_out(case: Case, data: TokenDataModule) -> tuple[DataLoade
 @contextmanager
 def usual_evenness() -> Iterator[None]:
     with (
-        swapped(accelerate_loop, "DataLoaderConfiguration", lambda **_: DataLoaderConfiguration()),
+        swapped(accelerate, "DataLoaderConfiguration", lambda **_: DataLoaderConfiguration()),
         swapped(runs, "loaders_to_deal_out", validation_to_deal_out),
     ):
         yield
@@ -229,7 +228,7 @@ KNOWN_DIFFERENCES = [
         "accelerate leaves it on: the gradients of a weight that is used twice are added in 16 bits",
         "accelerate",
         lambda base: replace(with_settings(base, precision="bf16-mixed"), module=LossInTwoHalves),
-        lambda: swapped(accelerate_loop, "AUTOCAST", AutocastKwargs()),
+        lambda: swapped(accelerate, "AUTOCAST", AutocastKwargs()),
     ),
     KnownDifference(
         "schedule on a skipped step",
@@ -267,7 +266,7 @@ KNOWN_DIFFERENCES = [
         "the masks depend on what was drawn while a framework set up",
         "lightning",
         lambda base: replace(with_settings(base, precision="32-true"), gpt=replace(base.gpt, dropout=0.1)),
-        lambda: swapped(lightning_observer, "seed_dropout", without_reseeding),
+        lambda: swapped(contract, "seed_dropout", without_reseeding),
     ),
     KnownDifference(
         "a ragged last window",
@@ -286,7 +285,7 @@ KNOWN_DIFFERENCES = [
             ),
             batches_per_epoch=6,
         ),
-        lambda: swapped(accelerate_loop, "end", lambda loader: None),
+        lambda: swapped(accelerate, "end", lambda loader: None),
     ),
     KnownDifference(
         "the loss that is reported",

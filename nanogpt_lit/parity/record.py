@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from nanogpt_lit.loops.contract import LoopSettings, Observer, Parts
-from nanogpt_lit.run.curves import StepMeter, perplexity
+from nanogpt_lit.loops.contract import LoopSettings, Observer, Training
+from nanogpt_lit.run.metrics import StepMetrics
 
 FINAL = "the end"
 Curves = list[tuple[int, dict[str, float]]]
@@ -52,8 +52,8 @@ class Recorder(Observer):
         kept = value.detach().cpu().clone() if isinstance(value, Tensor) else value
         self.entries.append(Entry(f"step {self._step + 1}", quantity, kept))
 
-    def on_train_start(self, parts: Parts) -> None:
-        self._parts = parts
+    def on_train_start(self, training: Training) -> None:
+        self._training = training
 
     def on_batch_end(self, loss: Tensor, tokens: int) -> None:
         self._batch += 1
@@ -62,20 +62,20 @@ class Recorder(Observer):
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
         self._add("gradient norm", grad_norm)
         self._add("learning rate", lr)
-        self._add("loss scale", self._parts.loss_scale())
+        self._add("loss scale", self._training.loss_scale())
         self._step, self._batch = step, 0
 
     def on_validation_end(self, step: int, loss: Tensor) -> None:
         self.entries.append(Entry(f"step {step}", "validation loss", loss.detach().cpu().clone()))
 
     def on_train_end(self) -> None:
-        parts = self._parts
+        training = self._training
         states: dict[str, Any] = {
-            "parameter": dict(parts.module.named_parameters()),
-            "buffer": dict(parts.module.named_buffers()),
-            "optimizer": parts.optimizer.state_dict(),
-            "schedule": parts.schedule.state_dict(),
-            "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+            "parameter": dict(training.module.named_parameters()),
+            "buffer": dict(training.module.named_buffers()),
+            "optimizer": training.optimizer.state_dict(),
+            "schedule": training.schedule.state_dict(),
+            "scaler": None if training.scaler is None else training.scaler.state_dict(),
             "random state": torch.get_rng_state(),
         }
         for name, value in leaves("", states):
@@ -89,47 +89,39 @@ class CurveRecorder(Recorder):
     The curves are of the first process, whose loss it is; tokens are those of all.
     """
 
-    def __init__(self, settings: LoopSettings, processes: int) -> None:
+    def __init__(self, settings: LoopSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.processes = processes
         self.curves: Curves = []
         self.elapsed_s = 0.0
-        self._meter = StepMeter()
+        self._metrics = StepMetrics(self._keep, log_every_n_steps=1, plans=False)
 
-    def on_train_start(self, parts: Parts) -> None:
-        super().on_train_start(parts)
-        self._meter.start()
+    def _keep(self, values: dict[str, float], step: int) -> None:
+        if "train/loss" in values:
+            # Every loop divides by the whole accumulation; a window that the loader's end cuts short would seem to dip.
+            values["train/loss"] *= self.settings.accumulate_grad_batches / self._batches_in_step
+        self.curves.append((step, values))
+
+    def on_train_start(self, training: Training) -> None:
+        super().on_train_start(training)
+        self._metrics.on_train_start(training)
         self._started_s = time.perf_counter()
 
     def on_batch_end(self, loss: Tensor, tokens: int) -> None:
         super().on_batch_end(loss, tokens)
-        self._meter.add_batch(loss / self.settings.accumulate_grad_batches, tokens * self.processes)
+        self._metrics.on_batch_end(loss, tokens)
 
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        batches = self._batch
+        self._batches_in_step = self._batch
         super().on_step_end(step, lr, grad_norm)
-        self._meter.end_step()
-        curves = self._meter.curves(
-            lr=lr,
-            grad_norm=grad_norm,
-            loss_scale=self._parts.loss_scale(),
-            skipped_steps=getattr(self._parts.schedule, "skipped_steps", 0),
-            flops_per_token=0,
-            peak_flops=None,
-            device=next(self._parts.module.parameters()).device,
-        )
-        # Every loop divides by the whole accumulation; a window that the loader's end cuts short would seem to dip.
-        curves["train/loss"] *= self.settings.accumulate_grad_batches / batches
-        self.curves.append((step, curves))
+        self._metrics.on_step_end(step, lr, grad_norm)
 
     def on_validation_start(self) -> None:
-        self._meter.pause()
+        self._metrics.on_validation_start()
 
     def on_validation_end(self, step: int, loss: Tensor) -> None:
         super().on_validation_end(step, loss)
-        self.curves.append((step, {"val/loss": float(loss), "val/perplexity": perplexity(float(loss))}))
-        self._meter.start()
+        self._metrics.on_validation_end(step, loss)
 
     def on_train_end(self) -> None:
         self.elapsed_s = time.perf_counter() - self._started_s

@@ -21,16 +21,14 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.interleave import interleave, with_batches
 from nanogpt_lit.data.sampler import Position
 from nanogpt_lit.gpt.model import GPTConfig
-from nanogpt_lit.loops import accelerate_loop, reference
+from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings
-from nanogpt_lit.loops.lightning_callbacks import TrainingCurves
-from nanogpt_lit.loops.lightning_observer import DropoutSeed, ElasticSteps, Observed
-from nanogpt_lit.loops.lightning_precision import MixedPrecision, precision_plugin
+from nanogpt_lit.loops.lightning import MixedPrecision, Observed, precision_plugin
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import CurveRecorder, Curves, Entry
-from nanogpt_lit.run.curves import StepMeter, ValidationRecord
+from nanogpt_lit.run.observers import always
 from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.runtime.processes import rank
 
@@ -96,10 +94,10 @@ def loaders_to_deal_out(case: Case, data: TokenDataModule) -> tuple[DataLoader, 
 
 
 def run_reference(case: Case, data: TokenDataModule) -> Run:
-    recorder = CurveRecorder(case.settings, case.processes)
+    recorder = CurveRecorder(case.settings)
     scaler = GradScaler(case.device, **case.scaler) if case.settings.precision == "16-mixed" else None
     module = case.make_module().to(case.device)
-    reference.train(module, *loaders_of(case, data, rank()), case.settings, recorder, scaler)
+    reference.train(module, *loaders_of(case, data, rank()), case.settings, [*always(), recorder], scaler)
     return Run.of(recorder)
 
 
@@ -108,12 +106,13 @@ def run_accelerate(case: Case, data: TokenDataModule) -> Run:
     # another accumulation goes on with the loaders of the first.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    recorder = CurveRecorder(case.settings, case.processes)
-    options = accelerate_loop.accelerator_options(case.settings, case.device)
+    recorder = CurveRecorder(case.settings)
+    options = accelerate.accelerator_options(case.settings, case.device)
     if case.settings.precision == "16-mixed":
         options["kwargs_handlers"].append(GradScalerKwargs(**case.scaler))
     accelerator = HalfOnCpu(**options)
-    accelerate_loop.train(accelerator, case.make_module(), *loaders_to_deal_out(case, data), case.settings, recorder)
+    loaders = loaders_to_deal_out(case, data)
+    accelerate.train(accelerator, case.make_module(), *loaders, case.settings, [*always(), recorder])
     return Run.of(recorder)
 
 
@@ -130,17 +129,8 @@ class HalfOnCpu(Accelerator):
 
 @restored_process_settings()
 def run_lightning(case: Case, data: TokenDataModule) -> Run:
-    recorder = CurveRecorder(case.settings, case.processes)
-    trainer = Trainer(
-        **trainer_options(case),
-        callbacks=[
-            # As in fit: it makes the Trainer validate after the last step.
-            TrainingCurves(StepMeter(), ValidationRecord()),
-            DropoutSeed(case.settings.seed),
-            ElasticSteps(),
-            Observed(recorder),
-        ],
-    )
+    recorder = CurveRecorder(case.settings)
+    trainer = Trainer(**trainer_options(case), callbacks=[Observed([*always(), recorder], case.settings.seed)])
     module = case.make_module()
     set_for_process(module, torch.device(case.device), case.settings.deterministic)  # as fit does
     trainer.fit(module, *loaders_of(case, data, rank()))

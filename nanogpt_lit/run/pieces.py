@@ -105,3 +105,9 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_nulls(its) for key, its in value.items() if its is not None}
     return [without_nulls(its) for its in value] if isinstance(value, list) else value
+
+
+def next_folder(root: Path, name: str) -> Path:
+    """root/name_N with the first N that is free and above all that are there, as Lightning numbers its versions."""
+    taken = [path.name.removeprefix(f"{name}_") for path in root.glob(f"{name}_*") if path.is_dir()]
+    return root / f"{name}_{max((int(n) for n in taken if n.isdigit()), default=-1) + 1}"

@@ -5,13 +5,41 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import TextIO
 
+from torch import Tensor
 from tqdm import tqdm
 
+from nanogpt_lit.loops.contract import Observer, Training
+from nanogpt_lit.run.metrics import StepMetrics
 from nanogpt_lit.runtime.clock import Sleeps, awake_s
 
 LINE_EVERY_S = 10.0
+BAR_EVERY_S = 0.1
 CALENDAR_S = 10 * 365.25 * 24 * 3600
 """Beyond ten years no date is told; datetime ends at the year 9999."""
+
+
+class ProgressLine(Observer):
+    """Shows the progress of a run on its first process."""
+
+    def __init__(self, metrics: StepMetrics) -> None:
+        self._metrics = metrics
+        self._progress: Progress | None = None
+
+    def on_train_start(self, training: Training) -> None:
+        if training.rank == 0:
+            self._progress = Progress(training.settings.max_steps, training.step)
+
+    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        if self._progress is not None and self._progress.is_due(step):
+            self._progress.update(step, self._metrics.logged_loss, self._metrics.tokens_per_s)
+
+    def on_validation_end(self, step: int, loss: Tensor) -> None:
+        if self._progress is not None:
+            self._progress.say(self._metrics.validations.sentence())
+
+    def on_exit(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
 
 
 class Progress:
@@ -35,7 +63,7 @@ class Progress:
         self._clock = clock
         self._sleeps = sleeps or Sleeps()
         self._anchor: tuple[int, float] | None = None  # (step, time) that the rate is counted from
-        self._began_s = self._said_s = clock()
+        self._began_s = self._shown_s = clock()
         self._live = self._stream.isatty()
         self._bar = tqdm(
             total=total_steps,
@@ -45,6 +73,11 @@ class Progress:
             dynamic_ncols=True,
             bar_format="step {n_fmt}/{total_fmt} {bar:20} {percentage:3.0f}% {postfix}",
         )
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is something to show: at the first step, the last one, and every so often between."""
+        every_s = BAR_EVERY_S if self._live else LINE_EVERY_S
+        return self._anchor is None or step == self.total_steps or self._clock() - self._shown_s >= every_s
 
     def update(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
         """step: optimizer steps done so far. loss and tokens_per_s: the last ones known."""
@@ -62,10 +95,11 @@ class Progress:
         if remaining_s is not None:
             parts.append(arrival(remaining_s, datetime.now()))
         if self._live:
+            self._shown_s = now_s
             self._bar.set_postfix_str("  ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif now_s - self._said_s >= LINE_EVERY_S or step == self.total_steps:
-            self._said_s = now_s
+        elif now_s - self._shown_s >= LINE_EVERY_S or step == self.total_steps:
+            self._shown_s = now_s
             self.say("  ".join([f"step {step}/{self.total_steps}", *parts]))
 
     def remaining_s(self, step: int, now_s: float) -> float | None:

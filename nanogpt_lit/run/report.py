@@ -1,5 +1,6 @@
 """What is printed when a run begins and when it ends, the same from every loop."""
 
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from nanogpt_lit.checkpoint import sharded_format
 from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.gpt.sampling import printable
-from nanogpt_lit.run.curves import StepMeter, ValidationRecord, perplexity
+from nanogpt_lit.run.metrics import perplexity
+from nanogpt_lit.run.observers import RunObservers, relative_to_here
 from nanogpt_lit.runtime.machine import device_name
 from nanogpt_lit.runtime.process_settings import Deterministic, repeatability
 
@@ -38,26 +40,20 @@ def opening_lines(
     )
 
 
-def closing_table(
-    *,
-    steps: int,
-    elapsed_s: float,
-    meter: StepMeter,
-    validations: ValidationRecord,
-    sample: str | None,
-    checkpoints: dict[str, str],
-    run_folder: Path,
-) -> str:
+def closing_table(run: RunObservers, steps: int, folder: Path, checkpoints: Mapping[str, Path] | None = None) -> str:
     """Steps, tokens, time, losses, a sample, and where everything is.
 
-    checkpoints: what each is ("best", "last") and its file; those that are not there are left out
+    checkpoints: in place of the run's own, what each is and its file; those that are not there are left out
     """
-    time = str(timedelta(seconds=round(elapsed_s)))
-    if meter.earlier_s:
-        time += f", {timedelta(seconds=round(meter.trained_s))} in all pieces of the run"
+    metrics, validations = run.metrics, run.metrics.validations
+    time = str(timedelta(seconds=round(run.elapsed_s)))
+    if metrics.earlier_s:
+        time += f", {timedelta(seconds=round(metrics.trained_s))} in all pieces of the run"
+    if checkpoints is None:
+        checkpoints = run.checkpoints.files() if run.checkpoints is not None else {}
     rows = [
         ("steps", f"{steps:,}"),
-        ("tokens", f"{meter.tokens:,}"),
+        ("tokens", f"{metrics.tokens:,}"),
         ("time", time),
     ]
     if validations.latest is not None and validations.best is not None:
@@ -65,16 +61,16 @@ def closing_table(
         rows.append(("validation loss", f"{loss:.4f}, perplexity {perplexity(loss):.2f}"))
         best_step, best = validations.best
         rows.append(("best", f"{best:.4f} at step {best_step:,}"))
-    files = {name: path for name, path in checkpoints.items() if path and Path(path).exists()}
-    rows += [(f"{name} checkpoint", f"{path}{held_step(Path(path))}") for name, path in files.items()]
-    rows.append(("curves", f"tensorboard --logdir {run_folder.parent}"))
-    for path in map(Path, list(files.values())[:1]):
+    files = {name: Path(relative_to_here(path)) for name, path in checkpoints.items() if path.exists()}
+    rows += [(f"{name} checkpoint", f"{path}{held_step(path)}") for name, path in files.items()]
+    rows.append(("curves", f"tensorboard --logdir {Path(relative_to_here(folder)).parent}"))
+    for path in list(files.values())[:1]:
         if path.is_file() or sharded_format.recognises(path):  # of a folder of another kind no command can write
             rows.append(("write more", f"python -m nanogpt_lit generate --ckpt {path}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    if sample is not None:
-        lines = ["", *("  | " + line for line in printable(sample).splitlines()), "", *lines]
+    if run.samples is not None and run.samples.latest is not None:
+        lines = ["", *("  | " + line for line in printable(run.samples.latest).splitlines()), "", *lines]
     return "\n".join(lines)
 
 

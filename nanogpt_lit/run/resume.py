@@ -1,7 +1,6 @@
 """A run taken down between two steps, and taken up again: the same bits as if it had never stopped."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,101 +8,78 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, TensorFile
-from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.contract import Parts
-from nanogpt_lit.runtime.process_settings import RandomState, random_state, set_random_state
-from nanogpt_lit.runtime.processes import are_several, broadcast, gathered, rank
+from nanogpt_lit.loops.contract import Observer, Training
+from nanogpt_lit.run.metrics import StepMetrics
+from nanogpt_lit.run.spikes import SpikeGuard
+from nanogpt_lit.runtime.process_settings import RandomState, random_state
+from nanogpt_lit.runtime.processes import gathered
+
+
+class Resume(Observer):
+    """Goes on with a run where its checkpoint left it, before anybody else looks at it. Empties the state.
+
+    Not under Lightning, whose Trainer reads a checkpoint itself.
+    """
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+
+    def on_train_start(self, training: Training) -> None:
+        state, settings = self._state, training.settings
+        restore(training, state)
+        training.step = state.step
+        training.batches = batches_done(state, training.module, settings.accumulate_grad_batches, training.processes)
+        training.random = random_state_of(state.random, training.rank, training.device)
 
 
 def capture(
-    parts: Parts,
-    *,
-    step: int,
-    batches: int,
-    accumulate_grad_batches: int,
-    random: list[RandomState],
+    training: Training,
     data: Mapping[str, Any],
-    tokens: int = 0,
-    trained_s: float = 0.0,
-    validations: Mapping[str, Any] | None = None,
-    spikes: Mapping[str, Any] | None = None,
+    metrics: StepMetrics | None = None,
+    spikes: SpikeGuard | None = None,
 ) -> RunState:
     """The state of a run that stands at the end of a step. It holds the run's own tensors, not copies.
 
-    batches: micro-batches of this process so far   random: of all processes   data: TokenDataModule.state_dict()
+    Of several processes all ask together: each has a random state.   data: TokenDataModule.state_dict()
     """
+    random = gathered(random_state(training.device))
     return RunState(
-        weights=parts.module.state_dict(),
-        hyper_parameters=dict(getattr(parts.module, "hparams", {})),
+        weights=training.module.state_dict(),
+        hyper_parameters=dict(getattr(training.module, "hparams", {})),
         data={name: value for name, value in data.items() if name != "batches"},
-        optimizer=parts.optimizer.state_dict(),
-        schedule=parts.schedule.state_dict(),
-        scaler=None if parts.scaler is None else parts.scaler.state_dict(),
+        optimizer=training.optimizer.state_dict(),
+        schedule=training.schedule.state_dict(),
+        scaler=None if training.scaler is None else training.scaler.state_dict(),
         random=random,
-        step=step,
-        batches=batches,
+        step=training.step,
+        batches=training.batches,
         processes=len(random),
-        accumulate_grad_batches=accumulate_grad_batches,
-        tokens=tokens,
-        trained_s=trained_s,
-        validations=validations or {"latest": None, "best": None},
-        elastic=dict(getattr(parts.module, "fallback", {})),
-        spikes=spikes or {},
+        accumulate_grad_batches=training.settings.accumulate_grad_batches,
+        elastic=dict(getattr(training.module, "fallback", {})),
+        spikes={} if spikes is None else spikes.state_dict(),
+        **(metrics.state_dict() if metrics is not None else {}),
     )
 
 
-def load_together(path: Path | None) -> RunState | None:
-    """The checkpoint that the first process goes on from, for all of them: their machines may have no disk in common.
-
-    Who has the same file reads it, the others are sent it. path: the first one's counts; None starts anew
-    Raises UserError, on all of them, where the first one cannot read it.
-    """
-    if not are_several():
-        return None if path is None else load_run(path)
-    named, digest = broadcast((path is not None, digest_of(path)))
-    if not named:
-        return None
-    state, error = None, None
-    if path is not None and (rank() == 0 or digest_of(path) == digest):
-        try:
-            state = load_run(path)
-        except (UserError, OSError) as problem:
-            error = str(problem)
-    if (error := broadcast(error)) is not None:
-        raise UserError(error)
-    if not all(gathered(state is not None)):
-        sent = broadcast(state if rank() == 0 else None)
-        state = state if state is not None else sent
-    return state
-
-
-def digest_of(path: Path | None) -> str | None:
-    """Of a checkpoint's header, which holds those of its tensors; None for a file that cannot be read."""
-    try:
-        return None if path is None else TensorFile(path).metadata[HEADER_DIGEST]
-    except (ValueError, OSError):
-        return None
-
-
-def restore(parts: Parts, state: RunState) -> None:
-    """Puts a run's state into its parts; the random state follows just before the first batch.
+def restore(training: Training, state: RunState) -> None:
+    """Puts a run's state into its training.
 
     Empties the state of weights and moments: whoever still holds it would hold them a second time.
     Raises UserError when the checkpoint holds another network.
     """
-    check_network(parts.module, state)
-    parts.module.load_state_dict(state.weights)
+    check_network(training.module, state)
+    training.module.load_state_dict(state.weights)
     state.weights.clear()
-    chosen = chosen_settings(parts.optimizer)
-    parts.optimizer.load_state_dict(state.optimizer)
+    chosen = chosen_settings(training.optimizer)
+    training.optimizer.load_state_dict(state.optimizer)
     state.optimizer.clear()
-    parts.schedule.load_state_dict(state.schedule)
-    choose_again(parts.optimizer, parts.schedule, chosen)
-    if parts.scaler is not None and state.scaler is not None:
-        parts.scaler.load_state_dict(state.scaler)
+    training.schedule.load_state_dict(state.schedule)
+    choose_again(training.optimizer, training.schedule, chosen)
+    if hasattr(training.module, "fallback"):
+        training.module.fallback = dict(state.elastic)  # type: ignore[assignment]  # of a run whose memory has ended (memory/elastic.py)
+    if training.scaler is not None and state.scaler is not None:
+        training.scaler.load_state_dict(state.scaler)
 
 
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay", "momentum")
@@ -139,16 +115,8 @@ def batches_done(state: RunState, module: nn.Module, accumulate_grad_batches: in
     return state.batches_on(processes, accumulate_grad_batches, dropout)
 
 
-def random_states(device: torch.device) -> list[RandomState]:
-    """Of all processes, by rank. Each of them has to ask."""
-    return gathered(random_state(device))
-
-
-def restore_random_state(states: list[RandomState], rank: int, device: torch.device) -> None:
-    """After seed_dropout, which every start calls: a resumed run must not draw its first masks again.
-
-    Without a state for every process, or from another kind of device, the seed stands.
-    """
+def random_state_of(states: list[RandomState], rank: int, device: torch.device) -> RandomState | None:
+    """A process's own; None without a state for every process, or with those of another kind of device."""
     if rank >= len(states) or device.type not in states[rank]:
-        return
-    set_random_state(states[rank], device)
+        return None
+    return states[rank]

@@ -17,6 +17,8 @@ from types import FrameType
 from typing import Any, Self
 
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.contract import Observer, Training
+from nanogpt_lit.runtime.environment import requeue
 from nanogpt_lit.runtime.processes import Agreement, rank
 from nanogpt_lit.runtime.supervised import resume_command
 
@@ -74,6 +76,18 @@ class Stopped(Exception):  # noqa: N818 - it is no error
         self.first_rank = rank() == 0  # while there are processes: they part before this is read
 
 
+def print_stopped(stopped: Stopped, program: Sequence[str], arguments: Sequence[str]) -> None:
+    """Print what is left of a run that was asked to end, and how to go on with it; in the first process alone."""
+    if not stopped.first_rank:
+        return
+    print(stopped, flush=True)
+    if stopped.saved is not None:
+        print(go_on_line(program, arguments), flush=True)
+    if stopped.reason is Reason.PREEMPTED:
+        sharded = stopped.saved is not None and Path(stopped.saved).is_dir()  # no start finds it by itself
+        print(f"sbatch it with --ckpt_path {stopped.saved}" if sharded else requeue(), flush=True)
+
+
 def go_on_line(program: Sequence[str], arguments: Sequence[str]) -> str:
     """What to type to go on with a run that was stopped."""
     by = ", by what has started it," if any(name in os.environ for name in LAUNCHED) else ""
@@ -84,8 +98,10 @@ def safe_path() -> list[str]:
     return ["-P"] if sys.flags.safe_path else []
 
 
-class Stops:
-    """Listens while it is entered. A second Ctrl-C ends the process at once; what was saved stays.
+class Stops(Observer):
+    """Listens while it is entered, or else from the start of a training to its end.
+
+    A second Ctrl-C ends the process at once; what was saved stays.
 
     A signal that the process ignores stays ignored: so a run under nohup outlives its terminal.
 
@@ -102,14 +118,17 @@ class Stops:
     ) -> None:
         self.reason: Reason | None = None
         """What all processes have agreed to stop by."""
+        self.step = 0
+        """After which one."""
         self._folder = folder
         self._max_time_s = max_time_s
         self._clock = clock
+        self._started_s: float | None = None
         self._signalled: Reason | None = None
         self._signalled_s = 0.0
         self._replaced: dict[int, Any] = {}
         self._reasons = SIGNALS if requeue_by is None else {**SIGNALS, requeue_by: Reason.PREEMPTED}
-        self._agreement = Agreement()
+        self._agreement: Agreement | None = Agreement()
 
     def __enter__(self) -> Self:
         self._started_s = self._clock()
@@ -122,6 +141,15 @@ class Stops:
         for number, handler in self._replaced.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._replaced = {}
+
+    def on_train_start(self, training: Training) -> None:
+        if self._started_s is None:
+            self.__enter__()
+        if training.processes == 1:
+            self._agreement = None
+
+    def on_exit(self) -> None:
+        self.__exit__()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         reason, now_s = self._reasons[number], self._clock()
@@ -138,13 +166,15 @@ class Stops:
             return f"\n{reason.called}: finishing this step, then saving; a second Ctrl-C stops at once\n"
         return ""
 
-    def asked(self) -> bool:
+    def between_steps(self, step: int = 0) -> bool:
         """Whether to stop here. Each process asks after each step, and all get the same answer."""
-        strongest = max((RANKED.index(reason) for reason in self._asking()), default=-1)
-        strongest = self._agreement.highest(strongest)
+        asking = self._asking()
+        strongest = max(map(RANKED.index, asking)) if asking else -1
+        if self._agreement is not None:
+            strongest = self._agreement.highest(strongest)
         if strongest < 0:
             return False
-        self.reason = RANKED[strongest]
+        self.reason, self.step = RANKED[strongest], step
         if self._folder is not None and rank() == 0 and (self._folder / STOP_FILE).is_file():
             (self._folder / STOP_FILE).unlink(missing_ok=True)  # or it would stop the run that goes on
         return True
@@ -153,7 +183,7 @@ class Stops:
         asking = [] if self._signalled is None else [self._signalled]
         if self._folder is not None and (self._folder / STOP_FILE).is_file():
             asking.append(Reason.STOP_FILE)
-        if self._max_time_s is not None and self._clock() - self._started_s >= self._max_time_s:
+        if self._max_time_s is not None and self._clock() - (self._started_s or 0.0) >= self._max_time_s:
             asking.append(Reason.MAX_TIME)
         return asking
 

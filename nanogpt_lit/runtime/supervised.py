@@ -66,11 +66,14 @@ class Position:
         if supervised():
             self._file = FileIO(Path(os.environ[FOLDER], TOKENS), "w")
 
+        self.is_read = self._file is not None
+        """Whether there is a supervisor to read it."""
+
     def write(self, tokens: int) -> None:
         """Costs microseconds: the page stays in memory, and survives the process."""
-        if self._file is not None:
-            self._file.seek(0)
-            self._file.write(b"%20d" % tokens)
+        assert self._file is not None, "nobody reads it"
+        self._file.seek(0)
+        self._file.write(b"%20d" % tokens)
 
 
 def stop_with_supervisor() -> None:

@@ -46,7 +46,7 @@ def run(config: Path, settings_of_fit: Sequence[str], budget_s: float, out: Path
         settings.trainer.accumulate_grad_batches,
     )
     with Stops(None, budget_s, awake_s) as stops:
-        trials = Trials(settings, own, cli.device, awake_s, stops.asked)
+        trials = Trials(settings, own, cli.device, awake_s, stops.between_steps)
         recipes = [own.recipe]
         for name in RECIPES:
             try:

@@ -18,6 +18,7 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.run.guards import NotFinite
+from nanogpt_lit.run.observers import always
 from nanogpt_lit.runtime.precision import full_precision_name
 
 # The recipes of docs/recipes.md: what each sets of model.gpt, model.optim and model.schedule, and nothing else.
@@ -134,7 +135,7 @@ class Trials:
         started_s, times = self._clock(), {candidate: list[float]() for candidate in candidates}
         while True:
             for candidate, found in times.items():
-                watch = StepWatch(self._clock, self._device)
+                watch = StepWatch(self._clock, self._device, self._asked)
                 self._train(candidate, SPEED_STEPS, self._data.seed, None, watch)
                 found += watch.step_s[1:] or watch.step_s  # the first alone where the run was stopped
             if self._asked() or self._clock() - started_s > budget_s:
@@ -146,7 +147,7 @@ class Trials:
 
         None where the run was stopped. The validation reads the same windows for every candidate.
         """
-        watch = StepWatch(self._clock, self._device)
+        watch = StepWatch(self._clock, self._device, self._asked)
         try:
             self._train(candidate, steps, seed, val_batches, watch)
         except NotFinite:
@@ -180,16 +181,16 @@ class Trials:
             training = data.train_dataloader()
         finally:
             data.seed, data.batch_size = own_seed, own_batch_size
-        reference.train(module, training, validation, settings, watch, should_stop=self._asked)
+        reference.train(module, training, validation, settings, [*always(), watch])
 
 
 class StepWatch(Observer):
-    """The time and the training loss of each step, and the validation loss at the end."""
+    """The time and the training loss of each step, and the validation loss at the end.   asked: whether to stop"""
 
-    def __init__(self, clock: Callable[[], float], device: str) -> None:
+    def __init__(self, clock: Callable[[], float], device: str, asked: Callable[[], bool]) -> None:
         self.step_s: list[float] = []
         self.loss: float | None = None
-        self._clock, self._device = clock, device
+        self._clock, self._device, self._asked = clock, device, asked
         self._window: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._last_s = clock()
@@ -208,6 +209,9 @@ class StepWatch(Observer):
         self._last_s = now_s
         self._losses.append(torch.stack(self._window).mean())
         self._window = []
+
+    def between_steps(self, step: int) -> bool:
+        return self._asked()
 
     def on_validation_end(self, step: int, loss: Tensor) -> None:
         self.loss = float(loss)

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision as LightningMixedPrecision
 from torch.utils.data import DataLoader, TensorDataset
 
-from nanogpt_lit.loops.lightning_precision import FullPrecision, MixedPrecision, precision_plugin
+from nanogpt_lit.loops.lightning import FullPrecision, MixedPrecision, precision_plugin
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig

@@ -6,7 +6,7 @@ from small_runs import LOOPS, accelerate, different, fit, on_two_processes, smal
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.module import LitNanoGPT
-from nanogpt_lit.run.save_times import SaveTimes
+from nanogpt_lit.run.checkpoints import SaveTimes
 
 LAST = "checkpoints/last.safetensors"
 

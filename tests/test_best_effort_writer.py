@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from nanogpt_lit.run.patient_writer import PatientWriter
+from nanogpt_lit.run.curves import BestEffortWriter
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def curve(folder):
 
 
 def test_a_full_disk_leaves_points_out_and_what_was_and_what_comes_is_read(tmp_path, disk, capsys):
-    writer = PatientWriter(str(tmp_path), purge_step=1)
+    writer = BestEffortWriter(str(tmp_path), purge_step=1)
     draw(writer, range(1, 11))
     writer.flush()
     disk(full=True)
@@ -59,7 +59,7 @@ def test_a_full_disk_leaves_points_out_and_what_was_and_what_comes_is_read(tmp_p
 
 
 def test_a_disk_that_is_full_to_the_end_lets_the_run_end(tmp_path, disk, capsys):
-    writer = PatientWriter(str(tmp_path))
+    writer = BestEffortWriter(str(tmp_path))
     disk(full=True)
     draw(writer, range(1, 100))
     writer.flush()

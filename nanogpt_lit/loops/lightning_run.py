@@ -1,0 +1,309 @@
+"""A run of ours under Lightning's Trainer: what is Lightning's own in its folder, checkpoints, loggers and signals."""
+
+import csv
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from nanogpt_lit.checkpoint.disk import BestEffortSaver
+from nanogpt_lit.checkpoint.lightning_format import CURVES, RUN, from_lightning, loops, to_lightning
+from nanogpt_lit.checkpoint.load_together import load_together
+from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX
+from nanogpt_lit.checkpoint.run_lock import RunLock
+from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.contract import Observer
+from nanogpt_lit.loops.lightning import Observed
+from nanogpt_lit.run.curves import BestEffortWriter, Curves, code_block
+from nanogpt_lit.run.metrics import say
+from nanogpt_lit.run.observers import RunObservers
+from nanogpt_lit.run.pieces import keep_config, tidied
+from nanogpt_lit.run.resume import batches_done, choose_again, chosen_settings, random_state_of
+from nanogpt_lit.run.stops import ignored_signals
+from nanogpt_lit.runtime.durable import durable_file
+from nanogpt_lit.runtime.process_settings import random_state
+from nanogpt_lit.runtime.processes import broadcast, gathered
+
+
+class LightningRun(Observed):
+    """Keeps a run's folder, goes on with a run to the bit, and has it stop between two steps.
+
+    config: YAML, kept in the folder   lock: on the folder; None locks nothing   saves: whether checkpoints are kept,
+    by a ModelCheckpoint of the user's or else by ours   observers: besides the run's own   features: of RunObservers
+    """
+
+    state_key = CURVES  # a name in files, which no rename of a class may change
+
+    def __init__(
+        self, config: str | None = None, lock: RunLock | None = None, seed: int | None = None, saves: bool = True,
+        observers: Sequence[Observer] = (),
+        **features: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(observers, seed)
+        self._config, self._lock, self._saves, self._features = config, lock, saves, features
+        self._state: Any = None
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        connector = trainer._checkpoint_connector  # in no public place
+
+        def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+            # Where machines have no disk in common, only the first process may have seen a checkpoint.
+            type(connector).resume_start(connector, broadcast(checkpoint_path), weights_only=weights_only)
+
+        connector.resume_start = resume_start  # type: ignore[method-assign]
+        self.folder = run_folder(trainer)
+        self.run = RunObservers(
+            curves=LoggerCurves(trainer),
+            folder=self.folder,
+            requeue_by=requeue_signal(trainer),
+            **self._checkpoint_features(trainer),
+            **self._features,
+        )
+        self.observers = [*self.run.in_order(), *self.observers]
+        if trainer.is_global_zero and self._config is not None:
+            if self._lock is not None:
+                self._lock.acquire(self.folder)
+            keep_config(self.folder, self._config)
+            self.run.curves.add_text("config", self._config, trainer.global_step)
+
+    def _checkpoint_features(self, trainer: Trainer) -> dict[str, Any]:
+        writer = trainer.strategy.checkpoint_io
+        own = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        if isinstance(writer, RunFileIO):
+            for callback in own:
+                callback.FILE_EXTENSION = SUFFIX
+        folder = Path(own[0].dirpath) if own and own[0].dirpath else checkpoints_folder(trainer)
+        return {
+            "checkpoints": folder if own or self._saves else None,
+            "after_validations": not own,
+            "suffix": SUFFIX if isinstance(writer, RunFileIO) else ModelCheckpoint.FILE_EXTENSION,
+            "saver": writer.saver if isinstance(writer, RunFileIO) else None,
+        }
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                check_trigger(callback, trainer.accumulate_grad_batches)
+        if self.run.checkpoints is not None and trainer.is_global_zero:
+            for stray in tidied(self.folder, self.run.checkpoints.folder):
+                say(stray)
+        self._chosen = [chosen_settings(optimizer) for optimizer in trainer.optimizers]
+        self._ignored = ignored_signals()
+        connector = trainer._signal_connector  # in no public place
+
+        def register_signal_handlers() -> None:
+            type(connector).register_signal_handlers(connector)
+            if threading.current_thread() is threading.main_thread():
+                for number in self._ignored:
+                    signal.signal(number, signal.SIG_IGN)  # Lightning has meanwhile taken SIGTERM
+            self._run.enter_context(self.run.stops)
+
+        # Between its own handlers and the start of the loaders Lightning calls no hook; and it takes all handlers down
+        # itself.
+        connector.register_signal_handlers = register_signal_handlers  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._state is not None:
+            schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+            for optimizer, schedule, chosen in zip(trainer.optimizers, schedules, self._chosen, strict=True):
+                choose_again(optimizer, schedule, chosen)
+            device = trainer.strategy.root_device
+            self.random = random_state_of(self._state.random, trainer.global_rank, device)
+            self._state = None
+        super().on_train_start(trainer, module)
+
+    def ended(self, trainer: Trainer) -> BaseException:
+        return self.run.stopped() or super().ended(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.run.curves.flush()
+        # Lightning calls this on every process, though only the first one writes.
+        checkpoint[RUN] = {
+            "random": gathered(random_state(trainer.strategy.root_device)),
+            "processes": trainer.world_size,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "elastic": dict(getattr(module, "fallback", {})),
+            "spikes": {} if self.run.spikes is None else self.run.spikes.state_dict(),
+        }
+        # Lightning's own counters say where inside a batch or a validation it saves; every one of ours is a step's end.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        checkpoint["loops"] = loops(trainer.global_step, batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.run.metrics.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # A sharded strategy has weights and moments elsewhere; they are not looked at here.
+        state = from_lightning({**checkpoint, "state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [{}]})
+        batches = batches_done(state, module, trainer.accumulate_grad_batches, trainer.world_size)
+        if batches != state.batches:
+            checkpoint["loops"] = loops(state.step, batches)  # Lightning reads its counters after this
+        module.fallback = dict(state.elastic)  # type: ignore[assignment]  # of memory/elastic.py
+        self.run.restore(state)
+        self._state = state
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if self._lock is not None:  # a process that Lightning has started ends without us
+            self._lock.release()
+
+
+# Folders.
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Every process has to ask: Lightning tells all of them the first one's."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def checkpoints_folder(trainer: Trainer) -> Path:
+    """Where a ModelCheckpoint without a folder of its own keeps them. Every process has to ask."""
+    folder = Path(trainer.default_root_dir)
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+    return Path(trainer.strategy.broadcast(str(folder / "checkpoints")))
+
+
+# Checkpoints.
+
+
+class RunFileIO(CheckpointIO):
+    """A plugin for the Trainer: checkpoints and ckpt_path are then in the format of every loop.
+
+    Lightning's own writer stages the file in the system's temporary folder and copies it over the old one when that is
+    on another file system: killed there, both are lost.
+    """
+
+    def __init__(self) -> None:
+        self.saver = BestEffortSaver()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.saver.save(Path(path), from_lightning(checkpoint))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        self.saver.wait()
+        state = load_together(Path(path))
+        assert state is not None, "every process was told the path"
+        return to_lightning(state)
+
+    def teardown(self) -> None:
+        self.saver.in_background = False
+        self.saver.wait()
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.saver.wait()
+        Path(path).unlink(missing_ok=True)
+
+
+class DurableFileIO(TorchCheckpointIO):
+    """Writes Lightning's own file, for a strategy that reads nothing else: whole, and beside the one before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        with durable_file(path, path.with_stem(PREVIOUS) if path.stem == "last" else None) as file:
+            torch.save(checkpoint, file)
+
+
+def with_writer(plugins: Any, writer: CheckpointIO) -> list[Any]:
+    """A Trainer's plugins, and `writer` where none of them writes checkpoints."""
+    given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
+    return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, writer]
+
+
+def check_trigger(callback: ModelCheckpoint, accumulate_grad_batches: int) -> None:
+    """Raises UserError for a ModelCheckpoint that saves at any moment.
+
+    Gradients are in no checkpoint: one made between two micro-batches of a step goes on to other weights than its run.
+    """
+    if callback.save_on_exception:
+        raise UserError(
+            "trainer.callbacks holds a ModelCheckpoint with save_on_exception=true, which may save half a step; "
+            "leave it out: the checkpoint of the last validation stays."
+        )
+    if callback._train_time_interval is not None and accumulate_grad_batches > 1:
+        raise UserError(
+            "trainer.callbacks holds a ModelCheckpoint with train_time_interval, which may save half a step of "
+            f"trainer.accumulate_grad_batches={accumulate_grad_batches}; every_n_train_steps counts whole steps."
+        )
+
+
+def requeue_signal(trainer: Trainer) -> int | None:
+    """What SLURM sends before it stops the job; None outside of it."""
+    environment = trainer._accelerator_connector.cluster_environment  # in no public place
+    return (
+        environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+    )
+
+
+# Loggers.
+
+
+class LoggerCurves(Curves):
+    """Into every logger of the Trainer."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        values = {tag: value for tag, value in values.items() if tag != "val/loss"}  # which validation_step logs
+        for logger in self._trainer.loggers:
+            logger.log_metrics(values, step=step)
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        for logger in self._trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(tag, code_block(text), step)
+
+    def flush(self) -> None:
+        for logger in self._trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
+            elif isinstance(logger, CSVLogger):
+                logger.save()
+
+
+class BestEffortLogger(TensorBoardLogger):
+    """Lightning's logger, with a writer that does not end the training."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> BestEffortWriter:
+        if self._experiment is None:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = BestEffortWriter(log_dir=self.log_dir, **self._kwargs)
+        return self._experiment  # type: ignore[return-value]
+
+
+@rank_zero_only
+def go_on(logger: Logger | bool | None, run_folder: Path, step: int) -> None:
+    """Has a CSVLogger of the YAML's continue its file in the run's folder, without what came after the checkpoint.
+
+    By itself it would begin another version or, told its version, delete the file that is there.
+    """
+    path = run_folder / "metrics.csv"
+    kept = path.with_name("metrics_before.csv")  # until the new one is there; a start that was killed leaves it
+    if not isinstance(logger, CSVLogger) or Path(logger.root_dir) != run_folder.parent:
+        return
+    if path.exists() and not kept.exists():
+        path.replace(kept)
+    if not kept.exists():
+        return
+    with kept.open(newline="", encoding="utf-8") as file:
+        # A power loss may have left half a row, or zeros.
+        rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdecimal() and int(row["step"]) <= step]
+    logger._version = run_folder.name
+    logger.experiment.metrics = [{name: value for name, value in row.items() if value} for row in rows]
+    logger.save()
+    kept.unlink()

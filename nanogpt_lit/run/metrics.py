@@ -1,0 +1,252 @@
+"""The numbers of a run and their curves, counted alike by every loop. A curve is added here."""
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.loops.contract import Observer, Training
+from nanogpt_lit.plan.peak_watch import PeakWatch
+from nanogpt_lit.plan.step import StepShape
+from nanogpt_lit.runtime.clock import awake_s
+from nanogpt_lit.runtime.gpu_health import GpuHealth
+from nanogpt_lit.runtime.machine import peak_flops_of
+from nanogpt_lit.runtime.processes import mean_of_processes
+from nanogpt_lit.runtime.supervised import Position
+
+MIB = 2**20
+
+
+class StepMetrics(Observer):
+    """Adds up micro-batches into optimizer steps and steps into curves.
+
+    Losses stay on their device until a step is logged: no micro-batch waits for the GPU.
+
+    log: takes the values of a step by their tags, and the step, on every process
+    log_every_n_steps: besides the first and the last one   rollbacks: how often the run went back from a spike; None
+    where it is not guarded   plans: whether to hold the peak memory of one GPU against its plan
+    """
+
+    def __init__(
+        self,
+        log: Callable[[dict[str, float], int], None],
+        log_every_n_steps: int,
+        rollbacks: Callable[[], int] | None = None,
+        plans: bool = True,
+        clock: Callable[[], float] = awake_s,
+    ) -> None:
+        self.tokens = 0
+        """Tokens trained on since the run began, over all processes and all resumes."""
+        self.earlier_s = 0.0
+        """Trained by earlier processes of the run, which this one goes on with."""
+        self.logged_loss: float | None = None
+        """Mean loss of the step that was logged last, over its whole window and all processes."""
+        self.tokens_per_s: float | None = None
+        """Over the steps between the last two that were logged, without validation, sampling, saving and sleep."""
+        self.validations = ValidationRecord()
+        self._log, self._every, self._rollbacks, self._plans = log, log_every_n_steps, rollbacks, plans
+        self._window_loss: Tensor | None = None
+        self._position = Position()
+        self._peak_watch: PeakWatch | None = None
+        self._clock = clock
+        self._began_s: float | None = None
+        self._counting_since_s: float | None = None
+        self._interval_tokens = self._interval_steps = 0
+        self._interval_s = 0.0
+
+    @property
+    def trained_s(self) -> float:
+        """Seconds of the whole run, over all its processes, with validation, sampling and saving, without sleep."""
+        return self.earlier_s + (0.0 if self._began_s is None else self._clock() - self._began_s)
+
+    def on_train_start(self, training: Training) -> None:
+        self._training = training
+        settings, device, gpt = training.settings, training.device, getattr(training.module, "gpt", None)
+        self._share, self._processes, self._max_steps = (
+            settings.accumulate_grad_batches,
+            training.processes,
+            settings.max_steps,
+        )
+        self._flops_per_token = gpt.flops_per_token(gpt.config.block_size) if isinstance(gpt, GPT) else 0
+        self._peak_flops = peak_flops_of(device, settings.precision, training.processes)
+        self._gpu_health = GpuHealth(device)
+        if self._plans and device.type == "cuda" and training.processes == 1:
+            # What several processes exchange and shard is in no plan.
+            self._peak_watch = PeakWatch(training.module, training.optimizer, shape_of(training), say)
+        self._start()
+
+    def on_batch_end(self, loss: Tensor, tokens: int) -> None:
+        share = loss / self._share
+        self._window_loss = share if self._window_loss is None else self._window_loss + share
+        self.tokens += tokens * self._processes
+        self._interval_tokens += tokens * self._processes
+        if self._peak_watch is not None and not self._peak_watch.is_planned:
+            with self.paused():
+                self._peak_watch.plan(tokens)
+
+    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        window_loss, self._window_loss = self._window_loss, None
+        self._interval_steps += 1
+        if self._position.is_read:
+            self._position.write(self.tokens)
+        if self._peak_watch is not None:
+            self._peak_watch.end_step()
+        if step % self._every == 0 or step in (1, self._max_steps):
+            assert window_loss is not None, "a step of no micro-batch"
+            self._log_step(step, lr, grad_norm, window_loss)
+
+    def _log_step(self, step: int, lr: float, grad_norm: Tensor, window_loss: Tensor) -> None:
+        """Waits for the device. Where there are several processes, all come here together: the loss is theirs."""
+        gpu_health = self._gpu_health.curves()  # before the wait: the GPU is still at work
+        self.logged_loss = float(mean_of_processes(window_loss))
+        values = self.curves(loss=self.logged_loss, lr=lr, grad_norm=float(grad_norm))
+        self._log(values | gpu_health, step)
+
+    def curves(self, *, loss: float, lr: float, grad_norm: float) -> dict[str, float]:
+        """The values of a step that is logged, by their tags."""
+        loss_scale = self._training.loss_scale()
+        return {
+            "train/loss": loss,
+            "train/lr": lr,
+            "train/grad_norm": grad_norm,
+            "train/skipped_steps": float(getattr(self._training.schedule, "skipped_steps", 0)),
+            "train/tokens": float(self.tokens),
+            "throughput/trained_hours": self.trained_s / 3600,
+            **({"train/rollbacks": float(self._rollbacks())} if self._rollbacks is not None else {}),
+            **({"train/loss_scale": loss_scale} if loss_scale is not None else {}),
+            **self._throughput(),
+            **self._memory(),
+        }
+
+    def _throughput(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        self._pause()
+        if self._interval_s > 0 and self._interval_tokens:
+            self.tokens_per_s = self._interval_tokens / self._interval_s
+            values["throughput/tokens_per_s"] = self.tokens_per_s
+            if self._peak_watch is not None:
+                self._peak_watch.compare_time(self._interval_s / self._interval_steps, self._interval_steps)
+            if self._peak_flops is not None:
+                values["throughput/mfu"] = self.tokens_per_s * self._flops_per_token / self._peak_flops
+        self._interval_tokens, self._interval_steps, self._interval_s = 0, 0, 0.0
+        self._start()
+        return values
+
+    def _memory(self) -> dict[str, float]:
+        if self._training.device.type != "cuda":
+            return {}
+        allocated_mib, reserved_mib = peaks_mib(self._training.device)
+        values = {"memory/peak_allocated_mib": allocated_mib, "memory/peak_reserved_mib": reserved_mib}
+        if self._peak_watch is not None and self._peak_watch.planned_mib is not None:
+            values["memory/planned_mib"] = self._peak_watch.planned_mib
+            self._peak_watch.compare(allocated_mib, reserved_mib)
+        return values
+
+    def on_validation_start(self) -> None:
+        self._pause()
+
+    def on_validation_end(self, step: int, loss: Tensor) -> None:
+        mean = float(loss)
+        self.validations.add(step, mean)
+        self._log(validation_curves(mean), step)
+        self._start()
+
+    # The clock of tokens_per_s.
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of the block is none of training."""
+        self._pause()
+        yield
+        self._start()
+
+    def _start(self) -> None:
+        self._counting_since_s = self._clock()
+        if self._began_s is None:
+            self._began_s = self._counting_since_s
+
+    def _pause(self) -> None:
+        if self._counting_since_s is not None:
+            self._interval_s += self._clock() - self._counting_since_s
+            self._counting_since_s = None
+
+    # What a checkpoint keeps.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "trained_s": self.trained_s, "validations": self.validations.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tokens, self.earlier_s = state["tokens"], state["trained_s"]
+        self.validations.load_state_dict(state["validations"])
+
+
+def validation_curves(loss: float) -> dict[str, float]:
+    """The values of a validation, by their tags."""
+    return {"val/loss": loss, "val/perplexity": perplexity(loss)}
+
+
+def shape_of(training: Training) -> Callable[..., StepShape]:
+    """What the loop knows of the step that is planned."""
+    settings = training.settings
+    return partial(
+        StepShape,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        precision=settings.precision,
+        clips=bool(settings.gradient_clip_val),
+        zeroes_after_forward=training.zeroes_after_forward,
+        validates=settings.val_check_interval is not None,
+    )
+
+
+def say(line: str) -> None:
+    """Print a line beside a progress bar, if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def peaks_mib(device: torch.device) -> tuple[float, float]:
+    """Of the memory that PyTorch has allocated on a CUDA GPU, and of what it has reserved there."""
+    return torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
+
+
+class ValidationRecord:
+    """The validation losses of a run: the latest and the best, each with its step."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[int, float] | None = None
+        """(step, mean loss in nats per token)"""
+        self.best: tuple[int, float] | None = None
+
+    def add(self, step: int, loss: float) -> None:
+        self.latest = (step, loss)
+        if self.best is None or loss < self.best[1]:
+            self.best = self.latest
+
+    def sentence(self) -> str:
+        assert self.latest is not None, "sentence() before the first validation"
+        assert self.best is not None
+        step, loss = self.latest
+        best = "the best so far" if self.best[0] == step else f"best {self.best[1]:.4f} at step {self.best[0]}"
+        return f"step {step}  validation loss {loss:.4f}  perplexity {perplexity(loss):.2f}  ({best})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest": self.latest, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.latest, self.best = state["latest"], state["best"]
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats per token; infinite where that overflows, as it may in a run that has blown up."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm that clip_grad_norm_ would report, without clipping."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

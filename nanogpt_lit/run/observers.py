@@ -1,0 +1,157 @@
+"""All that a run does beside training, and the order in which it is done: the same list under every loop."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nanogpt_lit.checkpoint.disk import BestEffortSaver
+from nanogpt_lit.checkpoint.run_file import SUFFIX
+from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.loops.contract import Observer, Training
+from nanogpt_lit.memory.elastic import end_step, start_elastic, stop_elastic
+from nanogpt_lit.run.checkpoints import Checkpoints, SaveTimes
+from nanogpt_lit.run.curves import Curves
+from nanogpt_lit.run.guards import FiniteGuard
+from nanogpt_lit.run.metrics import StepMetrics, say
+from nanogpt_lit.run.progress import ProgressLine
+from nanogpt_lit.run.resume import Resume, capture
+from nanogpt_lit.run.samples import SampleConfig, Samples
+from nanogpt_lit.run.spikes import SpikeGuard
+from nanogpt_lit.run.stops import Stopped, Stops
+from nanogpt_lit.runtime.clock import awake_s
+
+
+class ElasticSteps(Observer):
+    """Lets the steps of a run survive an out-of-memory (memory/elastic.py)."""
+
+    _training: Training | None = None
+
+    def on_train_start(self, training: Training) -> None:
+        self._training = training
+        start_elastic(
+            training.module,
+            accumulate_grad_batches=training.settings.accumulate_grad_batches,
+            scaler=training.scaler,
+            device=training.device,
+            say=say,
+        )
+
+    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        assert self._training is not None
+        end_step(self._training.module)
+
+    def on_exit(self) -> None:
+        if self._training is not None:
+            stop_elastic(self._training.module)
+
+
+class RunObservers:
+    """The observers of a run that keeps a folder, each feature once.
+
+    curves: where they go, on the first process   folder: the run's, where the stop file is looked for
+    max_time_s, requeue_by: see Stops   checkpoints: their folder, None keeps none   suffix, saver, after_validations,
+    save_times: see Checkpoints   data_state: what a checkpoint keeps of the data   samples: None writes none
+    start: the checkpoint that the run goes on from, unless the loop reads it itself, as Lightning's Trainer
+    """
+
+    def __init__(
+        self,
+        *,
+        curves: Curves | None = None,
+        log_every_n_steps: int = 50,
+        folder: Path | None = None,
+        max_time_s: float | None = None,
+        requeue_by: int | None = None,
+        checkpoints: Path | None = None,
+        suffix: str = SUFFIX,
+        saver: BestEffortSaver | None = None,
+        after_validations: bool = True,
+        save_times: SaveTimes | None = None,
+        data_state: Callable[[], Mapping[str, Any]] = dict,
+        samples: SampleConfig | None = None,
+        tokenizer: Callable[[], Any] | None = None,
+        spike_factor: float | None = None,
+        shows_progress: bool = False,
+        start: RunState | None = None,
+    ) -> None:
+        self.curves = curves or Curves()
+        self.stops = Stops(folder, max_time_s, requeue_by=requeue_by)
+        self.checkpoints: Checkpoints | None = None
+        self.samples: Samples | None = None
+        self.spikes: SpikeGuard | None = None
+        if spike_factor is not None:
+            self.spikes = SpikeGuard(spike_factor, checkpoints, self.last_checkpoint)
+        spikes = self.spikes
+        rollbacks = None if spikes is None else lambda: spikes.rollbacks
+        self.metrics = StepMetrics(self.curves.add, log_every_n_steps, rollbacks)
+        if samples is not None and tokenizer is not None:
+            self.samples = Samples(samples, tokenizer, self.curves, self.metrics)
+        if checkpoints is not None:
+
+            def state(training: Training) -> RunState:
+                self.curves.flush()
+                return capture(training, data_state(), self.metrics, spikes)
+
+            self.checkpoints = Checkpoints(
+                checkpoints, self.metrics, state, saver, save_times, suffix, after_validations
+            )
+        self._resume = None
+        if start is not None:
+            self._resume = Resume(start)
+            self.restore(start)
+        self._progress = ProgressLine(self.metrics) if shows_progress else None
+        self._started_s = awake_s()
+
+    def in_order(self) -> list[Observer]:
+        features: Sequence[Observer | None] = [
+            self._resume,  # first, for the others look at where the run stands
+            ElasticSteps(),
+            self.spikes,  # goes back before the step is counted, validated or saved
+            self.metrics,
+            self.samples,
+            self._progress,
+            FiniteGuard(self.last_checkpoint),  # after the curves, which show what was left out
+            self.checkpoints,  # has seen all of the step, and saves it before the run may stop
+            self.stops,
+        ]
+        return [feature for feature in features if feature is not None]
+
+    def restore(self, state: RunState) -> None:
+        """What was counted by earlier processes of the run."""
+        self.metrics.load_state_dict(
+            {"tokens": state.tokens, "trained_s": state.trained_s, "validations": dict(state.validations)}
+        )
+        if self.spikes is not None:
+            self.spikes.load_state_dict(state.spikes)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Of this process of the run, without what the machine slept."""
+        return awake_s() - self._started_s
+
+    def last_checkpoint(self) -> str | None:
+        """The path of `last` as a user would type it; None where there is none."""
+        path = None if self.checkpoints is None else self.checkpoints.files().get("last")
+        return None if path is None else relative_to_here(path)
+
+    def stopped(self) -> Stopped | None:
+        """What to say of a run that was asked to end; None of one that has ended by itself."""
+        if self.stops.reason is None:
+            return None
+        saved = None
+        if self.checkpoints is not None and self.checkpoints.unsaved is None:
+            saved = relative_to_here(self.checkpoints.path("last"))
+        return Stopped(self.stops.reason, self.stops.step, saved, keeps=self.checkpoints is not None)
+
+
+def always() -> list[Observer]:
+    """The observers that every run has, also one that keeps nothing."""
+    return [ElasticSteps(), FiniteGuard()]
+
+
+def relative_to_here(path: Path) -> str:
+    """The path as a user would type it: relative when it is below the current folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
