@@ -58,12 +58,12 @@ def test_without_gradients_wide_heads_are_for_flash_attention():
 
 @pytest.mark.parametrize(
     ("multiprocessors", "deterministic", "held"),
-    [(108, False, 12_779_520), (16, True, 12_779_520), (108, True, 37_945_344)],
+    [(108, False, (196_608, 12_582_912)), (16, True, (196_608, 12_582_912)), (108, True, (196_608, 37_748_736))],
 )
 def test_a_fixed_order_costs_flash_attention_a_gradient_for_each_part_of_the_keys(multiprocessors, deterministic, held):
     q = torch.empty(4, 12, 1024, 64, dtype=torch.float16, device="meta")
     flash = "_scaled_dot_product_flash_attention_backward"
-    assert kernels((8, 0), multiprocessors, deterministic).workspace(flash, (q, q)) == held
+    assert kernels((8, 0), multiprocessors, deterministic).workspaces(flash, (q, q)) == held
 
 
 def test_a_fixed_order_leaves_multiprocessors_idle():

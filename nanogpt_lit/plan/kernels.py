@@ -49,13 +49,13 @@ class Kernels:
         )
         return "efficient" if dtype not in (torch.float16, torch.bfloat16) or major < 8 or too_wide else "flash"
 
-    def workspace(self, operation: str, args: tuple[Any, ...]) -> int:
-        """Bytes that an operation takes while it runs, beside its results."""
+    def workspaces(self, operation: str, args: tuple[Any, ...]) -> tuple[int, ...]:
+        """Bytes that an operation takes while it runs, beside its results: one block after another."""
         if operation == "_scaled_dot_product_flash_attention_backward":
             return self._flash_backward(args)
         if operation == "_scaled_dot_product_efficient_attention_backward":
             return _efficient_backward(args)
-        return _embedding_backward(args) if operation == "embedding_dense_backward" else 0
+        return _embedding_backward(args) if operation == "embedding_dense_backward" else ()
 
     def share_at_work(self, operation: str, args: tuple[Any, ...]) -> float:
         """Of the multiprocessors. To add up in a fixed order, attention's backward pass leaves the keys of a sequence
@@ -66,11 +66,12 @@ class Kernels:
         parts = B * H * (self._parts(B * H) if "flash" in operation else 1)
         return parts / _up(parts, self.gpu.multiprocessors)
 
-    def _flash_backward(self, args: tuple[Any, ...]) -> int:
-        """The float32 gradient of the queries and the row sums, as mha_bwd of flash_api.cpp allocates them; in a fixed
-        order, a gradient for each part of the keys."""
+    def _flash_backward(self, args: tuple[Any, ...]) -> tuple[int, ...]:
+        """Of float32: the row sums and the gradient of the queries, as mha_bwd of flash_api.cpp allocates them; in a
+        fixed order, a gradient for each part of the keys."""
         B, H, T, D = args[1].shape
-        return B * H * _up(T, 128) * (self._parts(B * H) * _up(D, 32 if D <= 128 else 64) + 1) * 4
+        row_sums = B * H * _up(T, 128) * 4
+        return row_sums, row_sums * self._parts(B * H) * _up(D, 32 if D <= 128 else 64)
 
     def _parts(self, heads: int) -> int:
         """So many that every multiprocessor has one, where the order is fixed."""
@@ -81,19 +82,20 @@ def _up(size: int, unit: int) -> int:
     return (size + unit - 1) // unit * unit
 
 
-def _efficient_backward(args: tuple[Any, ...]) -> int:
+def _efficient_backward(args: tuple[Any, ...]) -> tuple[int, ...]:
     """Of float32: the row sums, and the gradient of the queries in tiles of 64 x 64 with a lock of 16 bytes each, as
-    workspace_elements_gq of mem_eff_attention/kernel_backward.h counts them."""
+    workspace_elements_gq of mem_eff_attention/kernel_backward.h counts them; for heads of more than 128 channels it is
+    more."""
     B, H, T, D = args[1].shape
-    return B * H * (T * 4 + _up(T, 64) // 64 * (_up(D, 64) // 64) * (64 * 64 * 4 + 16))
+    return B * H * T * 4, B * H * (_up(T, 64) // 64 * (_up(D, 64) // 64) * (64 * 64 * 4 + 16))
 
 
-def _embedding_backward(args: tuple[Any, ...]) -> int:
+def _embedding_backward(args: tuple[Any, ...]) -> tuple[int, ...]:
     """From 3072 tokens on they are sorted and each row is summed in parts of 10, as Embedding.cu and
-    EmbeddingBackwardKernel.cu do: the float32 parts, and what numbers them."""
+    EmbeddingBackwardKernel.cu do: what numbers tokens, rows and parts, and the float32 parts."""
     tokens, vocab_size, channels = args[1].numel(), args[2], args[0].size(-1)
     if tokens <= 3072:
-        return 0
+        return ()
     rows = min(tokens, vocab_size)
     parts = tokens // 10 + rows
-    return parts * channels * 4 + 8 * (3 * tokens + 2 * rows + parts)
+    return 8 * tokens, 8 * tokens, 8 * tokens, 8 * rows, 8 * rows, 8 * parts, parts * channels * 4

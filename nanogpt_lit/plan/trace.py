@@ -149,17 +149,22 @@ class MemoryTrace(TorchDispatchMode):
             # What FakeTensorMode's tensors are asked at every turn; it is no operation.
             return args[0].fake_device if hasattr(args[0], "fake_device") else func(*args)
         name = name_of(func)
-        if name in MATRIX_PRODUCTS:
-            self._hold_cublas_workspace()
         if func is torch.ops.aten.add.Tensor and self._adds_gradients(args):
             func = torch.ops.aten.add_.Tensor
         result = func(*args, **kwargs)
         category = self._category(name, args)
-        for tensor in tensors_in(result):
+        # In the order in which CUDA's host code takes memory, which decides into which gap it goes.
+        made = tensors_in(result)
+        if func.is_view:
+            for tensor in made:
+                tensor.shares_memory = True  # type: ignore[attr-defined]
+        for tensor in made[::-1] if name == "native_dropout" else made:
             wide = self.vocab_size is not None and tensor.dim() > 1 and tensor.size(-1) == self.vocab_size
             self._follow(tensor, "logits" if wide and category in ("activations", "temporaries") else category)
-        if (size := self.kernels.workspace(name, args)) and args[0].device.type == GPU:
-            self._use_and_release(rounded(size))
+        if name in MATRIX_PRODUCTS:
+            self._hold_cublas_workspace()
+        if (sizes := self.kernels.workspaces(name, args)) and args[0].device.type == GPU:
+            self._use_and_release([rounded(size) for size in sizes])
         self._record()
         if self.watch is not None:
             self.watch(func, args, kwargs, result)
@@ -168,8 +173,9 @@ class MemoryTrace(TorchDispatchMode):
     def _adds_gradients(self, args: tuple[Any, ...]) -> bool:
         """Whether autograd adds up the gradients of what was used twice, such as a tied embedding.
 
-        It does so in place where it holds the only reference, but under a dispatch mode it takes new memory. Fake
-        gradients have no values that another reference could miss.
+        It does so in place where it holds the only reference and the first gradient is no view, as that of a linear
+        layer is; but under a dispatch mode it takes new memory. Fake gradients have no values that another reference
+        could miss.
         """
         first, second = args[:2]
         return (
@@ -179,6 +185,7 @@ class MemoryTrace(TorchDispatchMode):
             and hasattr(second, "fake_device")
             and (first.shape, first.dtype) == (second.shape, second.dtype)
             and first.is_contiguous()
+            and not hasattr(first, "shares_memory")
         )
 
     def _category(self, name: str, args: tuple[Any, ...]) -> str:
@@ -232,11 +239,14 @@ class MemoryTrace(TorchDispatchMode):
         self._bytes[category] -= size
         self.events.append(Event(serial, -size))
 
-    def _use_and_release(self, size: int) -> None:
-        self._serial += 1
-        self._allocate(self._serial, size, "workspace")
+    def _use_and_release(self, sizes: list[int]) -> None:
+        first = self._serial + 1
+        self._serial += len(sizes)
+        for serial, size in enumerate(sizes, first):
+            self._allocate(serial, size, "workspace")
         self._record()
-        self._release(self._serial, size, "workspace")
+        for serial, size in enumerate(sizes, first):
+            self._release(serial, size, "workspace")
 
     def _hold_cublas_workspace(self) -> None:
         thread = "backward" if self.phase == "backward" else "main"
