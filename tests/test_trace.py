@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from nanogpt_lit.plan.allocator import replay, rounded
 from nanogpt_lit.plan.cuda_paths import cuda_paths
@@ -181,6 +182,25 @@ def test_gradients_of_a_tied_matrix_are_added_in_place_as_autograd_does_without_
         loss.backward()
     matrix = 1000 * 32 * 4
     assert 2 * matrix <= trace.peaks["backward"].bytes_by_category["temporaries"] < 2.1 * matrix
+
+
+def test_the_gradient_of_a_tied_linear_layer_is_added_to_new_memory():
+    # Really: autograd adds, and does not add in place.
+    weight, tokens = nn.Parameter(torch.zeros(1000, 32)), torch.arange(8)
+    loss = F.linear(F.embedding(tokens, weight), weight).sum()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        loss.backward()
+    matrices = [[1000, 32], [1000, 32]]
+    assert [event.name for event in profiler.events() if event.input_shapes[:2] == matrices] == ["aten::add"]
+    # In a trace: for a moment there are three.
+    with FakeTensorMode(), MemoryTrace() as trace:
+        weight, tokens = nn.Parameter(torch.zeros(1000, 32)), torch.arange(8)
+        trace.label(weight, "weights")
+        loss = F.linear(F.embedding(tokens, weight), weight).sum()
+        trace.phase = "backward"
+        loss.backward()
+    matrix = 1000 * 32 * 4
+    assert 3 * matrix <= trace.peaks["backward"].bytes_by_category["temporaries"] < 3.5 * matrix
 
 
 class _Tied(torch.autograd.Function):

@@ -155,9 +155,8 @@ class MemoryTrace(TorchDispatchMode):
         category = self._category(name, args)
         # In the order in which CUDA's host code takes memory, which decides into which gap it goes.
         made = tensors_in(result)
-        if func.is_view:
-            for tensor in made:
-                tensor.shares_memory = True  # type: ignore[attr-defined]
+        if name == "t":
+            made[0].is_transposed = True  # type: ignore[attr-defined]
         for tensor in made[::-1] if name == "native_dropout" else made:
             wide = self.vocab_size is not None and tensor.dim() > 1 and tensor.size(-1) == self.vocab_size
             self._follow(tensor, "logits" if wide and category in ("activations", "temporaries") else category)
@@ -173,9 +172,9 @@ class MemoryTrace(TorchDispatchMode):
     def _adds_gradients(self, args: tuple[Any, ...]) -> bool:
         """Whether autograd adds up the gradients of what was used twice, such as a tied embedding.
 
-        It does so in place where it holds the only reference and the first gradient is no view, as that of a linear
-        layer is; but under a dispatch mode it takes new memory. Fake gradients have no values that another reference
-        could miss.
+        It does so in place where it holds the only reference and the first gradient has not been transposed, as that
+        of a linear layer has; but under a dispatch mode it takes new memory. Fake gradients have no values that another
+        reference could miss.
         """
         first, second = args[:2]
         return (
@@ -185,7 +184,7 @@ class MemoryTrace(TorchDispatchMode):
             and hasattr(second, "fake_device")
             and (first.shape, first.dtype) == (second.shape, second.dtype)
             and first.is_contiguous()
-            and not hasattr(first, "shares_memory")
+            and not hasattr(first, "is_transposed")
         )
 
     def _category(self, name: str, args: tuple[Any, ...]) -> str:

@@ -33,8 +33,8 @@ class Outcome:
     code: int
     said: str
     curves: dict[str, dict[int, float]]
-    weights: dict[str, Tensor]
-    """Of the last checkpoint; empty without one."""
+    state: dict[str, Tensor]
+    """Weights, optimizer and random numbers of the last checkpoint, in any loop; empty without one."""
     peaks: dict[str, Any]
     found: Any
     """What `before` found."""
@@ -46,11 +46,11 @@ class Outcome:
 
 
 def arguments(folder: Path, text: Path, memory: Mapping[str, Any], *more: str) -> list[str]:
-    """Of any loop: 4 steps of 2 x 8 x 128 tokens, a curve of each, a validation in the middle and at the end."""
+    """Of any loop: 4 steps of 2 x 8 x 256 tokens, a curve of each, a validation in the middle and at the end."""
     return [
         "--seed_everything=7", f"--data.source={text}", f"--data.shards_dir={folder.parent / 'shards'}",
-        "--data.tokenizer=byte", "--data.val_fraction=0.2", "--data.block_size=128", "--data.batch_size=8",
-        "--model.gpt.vocab_size=2048", "--model.gpt.n_layer=2", "--model.gpt.n_head=2", "--model.gpt.n_embd=64",
+        "--data.tokenizer=byte", "--data.val_fraction=0.2", "--data.block_size=256", "--data.batch_size=8",
+        "--model.gpt.vocab_size=4096", "--model.gpt.n_layer=2", "--model.gpt.n_head=2", "--model.gpt.n_embd=128",
         f"--model.memory={json.dumps(asdict(MemoryConfig(**memory)))}", "--model.schedule.warmup_steps=1",
         f"--trainer.default_root_dir={folder}", "--trainer.precision=16-mixed", f"--trainer.max_steps={STEPS}",
         f"--trainer.accumulate_grad_batches={ACCUMULATE}", "--trainer.gradient_clip_val=1.0",
@@ -77,10 +77,11 @@ def fit(
     log = folder / "said.txt"
     code, measured, found = apart(_run, arguments(folder, text, memory or {}, *more), before, loop, log=log)
     runs = sorted(path for path in folder.iterdir() if path.is_dir())
-    weights = {}
+    state = {}
     with contextlib.suppress(FileNotFoundError, IndexError):
-        weights = load_file(runs[-1] / "checkpoints" / "last.safetensors")
-    return Outcome(code, log.read_text(), curves_of(runs[-1]) if runs else {}, weights, measured, found)
+        kept = load_file(runs[-1] / "checkpoints" / "last.safetensors")
+        state = {name: tensor for name, tensor in kept.items() if not name.startswith("lightning.")}
+    return Outcome(code, log.read_text(), curves_of(runs[-1]) if runs else {}, state, measured, found)
 
 
 def _run(options: list[str], before: Any, loop: Any) -> tuple[int, dict[str, Any], Any]:

@@ -58,7 +58,7 @@ def whole(tmp_path_factory, text):
 
 @pytest.mark.parametrize("placement", ["all on the GPU", "optimizer on the host", "weights on the host"])
 def test_accelerate_gives_the_bits_of_lightning(placement, whole, text, tmp_path):
-    same_weights(fit(tmp_path / "run", text, PLACEMENTS[placement], DROPOUT, loop=accelerate), whole(placement))
+    same_bits(fit(tmp_path / "run", text, PLACEMENTS[placement], DROPOUT, loop=accelerate), whole(placement))
 
 
 @pytest.mark.parametrize("placement", ["all on the GPU", "optimizer on the host", "weights streamed"])
@@ -67,23 +67,23 @@ def test_a_stopped_run_goes_on_to_the_same_bits(placement, first, second, whole,
     """Dropout draws from the device's generator, whose place is in the checkpoint."""
     memory = PLACEMENTS[placement]
     stopped = fit(tmp_path / "stopped", text, memory, DROPOUT, before=Stop(), loop=LOOPS[first])
-    assert stopped.weights, stopped.said
+    assert stopped.state, stopped.said
     last = next((tmp_path / "stopped").glob("*/checkpoints/last.safetensors"))
     went_on = fit(tmp_path / "on", text, memory, DROPOUT, f"--ckpt_path={last}", loop=LOOPS[second])
-    same_weights(went_on, whole(placement))
+    same_bits(went_on, whole(placement))
 
 
-def same_weights(run, expected):
+def same_bits(run, expected):
     assert run.code == 0, run.said
-    assert run.weights.keys() == expected.weights.keys()
-    different = [name for name, weight in expected.weights.items() if not torch.equal(run.weights[name], weight)]
+    assert run.state.keys() == expected.state.keys()
+    different = [name for name, tensor in expected.state.items() if not torch.equal(run.state[name], tensor)]
     assert different == []
 
 
 def test_plain_pytorch_accelerate_and_lightning_are_identical(text, tmp_path):
     grid = [
         "--config=configs/parity.yaml", "--on=cuda", "--precision", "16-mixed", "16-mixed overflow", "bf16-mixed",
-        "--optimizer", "fused", "--accumulate", "2", "--clip", "on", "--dropout", "0.0", "0.1", "--ragged", "no",
+        "--optimizer", "fused", "--accumulate", "4", "--clip", "on", "--dropout", "0.0", "0.1", "--ragged", "no",
         "--processes", "1", "--steps=2", f"--data.source={text}", "--skip-memory",
         f"--trainer.default_root_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}",
     ]  # fmt: skip

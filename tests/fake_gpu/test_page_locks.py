@@ -47,8 +47,8 @@ def test_a_refused_page_lock_changes_no_bit(placement, limit, unlimited, text, t
     outcome = fit(tmp_path / "run", text, PLACEMENTS[placement], before=Limit(**LIMITS[limit]))
     assert outcome.code == 0, outcome.said
     assert outcome.curves["train/loss"] == expected.curves["train/loss"]
-    assert outcome.weights.keys() == expected.weights.keys()
-    assert all(torch.equal(outcome.weights[name], weight) for name, weight in expected.weights.items())
+    assert outcome.state.keys() == expected.state.keys()
+    assert all(torch.equal(outcome.state[name], tensor) for name, tensor in expected.state.items())
     if limit == "no page at all":
         said = [line for line in outcome.said.splitlines() if "page-lock" in line]
         assert len(said) == (outcome.found > 0), said
