@@ -46,11 +46,11 @@ class Outcome:
 
 
 def arguments(folder: Path, text: Path, memory: Mapping[str, Any], *more: str) -> list[str]:
-    """Of any loop: 4 steps of 2 x 8 x 256 tokens, a curve of each, a validation in the middle and at the end."""
+    """Of any loop: 4 steps of 2 x 4 x 256 tokens, a curve of each, a validation in the middle and at the end."""
     return [
         "--seed_everything=7", f"--data.source={text}", f"--data.shards_dir={folder.parent / 'shards'}",
-        "--data.tokenizer=byte", "--data.val_fraction=0.2", "--data.block_size=256", "--data.batch_size=8",
-        "--model.gpt.vocab_size=4096", "--model.gpt.n_layer=2", "--model.gpt.n_head=2", "--model.gpt.n_embd=128",
+        "--data.tokenizer=byte", "--data.val_fraction=0.2", "--data.block_size=256", "--data.batch_size=4",
+        "--model.gpt.vocab_size=8192", "--model.gpt.n_layer=2", "--model.gpt.n_head=2", "--model.gpt.n_embd=256",
         f"--model.memory={json.dumps(asdict(MemoryConfig(**memory)))}", "--model.schedule.warmup_steps=1",
         f"--trainer.default_root_dir={folder}", "--trainer.precision=16-mixed", f"--trainer.max_steps={STEPS}",
         f"--trainer.accumulate_grad_batches={ACCUMULATE}", "--trainer.gradient_clip_val=1.0",

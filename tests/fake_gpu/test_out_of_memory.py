@@ -22,6 +22,11 @@ ROOM = 0.6
 PAGE_MIB = 2
 
 
+def of_a_plan(tensor):
+    """A run is planned in its own process, by a module whose tensors have no content."""
+    return hasattr(tensor, "fake_device")
+
+
 @dataclass
 class Moments:
     """Follows a run's phases by PyTorch's own hooks, which know nothing of how a step is done.
@@ -39,24 +44,29 @@ class Moments:
     def __call__(self):
         """In the run's process, before it begins."""
         register_module_forward_pre_hook(self._forward)
-        register_optimizer_step_pre_hook(lambda *_: self._begin("optimizer"))
+        register_optimizer_step_pre_hook(self._begin_step)
         register_optimizer_step_post_hook(self._end_step)
         backward = torch.Tensor.backward
 
         def watched(tensor, *arguments, **options):
-            if tensor.numel() == 1:
+            if tensor.numel() == 1 and not of_a_plan(tensor):
                 self._begin("backward")
             return backward(tensor, *arguments, **options)
 
         torch.Tensor.backward = watched
 
-    def _forward(self, module, _):
-        if "Embedding" in type(module).__name__:
+    def _forward(self, module, inputs):
+        if "Embedding" in type(module).__name__ and not of_a_plan(inputs[0]):
             self._begin("forward" if module.training else "validation")
 
-    def _end_step(self, *_):
-        self._end()
-        self.steps += 1
+    def _begin_step(self, optimizer, *_):
+        if not of_a_plan(optimizer.param_groups[0]["params"][0]):
+            self._begin("optimizer")
+
+    def _end_step(self, optimizer, *_):
+        if not of_a_plan(optimizer.param_groups[0]["params"][0]):
+            self._end()
+            self.steps += 1
 
     def _begin(self, phase):
         if phase == self._phase:
