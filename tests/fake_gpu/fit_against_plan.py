@@ -71,7 +71,7 @@ def arguments_of(run: Run, work: Path, text: Path) -> list[str]:
         f"--trainer.val_check_interval={STEPS * accumulate}", "--model.schedule.warmup_steps=2",
         "--trainer.callbacks=null", "--trainer.enable_checkpointing=false", "--trainer.logger=false",
         "--trainer.enable_progress_bar=false",
-        "--trainer.callbacks+=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1",
+        "--trainer.callbacks+=nanogpt_lit.loops.lightning.TextSamples", "--trainer.callbacks.tokens=1",
     ]  # fmt: skip
 
 

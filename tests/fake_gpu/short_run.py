@@ -56,7 +56,7 @@ def arguments(folder: Path, text: Path, memory: Mapping[str, Any], *more: str) -
         f"--trainer.accumulate_grad_batches={ACCUMULATE}", "--trainer.gradient_clip_val=1.0",
         "--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=1",
         f"--trainer.val_check_interval={STEPS // 2 * ACCUMULATE}", "--trainer.enable_progress_bar=false",
-        "--trainer.callbacks+=nanogpt_lit.loops.lightning_callbacks.TextSamples", "--trainer.callbacks.tokens=1", *more,
+        "--trainer.callbacks+=nanogpt_lit.loops.lightning.TextSamples", "--trainer.callbacks.tokens=1", *more,
     ]  # fmt: skip
 
 
