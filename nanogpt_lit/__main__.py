@@ -29,7 +29,7 @@ COMMANDS = {
         "nanogpt_lit.cli.commands:prepare",
         "text to token shards; fit makes them where they are missing",
     ),
-    "plan": ("nanogpt_lit.cli.commands:plan", "whether a run fits a card, and what to change when it does not"),
+    "plan": ("nanogpt_lit.cli.commands:plan", "whether a run fits a GPU, and what to change when it does not"),
     "tune": ("nanogpt_lit.tune.command:tune", "a better learning rate, batch and recipe for your text and machine"),
     "accelerate-config": (
         "nanogpt_lit.cli.commands:accelerate_config",

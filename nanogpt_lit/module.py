@@ -33,7 +33,7 @@ class LitNanoGPT(LightningModule):
         compile: Compile the network and its loss with torch.compile: slower to start (less so the next time: torch
             keeps what it compiled), and faster per step where it pays. Needs a C++ compiler, or Triton on a GPU.
             Checkpoints are the same with and without.
-        tf32: Let a card's products of float32 matrices round what they multiply to 10 bits, as cards since Ampere do
+        tf32: Let a GPU's products of float32 matrices round what they multiply to 10 bits, as cards since Ampere do
             several times as fast. The precision 16-mixed and bf16-mixed gain nothing by it.
     """
 

@@ -7,9 +7,9 @@
 Every variant lives in a process of its own (bench_variants.py), as when it is used, and takes one step in its turn, so
 that a busy machine slows all of them: what is reported is the median of the paired ratios. A product of two square
 matrices has its turn too; utilisation is the share of its rate that a step's arithmetic reaches, 6 N + 12 L C T
-operations a token. nanoGPT's step is the one of its train.py on a processor: float32, its own optimizer, compiled (its
-default) or not (its README's advice). On a machine whose processors others use too, OMP_NUM_THREADS=1 and --clock cpu
-count the time that a step keeps a processor busy, which waiting does not lengthen.
+operations a token. nanoGPT's step is the one of its train.py on a CPU: float32, its own optimizer, compiled (its
+default) or not (its README's advice). On a machine whose cores others use too, OMP_NUM_THREADS=1 and --clock cpu
+count the time that a step keeps a CPU busy, which waiting does not lengthen.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each (20)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before them (3)")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--gpu", action="store_true", help="on a CUDA card, with its share of the peak (MFU)")
+    parser.add_argument("--gpu", action="store_true", help="on a CUDA GPU, with its share of the peak (MFU)")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="nanoGPT's folder; without it those are left out")
     parser.add_argument("--scaling", action="store_true", help="instead: cost over model size, block, batch and data")
     parser.add_argument(
@@ -96,9 +96,9 @@ def main() -> None:
     args = parser.parse_args()
     args.device = "cuda" if args.gpu else "cpu"
     if args.gpu and not torch_sees_a_card():
-        parser.error("--gpu needs a CUDA card, and torch sees none; leave it out to measure the processor.")
+        parser.error("--gpu needs a CUDA GPU, and torch sees none; leave it out to measure the CPU.")
     if "16-mixed" in args.precision and not args.gpu:
-        parser.error("--precision=16-mixed is for a card: add --gpu, or take bf16-mixed.")
+        parser.error("--precision=16-mixed is for a GPU: add --gpu, or take bf16-mixed.")
     record: dict[str, Any] = {
         "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
         "hardware": hardware("lightning", "transformers"),
@@ -181,7 +181,7 @@ def summary(shape: Shape, turn: Turn, base: Turn, matmul: Turn) -> dict[str, Any
 
 
 def share_of_peak(shape: Shape, turn: Turn, precision: str) -> float | None:
-    """Of the card's peak; None where runtime/gpus.py does not know the card."""
+    """Of the GPU's peak; None where runtime/gpus.py does not know the GPU."""
     import torch
 
     peak = peak_flops_of(torch.device("cuda"), precision, 1)
@@ -257,7 +257,7 @@ class Variant:
         return seconds
 
     def peak_mib(self) -> float:
-        """Of the card's memory, or of the resident: nan on a system that does not tell."""
+        """Of the GPU's memory, or of the resident: nan on a system that does not tell."""
         if self.card_mib:
             return self.card_mib[0]
         status = Path(f"/proc/{self.process.pid}/status")

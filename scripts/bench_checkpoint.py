@@ -6,7 +6,7 @@ Steps without a save, with one in the background and with one that is waited for
 slows all of them alike. A save is what run/checkpoints.py makes of it: finite weights looked for, every number and
 tensor of the run written with checksums, synced and renamed, the one before kept as `previous`. Linux only: the peak of
 resident memory is read from /proc. The share of a run is that of the time it stands still for a save; what a save
-adds to a step otherwise, by taking turns at the processor, is in added_to_a_step_s, as far as the machine was quiet.
+adds to a step otherwise, by taking turns at the CPU, is in added_to_a_step_s, as far as the machine was quiet.
 """
 
 import argparse

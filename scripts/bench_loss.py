@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of autocast (float32: none)")
     parser.add_argument("--repeats", type=int, default=11, help="measurements of each (11)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--torch", action="store_true", help="also linear_cross_entropy, slow on a processor")
+    parser.add_argument("--torch", action="store_true", help="also linear_cross_entropy, slow on a CPU")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # a child that measures its memory
     args = parser.parse_args()

@@ -4,11 +4,11 @@
 
 A network this small is not faster on more than one thread.
 
-The text is char-rnn's tiny Shakespeare, the network and batches are those of nanoGPT's README for a processor. Each
+The text is char-rnn's tiny Shakespeare, the network and batches are those of nanoGPT's README for a CPU. Each
 recipe trains for as many steps as lead it to a loss of 1.88 or so: a schedule is over when its run is. Then modern,
 in batches of twice the size, for about as long as nanoGPT. Losses are of the whole validation set, nanoGPT's of as many
 random batches, measured once after the last step. Seconds are those that the whole command, start and validation and
-all, kept a processor busy, which other work on the machine does not lengthen (but for shared caches), and those of its
+all, kept a CPU busy, which other work on the machine does not lengthen (but for shared caches), and those of its
 steps alone by the clock: their median, times their count.
 nanoGPT's folder needs data/shakespeare_char prepared, as its README says; without --nanogpt it is left out.
 """
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="char-rnn's input.txt")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="nanoGPT's folder")
-    parser.add_argument("--gpu", action="store_true", help="all of it on a CUDA card, in seconds by the clock")
+    parser.add_argument("--gpu", action="store_true", help="all of it on a CUDA GPU, in seconds by the clock")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn (3)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers to this file")
     args = parser.parse_args()
@@ -132,7 +132,7 @@ def fit(
 
 
 def run_command(command: list[str], folder: Path, device: str) -> tuple[str, float]:
-    """What it says, and the seconds of a processor that it takes; where a card computes, seconds by the clock."""
+    """What it says, and the seconds of a CPU that it takes; where a GPU computes, seconds by the clock."""
     clock = children_s if device == "cpu" else time.perf_counter
     started_s = clock()
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -143,7 +143,7 @@ def run_command(command: list[str], folder: Path, device: str) -> tuple[str, flo
 
 
 def children_s() -> float:
-    """Of a processor, by all commands that have ended; a system without POSIX's times has the clock instead."""
+    """Of a CPU, by all commands that have ended; a system without POSIX's times has the clock instead."""
     times = os.times()
     return times.children_user + times.children_system if os.name == "posix" else time.perf_counter()
 

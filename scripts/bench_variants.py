@@ -1,8 +1,8 @@
 """One variant of a training step, in a process of its own: bench.py starts it and says when each step is due.
 
 It reads a line from its standard input before each step and answers with the seconds that the step took: from the
-moment it is handed a batch to the moment it asks for the next one, with the card's work done. The loop, its callbacks
-and its logger are in them. On a card a second number is the peak of its memory so far, in MiB.
+moment it is handed a batch to the moment it asks for the next one, with the GPU's work done. The loop, its callbacks
+and its logger are in them. On a GPU a second number is the peak of its memory so far, in MiB.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def build(config: GPTConfig, options: dict[str, Any]) -> "LitNanoGPT":
     from nanogpt_lit.runtime.process_settings import keep_freed_memory
 
     if options["heap"]:
-        keep_freed_memory()  # as fit does on a processor
+        keep_freed_memory()  # as fit does on a CPU
     if not options["onednn"]:
         matmul.onednn_is_exact = lambda: False  # type: ignore[assignment]
     return LitNanoGPT(
@@ -173,7 +173,7 @@ def lightning(module: "LitNanoGPT", precision: str, turns: Turns) -> None:
 def nanogpt_step(
     config: GPTConfig, folder: Path, compiled: bool, precision: str, device: str
 ) -> Callable[[Batch], None]:
-    """What nanoGPT's train.py does in a step. On a processor: float32 whatever its dtype says, and no fused AdamW."""
+    """What nanoGPT's train.py does in a step. On a CPU: float32 whatever its dtype says, and no fused AdamW."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""On a CUDA card: is the memory that was planned the memory that is used, and what does each way to save it cost?
+"""On a CUDA GPU: is the memory that was planned the memory that is used, and what does each way to save it cost?
 
     bash scripts/gpu_proof.sh
     bash scripts/gpu_proof.sh --caps 3200MiB 2400MiB --configs rtx2050.yaml --skip ladder
@@ -10,7 +10,7 @@ steps and a validation, past its peak. The parity grid in float16 and the tests 
 nothing but what the package needs; without pytest the tests are left out, and the record says so.
 
 Writes a record to docs/gpu/. The exit code is 0 when all that was asked for ran, each peak reserved is within 5 % of
-the plan, the loops are identical and the tests pass; 1 when not; 2 without a card. --dry-run takes tiny networks on the
+the plan, the loops are identical and the tests pass; 1 when not; 2 without a GPU. --dry-run takes tiny networks on the
 processor, measures nothing and proves nothing: it shows that the script runs.
 """
 
@@ -49,7 +49,7 @@ STEPS = 8
 """The plan's traces settle after 6; the rate is that of the last 4."""
 CONFIGS = ("rtx2050.yaml", "rtx2050_medium.yaml", "rtx2050_large.yaml", "rtx2050_xl.yaml")
 CAPS = ("3200MiB",)
-"""What a 4 GB card leaves: the driver, the CUDA context and the desktop have the rest (plan/budget.py)."""
+"""What a 4 GB GPU leaves: the driver, the CUDA context and the desktop have the rest (plan/budget.py)."""
 PARTS = ("configs", "ladder", "parity", "tests")
 ANSWER = "answer: "
 """How the line begins in which a process of ours says what it measured."""
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=CONFIGS, help="only these")
     parser.add_argument("--caps", nargs="+", default=CAPS, metavar="SIZE", help="limits to run them under")
     parser.add_argument("--skip", nargs="+", choices=PARTS, default=(), help="leave these out")
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on the processor: does the script run?")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: does the script run?")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the record (docs/gpu/CARD.json)")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # what a process of ours is to run
     options = parser.parse_args(arguments)
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         print(ANSWER + json.dumps(run_here(**json.loads(options.one))))
         return 0
     if not options.dry_run and not torch.cuda.is_available():
-        print("error: torch sees no CUDA card here; --dry-run shows that the script runs.", file=sys.stderr)
+        print("error: torch sees no CUDA GPU here; --dry-run shows that the script runs.", file=sys.stderr)
         return 2
     caps = [parse_mib("--caps", cap) for cap in options.caps]
     record: dict[str, Any] = {
@@ -205,7 +205,7 @@ class Proof:
 
 
 def run_here(options: list[str], cap_mib: int | None) -> dict[str, Any]:
-    """One fit; what the card says afterwards. cap_mib: what PyTorch may reserve at most"""
+    """One fit; what the GPU says afterwards. cap_mib: what PyTorch may reserve at most"""
     # With its index: set_per_process_memory_fraction refuses a device without one.
     card = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     if card is not None and cap_mib is not None:
@@ -302,7 +302,7 @@ def gpu_tests(dry_run: bool) -> dict[str, Any]:
 
 
 def holds(record: dict[str, Any]) -> bool:
-    """Whether all that was asked for is as planned. The plain step may need more than the card has."""
+    """Whether all that was asked for is as planned. The plain step may need more than the GPU has."""
     rows = [*record.get("configs", []), *(row for row in record.get("ladder", []) if "failed" not in row)]
     as_planned = all(
         "failed" not in row and abs(row["measured_reserved_mib"] / row["planned_reserved_mib"] - 1) <= TOLERANCE

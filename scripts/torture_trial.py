@@ -28,7 +28,7 @@ from nanogpt_lit.runtime.durable import PARTIAL
 from nanogpt_lit.tune.trials import RECIPES
 
 STEPS, VALIDATES_EVERY = 64, 8
-MEASURED = ("throughput/", "memory/", "card/", "time/")
+MEASURED = ("throughput/", "memory/", "gpu/", "time/")
 """Curves of what the machine did: they differ between any two runs."""
 STOPS = {name: code for name, code in (("INT", 130), ("TERM", 143), ("HUP", 129)) if hasattr(signal, f"SIG{name}")}
 FULL_TO_THE_END, TWO_WRITERS, MOVED_CLOCK = "disk full to the end", "two writers", "moved clock"
@@ -237,7 +237,7 @@ class Trial:
             time.sleep(moment_s)
         else:
             time.sleep(self._draw.uniform(0, 2))
-        # Of several processes, one or all: a card that fails, or the power.
+        # Of several processes, one or all: a GPU that fails, or the power.
         chosen = running if self._draw.random() < 0.5 else [self._draw.choice(running)]
         for process in chosen:
             if process.poll() is None:

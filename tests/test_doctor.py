@@ -304,7 +304,7 @@ def programs(tmp_path, monkeypatch):
 
 
 @posix
-@pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="torch can use a card here")
+@pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="torch can use a GPU here")
 def test_a_card_that_this_torch_cannot_use_is_wrong(programs):
     program(programs, "nvidia-smi", "echo 'NVIDIA GeForce RTX 2050, 570.1, 4096, 1500'")
     card, cuda, *rest = check_gpu(platform="win32")

@@ -86,7 +86,7 @@ def test_a_processor_is_not_asked_after(pynvml):
     assert GpuHealth(torch.device("cpu")).curves() == {}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_the_real_library_without_a_card_says_nothing(monkeypatch):
     pytest.importorskip("pynvml")
     found = SimpleNamespace(pci_domain_id=0, pci_bus_id=1, pci_device_id=0)

@@ -29,7 +29,7 @@ def test_without_a_card_it_says_so_in_one_sentence(capsys):
     assert gpu_proof.main([]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("error: torch sees no CUDA card here")
+    assert said.err.startswith("error: torch sees no CUDA GPU here")
     assert len(said.err.splitlines()) == 1
 
 

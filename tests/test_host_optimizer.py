@@ -1,4 +1,4 @@
-"""AdamW with its moments in host memory: torch's own bits, torch's own state, and little of it on the card."""
+"""AdamW with its moments in host memory: torch's own bits, torch's own state, and little of it on the GPU."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_lightning_does_not_move_the_moments_to_the_card_when_it_loads_them():
     for adamw, stay in ((HostAdamW, True), (AdamW, False)):
         loaded = optimizer_of(adamw, params, "fused")
         loaded.load_state_dict(state_dict)
-        _optimizer_to_device(loaded, torch.device("meta"))  # in place of a card
+        _optimizer_to_device(loaded, torch.device("meta"))  # in place of a GPU
         devices = {value["exp_avg"].device.type for value in loaded.state_dict()["state"].values()}
         assert devices == {"cpu" if stay else "meta"}
 
@@ -119,7 +119,7 @@ def test_a_place_for_the_state_that_is_not_known_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_on_a_card_the_bits_are_the_same_and_the_moments_are_page_locked(implementation):
     runs = []

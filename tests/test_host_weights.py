@@ -36,7 +36,7 @@ def batch(seed, device="cpu"):
 def test_the_weights_stay_resident_when_the_module_is_sent_to_a_card(weights, tiny_gpt):
     module = made(tiny_gpt, weights=weights)
     before = {name: (p, p.data_ptr()) for name, p in module.named_parameters()}
-    module.to("meta")  # in place of a card
+    module.to("meta")  # in place of a GPU
     for name, p in module.named_parameters():
         assert (p, p.data_ptr()) == before[name]
         assert p.device.type == "cpu"
@@ -183,7 +183,7 @@ def test_lightning_does_not_move_the_state_of_weights_that_stay(weights, tiny_gp
     optimizer = module.configure_optimizers()["optimizer"]
     module(*batch(0)).backward()
     optimizer.step()
-    _optimizer_to_device(optimizer, torch.device("meta"))  # as after loading a checkpoint; in place of a card
+    _optimizer_to_device(optimizer, torch.device("meta"))  # as after loading a checkpoint; in place of a GPU
     module(*batch(1)).backward()
     optimizer.step()
     assert {state["exp_avg"].device.type for state in optimizer.state_dict()["state"].values()} == {"cpu"}
@@ -206,7 +206,7 @@ def test_weights_that_come_and_go_are_not_compiled(tiny_gpt):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("memory", [{"weights": "host"}, {"weights": "streamed", "recompute": "full"}])
 def test_on_a_card_the_losses_and_gradients_are_the_same(memory, tiny_gpt):
     memory = {"recompute": "full", **memory}

@@ -141,7 +141,7 @@ def test_what_was_set_is_put_back_also_after_an_error(onednn):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_with_tf32_a_gpu_multiplies_numbers_of_10_bits():
     a, b = (torch.randn(512, 512, device="cuda") for _ in range(2))
     errors = []

@@ -130,7 +130,7 @@ class LateLane:
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_whatever_is_copied_is_waited_for(technique, data, monkeypatch):
-    """As on a card, where copies run beside everything else; on a processor nothing would be too early."""
+    """As on a GPU, where copies run beside everything else; on a CPU nothing would be too early."""
     base = case("bf16-mixed")
     plain = LOOPS["reference"](with_memory(base), data).entries
     made = functools.cache(lambda device: (LateLane(device), LateLane(device)))
@@ -165,7 +165,7 @@ def run_from(case, loader, until, start=None):
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
-@pytest.mark.parametrize("onto", [True, False], ids=["from the card to the host", "from the host to the card"])
+@pytest.mark.parametrize("onto", [True, False], ids=["from the GPU to the host", "from the host to the GPU"])
 def test_a_run_is_taken_up_with_its_state_where_it_is_now_wanted(technique, onto):
     base = case("16-mixed", scaler=OVERFLOWS)
     ways = [with_memory(base), with_memory(base, **TECHNIQUES[technique])]

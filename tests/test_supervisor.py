@@ -132,7 +132,7 @@ def test_a_stop_that_was_asked_for_is_passed_on(child, tmp_path, capfd, code):
 
 def test_after_an_error_of_cuda_the_run_does_not_go_on_without_the_card(child, tmp_path, capfd):
     code = "position.write(start or 1)\nfail(RuntimeError('CUDA error: unknown error'))"
-    assert run(child(code), on_card=["--trainer.accelerator=gpu"]) == 1
+    assert run(child(code), on_gpu=["--trainer.accelerator=gpu"]) == 1
     assert (tmp_path / "start_0").read_text() == ""
     assert (tmp_path / "start_1").read_text() == "--trainer.accelerator=gpu"
     assert "sudo modprobe nvidia_uvm" in lines(capfd)[-1]
@@ -292,8 +292,8 @@ def test_a_fit_that_is_killed_ends_with_the_weights_of_one_that_was_not(tmp_path
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # on which the sums of a product depend
     made = []
 
-    def impatient(command, on_card):
-        made.append(Supervisor(command, on_card, pause_s=0.01))
+    def impatient(command, on_gpu):
+        made.append(Supervisor(command, on_gpu, pause_s=0.01))
         return made[0]
 
     monkeypatch.setattr("nanogpt_lit.supervise.supervisor.Supervisor", impatient)

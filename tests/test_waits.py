@@ -1,4 +1,4 @@
-"""How often a step waits for its device: each reading of a number from a tensor is a wait on a card."""
+"""How often a step waits for its device: each reading of a number from a tensor is a wait on a GPU."""
 
 import pytest
 import torch

@@ -66,7 +66,7 @@ def header_digest_entry(digest: str) -> bytes:
 
 
 def content_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor: of a processor's, its own memory."""
+    """The bytes of a tensor: of a CPU's, its own memory."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
@@ -113,7 +113,7 @@ class TensorFile:
         return list(self._file.keys())
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of these names, on the processor, each compared with its checksum."""
+        """The tensors of these names, on the CPU, each compared with its checksum."""
         try:
             mapped = {name: self._file.get_tensor(name) for name in names}
         except (SafetensorError, RuntimeError, ValueError) as error:

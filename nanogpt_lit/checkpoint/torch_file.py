@@ -12,7 +12,7 @@ from nanogpt_lit.errors import UserError
 
 
 def read_torch_file(source: Path | BinaryIO) -> Any:
-    """Its content, on the processor. What the readers of zip and of pickle raise for any other file is not one family.
+    """Its content, on the CPU. What the readers of zip and of pickle raise for any other file is not one family.
 
     weights_only: the file may come from elsewhere, and an ordinary pickle can run code.
     """

@@ -139,7 +139,7 @@ class TokenShards:
         """One window per start, int64 (len(starts), length).
 
         Raises IndexError beyond the stream, UserError for an id outside the vocabulary: a file that changed
-        underneath is reported here rather than as an illegal access on the card.
+        underneath is reported here rather than as an illegal access on the GPU.
         """
         self._windows_mapped += len(starts)
         if self._windows_mapped > WINDOWS_PER_MAPPING:

@@ -4,7 +4,7 @@ Why not torch.nn.functional.linear_cross_entropy, which PyTorch has since 2.13. 
 dtype of the states, so that under autocast the head's gradient is added up in 16 bits, and it returns the loss in them.
 In float16, reduction "mean" folds 1/N into the gradients of the logits before a loss scale is known: those of rare
 tokens are lost, and a scale of 65536 gives NaN. "sum" keeps them, but its loss has steps of 32 at 4096 tokens and is
-infinite at 8192. It also leaves torch.compile, and on a processor it is many times slower (scripts/bench_loss.py
+infinite at 8192. It also leaves torch.compile, and on a CPU it is many times slower (scripts/bench_loss.py
 --torch).
 """
 
@@ -135,7 +135,7 @@ def _losses_and_gradients(logits: Tensor, targets: Tensor, scale: float) -> tupl
         return losses.squeeze(1), p
     if scale != 1:
         return losses.squeeze(1), torch.mul(p, scale, out=logits)
-    return losses.squeeze(1), logits.copy_(p)  # on a processor ten times as fast as a product of two dtypes
+    return losses.squeeze(1), logits.copy_(p)  # on a CPU ten times as fast as a product of two dtypes
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -147,7 +147,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def add_product_(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
     """total (M, N) = beta * total + a (M, K) @ b (K, N). With beta 0 it does not matter what total holds.
 
-    For 16-bit a and b, total is float32 and their product is not rounded to 16 bits, but where a processor computes in
+    For 16-bit a and b, total is float32 and their product is not rounded to 16 bits, but where a CPU computes in
     bfloat16: it has no such product, and rounds each once, as autograd does. An operator of its own so that
     torch.compile and the memory plan see one step without temporaries: on CUDA it is one kernel.
     """

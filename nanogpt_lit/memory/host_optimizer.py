@@ -1,8 +1,8 @@
-"""AdamW whose moments live in host memory and visit the card at the step, a bucket at a time.
+"""AdamW whose moments live in host memory and visit the GPU at the step, a bucket at a time.
 
-8 of the 16 bytes that a parameter costs leave the card. The arithmetic stays on it, with the kernels of
-torch.optim.AdamW on slices of the same tensors: the same bits. A step moves the moments to the card and back, 16 bytes
-a parameter, while it computes; gradients stay on the card, so that clipping, accumulation and a GradScaler see nothing.
+8 of the 16 bytes that a parameter costs leave the GPU. The arithmetic stays on it, with the kernels of
+torch.optim.AdamW on slices of the same tensors: the same bits. A step moves the moments to the GPU and back, 16 bytes
+a parameter, while it computes; gradients stay on the GPU, so that clipping, accumulation and a GradScaler see nothing.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.memory.host import Mark, host_of, lanes, page_lock
 
 BUCKET_ELEMENTS = 2**22
-"""Parameters whose moments visit the card together: 32 MiB of float32 moments."""
+"""Parameters whose moments visit the GPU together: 32 MiB of float32 moments."""
 SLOTS = 3
 """One bucket arrives, one is computed with, one leaves."""
 ALIGNMENT = 64
@@ -56,7 +56,7 @@ class _Bucket:
 
 @dataclass
 class _Slot:
-    """Room on the card for the moments of one bucket."""
+    """Room on the GPU for the moments of one bucket."""
 
     moments: Tensor  # (2, elements)
     emptied: Mark
@@ -70,9 +70,9 @@ class HostAdamW(AdamW):
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
-        # Not in self.state: what is there, Lightning moves to the card when it loads a checkpoint.
+        # Not in self.state: what is there, Lightning moves to the GPU when it loads a checkpoint.
         self._moments: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self._left = Mark()  # when the last moments have left the card
+        self._left = Mark()  # when the last moments have left the GPU
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -141,18 +141,18 @@ class HostAdamW(AdamW):
             views = [
                 [moments[s.offset : s.offset + s.stop - s.start] for s in bucket.slices] for moments in slot.moments
             ]
-            for on_card, on_host in self._pairs(bucket, views):
-                arrived = arriving.copy(on_host, on_card, after=slot.emptied)
+            for on_gpu, on_host in self._pairs(bucket, views):
+                arrived = arriving.copy(on_host, on_gpu, after=slot.emptied)
             arrived.hold_computation()
             self._update(bucket, *views)
             updated = Mark.now(device)
-            for on_card, on_host in self._pairs(bucket, views):
-                slot.emptied = self._left = leaving.copy(on_card, on_host, after=updated)
+            for on_gpu, on_host in self._pairs(bucket, views):
+                slot.emptied = self._left = leaving.copy(on_gpu, on_host, after=updated)
         self._left.hold_computation()  # or its next tensors would be laid over slots that are still read
 
     def _pairs(self, bucket: _Bucket, views: list[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        for which, on_card in enumerate(views):
-            for s, view in zip(bucket.slices, on_card, strict=True):
+        for which, on_gpu in enumerate(views):
+            for s, view in zip(bucket.slices, on_gpu, strict=True):
                 yield view, self._moments[s.parameter][which].view(-1)[s.there]
 
     def _update(self, bucket: _Bucket, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> None:
@@ -194,7 +194,7 @@ class HostAdamW(AdamW):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes AdamW's too. No moment touches the card."""
+        """Takes AdamW's too. No moment touches the GPU."""
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         moments = {index: [state.get(name) for name in MOMENTS] for index, state in state_dict["state"].items()}
         counts = {index: {"step": state["step"]} for index, state in state_dict["state"].items()}
@@ -219,7 +219,7 @@ class HostAdamW(AdamW):
 class HostResidentAdamW(HostAdamW):
     """The same for parameters and gradients that are in host memory themselves: nothing travels.
 
-    Not torch.optim.AdamW, whose state Lightning would move to the card when it loads a checkpoint.
+    Not torch.optim.AdamW, whose state Lightning would move to the GPU when it loads a checkpoint.
     """
 
     def _stream(self, buckets: list[_Bucket], device: torch.device, dtype: torch.dtype) -> None:

@@ -1,14 +1,14 @@
-"""Weights, gradients and the optimizer in host memory; on the card, the copies that it computes with.
+"""Weights, gradients and the optimizer in host memory; on the GPU, the copies that it computes with.
 
 The parameters of the network stay in host memory, in float32. Their gradients, the optimizer's state and the
 checkpoint are there with them, and clipping, accumulation, a GradScaler and a schedule meet ordinary tensors. For a
-product of matrices the card gets a copy in the dtype that autocast computes in, the one that autocast would make, and
-the gradient leaves the card as it is made. A copy is kept on the card until the weight changes (2 of 16 bytes a
+product of matrices the GPU gets a copy in the dtype that autocast computes in, the one that autocast would make, and
+the gradient leaves the GPU as it is made. A copy is kept on the GPU until the weight changes (2 of 16 bytes a
 parameter), or streamed: fetched when it is used, in forward and in backward, the next one while this one is used.
 
 What stays the same to the bit: losses, activations and every gradient but that of the token embedding, which the
-processor sums in its own order. The global norm and the update are computed by the processor's kernels: the same bits
-as a run on the processor, and up to rounding those of a card.
+processor sums in its own order. The global norm and the update are computed by the CPU's kernels: the same bits
+as a run on the CPU, and up to rounding those of a GPU.
 """
 
 from dataclasses import dataclass, field
@@ -30,20 +30,20 @@ class _Copy:
     version: Version
     """Of the weight that it was made of."""
     arrived: Mark = field(default_factory=Mark)
-    """When this copy, or the latest one made of it, is on the card."""
+    """When this copy, or the latest one made of it, is on the GPU."""
 
     def is_of(self, version: Version, dtype: torch.dtype, device: torch.device) -> bool:
         return (self.version, self.tensor.dtype, self.tensor.device) == (version, dtype, device)
 
 
 class HostWeights:
-    """The copies on the card of one network's weights."""
+    """The copies on the GPU of one network's weights."""
 
     def __init__(self) -> None:
         self._steps = 0
-        self._kept: dict[nn.Parameter, _Copy] = {}  # on the card
+        self._kept: dict[nn.Parameter, _Copy] = {}  # on the GPU
         self._cast: dict[nn.Parameter, _Copy] = {}  # in host memory, in the dtype that is computed in
-        self._ahead: tuple[nn.Parameter, _Copy] | None = None  # on its way to the card
+        self._ahead: tuple[nn.Parameter, _Copy] | None = None  # on its way to the GPU
         self._follows: dict[tuple[nn.Parameter, bool], nn.Parameter] = {}  # as learnt from the last time
         self._latest: tuple[nn.Parameter, bool] | None = None
 
@@ -65,7 +65,7 @@ class HostWeights:
     def fetch(self, weight: nn.Parameter, device: torch.device, keep: bool) -> Tensor:
         """The weight on the device, in the dtype that autocast computes with; gradients go to the weight.
 
-        keep: leave the copy on the card until the weight changes
+        keep: leave the copy on the GPU until the weight changes
         """
         dtype = computed_in(weight, device)
         copy = (self._keep if keep else self._stream)(weight, dtype, device)
@@ -74,7 +74,7 @@ class HostWeights:
         return self.bind(weight, copy)
 
     def bind(self, weight: nn.Parameter, copy: Tensor) -> Tensor:
-        """copy, on the card and of any dtype, as a stage of the graph: its gradient is sent to the weight."""
+        """copy, on the GPU and of any dtype, as a stage of the graph: its gradient is sent to the weight."""
         arrival = _Arrival()
         at_host = _HostEnd.apply(weight, copy.dtype, arrival)
         return _CardEnd.apply(at_host, copy, arrival)
@@ -110,7 +110,7 @@ class HostWeights:
         (expected, copy), self._ahead = self._ahead, None
         if expected is weight and copy.is_of(self._version(weight), dtype, device):
             return copy
-        copy.arrived.hold_computation()  # or its place on the card would be given away while it is written to
+        copy.arrived.hold_computation()  # or its place on the GPU would be given away while it is written to
         return None
 
     def _depart(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> _Copy:
@@ -137,14 +137,14 @@ class HostWeights:
 
 
 def computed_in(weight: Tensor, device: torch.device) -> torch.dtype:
-    """The dtype that a product on the device takes a matrix in. Vectors are cast on the card: it takes both kinds."""
+    """The dtype that a product on the device takes a matrix in. Vectors are cast on the GPU: it takes both kinds."""
     if weight.dim() < 2 or not torch.is_autocast_enabled(device.type):
         return weight.dtype
     return torch.get_autocast_dtype(device.type)
 
 
-# The way of a gradient, in two stages of the graph. The engine runs the first on the card's thread, which only sends
-# the gradient off, and the second on the processor's, which waits for it: the card computes on meanwhile.
+# The way of a gradient, in two stages of the graph. The engine runs the first on the GPU's thread, which only sends
+# the gradient off, and the second on the CPU's, which waits for it: the GPU computes on meanwhile.
 
 
 @dataclass
@@ -184,7 +184,7 @@ class _HostResident(nn.Module):
 
     host: HostWeights
     keep: bool
-    """Whether copies of its matrix stay on the card."""
+    """Whether copies of its matrix stay on the GPU."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype), recurse)

@@ -42,14 +42,14 @@ class MemoryConfig:
     """host: what recompute=full keeps, the input of each block, waits for backward in host memory. Same bits."""
 
     optimizer_state: Literal["card", "host"] = "card"
-    """host: the optimizer's moments, 8 bytes a parameter, live in host memory and visit the card at the step, where the
+    """host: the optimizer's moments, 8 bytes a parameter, live in host memory and visit the GPU at the step, where the
     same kernels work on them. Same bits."""
 
     weights: Literal["card", "host", "streamed"] = "card"
-    """host: the float32 weights, their gradients and the optimizer, 16 bytes a parameter, live in host memory; the card
+    """host: the float32 weights, their gradients and the optimizer, 16 bytes a parameter, live in host memory; the GPU
     keeps the 16-bit copy of the weights that it computes with. streamed: not even that; each matrix is fetched when it
-    is used. Either makes optimizer_state and recast_weights idle. Same bits but for what the processor then rounds in
-    place of the card: AdamW, the norm of the gradients, and the sum of those of the token embedding."""
+    is used. Either makes optimizer_state and recast_weights idle. Same bits but for what the CPU then rounds in
+    place of the GPU: AdamW, the norm of the gradients, and the sum of those of the token embedding."""
 
     def __post_init__(self) -> None:
         if self.loss_chunk_tokens is not None and self.loss_chunk_tokens < 1:
@@ -154,7 +154,7 @@ class RecomputedBlock(Block):
 
 
 class HostInputBlock(RecomputedBlock):
-    """Keeps not even that on the card."""
+    """Keeps not even that on the GPU."""
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
         with saved_on_host():

@@ -26,7 +26,7 @@ large ones need the memory."""
 def orthogonalised(matrices: Tensor) -> Tensor:
     """U S' V^T of each matrix U S V^T, with every singular value near 1; (N, A, B), in the dtype it was computed in.
 
-    In bfloat16 on cards that compute with it, else in float32: on a processor without bfloat16 that is 30 to 80 times
+    In bfloat16 on GPUs that compute with it, else in float32: on a CPU without bfloat16 that is 30 to 80 times
     as fast, which is why torch.optim.Muon, always in bfloat16, does not serve here.
     """
     fast = _has_bfloat16(matrices)
@@ -43,8 +43,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def _has_bfloat16(matrices: Tensor) -> bool:
-    """Whether they lie on a card that computes with it."""
-    if hasattr(matrices, "fake_device"):  # in a memory trace, whose card is "cpu" (memory/host.py) and one since Ampere
+    """Whether they lie on a GPU that computes with it."""
+    if hasattr(matrices, "fake_device"):  # in a memory trace, whose GPU is "cpu" (memory/host.py) and one since Ampere
         return matrices.device.type == "cpu"
     return matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -125,7 +125,7 @@ class MuonBesideAdamW(Optimizer):
             buffer = self.state[p].get("momentum_buffer")
             if buffer is None:
                 buffer = torch.zeros_like(p.grad)
-            # Lightning moves all state to the card when it loads a checkpoint, also that of weights in host memory.
+            # Lightning moves all state to the GPU when it loads a checkpoint, also that of weights in host memory.
             buffer = self.state[p]["momentum_buffer"] = buffer.to(p.device)
             buffer.lerp_(p.grad, 1 - momentum)
             updates.append(p.grad.lerp(buffer, momentum))  # Nesterov's
@@ -147,7 +147,7 @@ class MuonBesideAdamW(Optimizer):
         theirs = state_dict["param_groups"][: self._adamw_groups]
         numbers = {number for group in theirs for number in group["params"]}
         state = state_dict["state"]
-        # Not all of it in one: where AdamW keeps its moments in host memory, they must not pass through the card.
+        # Not all of it in one: where AdamW keeps its moments in host memory, they must not pass through the GPU.
         super().load_state_dict({**state_dict, "state": {n: s for n, s in state.items() if n not in numbers}})
         ours = dict(self.state)
         self._adamw.load_state_dict({"state": {n: s for n, s in state.items() if n in numbers}, "param_groups": theirs})

@@ -47,7 +47,7 @@ def in_new_processes(
 def quick_start() -> str:
     """forkserver: copies of one process that has imported everything save each the seconds of its own imports.
 
-    Not beside a card, which no process can use after its parent has looked at it, nor outside Linux, whose system
+    Not beside a GPU, which no process can use after its parent has looked at it, nor outside Linux, whose system
     libraries may not survive the copy: spawn there.
     """
     if sys.platform != "linux" or torch.cuda.is_available():

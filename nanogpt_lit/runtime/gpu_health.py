@@ -1,4 +1,4 @@
-"""Heat, power and clock of the card, as its driver tells them: why the same code runs slower than an hour ago."""
+"""Heat, power and clock of the GPU, as its driver tells them: why the same code runs slower than an hour ago."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -9,13 +9,13 @@ import torch
 
 
 class GpuHealth:
-    """Reads an NVIDIA card. Without one, or without nvidia-ml-py (the extra `card`), it has nothing to say."""
+    """Reads an NVIDIA GPU. Without one, or without nvidia-ml-py (the extra `card`), it has nothing to say."""
 
     def __init__(self, device: torch.device) -> None:
         self._pynvml, self._handle = handle_of(device)
 
     def curves(self) -> dict[str, float]:
-        """The tags of this moment, those that the card knows: many a laptop does not know its power.
+        """The tags of this moment, those that the GPU knows: many a laptop does not know its power.
 
         gpu/slowed_by_heat and gpu/slowed_by_power are 1 while the driver holds the clock down for that reason.
         """
@@ -42,7 +42,7 @@ def readings(pynvml: ModuleType, handle: Any) -> Iterator[tuple[str, Callable[[]
 
 
 def handle_of(device: torch.device) -> tuple[ModuleType | None, Any]:
-    """nvidia-ml-py and its name for the card; (None, None) without either."""
+    """nvidia-ml-py and its name for the GPU; (None, None) without either."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None, None
     try:
@@ -50,7 +50,7 @@ def handle_of(device: torch.device) -> tuple[ModuleType | None, Any]:
     except ImportError:
         return None, None
     found: Any = torch.cuda.get_device_properties(device)
-    # By its place on the bus: the driver's numbers are not CUDA's where CUDA_VISIBLE_DEVICES says so, or cards differ.
+    # By its place on the bus: the driver's numbers are not CUDA's where CUDA_VISIBLE_DEVICES says so, or GPUs differ.
     place = f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
     try:
         pynvml.nvmlInit()

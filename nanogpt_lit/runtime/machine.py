@@ -65,7 +65,7 @@ def usable_precision(precision: str, device: str) -> str:
     """The precision that will run: float16 needs a GPU and becomes 32-true without one.
 
     Lightning would take bf16-mixed there and accelerate float32. Two backends that must agree need one answer, and
-    most processors have no bfloat16 units: float32 is the faster one on them.
+    most CPUs have no bfloat16 units: float32 is the faster one on them.
     """
     row = PRECISIONS.get(precision)
     return "32-true" if row is not None and row.multiplies_in == "float16" and device == "cpu" else precision
@@ -74,7 +74,7 @@ def usable_precision(precision: str, device: str) -> str:
 def slow_precision(precision: str, device: str) -> str | None:
     """A sentence where bfloat16 is slower than float32 here, as measured; None where it is not, or on a GPU.
 
-    No flag of a processor says it on all of them: torch has bfloat16 kernels for processors without units for it.
+    No flag of a CPU says it on all of them: torch has bfloat16 kernels for CPUs without units for it.
     """
     if device != "cpu" or precision not in PRECISIONS or PRECISIONS[precision].multiplies_in != "bfloat16":
         return None
@@ -82,7 +82,7 @@ def slow_precision(precision: str, device: str) -> str | None:
     if bfloat16 >= single:
         return None
     return (
-        f"precision: this processor multiplies matrices at {bfloat16:,.0f} GFLOP/s in bfloat16 and at {single:,.0f} in "
+        f"precision: this CPU multiplies matrices at {bfloat16:,.0f} GFLOP/s in bfloat16 and at {single:,.0f} in "
         f"float32; {precision} will be slower than 32-true"
     )
 
@@ -99,7 +99,7 @@ def product_gflops(dtype: torch.dtype, side: int = 512) -> float:
 
 
 def unused_gpu() -> str | None:
-    """A sentence about a card that the driver sees and this build of torch cannot use; None when all is well."""
+    """A sentence about a GPU that the driver sees and this build of torch cannot use; None when all is well."""
     if torch.version.cuda is not None or torch.version.hip is not None or torch.backends.mps.is_available():
         return None
     nvidia_smi = shutil.which("nvidia-smi")
@@ -109,7 +109,7 @@ def unused_gpu() -> str | None:
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None  # a driver that does not answer is not a card that torch could use
+        return None  # a driver that does not answer is not a GPU that torch could use
     if not answer:
         return None
     return (
@@ -121,13 +121,13 @@ def unused_gpu() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """ "NVIDIA GeForce RTX 2050", or for a processor its name and the threads torch uses."""
+    """ "NVIDIA GeForce RTX 2050", or for a CPU its name and the threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return "Apple GPU"
     threads = torch.get_num_threads()
-    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_flops_of(device: torch.device, precision: str, processes: int) -> float | None:
@@ -138,7 +138,7 @@ def peak_flops_of(device: torch.device, precision: str, processes: int) -> float
     return one and one * processes
 
 
-def processor_name() -> str:
+def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -80,7 +80,7 @@ RandomState = Mapping[str, torch.Tensor]
 
 
 def random_state(device: torch.device) -> RandomState:
-    """Of the processor's generator, and of the device's where it is another. Waits for no card, whose state is a seed
+    """Of the CPU's generator, and of the device's where it is another. Waits for no GPU, whose state is a seed
     and a count that the host keeps."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -107,7 +107,7 @@ def keep_freed_memory() -> bool:
     """Large blocks that are freed stay with this process, for the next of their size. Whether the system can do that.
 
     Without it glibc gives every tensor of more than 32 MiB (logits, the gradient of the embedding) back to the system
-    and fetches it again, page by page, zeroed: of a step on a processor with GPT-2's vocabulary that was a fifth. The
+    and fetches it again, page by page, zeroed: of a step on a CPU with GPT-2's vocabulary that was a fifth. The
     same as MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=2147483647 in the environment. Bits do not change. Elsewhere
     than with glibc (Windows, macOS, musl) it does nothing.
     """

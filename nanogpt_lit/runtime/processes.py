@@ -79,7 +79,7 @@ class Agreement:
         if not are_several():
             return mine
         if self._group is None:
-            # Between processors: with a card's own group, each step would wait for the card.
+            # Between CPUs: with a GPU's own group, each step would wait for the GPU.
             self._group = dist.new_group(backend="gloo")
         number = torch.tensor(mine)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)

@@ -43,7 +43,7 @@ def keep_alive(options: Sequence[str], program: Sequence[str] = FIT) -> int:
     check_no_checkpoint(command)
     if not any(word.partition("=")[0] == "--resume" for word in command):
         command += ["--resume", "auto"]
-    return Supervisor(command, on_card=["--trainer.accelerator=gpu"]).run()
+    return Supervisor(command, on_gpu=["--trainer.accelerator=gpu"]).run()
 
 
 def supervised_fit(options: Sequence[str]) -> list[str]:
@@ -90,19 +90,19 @@ class Supervisor:
     """Runs a command again and again until there is no sense in it.
 
     command: resumes by itself
-    on_card: added to the command once it died of CUDA, so that a run which began on the card does not go on without
+    on_gpu: added to the command once it died of CUDA, so that a run which began on the GPU does not go on without
     pause_s: before the first start again; each further one without progress waits twice as long
     """
 
     def __init__(
         self,
         command: Sequence[str],
-        on_card: Sequence[str] = (),
+        on_gpu: Sequence[str] = (),
         pause_s: float = 5.0,
         longest_pause_s: float = 300.0,
     ) -> None:
         self._command = list(command)
-        self._on_card = list(on_card)
+        self._on_card = list(on_gpu)
         self._pause_s, self._longest_pause_s = pause_s, longest_pause_s
         self._child: subprocess.Popen[bytes] | None = None
         self._asked_to_stop: signal.Signals | None = None

@@ -79,7 +79,7 @@ def run(config: Path, settings_of_fit: Sequence[str], budget_s: float, out: Path
 
 
 def memory_check(settings: Any, own: Candidate, device: str) -> Callable[[Candidate], bool]:
-    """Whether a micro-batch fits: on a card as planned; a processor is given none that is larger than the YAML's."""
+    """Whether a micro-batch fits: on a GPU as planned; a CPU is given none that is larger than the YAML's."""
     if device != "cuda":
         return lambda candidate: candidate.batch_size <= own.batch_size
     budget, rung = choose_budget(), own_rung(settings)
