@@ -1,4 +1,4 @@
-"""The exceptions that are told as a sentence, and how it is shown."""
+"""The exceptions that are shown as one sentence, without a traceback."""
 
 
 class UserError(ValueError):

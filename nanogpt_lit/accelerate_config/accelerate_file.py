@@ -17,7 +17,7 @@ from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 DISTRIBUTED_TYPES = {
     SINGLE: ("NO",), DDP: ("MULTI_GPU", "MULTI_CPU"), FSDP: ("FSDP",), FSDP2: ("FSDP",), DEEPSPEED: ("DEEPSPEED",)
 }  # fmt: skip
-"""Of each strategy; where there are two, on GPUs and on CPUs."""
+"""distributed_type of each strategy; where there are two, on GPUs and on CPUs."""
 LAYER = "nanogpt_lit.gpt.model.Block"  # what FSDP gathers at a time
 
 OUR_SCRIPT = "scripts/train_accelerate.py"

@@ -406,7 +406,7 @@ def quiet_lightning() -> None:
 
 
 def resumable(trainer: Namespace) -> str | None:
-    """How the files are called that resume=auto goes on from; None where the strategy's are of its own kind."""
+    """The suffix of the files that resume=auto goes on from; None where only the strategy's engine reads its own."""
     if writes_run_files(trainer):
         return SUFFIX
     if named_strategy(trainer.strategy) != FSDP2:

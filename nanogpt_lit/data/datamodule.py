@@ -108,7 +108,7 @@ class TokenDataModule(LightningDataModule):
         self.seed = seed
         self.documents = documents
         self.position: Position | None = None
-        """For a loop other than Lightning's Trainer, which sets it before it asks for a loader."""
+        """The place in the stream, set by a loop other than Lightning's Trainer before it asks for a loader."""
         self._shards: dict[str, TokenShards] = {}
 
     # Text to shards.

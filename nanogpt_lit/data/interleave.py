@@ -1,4 +1,4 @@
-"""One loader for several processes, for a framework that deals its batches out to them by turns."""
+"""One loader for several processes, whose batches a framework deals out to them one by one."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Sampler
 
 
 class Interleaved(Sampler[list[int]]):
-    """The first batch of each sampler, then the second of each: dealt out again, every process gets its own."""
+    """Yield the first batch of each sampler, then the second of each: dealt out, every process gets its own."""
 
     def __init__(self, samplers: Sequence[Any]) -> None:
         self.samplers = samplers
@@ -21,7 +21,7 @@ class Interleaved(Sampler[list[int]]):
 
 
 def interleave(loaders: Sequence[DataLoader]) -> DataLoader:
-    """loaders: of each process, by rank"""
+    """One loader whose batches take turns. loaders: of each process, by rank"""
     return with_batches(loaders[0], Interleaved([loader.batch_sampler for loader in loaders]))
 
 

@@ -17,7 +17,7 @@ SAMPLE = (
     + "end"
 )
 LONGEST_SEARCH_S = 0.5
-"""Of CPU time. GPT-2's takes a thousandth."""
+"""Seconds of CPU time. GPT-2's pattern takes a thousandth."""
 
 
 def check_pattern(name: str, pattern: str) -> None:

@@ -65,7 +65,7 @@ class PrepareConfig:
         return open_source(self.source, self.text_key, self.skip_undecodable)
 
     def request(self, source: Source) -> dict[str, Any]:
-        """As the manifest keeps it: the same request makes the same shards."""
+        """The request as the manifest keeps it: the same one makes the same shards."""
         kind, argument = parse_tokenizer(self.tokenizer)
         return {
             "source": source.fingerprint(),
@@ -239,7 +239,7 @@ def check_room(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
 
 
 def tokens_per_byte(source: Source, tokenizer: Tokenizer) -> float:
-    """Of the first megabyte or so of the text."""
+    """The mean over the first megabyte or so of the text."""
     sample = ""
     for piece in (piece for document in source.documents() for piece in document.pieces()):
         sample += piece

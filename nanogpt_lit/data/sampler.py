@@ -58,7 +58,7 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 def windows_in(n_tokens: int, block_size: int, split: str) -> int:
-    """How many windows lie side by side in the stream. Raises UserError when not even one fits."""
+    """The number of windows side by side in the stream. Raises UserError when not even one fits."""
     if n_tokens <= block_size:
         works = "more text" if split == "train" else "more text or a larger data.val_fraction"
         if n_tokens > 1:

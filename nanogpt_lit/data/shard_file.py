@@ -68,7 +68,7 @@ class ShardWriter:
 
     @property
     def sha256(self) -> str:
-        """Of the token bytes written so far, without the header."""
+        """The digest of the token bytes written so far, without the header."""
         return self._sha256.hexdigest()
 
     def write(self, tokens: np.ndarray) -> None:

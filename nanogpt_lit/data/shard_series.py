@@ -40,7 +40,7 @@ class ShardSeries:
         self._writer = None
 
     def close(self) -> dict[str, Any]:
-        """Its entry in the manifest. Raises UserError when nothing was written."""
+        """The entry of the series in the manifest. Raises UserError when nothing was written."""
         if self._writer is not None:
             self._finish(self._writer)
         if not self.shards:

@@ -190,7 +190,7 @@ class TokenShards:
             self.vocab_limit = vocab_size
 
     def _vocabularies(self, cache: Path | None) -> list[int]:
-        """For every file, the smallest vocabulary that holds its ids."""
+        """The smallest vocabulary that holds the ids of each file."""
         if self.vocab_size is not None:
             return [self.vocab_size] * len(self.files)
         known = _read_cache(cache)

@@ -12,7 +12,7 @@ from nanogpt_lit.doctor.examination import Finding
 from nanogpt_lit.errors import UserError
 
 SUFFIX, PARTIAL = ".safetensors", ".partial"
-"""As checkpoint/run_file.py and runtime/durable.py have them."""
+"""The suffixes of checkpoint/run_file.py and runtime/durable.py, which import torch."""
 GPT2_CHECKPOINT_BYTES = 1_500_000_000
 """Weights and AdamW's moments of 124M parameters, in float32."""
 TRIED_BYTES = 64 * 2**20

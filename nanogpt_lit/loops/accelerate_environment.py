@@ -16,7 +16,7 @@ NO_OTHER_ENGINE = (
 HEARD = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"}
 """Besides those that are held against the YAML; the last two change no number."""
 PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Of torchrun and of three kinds of mpirun."""
+"""Variables of torchrun and of three kinds of mpirun."""
 YES = ("1", "true", "yes", "on", "y", "t")
 
 
@@ -84,7 +84,7 @@ def _precision_remark(precision: str, theirs: str | None) -> str | None:
 
 
 def launched_processes(environ: Mapping[str, str]) -> int:
-    """As many as accelerate launch, torchrun or mpirun say that they started. Raises UserError for no number."""
+    """The number of processes that a launcher says it started. Raises UserError where that is no number."""
     name = next((name for name in PROCESSES if name in environ), None)
     return 1 if name is None else whole_number(name, environ, least=1) or 1
 

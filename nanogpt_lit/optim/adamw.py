@@ -43,7 +43,7 @@ class AdamWConfig:
     """Another optimizer in place of AdamW, such as torch.optim.SGD; one outside of torch.optim needs --trust PACKAGE.
     It is given lr and the two groups of weight_decay; the other keys above are AdamW's and do nothing."""
     init_args: dict[str, Any] = field(default_factory=dict)
-    """Its other arguments, such as {momentum: 0.9}."""
+    """Other arguments of class_path, such as {momentum: 0.9}."""
 
     @property
     def state_moves(self) -> bool:

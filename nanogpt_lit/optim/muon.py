@@ -15,8 +15,8 @@ from torch.optim import AdamW, Optimizer
 from nanogpt_lit.errors import UserError
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic, by Jordan et al.: steepest at zero, so that five rounds bring most singular values near 1. They do
-not converge: values end between 0.7 and 1.2, which serves as well."""
+"""Coefficients of the quintic by Jordan et al.: steepest at zero, so that five rounds bring most singular values near
+1. They do not converge: values end between 0.7 and 1.2, which serves as well."""
 ROUNDS = 5
 TOGETHER_ELEMENTS = 2**22
 """Matrices of one shape are orthogonalised together up to this many numbers: small ones cost a call each otherwise,

@@ -82,7 +82,7 @@ class Outcome:
     """Compared in each loop, over all processes."""
     skipped_steps: int
     seconds_per_step: dict[str, float]
-    """Of each loop, validation in it."""
+    """The mean of each loop, validation included."""
     curves: dict[str, Curves]
 
     @property
@@ -143,7 +143,7 @@ MEMORY_MEASURED = (
 
 
 def peak_growth_mib(case: Case, data: TokenDataModule) -> dict[str, float] | None:
-    """By loop; None on a system that does not tell a process its peak (Windows)."""
+    """Measure each loop in a process of its own. None where the system does not tell a process its peak (Windows)."""
     if peak_bytes() is None:
         return None
     data.position = None

@@ -84,7 +84,7 @@ class KnownDifference:
 
 
 def effects_together(processes: int, base: Case, data: TokenDataModule) -> dict[str, Effect]:
-    """By its name, the effect of each difference that takes several processes to be seen."""
+    """The effects, by name, of the differences that several processes are needed to see."""
     data.position = None
     names = [known.name for known in KNOWN_DIFFERENCES if known.case(base).processes == processes]
     of_ranks = run_together(processes, effects, names, base, data)

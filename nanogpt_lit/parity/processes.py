@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import start_processes
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(minutes=10)
-"""How long a process waits for another; without one, loops that no longer take the same steps would wait for ever."""
+"""The longest wait for another process; without one, loops that no longer take the same steps would hang."""
 
 
 def run_together(processes: int, work: Callable[..., Result], *arguments: Any) -> list[Result]:

@@ -34,7 +34,7 @@ class Difference:
     size: float | None
     """Largest absolute difference; None where there is no number to take."""
     position: int = field(default=0, compare=False)
-    """Of the entry, counted from the start of the run."""
+    """The entry's place, counted from the start of the run."""
 
     def __str__(self) -> str:
         return f"{self.when}: {self.quantity}" + (f" by {self.size:.1e}" if self.size is not None else "")

@@ -52,7 +52,7 @@ class Case:
     """Or "cuda": one process then."""
     module: type[LitNanoGPT] = LitNanoGPT
     module_options: dict[str, Any] = field(default_factory=dict)
-    """Its other arguments."""
+    """Other arguments of the module."""
 
     def make_module(self) -> LitNanoGPT:
         torch.manual_seed(self.settings.seed or 0)

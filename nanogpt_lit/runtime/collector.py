@@ -20,7 +20,7 @@ def no_collector() -> Iterator[None]:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """For the first import of torch and Lightning, and nothing else: some 400,000 objects that stay until the end.
+    """Pause the collector for the first import of torch and Lightning: some 400,000 objects that stay until the end.
 
     To look through them while they are made, and ever again, takes a third of the time of a short command. In a
     process that has torch already it does nothing.

@@ -20,7 +20,7 @@ PCIE_3_X8, PCIE_4_X8 = 6.2e9, 12.4e9
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    """As `plan --gpu` knows it."""
+    """The name that `plan --gpu` knows."""
     pattern: str
     """Regular expression found in torch.cuda.get_device_name(), in lower case. Strict: a GTX 1650 is no GTX 1650 Ti."""
     vram_mib: int
@@ -37,7 +37,7 @@ class Gpu:
     fp16: float
     bf16: float | None
     lowest_clock: float = 1.0
-    """Of the clock that these rates are of: the boost clock at the lowest power limit."""
+    """The boost clock at the lowest power limit, as a share of the clock that these rates are of."""
 
 
 def _geforce_rtx(

@@ -1,4 +1,4 @@
-"""How float32 matrices are multiplied: a setting of the process, made where a run starts and put back where it ends.
+"""The matmul backend of float32 matrices: a process-wide setting, made where a run starts and undone where it ends.
 
 On a CPU by the faster of PyTorch's two libraries. It takes MKL, which on AMD's CPUs does without AVX-512. oneDNN's
 kernels use it: on a Zen 5 they are 2.2 times as fast, and as exact (scripts/bench.py --options). The one way to them is

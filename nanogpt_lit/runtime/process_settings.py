@@ -19,7 +19,7 @@ from torch import nn
 from nanogpt_lit.runtime.matmul import restored_matmul_backend, set_matmul_backend
 
 Deterministic = bool | Literal["warn"] | None
-"""As trainer.deterministic: "warn" goes on with a warning, and None leaves the process as it is."""
+"""Values of trainer.deterministic: "warn" goes on with a warning, None leaves the process as it is."""
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
@@ -80,8 +80,8 @@ RandomState = Mapping[str, torch.Tensor]
 
 
 def random_state(device: torch.device) -> RandomState:
-    """Of the CPU's generator, and of the device's where it is another. Waits for no GPU, whose state is a seed
-    and a count that the host keeps."""
+    """The state of the CPU's generator, and of the device's where it is another. Waits for no GPU, whose state is
+    a seed and a count that the host keeps."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -104,7 +104,7 @@ NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Large blocks that are freed stay with this process, for the next of their size. Whether the system can do that.
+    """Keep large freed blocks in this process, for the next of their size. Returns whether the system can.
 
     Without it glibc gives every tensor of more than 32 MiB (logits, the gradient of the embedding) back to the system
     and fetches it again, page by page, zeroed: of a step on a CPU with GPT-2's vocabulary that was a fifth. The

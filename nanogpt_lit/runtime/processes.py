@@ -25,7 +25,7 @@ SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_
 
 
 def launched_processes(environ: Mapping[str, str] = os.environ) -> int:
-    """As many as a launcher has started, this one with them; 1 without a launcher."""
+    """The number of processes that a launcher has started, this one included; 1 without a launcher."""
     return max((int(environ[name]) for name in SIZES if environ.get(name, "").isdecimal()), default=1)
 
 
@@ -38,7 +38,7 @@ def rank() -> int:
 
 
 def has_group() -> bool:
-    """Also where this process is the only one in it."""
+    """Whether there is a process group, if only of this process."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -70,7 +70,7 @@ def broadcast(mine: T) -> T:
 
 
 class Agreement:
-    """Of all processes on a number, which each of them hands in."""
+    """The largest of a number that every process hands in."""
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None

@@ -68,10 +68,10 @@ def check_no_checkpoint(words: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class End:
-    """How a child ended."""
+    """The end of a child."""
 
     code: int
-    """As a shell counts it: 128 and the signal for a killed one."""
+    """The exit code as a shell counts it: 128 and the signal for a killed child."""
     error: str
     tokens: int | None
     """Trained on so far by the whole run; None when it ended before its first step."""
@@ -184,7 +184,7 @@ class Supervisor:
 
 
 def ending(returncode: int, folder: Path) -> End:
-    """Of a child that has left its reports in the folder."""
+    """Read the reports that a child has left in the folder."""
     reports = {name: (folder / name).read_text("utf-8") if (folder / name).exists() else "" for name in (TOKENS, ERROR)}
     error = reports[ERROR]
     if returncode < 0:

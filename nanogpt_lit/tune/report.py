@@ -17,7 +17,7 @@ Changes = dict[str, tuple[Any, Any]]
 
 
 def changes(settings: Any, found: Found, decision: Decision) -> Changes:
-    """With as many steps as take the time of the YAML's run, and as many validations; none where its values stay."""
+    """The changes to the YAML, with as many steps as take the time of its run; none where its values stay."""
     own, proposed, trainer = found.own, decision.proposed, settings.trainer
     if proposed == own:
         return {}

@@ -14,26 +14,26 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.tune.trials import Candidate, Trials, micro_batches, other_steps
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the YAML's rate, for each recipe."""
+"""Learning rates that are tried with each recipe, as multiples of the YAML's."""
 KEPT = 3
 SEEDS = 3
 UNITS = (1, 2, 4)
-"""How long a run of each round is, against one of the first."""
+"""Length of a run in each round, as a multiple of the first round's."""
 SECOND_ROUND = KEPT + 4
 MIN_STEPS = 20
-"""Of the YAML in the shortest run: fewer say nothing."""
+"""Least steps of the YAML's own candidate in the shortest run: fewer say nothing."""
 FASTER = 0.97
 """A micro-batch must need less than this share of the time: it changes the YAML for nothing else."""
 FULL = 0.97
-"""Of the budget is planned."""
+"""Share of the budget that is planned."""
 VALIDATION = 0.1
-"""Of a run's time, at most."""
+"""Largest share of a run's time."""
 T_95 = {2: 6.31, 3: 2.92}
 """Student's t, one-sided 95 %, for so many pairs."""
 HORIZON = 0.32
 """The best rate falls with the tokens of a run to this power: Bjorck et al. (arXiv:2409.19913)."""
 LOWEST = 0.25
-"""Of the best rate: the law was found with far longer runs, and is trusted no further."""
+"""Least share of the best rate that is proposed: the law was found with far longer runs."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Run:
     given_s: float
     steps: int
     loss: float
-    """Of the validation, at the end; infinite where the run diverged."""
+    """Validation loss at the end; infinite where the run diverged."""
     curve: list[float] = field(repr=False, default_factory=list)
 
 
@@ -64,7 +64,7 @@ class Found:
 
     @property
     def run_s(self) -> float:
-        """Of the whole run that the YAML asks for."""
+        """Seconds of the whole run that the YAML asks for."""
         return self.max_steps * self.step_s(self.own)
 
     def ranking(self, round: int) -> list[Run]:
@@ -150,7 +150,7 @@ def _fastest(trials: Trials, pieces: list[Candidate], found: Found, budget_s: fl
 
 
 def _measure(trials: Trials, candidates: Sequence[Candidate], found: Found, budget_s: float) -> None:
-    """Beside the YAML's own, in whose time it counts: a machine that has become slower since is so for all."""
+    """Measure speeds relative to the YAML's own candidate, measured again: a slower machine is slower for all."""
     measured = trials.speeds(list(dict.fromkeys([found.own, *candidates])), min(budget_s, found.run_s))
     faster = found.step_s(found.own) / measured[found.own]
     found.speeds |= {candidate: step_s * faster for candidate, step_s in measured.items() if candidate != found.own}
@@ -173,7 +173,7 @@ class Decision:
     """The YAML's own where nothing is better for sure."""
     challenger: Candidate
     gains: tuple[float, ...]
-    """By how much its validation loss was below the YAML's, seed by seed."""
+    """Gain in validation loss over the YAML's values, seed by seed."""
     sure: bool | None
     """Whether the gain is more than the seeds make; None where the search was stopped before it could tell."""
     given_s: float

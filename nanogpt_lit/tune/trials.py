@@ -97,7 +97,7 @@ def model_section(model: Mapping[str, Any], own: Candidate, candidate: Candidate
 
 
 SPEED_STEPS = 4
-"""Of which the first, which sets up, is not counted."""
+"""Steps of a measurement of speed; the first, which sets up, is not counted."""
 
 
 class Trials:

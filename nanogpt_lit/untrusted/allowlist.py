@@ -62,7 +62,7 @@ def split_trusted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def limit_imports(trusted: Sequence[str]) -> None:
-    """From here on a configuration can have nothing imported but what is allowed or trusted, and names no URL."""
+    """Let configurations import only what is allowed or trusted, and read no URL, from here on."""
     set_parsing_settings(
         import_path_denylist=["*", *_trusted],
         import_path_allowlist=[*ALLOWED, *trusted],

@@ -63,7 +63,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _check_config(option: str, value: str) -> None:
-    """Of a file; the parser also takes the YAML itself, which begins with a brace or has a colon."""
+    """Check that a file is named. The parser also takes the YAML itself, which begins with a brace or has a colon."""
     path = Path(value)
     if value == "-" or value.lstrip().startswith("{") or (":" in value and not path.exists()):
         return

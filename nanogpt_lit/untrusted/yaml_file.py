@@ -16,10 +16,10 @@ LARGEST = 2**18
 """Bytes. A whole configuration of ours has a hundredth of it."""
 DEEPEST = 50
 MOST_VALUES = 10_000
-"""With those that aliases repeat."""
+"""Most values, those that aliases repeat included."""
 LONGEST_NUMBER = 100
 MOST_OPEN_BRACKETS = 200
-"""In a text, which the parser of the command line may read as YAML again."""
+"""Most open brackets in a text, which the command line's parser may read as YAML again."""
 TAGS = (None, "!", *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")))
 """Any other builds something else than its value looks like."""
 
