@@ -6,8 +6,7 @@
 
 PyTorch's own CUDA build runs over a libcuda.so.1 that is preloaded (build.py): Python, autograd's device thread, ATen's
 host code, the caching allocator and the page-locked one, streams and events are PyTorch's; kernels are launched and
-compute nothing, or, in the tests, are computed on the CPU (arithmetic.py). It cannot show speed, the CUDA context, what
-a kernel rounds, or torch.compile.
+compute nothing, or, in the tests, are computed on the CPU (arithmetic.py). NEEDS_A_GPU is what it cannot show.
 
 Needs Linux, g++, CUDA's headers, about 10 GiB of memory, and a virtual environment with PyTorch's CUDA build (3 GB). It
 makes that one in build/fake_gpu/, unless --python or FAKE_CUDA_PYTHON names the Python of another. The exit code is 0
@@ -33,8 +32,13 @@ ROOT = HERE.parents[1]
 WORK = ROOT / "build" / "fake_gpu"
 TORCH = "torch===2.13.0"
 """Three equal signs: a build for CPUs, 2.13.0+cpu, would do for two."""
-TOLERANCE_PERCENT = 1
-"""Of what PyTorch reserves, at every lag."""
+TOLERANCE_PERCENT, PAGE_MIB = 1, 2
+"""Of what PyTorch reserves, at every lag; or one page, of which it takes no less."""
+NEEDS_A_GPU = (
+    "tokens per second", "the CUDA context and its loaded kernels", "what kernels round, and whether they are right",
+    "cuDNN's attention, which compute capabilities 9.0 and 10.0 take: it is switched off here",
+    "torch.compile, whose kernels Triton loads", "8-bit optimizer states, which bitsandbytes computes",
+)  # fmt: skip
 ROOM = {"FAKE_CUDA_TOTAL_MIB": "24576"}
 """A device on which every configuration runs: what it needs is measured, not whether it fits 4 GB."""
 
@@ -59,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     record = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    record |= {"command": "python tests/fake_gpu/run.py", "torch": version(python), "needs_a_gpu": NEEDS_A_GPU}
     device = Device(python, work)
     passed = True
     for part in options.parts:
@@ -105,13 +110,27 @@ def fits_of(device: Device, options: argparse.Namespace, *more: str) -> dict[str
     more += ("--only", *options.only) if options.only else ()
     code = device.run(str(HERE / "fit_against_plan.py"), f"--work={device.work}", f"--out={out}", *more, **ROOM)
     rows = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
-    errors = [abs(fit.get("reserved_error_percent", float("inf"))) for row in rows for fit in row["fits"]]
-    passed = code == 0 and bool(errors) and max(errors) <= TOLERANCE_PERCENT
-    return {"passed": passed, "rows": rows}
+    worst = max((fit["reserved_error_percent"] for fit in fits_in(rows)), key=abs, default=None)
+    passed = code == 0 and bool(rows) and all(as_planned(row) for row in rows)
+    return {"passed": passed, "largest_reserved_error_percent": worst, "rows": rows}
+
+
+def fits_in(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that ran, beside a plan."""
+    return [fit for row in rows for fit in row["fits"] if "reserved_error_percent" in fit]
+
+
+def as_planned(row: dict[str, Any]) -> bool:
+    if "failed" in row["plan"] or not row["fits"] or any("failed" in fit for fit in row["fits"]):
+        return False
+    differences = [abs(fit["reserved_mib"] - row["plan"][f"{fit['allocator']}_reserved_mib"]) for fit in row["fits"]]
+    errors = [abs(fit["reserved_error_percent"]) for fit in row["fits"]]
+    return all(e <= TOLERANCE_PERCENT or d <= PAGE_MIB for e, d in zip(errors, differences, strict=True))
 
 
 def proof(device: Device, options: argparse.Namespace) -> dict[str, Any]:
-    """scripts/gpu_proof.py, all but its tests, which need arithmetic. Its losses are zeros: parity is of the calls."""
+    """scripts/gpu_proof.py from end to end on 4 GiB, for the first of its configurations: the others' host memory is
+    more than many machines have. Its losses are zeros, so parity is of the calls; its tests are part "gpu" here."""
     out = device.work / "gpu_proof.json"
     out.unlink(missing_ok=True)
     code = device.run("scripts/gpu_proof.py", "--configs", "rtx2050.yaml", "--skip", "tests", f"--out={out}")
@@ -197,7 +216,19 @@ def find_torch(python: Path) -> Path:
             f"{python} has no CUDA build of PyTorch; pip install {TORCH!r} from PyPI has one, and without --python "
             "this command makes such an environment."
         )
+    known = "import importlib.metadata as m; m.version('nanogpt_lit')"
+    if subprocess.run([str(python), "-c", known], cwd=ROOT, capture_output=True).returncode:
+        raise CannotBuildError(
+            f"{python} does not know this project; {python} -m pip install --no-deps -e {ROOT} helps."
+        )
     return torch
+
+
+def version(python: Path) -> str:
+    answer = subprocess.run(
+        [str(python), "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True
+    )
+    return answer.stdout.strip()
 
 
 def state() -> str:
