@@ -88,6 +88,53 @@ def test_memory_ends_events_lag_and_page_locked_memory_is_limited(library):
     assert (report["allocations"], report["refused"], report["registrations_refused"]) == (3, 1, 2)
 
 
+COPIES = """
+import ctypes, json, sys
+cuda = ctypes.CDLL(sys.argv[1])
+device, host, event = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+size = ctypes.c_size_t(16)
+cuda.cudaMalloc(ctypes.byref(device), size), cuda.cudaHostAlloc(ctypes.byref(host), size, 0)
+cuda.cudaEventCreate(ctypes.byref(event))
+read = lambda where: bytes((ctypes.c_char * 16).from_address(where.value))
+def write(text): ctypes.memmove(host, text, 16)
+said = {}
+write(b"a" * 16)
+cuda.cudaMemcpyAsync(device, host, size, 1, None)
+cuda.cudaDeviceSynchronize()
+write(b"b" * 16)  # the copy is over
+cuda.cudaMemcpyAsync(host, device, size, 2, None)
+cuda.cudaEventRecord(event, None)
+said["before it is waited for"] = read(host).decode()
+cuda.cudaEventSynchronize(event)
+said["after"] = read(host).decode()
+cuda.cudaMemcpyAsync(device, host, size, 1, None)
+write(b"c" * 16)  # which it is still to read
+cuda.cudaDeviceSynchronize()
+cuda.cudaMemcpyAsync(host, device, size, 2, None)
+for _ in range(3):
+    cuda.cudaMemsetAsync(device, 0, ctypes.c_size_t(1), None)
+said["once the device has come so far"] = read(host).decode()
+cuda.fake_cuda_report.restype = ctypes.c_char_p
+said["sources changed"] = json.loads(cuda.fake_cuda_report())["sources_changed"]
+print(json.dumps(said))
+"""
+
+
+def test_copies_arrive_late_and_read_late_when_the_device_lags(library):
+    for lag, arrives, changed in (("0", "a", 0), ("3", "b", 1)):
+        answer = subprocess.run(
+            [sys.executable, "-c", COPIES, str(library)],
+            env={"FAKE_CUDA_LAG": lag, "FAKE_CUDA_ARITHMETIC": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert answer.returncode == 0, answer.stderr
+        said = json.loads(answer.stdout)
+        assert said["before it is waited for"] == arrives * 16
+        assert said["after"] == said["once the device has come so far"] == "a" * 16
+        assert said["sources changed"] == changed
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [

@@ -110,7 +110,7 @@ bool Device::unregister_host(void* start) {
   return true;
 }
 
-void Device::copy(void* target, const void* source, size_t size) {
+void Device::copy(void* target, const void* source, size_t size, bool waits) {
   {
     std::lock_guard guard(mutex);
     counts.copies++;
@@ -122,8 +122,32 @@ void Device::copy(void* target, const void* source, size_t size) {
       memset(target, size == 1, size);
       return;
     }
+    finish_copies(source, size);  // what the copy is ordered after
+    bool late = lag > 0 && arithmetic && !waits;  // without arithmetic there is nothing right to arrive
+    auto is_locked = [](const Range* range) { return range && range->kind != Kind::device; };
+    auto bytes = [&] { return std::vector<char>((const char*)source, (const char*)source + size); };
+    if (late && read_back && is_locked(to)) {
+      copies_.push_back({target, bytes(), true, counts.launches});
+      return;
+    }
+    if (late && is_locked(from) && to && to->kind == Kind::device)
+      copies_.push_back({const_cast<void*>(source), bytes(), false, counts.launches});
   }
   memmove(target, source, size);
+}
+
+void Device::finish_copies(const void* start, size_t size) {
+  for (auto copy = copies_.begin(); copy != copies_.end();) {
+    auto *host = (const char*)copy->host, *from = (const char*)start;
+    bool is_there = start && host < from + size && from < host + copy->bytes.size();
+    if (copy->after > done_ && copy->after + lag > counts.launches && !(is_there && copy->arrives)) {
+      ++copy;
+      continue;
+    }
+    if (copy->arrives) memcpy(copy->host, copy->bytes.data(), copy->bytes.size());
+    else if (memcmp(copy->host, copy->bytes.data(), copy->bytes.size())) counts.sources_changed++;
+    copy = copies_.erase(copy);
+  }
 }
 
 void Device::record(Event* event) {
@@ -131,18 +155,22 @@ void Device::record(Event* event) {
   *event = {true, counts.launches, std::chrono::duration<double>(steady_clock::now().time_since_epoch()).count()};
 }
 
-bool Device::reached(const Event* event) const {
-  return !event->recorded || event->after <= done_ || event->after + lag <= counts.launches;
+bool Device::reached(const Event* event) {
+  bool over = !event->recorded || event->after <= done_ || event->after + lag <= counts.launches;
+  if (over && event->recorded) done_ = std::max(done_, event->after), finish_copies();
+  return over;
 }
 
 void Device::wait_for(const Event* event) {
   counts.synchronizations++;
   if (event->recorded) done_ = std::max(done_, event->after);
+  finish_copies();
 }
 
 void Device::synchronize() {
   counts.synchronizations++;
   done_ = counts.launches;
+  finish_copies();
 }
 
 }  // namespace fake
@@ -172,10 +200,10 @@ EXPORTED const char* fake_cuda_report() {
   snprintf(text, sizeof text,
            "{\"used_mib\": %.2f, \"peak_mib\": %.2f, \"page_locked_mib\": %.2f, \"page_locked_peak_mib\": %.2f, "
            "\"launches\": %llu, \"products\": %llu, \"copies\": %llu, \"allocations\": %llu, \"refused\": %llu, "
-           "\"registrations_refused\": %llu, \"waits\": %llu, \"synchronizations\": %llu}",
+           "\"registrations_refused\": %llu, \"waits\": %llu, \"synchronizations\": %llu, \"sources_changed\": %llu}",
            double(device.used) / fake::MIB, double(device.peak) / fake::MIB, double(device.page_locked) / fake::MIB,
            double(device.page_locked_peak) / fake::MIB, number(n.launches), number(n.products), number(n.copies),
            number(n.allocations), number(n.refused), number(n.registrations_refused), number(n.waits),
-           number(n.synchronizations));
+           number(n.synchronizations), number(n.sources_changed));
   return text;
 }

@@ -21,6 +21,6 @@ def configure(**settings: int) -> None:
 
 def report() -> dict[str, Any]:
     """used_mib, peak_mib, page_locked_mib, page_locked_peak_mib, launches, products, copies, allocations, refused,
-    registrations_refused, waits, synchronizations"""
+    registrations_refused, waits, synchronizations, sources_changed"""
     _LIBRARY.fake_cuda_report.restype = ctypes.c_char_p
     return json.loads(_LIBRARY.fake_cuda_report())

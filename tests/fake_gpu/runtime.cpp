@@ -203,7 +203,8 @@ EXPORTED cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes,
   return cudaSuccess;
 }
 
-// Copies: done at once, whatever stream they are put on. A kernel's result that is copied is not there to copy.
+// Copies: done at once, whatever stream they are put on, but for what device.h says of a lag. A kernel's result that is
+// copied is not there to copy.
 
 EXPORTED cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t size, cudaMemcpyKind, cudaStream_t) {
   Device::get().launch();
@@ -211,7 +212,8 @@ EXPORTED cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t si
   return cudaSuccess;
 }
 EXPORTED cudaError_t cudaMemcpy(void* target, const void* source, size_t size, cudaMemcpyKind kind) {
-  cudaMemcpyAsync(target, source, size, kind, nullptr);
+  Device::get().launch();
+  Device::get().copy(target, source, size, true);
   return cudaDeviceSynchronize();
 }
 EXPORTED cudaError_t cudaMemcpyPeerAsync(void* target, int, const void* source, int, size_t size, cudaStream_t stream) {
@@ -240,7 +242,11 @@ EXPORTED cudaError_t cudaStreamCreate(cudaStream_t* s) { return new_stream(s); }
 EXPORTED cudaError_t cudaStreamDestroy(cudaStream_t s) { free(s); return cudaSuccess; }
 EXPORTED cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) { *priority = 0; return cudaSuccess; }
 EXPORTED cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
-EXPORTED cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+EXPORTED cudaError_t cudaStreamQuery(cudaStream_t) {
+  auto& d = Device::get();
+  Guard g(d.mutex);
+  return d.idle() ? cudaSuccess : last_error = cudaErrorNotReady;
+}
 EXPORTED cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
