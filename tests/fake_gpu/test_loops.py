@@ -29,7 +29,7 @@ def script(name):
 
 
 class Stop:
-    """Ctrl-C in the middle of the second step."""
+    """Ctrl-C in the middle of the first step."""
 
     found = None
 
@@ -39,7 +39,7 @@ class Stop:
 
     def _step(self, *_):
         self.steps += 1
-        if self.steps == 2:
+        if self.steps == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
 

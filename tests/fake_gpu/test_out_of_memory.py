@@ -20,6 +20,7 @@ AT_STEP = {"optimizer": 1}
 ROOM = 0.6
 """Of the memory that the phase took in the undisturbed run beyond what was there when it began."""
 PAGE_MIB = 2
+NO_FILES = "--trainer.enable_checkpointing=false"
 
 
 def of_a_plan(tensor):
@@ -98,7 +99,7 @@ def undisturbed(tmp_path_factory, text):
     def run(placement):
         if placement not in runs:
             folder = tmp_path_factory.mktemp("undisturbed")
-            outcome = fit(folder / "run", text, PLACEMENTS[placement], before=Moments())
+            outcome = fit(folder / "run", text, PLACEMENTS[placement], NO_FILES, before=Moments())
             assert outcome.code == 0, outcome.said
             runs[placement] = outcome
         return runs[placement]
@@ -115,7 +116,7 @@ def test_memory_that_ends_does_not_end_the_run(placement, phase, undisturbed, te
         pytest.skip(f"takes {need_mib:.0f} MiB of the GPU in {phase}")
     room_mib = max(PAGE_MIB, math.floor(need_mib * ROOM / PAGE_MIB) * PAGE_MIB)
     try:
-        outcome = fit(tmp_path / "run", text, PLACEMENTS[placement], before=Moments(take=(phase, room_mib)))
+        outcome = fit(tmp_path / "run", text, PLACEMENTS[placement], NO_FILES, before=Moments(take=(phase, room_mib)))
     except FailedError as error:
         pytest.fail(str(error))
     record_property("outcome", outcome.error or next(iter(lines(outcome.said, "out of memory")), "went on"))
