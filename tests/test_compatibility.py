@@ -73,6 +73,19 @@ def test_a_strategy_whose_package_is_missing_says_so(monkeypatch):
     check_together(strategy_settings(trainer, "cuda"))
 
 
+def test_a_short_name_and_a_class_say_the_same_of_a_strategy():
+    trainer = {"precision": "16", "gradient_clip_val": 1.0}
+    by_name = strategy_settings(trainer | {"strategy": "ddp_fork_find_unused_parameters_true"}, "cuda")
+    by_class = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"start_method": "fork"}}
+    assert by_name == strategy_settings(trainer | {"strategy": by_class}, "cuda")
+    assert (by_name["trainer.strategy.start_method"], by_name["trainer.precision"]) == ("fork", "16-mixed")
+    sizes = {"class_path": "ModelParallelStrategy", "init_args": {"tensor_parallel_size": 2}}
+    with pytest.raises(UserError, match="tensor_parallel_size=2 would divide"):
+        check_together(strategy_settings(trainer | {"strategy": sizes, "precision": "bf16-mixed"}, "cuda"))
+    with pytest.raises(UserError, match="did you mean ddp"):
+        strategy_settings(trainer | {"strategy": "dpp"}, "cuda")
+
+
 def test_nested_settings_get_the_keys_of_the_yaml():
     assert keys_of("model", {"compile": False, "memory": {"weights": "host"}}) == {
         "model.compile": False,

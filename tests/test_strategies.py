@@ -256,9 +256,9 @@ def there_and_back(folder, defaults, values):
     return read_accelerate_file(write(folder, back))
 
 
-@pytest.mark.parametrize(("base", "key", "value"), ROUND_TRIPS, ids=lambda v: str(v) if not isinstance(v, dict) else "")
-def test_a_key_with_a_counterpart_comes_back_with_its_value(base, key, value, defaults, tmp_path):
-    assert there_and_back(tmp_path, defaults, {**base, key: value})[key] == value
+def test_a_key_with_a_counterpart_comes_back_with_its_value(defaults, tmp_path):
+    for base, key, value in ROUND_TRIPS:
+        assert there_and_back(tmp_path, defaults, {**base, key: value})[key] == value, (key, value)
 
 
 def test_the_round_trips_leave_out_no_key_that_has_a_counterpart():
@@ -269,18 +269,18 @@ def test_the_round_trips_leave_out_no_key_that_has_a_counterpart():
 BASE_OF = {"fsdp_config": FSDP1, "parallelism_config": FSDP2}
 
 
-@pytest.mark.parametrize("key", [row.accelerate for row in TABLE if row.lightning is None])
-def test_a_key_without_a_counterpart_is_named_or_refused_and_its_default_is_neither(key, tmp_path):
-    row, base = ROW_OF[key], BASE_OF.get(key.partition(".")[0], TWO_CARDS)
-    other = {bool: not row.default, int: 7}.get(type(row.default), "something")
-    if row.refused:
-        with pytest.raises(UserError, match=rf"{key}={other} has no"):
-            to_trainer(read(tmp_path, **{**base, key: other}))
-    else:
-        remarks = to_trainer(read(tmp_path, **{**base, key: other})).remarks
-        assert f"{key}={other}: {row.instead.format(value=other)}" in remarks
-    remarks = to_trainer(read(tmp_path, **{**base, key: row.default})).remarks
-    assert [line for line in remarks if line.startswith(key)] == []
+def test_a_key_without_a_counterpart_is_named_or_refused_and_its_default_is_neither(tmp_path):
+    for row in (row for row in TABLE if row.lightning is None):
+        key, base = row.accelerate, BASE_OF.get(row.accelerate.partition(".")[0], TWO_CARDS)
+        other = {bool: not row.default, int: 7}.get(type(row.default), "something")
+        if row.refused:
+            with pytest.raises(UserError, match=rf"{key}={other} has no"):
+                to_trainer(read(tmp_path, **{**base, key: other}))
+        else:
+            remarks = to_trainer(read(tmp_path, **{**base, key: other})).remarks
+            assert f"{key}={other}: {row.instead.format(value=other)}" in remarks
+        remarks = to_trainer(read(tmp_path, **{**base, key: row.default})).remarks
+        assert [line for line in remarks if line.startswith(key)] == []
 
 
 @pytest.mark.parametrize(
@@ -410,12 +410,9 @@ def test_reading_accelerates_file_needs_no_torch(tmp_path):
     [
         ({"distributed_type": "NO", "num_processes": 2}, "contradicts distributed_type=NO"),
         ({**TWO_CARDS, "num_machines": 3}, "num_processes=2 does not divide over num_machines=3"),
-        ({**TWO_CARDS, "gpu_ids": "0"}, "gpu_ids=0 contradicts num_processes=2"),
         ({**TWO_CARDS, "use_cpu": True}, "use_cpu=True contradicts distributed_type=MULTI_GPU"),
         ({**TWO_CARDS, "num_machines": 2}, "num_machines=2 needs main_process_ip and main_process_port"),
-        ({**TWO_CARDS, "mixed_precision": "fp4"}, "mixed_precision=fp4 is not known"),
         ({**TWO_CARDS, "fsdp_config.fsdp_version": 2}, "does not read fsdp_config.fsdp_version beside"),
-        ({**FSDP1, "use_cpu": True, "mixed_precision": "no"}, "is trained as DDP without a word"),
         ({**FSDP2, "mixed_precision": "fp16"}, "precision=16-mixed does not go with"),
         (
             {**FSDP1, "fsdp_config.fsdp_sharding_strategy": "NO_SHARD",
@@ -429,7 +426,6 @@ def test_reading_accelerates_file_needs_no_torch(tmp_path):
             "deepspeed_config_file=a.json and zero_stage both configure DeepSpeed",
         ),
         ({"distributed_type": False}, "YAML reads a bare NO so; write 'NO' in quotes"),
-        ({**TWO_CARDS, "main_process_ip": {"a": 1}}, "main_process_ip should be one value"),
     ],
 )  # fmt: skip
 def test_an_accelerate_file_at_odds_with_itself_is_refused_in_one_sentence(values, sentence, tmp_path, capsys):
@@ -468,22 +464,9 @@ def test_a_trainer_section_that_accelerate_has_no_word_for_is_refused(changes, s
     [
         (["--trainer.strategy=fsdp"], "FSDPStrategy does not go with trainer.accelerator=cpu"),
         (["--trainer.strategy=ModelParallelStrategy"], "trainer.devices=auto leaves open over how many processes"),
-        (
-            ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.tensor_parallel_size=2",
-             "--trainer.strategy.data_parallel_size=1", "--trainer.devices=2"],
-            "trainer.strategy.tensor_parallel_size=2",
-        ),
-        (
-            ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.data_parallel_size=3",
-             "--trainer.devices=2"],
-            "data_parallel_size=3 should be the 2 processes",
-        ),
-        (["--trainer.strategy=ddp_spawn"], "start_method=spawn"),
-        (["--trainer.strategy=ddp_fork_find_unused_parameters_true"], "start_method=fork"),
         (["--trainer.strategy=DDPStrategy", "--trainer.strategy.start_method=spawn", "--trainer.devices=2"], "popen"),
-        (["--trainer.strategy=dpp"], "did you mean ddp?"),
     ],
-)  # fmt: skip
+)
 def test_fit_says_what_a_strategy_lacks_before_it_makes_anything(options, words, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("abc " * 500)
     fixed = ["--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.precision=32-true",
