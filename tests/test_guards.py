@@ -23,7 +23,7 @@ from nanogpt_lit.memory.host_optimizer import HostAdamW
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.run import guards
-from nanogpt_lit.run.guards import FiniteGuard, NotFinite, drop_unless_finite
+from nanogpt_lit.run.guards import FiniteGuard, NotFinite
 from nanogpt_lit.runtime import durable
 
 Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
@@ -100,11 +100,13 @@ def test_an_optimizer_without_gradients_changes_neither_weights_nor_state(kind):
     parameters = [torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))]
     options = {"foreach": kind == "foreach", "fused": kind in ("fused", "host")}
     optimizer = (HostAdamW if kind == "host" else torch.optim.AdamW)(parameters, lr=0.1, **options)
+    guard = FiniteGuard()
+    guard._parameters = parameters
     for poison in (1.0, math.inf, math.nan):
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter) * poison
         before = copy.deepcopy((parameters, optimizer.state_dict()))
-        drop_unless_finite(parameters, torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+        guard.on_before_step(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         optimizer.step()
         unchanged = all(same(a, b) for (_, a), (_, b) in zip(
             leaves("", before[1]), leaves("", optimizer.state_dict()), strict=False

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml  # type: ignore[import-untyped]
@@ -16,7 +16,6 @@ from nanogpt_lit.checkpoint.network import chosen_tokenizer
 from nanogpt_lit.checkpoint.newest import CKPT, Newest, latest_of, newest_run, step_in
 from nanogpt_lit.checkpoint.run_file import SUFFIX, check_run_file
 from nanogpt_lit.checkpoint.run_lock import RunLock
-from nanogpt_lit.cli.fine_tuning import Beginning
 from nanogpt_lit.cli.parser import Parser
 from nanogpt_lit.data.datamodule import ORDER_FIELDS, TokenDataModule
 from nanogpt_lit.data.tokenizer import parse_tokenizer
@@ -49,6 +48,9 @@ from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.process_settings import keep_freed_memory
 from nanogpt_lit.runtime.processes import is_first, launched_processes
 from nanogpt_lit.runtime.supervised import supervised
+
+if TYPE_CHECKING:
+    from nanogpt_lit.cli.fine_tuning import Beginning
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -322,6 +324,8 @@ class SettingsCLI(LightningCLI):
         if settings.get("init_from") is None:
             return
         source = settings.get("ckpt_path") or settings.init_from
+        from nanogpt_lit.cli.fine_tuning import Beginning  # late, with the formats of all others behind it
+
         self.beginning = Beginning.of(source, settings.data.special_tokens or ())
         if settings.get("ckpt_path") is None:
             settings.init_from = self.beginning.source

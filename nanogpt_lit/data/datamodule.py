@@ -53,11 +53,6 @@ class TokenWindows(Dataset[Batch]):
         )
 
 
-def already_stacked(batch: Any) -> Batch:
-    """The collate_fn: batches come stacked."""
-    return batch
-
-
 class TokenDataModule(LightningDataModule):
     """Text to token shards to batches.
 
@@ -254,7 +249,7 @@ class TokenDataModule(LightningDataModule):
         return DataLoader(
             TokenWindows(shards, self.block_size),
             batch_sampler=order,
-            collate_fn=already_stacked,
+            collate_fn=tuple,  # which leaves a batch as it is: they come stacked
             pin_memory=torch.cuda.is_available(),
             # Every iterator of a DataLoader draws a number. From a generator of its own, or dropout would depend on
             # how often a loop starts one.

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt_lit.runtime.matmul import by_mkl, is_by_onednn
+from nanogpt_lit.runtime.matmul import ONEDNN, by_mkl
+
+_MKLDNN: Any = torch.backends.mkldnn
 
 SHORT = 128
 """Tokens up to which a CPU's attention is faster in float32 than in bfloat16, whose units take larger tiles."""
@@ -27,7 +29,7 @@ def attention(
     if mask is not None:
         mask = mask.to(q.dtype)
     in_float32 = on_cpu and q.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if in_float32 and dropout_p == 0 and not torch.compiler.is_compiling() and is_by_onednn():
+    if in_float32 and dropout_p == 0 and not torch.compiler.is_compiling() and _MKLDNN.matmul.fp32_precision == ONEDNN:
         return _InTiles.apply(q, k, v, is_causal, mask)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
 

@@ -157,7 +157,8 @@ class GPT(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (B, T) given tokens (B, T); IGNORE_INDEX targets are skipped."""
-        hidden = self.hidden(tokens, documents=self.documents(tokens))
+        documents = None if self.config.document_start is None else self.documents(tokens)
+        hidden = self.hidden(tokens, documents=documents)
         return as_finite_as_its_gradients(self.cross_entropy(hidden, self.lm_head.weight, targets))
 
     def parameter_count(self, non_embedding: bool) -> int:

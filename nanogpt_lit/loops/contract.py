@@ -138,13 +138,13 @@ class Observers(Observer):
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers
+        self._batch_end, self._before_step = self.listeners("on_batch_end"), self.listeners("on_before_step")
+        self._step_end, self._between_steps = self.listeners("on_step_end"), self.listeners("between_steps")
 
-        def listening(moment: str) -> list[Any]:
-            its_own = (o for o in observers if getattr(type(o), moment) is not getattr(Observer, moment))
-            return [getattr(observer, moment) for observer in its_own]
-
-        self._batch_end, self._before_step = listening("on_batch_end"), listening("on_before_step")
-        self._step_end, self._between_steps = listening("on_step_end"), listening("between_steps")
+    def listeners(self, moment: str) -> list[Callable[..., Any]]:
+        """What to call at a moment."""
+        listening = (o for o in self._observers if getattr(type(o), moment) is not getattr(Observer, moment))
+        return [getattr(observer, moment) for observer in listening]
 
     def on_train_start(self, training: Training) -> None:
         for observer in self._observers:

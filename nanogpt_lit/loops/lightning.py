@@ -57,7 +57,7 @@ class Observed(Callback):
         self._run.callback(module.register_forward_hook(self._note_loss).remove)
         self._observer = self._run.enter_context(running(self._training, self.observers))
         if self._plugin is not None:
-            self._plugin.on_before_step = self._observer.on_before_step
+            self._plugin.listeners = self._observer.listeners("on_before_step")
 
     def _note_loss(self, module: nn.Module, batch: Any, loss: Tensor | None) -> None:
         # Under DDP Lightning calls validation_step in the place of forward, and it returns nothing.
@@ -162,7 +162,8 @@ class MeasuredClipping(LightningPrecision):
 
     grad_norm: Tensor | None = None
     """Global norm of the gradients before clipping, at the last optimizer step."""
-    on_before_step: Callable[[Tensor], None] | None = None
+    listeners: Sequence[Callable[[Tensor], None]] = ()
+    """Called with it before the step."""
 
     def clip_gradients(
         self,
@@ -176,8 +177,8 @@ class MeasuredClipping(LightningPrecision):
         self.grad_norm = nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val if by_norm else math.inf)
         if not by_norm:
             LightningPrecision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
-        if self.on_before_step is not None:
-            self.on_before_step(self.grad_norm)
+        for tell in self.listeners:
+            tell(self.grad_norm)
 
 
 class FullPrecision(MeasuredClipping):

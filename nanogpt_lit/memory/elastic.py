@@ -20,6 +20,7 @@ could, and with several processes, of which the others would wait for one that d
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ from torch.amp import GradScaler
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.memory.ladder import chunk_tokens, next_technique
-from nanogpt_lit.memory.micro_batch import MicroBatch, loss_of, share_of
-from nanogpt_lit.memory.oom import advice, catch_oom, free_unused, limit_device_memory
+from nanogpt_lit.memory.micro_batch import MicroBatch, catch_oom, loss_of, share_of
+from nanogpt_lit.memory.oom import advice, free_unused, limit_device_memory
 from nanogpt_lit.memory.techniques import MemoryConfig, change_techniques
 from nanogpt_lit.runtime.process_settings import RandomState, random_state, set_random_state
 
@@ -87,13 +88,6 @@ def start_elastic(
     module.loss.fall_back({**module.fallback, **(fallback or {})})
 
 
-def end_step(module: Any) -> None:
-    """An optimizer step is over, also one that left the weights alone."""
-    loss = getattr(module, "loss", None)
-    if isinstance(loss, ElasticLoss):
-        loss.window.clear()
-
-
 def stop_elastic(module: Any) -> None:
     """The run is over: the module's loss is its network's again."""
     loss = getattr(module, "loss", None)
@@ -131,7 +125,9 @@ class ElasticLoss:
         """Raises UserError when one sequence at a time does not fit."""
         if not self._is_on:
             return self.loss(tokens, targets)
-        batch = MicroBatch.here(tokens, targets)
+        kind = tokens.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        batch = MicroBatch(tokens, targets, dtype)
         return self._train(batch) if torch.is_grad_enabled() else self._validate(batch)
 
     def _validate(self, batch: MicroBatch) -> Tensor:
@@ -151,12 +147,16 @@ class ElasticLoss:
             draws = gpt.training and gpt.config.dropout > 0
             self._random = random_state(batch.tokens.device) if draws else None
         while True:
-            batch.value, said = catch_oom(self._forward, batch)
+            if SEQUENCES[0] in self._module.fallback:
+                batch.value, said = catch_oom(self._forward_in_pieces, batch)
+            else:
+                batch.pending, said = catch_oom(self.loss, batch.tokens, batch.targets)
+                batch.value = batch.pending.detach() if batch.pending is not None else None
             if said is None:
-                return loss_of(batch, backward=lambda: self._backward(batch))
+                return loss_of(batch, backward=partial(self._backward, batch))
             self._do_again(self.window, "forward", said, batch)
 
-    def _forward(self, batch: MicroBatch) -> Tensor:
+    def _forward_in_pieces(self, batch: MicroBatch) -> Tensor:
         """The value of the loss. Of several pieces, the last alone is left for the loop's backward."""
         *first, last = batch.pieces(self._sequences("forward"))
         total: Tensor | float = 0.0

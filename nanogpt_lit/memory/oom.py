@@ -45,20 +45,6 @@ def oom_message(error: BaseException) -> str | None:
     return None
 
 
-def catch_oom(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
-    """(action's result, None), or (None, what an allocator says). Other errors pass.
-
-    The error itself ends here: its traceback holds the frames, and these the tensors, that are to be freed.
-    """
-    try:
-        return action(*arguments), None
-    except Exception as error:
-        said = oom_message(error)
-        if said is None:
-            raise
-        return None, said
-
-
 def free_unused() -> None:
     """Give memory that nobody uses back to the device, so that it can be had in other sizes."""
     gc.collect()

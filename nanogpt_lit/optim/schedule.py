@@ -93,8 +93,12 @@ class WarmupDecay(LambdaLR):
         # called, with the overflow flag beside it, and skips inside its kernel.
         found_inf = getattr(optimizer, "found_inf", None)
         # Gradients that are not finite are taken away before the step (run/guards.py).
-        has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-        self._step_happened = has_gradients and (found_inf is None or not found_inf.item())
+        self._step_happened = False
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_happened = found_inf is None or not found_inf.item()
+                    return
 
     def step(self, epoch: int | None = None) -> None:
         if self._step_happened:

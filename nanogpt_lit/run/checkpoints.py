@@ -57,6 +57,8 @@ class Checkpoints(Observer):
 
     def on_train_start(self, training: Training) -> None:
         self._training = training
+        if training.processes == 1:
+            self._times.agreement = None
         if self._saver is not None:
             self._saver.in_background = True
 
@@ -123,7 +125,8 @@ class SaveTimes:
         self.every_steps = every_steps
         self._clock = clock
         self._saved_s = clock()
-        self._agreement = Agreement()
+        self.agreement: Agreement | None = Agreement()
+        """None where a process is alone."""
 
     def due(self, step: int) -> bool:
         """Of several processes all ask, and get the same answer."""
@@ -131,7 +134,8 @@ class SaveTimes:
             return True
         if self.every_minutes is None:
             return False
-        return self._agreement.highest(int(self._clock() - self._saved_s >= 60 * self.every_minutes)) > 0
+        is_time = self._clock() - self._saved_s >= 60 * self.every_minutes
+        return is_time if self.agreement is None else self.agreement.highest(int(is_time)) > 0
 
     def saved(self) -> None:
         """Called with every checkpoint: the minutes are counted from here."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Observer, Training, clipping_order
@@ -18,17 +18,6 @@ IN_A_ROW = 20
 
 class NotFinite(UserError):  # noqa: N818 - a fact about the run
     """What a run is given up for."""
-
-
-def drop_unless_finite(parameters: list[nn.Parameter], grad_norm: Tensor) -> None:
-    """Takes the gradients away when their norm is nan or infinite: an optimizer's step then leaves all as it is.
-
-    Waits for the device, once a step. On several processes the norm is that of all, and so is the decision.
-    """
-    whole = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # of a sharded network
-    if not math.isfinite(whole.item()):
-        for parameter in parameters:
-            parameter.grad = None
 
 
 class FiniteGuard(Observer):
@@ -47,7 +36,11 @@ class FiniteGuard(Observer):
         self._skipped = getattr(training.schedule, "skipped_steps", 0)
 
     def on_before_step(self, grad_norm: Tensor) -> None:
-        drop_unless_finite(self._parameters, grad_norm)
+        """Waits for the device, once a step. On several processes the norm is that of all, and so is the decision."""
+        whole = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # of a sharded network
+        if not math.isfinite(whole.item()):
+            for parameter in self._parameters:
+                parameter.grad = None  # an optimizer's step then leaves all as it is
 
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
         # The schedule counts the steps that did not happen (optim/schedule.py).

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import Observer, Training
-from nanogpt_lit.plan.peak_watch import PeakWatch
-from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.runtime.clock import awake_s
 from nanogpt_lit.runtime.gpu_health import GpuHealth
 from nanogpt_lit.runtime.machine import peak_flops_of
 from nanogpt_lit.runtime.processes import mean_of_processes
 from nanogpt_lit.runtime.supervised import Position
+
+if TYPE_CHECKING:
+    from nanogpt_lit.plan.peak_watch import PeakWatch
 
 MIB = 2**20
 
@@ -79,7 +80,7 @@ class StepMetrics(Observer):
         self._gpu_health = GpuHealth(device)
         if self._plans and device.type == "cuda" and training.processes == 1:
             # What several processes exchange and shard is in no plan.
-            self._peak_watch = PeakWatch(training.module, training.optimizer, shape_of(training), say)
+            self._peak_watch = peak_watch_of(training)
         self._start()
 
     def on_batch_end(self, loss: Tensor, tokens: int) -> None:
@@ -192,10 +193,13 @@ def validation_curves(loss: float) -> dict[str, float]:
     return {"val/loss": loss, "val/perplexity": perplexity(loss)}
 
 
-def shape_of(training: Training) -> Callable[..., StepShape]:
-    """What the loop knows of the step that is planned."""
+def peak_watch_of(training: Training) -> "PeakWatch":
+    """Given what the loop knows of the step that is planned."""
+    from nanogpt_lit.plan.peak_watch import PeakWatch  # late, for a run without a GPU plans nothing
+    from nanogpt_lit.plan.step import StepShape
+
     settings = training.settings
-    return partial(
+    shape = partial(
         StepShape,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         precision=settings.precision,
@@ -203,6 +207,7 @@ def shape_of(training: Training) -> Callable[..., StepShape]:
         zeroes_after_forward=training.zeroes_after_forward,
         validates=settings.val_check_interval is not None,
     )
+    return PeakWatch(training.module, training.optimizer, shape, say)
 
 
 def say(line: str) -> None:

@@ -10,7 +10,7 @@ from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.loops.contract import Observer, Training
-from nanogpt_lit.memory.elastic import end_step, start_elastic, stop_elastic
+from nanogpt_lit.memory.elastic import ElasticLoss, start_elastic, stop_elastic
 from nanogpt_lit.run.checkpoints import Checkpoints, SaveTimes
 from nanogpt_lit.run.curves import Curves
 from nanogpt_lit.run.guards import FiniteGuard
@@ -27,6 +27,7 @@ class ElasticSteps(Observer):
     """Lets the steps of a run survive an out-of-memory (memory/elastic.py)."""
 
     _training: Training | None = None
+    _window: list[Any] | None = None
 
     def on_train_start(self, training: Training) -> None:
         self._training = training
@@ -37,10 +38,12 @@ class ElasticSteps(Observer):
             device=training.device,
             say=say,
         )
+        loss = getattr(training.module, "loss", None)
+        self._window = loss.window if isinstance(loss, ElasticLoss) else None
 
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        assert self._training is not None
-        end_step(self._training.module)
+        if self._window is not None:
+            self._window.clear()  # the step is over, also one that left the weights alone
 
     def on_exit(self) -> None:
         if self._training is not None:

@@ -24,14 +24,16 @@ class ProgressLine(Observer):
     def __init__(self, metrics: StepMetrics) -> None:
         self._metrics = metrics
         self._progress: Progress | None = None
+        self._clock = awake_s
 
     def on_train_start(self, training: Training) -> None:
         if training.rank == 0:
             self._progress = Progress(training.settings.max_steps, training.step)
 
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        if self._progress is not None and self._progress.is_due(step):
-            self._progress.update(step, self._metrics.logged_loss, self._metrics.tokens_per_s)
+        progress = self._progress
+        if progress is not None and (self._clock() >= progress.due_s or step == progress.total_steps):
+            progress.update(step, self._metrics.logged_loss, self._metrics.tokens_per_s)
 
     def on_validation_end(self, step: int, loss: Tensor) -> None:
         if self._progress is not None:
@@ -63,7 +65,9 @@ class Progress:
         self._clock = clock
         self._sleeps = sleeps or Sleeps()
         self._anchor: tuple[int, float] | None = None  # (step, time) that the rate is counted from
-        self._began_s = self._shown_s = clock()
+        self._began_s = self.due_s = clock()
+        """due_s: when there is something to show again; the last step is always shown."""
+        self._line_s = self._began_s + LINE_EVERY_S
         self._live = self._stream.isatty()
         self._bar = tqdm(
             total=total_steps,
@@ -73,11 +77,6 @@ class Progress:
             dynamic_ncols=True,
             bar_format="step {n_fmt}/{total_fmt} {bar:20} {percentage:3.0f}% {postfix}",
         )
-
-    def is_due(self, step: int) -> bool:
-        """Whether there is something to show: at the first step, the last one, and every so often between."""
-        every_s = BAR_EVERY_S if self._live else LINE_EVERY_S
-        return self._anchor is None or step == self.total_steps or self._clock() - self._shown_s >= every_s
 
     def update(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
         """step: optimizer steps done so far. loss and tokens_per_s: the last ones known."""
@@ -95,12 +94,14 @@ class Progress:
         if remaining_s is not None:
             parts.append(arrival(remaining_s, datetime.now()))
         if self._live:
-            self._shown_s = now_s
+            self.due_s = now_s + BAR_EVERY_S
             self._bar.set_postfix_str("  ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif now_s - self._shown_s >= LINE_EVERY_S or step == self.total_steps:
-            self._shown_s = now_s
+            return
+        if now_s >= self._line_s or step == self.total_steps:
+            self._line_s = now_s + LINE_EVERY_S
             self.say("  ".join([f"step {step}/{self.total_steps}", *parts]))
+        self.due_s = self._line_s
 
     def remaining_s(self, step: int, now_s: float) -> float | None:
         """Seconds until the last step at the average pace so far; None before a second step has been seen."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT
-from nanogpt_lit.gpt.sampling import continue_text
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.run.curves import Curves
 from nanogpt_lit.run.metrics import StepMetrics
@@ -57,6 +56,8 @@ class Samples(Observer):
             return
         gpt = module.gpt
         assert isinstance(gpt, GPT)
+        from nanogpt_lit.gpt.sampling import continue_text  # late, for most of a run writes nothing
+
         with self._metrics.paused():
             options = asdict(self._config)
             prompt, tokens = options.pop("prompt"), options.pop("tokens")

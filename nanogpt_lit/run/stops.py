@@ -168,7 +168,11 @@ class Stops(Observer):
 
     def between_steps(self, step: int = 0) -> bool:
         """Whether to stop here. Each process asks after each step, and all get the same answer."""
-        asking = self._asking()
+        asking = [] if self._signalled is None else [self._signalled]
+        if self._folder is not None and (self._folder / STOP_FILE).is_file():
+            asking.append(Reason.STOP_FILE)
+        if self._max_time_s is not None and self._clock() - (self._started_s or 0.0) >= self._max_time_s:
+            asking.append(Reason.MAX_TIME)
         strongest = max(map(RANKED.index, asking)) if asking else -1
         if self._agreement is not None:
             strongest = self._agreement.highest(strongest)
@@ -178,14 +182,6 @@ class Stops(Observer):
         if self._folder is not None and rank() == 0 and (self._folder / STOP_FILE).is_file():
             (self._folder / STOP_FILE).unlink(missing_ok=True)  # or it would stop the run that goes on
         return True
-
-    def _asking(self) -> list[Reason]:
-        asking = [] if self._signalled is None else [self._signalled]
-        if self._folder is not None and (self._folder / STOP_FILE).is_file():
-            asking.append(Reason.STOP_FILE)
-        if self._max_time_s is not None and self._clock() - (self._started_s or 0.0) >= self._max_time_s:
-            asking.append(Reason.MAX_TIME)
-        return asking
 
 
 def ignored_signals() -> set[signal.Signals]:

@@ -8,16 +8,18 @@ LONG_S = 5.0
 """Shorter differences of the two are their own inaccuracy."""
 
 
-def awake_s() -> float:
-    """Seconds that the machine was awake, from some moment on."""
-    if sys.platform == "win32":
-        # Windows' other clocks, Python's among them, count what it slept.
-        import ctypes
+def unbiased_s() -> float:
+    """Windows' seconds awake; its other clocks, Python's among them, count what it slept."""
+    import ctypes
 
-        hundreds_of_ns = ctypes.c_ulonglong()
-        ctypes.windll.kernel32.QueryUnbiasedInterruptTime(ctypes.byref(hundreds_of_ns))
-        return hundreds_of_ns.value / 1e7
-    return time.monotonic()  # of Linux CLOCK_MONOTONIC, of macOS mach_absolute_time: neither counts sleep
+    hundreds_of_ns = ctypes.c_ulonglong()
+    ctypes.windll.kernel32.QueryUnbiasedInterruptTime(ctypes.byref(hundreds_of_ns))  # type: ignore[attr-defined]
+    return hundreds_of_ns.value / 1e7
+
+
+# Of Linux CLOCK_MONOTONIC, of macOS mach_absolute_time: neither counts sleep.
+awake_s: Callable[[], float] = unbiased_s if sys.platform == "win32" else time.monotonic
+"""Seconds that the machine was awake, from some moment on."""
 
 
 def elapsed_s() -> float:
