@@ -202,7 +202,7 @@ def _remarks(trainer: Mapping[str, Any], changed: Mapping[str, Any], strategy: s
             # DeepSpeed's section carries them.
             sentence = row.instead.format(value=value) if value != row.default and strategy != DEEPSPEED else ""
         elif key in FOLLOWED:
-            sentence = f"{OUR_SCRIPT} takes it from the YAML"
+            sentence = f"from the YAML, in {OUR_SCRIPT}"
         elif key in WITHOUT_EFFECT:
             sentence = "without effect under accelerate"
         else:
