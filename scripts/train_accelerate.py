@@ -142,7 +142,7 @@ def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
         print_stopped(stopped, [sys.argv[0]], arguments)
         accelerator.end_training()
         return stopped.exit_code
-    accelerator.print(closing_table(observers, settings.max_steps, folder))
+    accelerator.print(closing_table(observers, folder))
     accelerator.end_training()
     if (kept := observers.checkpoints) is not None and kept.unsaved is not None:
         raise kept.unsaved

@@ -18,7 +18,7 @@ from nanogpt_lit.checkpoint.run_file import load_run
 
 TAGS = {
     "train/loss", "train/lr", "train/grad_norm", "train/skipped_steps", "train/tokens",
-    "throughput/tokens_per_s", "throughput/trained_hours", "val/loss", "val/perplexity",
+    "throughput/tokens_per_s", "throughput/trained_hours", "val/loss", "val/perplexity", "val/bits_per_byte",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 # (positions left out) where it publishes one.
 EXPECTED = {
     "rtx2050": (12, 768, 1024, 4, 4, 50304),
+    "finetune_rtx2050": (12, 768, 1024, 2, 4, 50257),
     "rtx2050_medium": (24, 1024, 1024, 2, 8, 50304),
     "rtx2050_large": (36, 1280, 1024, 4, 4, 50304),
     "rtx2050_xl": (48, 1600, 1024, 2, 8, 50304),

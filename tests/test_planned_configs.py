@@ -12,9 +12,21 @@ from nanogpt_lit.plan.budget import choose_budget, gpu_named
 from nanogpt_lit.plan.command import network, own_rung, plan_rung
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-LARGEST_MIB = {"rtx2050": 2450, "rtx2050_medium": 3350, "rtx2050_large": 2900, "rtx2050_xl": 1000}
+LARGEST_MIB = {
+    "rtx2050": 2450,
+    "finetune_rtx2050": 1950,
+    "rtx2050_medium": 3350,
+    "rtx2050_large": 2900,
+    "rtx2050_xl": 1000,
+}
 """What each has to stay below: reserved, on a card of 4 GiB with a desktop beside it."""
-PARAMETERS = {"rtx2050": 124e6, "rtx2050_medium": 355e6, "rtx2050_large": 774e6, "rtx2050_xl": 1558e6}
+PARAMETERS = {
+    "rtx2050": 124e6,
+    "finetune_rtx2050": 124e6,
+    "rtx2050_medium": 355e6,
+    "rtx2050_large": 774e6,
+    "rtx2050_xl": 1558e6,
+}
 
 
 def settings_of(name):

@@ -107,6 +107,13 @@ def step_of(path: Path) -> int:
         return described_step(path, description_of(file))
 
 
+def validations_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint keeps of its run's validations, by its header. Raises UserError as `load_run` does."""
+    with open_run(path) as file:
+        validations = description_of(file).get("validations")
+    return validations if isinstance(validations, dict) else {}
+
+
 def described_step(path: Path, description: Mapping[str, Any]) -> int:
     if not isinstance(description.get("step"), int):
         raise incomplete(path, KeyError("step"))

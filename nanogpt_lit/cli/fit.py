@@ -14,7 +14,7 @@ from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print, writes_run_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.compatibility import DDP, FSDP2, SINGLE
-from nanogpt_lit.loops.lightning import precision_plugin
+from nanogpt_lit.loops.lightning import Ended, precision_plugin
 from nanogpt_lit.loops.lightning_run import (
     BestEffortLogger,
     DurableFileIO,
@@ -119,7 +119,10 @@ class NanoGPTCLI(SettingsCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         with oom_explained(self.model, casts_weights="mixed" in str(self.trainer.precision)):
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except Ended:  # by itself, before max_steps
+                self.after_fit()
 
     # What the user reads.
 
@@ -143,8 +146,7 @@ class NanoGPTCLI(SettingsCLI):
         users = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         files = {c.filename or "": Path(c.best_model_path) for c in users if c.best_model_path}
         run = self.lightning_run.run
-        table = closing_table(run, self.trainer.global_step, self.lightning_run.folder, files if users else None)
-        rank_zero_print(table)
+        rank_zero_print(closing_table(run, self.lightning_run.folder, files if users else None))
         if (kept := run.checkpoints) is not None and kept.unsaved is not None:
             raise kept.unsaved
 

@@ -14,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from nanogpt_lit.checkpoint.described import Described
 from nanogpt_lit.checkpoint.network import chosen_tokenizer
 from nanogpt_lit.checkpoint.newest import CKPT, Newest, latest_of, newest_run, step_in
-from nanogpt_lit.checkpoint.run_file import SUFFIX, check_run_file
+from nanogpt_lit.checkpoint.run_file import SUFFIX, check_run_file, validations_of
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.parser import Parser
 from nanogpt_lit.data.datamodule import ORDER_FIELDS, TokenDataModule
 from nanogpt_lit.data.tokenizer import parse_tokenizer
+from nanogpt_lit.data.tokens_per_byte import val_tokens_per_byte
 from nanogpt_lit.errors import NothingToDo, UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.compatibility import (
@@ -38,6 +39,7 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig, short_of_peak
 from nanogpt_lit.run.checkpoints import EVERY_MINUTES, SaveTimes
+from nanogpt_lit.run.early_stopping import check_patience
 from nanogpt_lit.run.pieces import changed_settings, latest_config, rate_change
 from nanogpt_lit.run.samples import SampleConfig
 from nanogpt_lit.run.spikes import check_spike_factor
@@ -125,6 +127,13 @@ class SettingsCLI(LightningCLI):
             "checkpoint and leave out the samples since; 2 is usual.",
         )
         parser.add_argument(
+            "--early_stopping_patience",
+            type=int | None,
+            default=None,
+            help="End the run after so many validations in a row without a better loss; best is kept. 3 is usual when "
+            "a model is fine-tuned on a few megabytes.",
+        )
+        parser.add_argument(
             "--checkpoint_every_minutes",
             type=float | None,
             default=EVERY_MINUTES,
@@ -176,6 +185,8 @@ class SettingsCLI(LightningCLI):
             check_saves_whole_steps(vars(settings.trainer))
             seconds_of(settings.trainer.max_time)
             self._guard_against_spikes()
+            if (patience := settings.get("early_stopping_patience")) is not None:
+                check_patience(patience, validates=settings.trainer.limit_val_batches != 0)
             self._plan_saves()
         if sentence := unused_gpu():
             rank_zero_print(sentence)
@@ -208,6 +219,8 @@ class SettingsCLI(LightningCLI):
         settings.model.gpt.document_start = datamodule.document_start
         if self.beginning is not None:
             self.beginning.check_tokenizer(datamodule.tokenizer)
+        if self.resumed is not None:
+            self._check_not_ended(self.resumed.path, datamodule.text)
 
     def _check_together(self) -> None:
         """Raises UserError for settings that do not go together: Lightning would say so after the data is made, or with
@@ -259,6 +272,9 @@ class SettingsCLI(LightningCLI):
             "tokenizer": lambda: data.tokenizer,
             "spike_factor": self.settings.get("spike_factor"),
             "shows_progress": trainer.enable_progress_bar is not False,
+            "early_stopping_patience": self.settings.get("early_stopping_patience"),
+            "text": data.text,
+            "tokens_per_byte": val_tokens_per_byte(data.folder, data.tokenizer),
         }
 
     def _find_resumed(self) -> None:
@@ -314,6 +330,18 @@ class SettingsCLI(LightningCLI):
         if self.resumed is not None and launched_processes() == 1:
             raise NothingToDo(sentence)
         rank_zero_print(sentence)
+
+    def _check_not_ended(self, checkpoint: Path, text: str) -> None:
+        """Raises NothingToDo where the run that is gone on with has ended early."""
+        patience = self.settings.get("early_stopping_patience")
+        if patience is None or checkpoint.suffix != SUFFIX or launched_processes() > 1:
+            return
+        validations = validations_of(checkpoint)
+        if validations.get("since_best", 0) >= patience and validations.get("text") in (None, text):
+            raise NothingToDo(
+                f"{checkpoint} is complete: the run ended early, after {patience} validations in a row without a "
+                "better loss. To go on with it, raise early_stopping_patience, or leave it out."
+            )
 
     def find_beginning(self) -> None:
         """init_from: the model to fine-tune, which brings its network and tokenizer.

@@ -1,5 +1,7 @@
 """Shards to batches, for Lightning's Trainer and for any other loop."""
 
+import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -199,6 +201,17 @@ class TokenDataModule(LightningDataModule):
         return self.tokenizer.vocab_size
 
     @property
+    def text(self) -> str:
+        """What tells the text of the shards from another: 16 hexadecimal digits."""
+        if ready_format(self.folder) == "ours":
+            splits = read_manifest(self.folder)["splits"]
+            parts = [shard.get("sha256") for split in SPLITS for shard in splits[split]["shards"]]
+        else:  # whose contents would have to be read for it
+            files = [file for split in SPLITS for file in TokenShards.open(self.folder, split).files]
+            parts = [f"{file.path.name} {file.n_tokens}" for file in files]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @property
     def document_start(self) -> int | None:
         """The model's gpt.document_start: what tells documents apart where they are separate."""
         return self.tokenizer.eot if self.documents == "separate" else None
@@ -262,6 +275,7 @@ class TokenDataModule(LightningDataModule):
         """The tokenizer, and what the order of samples follows from; a resumed loop brings its own count of batches."""
         return {
             "tokenizer": self.tokenizer.files(),
+            "text": self.text,
             "batches": self._current_position().batches_done(),
             **{name: getattr(self, name) for name in ORDER_FIELDS},
         }
@@ -274,6 +288,13 @@ class TokenDataModule(LightningDataModule):
                 "use the data.source and data.tokenizer it was trained with."
             )
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and state_dict.get("text", self.text) != self.text and getattr(rank_zero_only, "rank", 0) == 0:
+            print(
+                "data: this text is another than the checkpoint's. ckpt_path goes on with the run: its step, its "
+                "schedule, its optimizer; its best is counted anew, on this text. To fine-tune the weights alone, with "
+                "a step 0, a schedule and a best of their own, name the checkpoint by init_from.",
+                flush=True,
+            )
         for name in ORDER_FIELDS if fitting else ():
             here = getattr(self, name)
             saved = state_dict.get(name, here)  # a run that began elsewhere had no such order

@@ -33,6 +33,7 @@ class StepMetrics(Observer):
     log: takes the values of a step by their tags, and the step, on every process
     log_every_n_steps: besides the first and the last one   rollbacks: how often the run went back from a spike; None
     where it is not guarded   plans: whether to hold the peak memory of one GPU against its plan
+    text: what identifies the text   tokens_per_byte: of its validation part; None draws no bits per byte
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class StepMetrics(Observer):
         log_every_n_steps: int,
         rollbacks: Callable[[], int] | None = None,
         plans: bool = True,
+        text: str | None = None,
+        tokens_per_byte: float | None = None,
         clock: Callable[[], float] = awake_s,
     ) -> None:
         self.tokens = 0
@@ -51,7 +54,8 @@ class StepMetrics(Observer):
         """Mean loss of the step that was logged last, over its whole window and all processes."""
         self.tokens_per_s: float | None = None
         """Over the steps between the last two that were logged, without validation, sampling, saving and sleep."""
-        self.validations = ValidationRecord()
+        self.validations = ValidationRecord(text)
+        self._tokens_per_byte = tokens_per_byte
         self._log, self._every, self._rollbacks, self._plans = log, log_every_n_steps, rollbacks, plans
         self._window_loss: Tensor | None = None
         self._position = Position()
@@ -61,6 +65,11 @@ class StepMetrics(Observer):
         self._counting_since_s: float | None = None
         self._interval_tokens = self._interval_steps = 0
         self._interval_s = 0.0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the run so far."""
+        return self._training.step
 
     @property
     def trained_s(self) -> float:
@@ -156,7 +165,7 @@ class StepMetrics(Observer):
     def on_validation_end(self, step: int, loss: Tensor) -> None:
         mean = float(loss)
         self.validations.add(step, mean)
-        self._log(validation_curves(mean), step)
+        self._log(validation_curves(mean, self._tokens_per_byte), step)
         self._start()
 
     # The clock of tokens_per_s.
@@ -188,9 +197,12 @@ class StepMetrics(Observer):
         self.validations.load_state_dict(state["validations"])
 
 
-def validation_curves(loss: float) -> dict[str, float]:
+def validation_curves(loss: float, tokens_per_byte: float | None = None) -> dict[str, float]:
     """The values of a validation, by their tags."""
-    return {"val/loss": loss, "val/perplexity": perplexity(loss)}
+    values = {"val/loss": loss, "val/perplexity": perplexity(loss)}
+    if tokens_per_byte is not None:
+        values["val/bits_per_byte"] = bits_per_byte(loss, tokens_per_byte)
+    return values
 
 
 def peak_watch_of(training: Training) -> "PeakWatch":
@@ -221,17 +233,24 @@ def peaks_mib(device: torch.device) -> tuple[float, float]:
 
 
 class ValidationRecord:
-    """The validation losses of a run: the latest and the best, each with its step."""
+    """The validation losses of a run: the latest and the best, each with its step.
 
-    def __init__(self) -> None:
+    text: what identifies the text that they are measured on; None compares with any
+    """
+
+    def __init__(self, text: str | None = None) -> None:
+        self.text = text
         self.latest: tuple[int, float] | None = None
         """(step, mean loss in nats per token)"""
         self.best: tuple[int, float] | None = None
+        self.since_best = 0
+        """Validations."""
 
     def add(self, step: int, loss: float) -> None:
         self.latest = (step, loss)
+        self.since_best += 1
         if self.best is None or loss < self.best[1]:
-            self.best = self.latest
+            self.best, self.since_best = self.latest, 0
 
     def sentence(self) -> str:
         assert self.latest is not None, "sentence() before the first validation"
@@ -241,15 +260,26 @@ class ValidationRecord:
         return f"step {step}  validation loss {loss:.4f}  perplexity {perplexity(loss):.2f}  ({best})"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"latest": self.latest, "best": self.best}
+        return {"latest": self.latest, "best": self.best, "since_best": self.since_best, "text": self.text}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.latest, self.best = state["latest"], state["best"]
+        """Losses on another text are no measure of those to come: they begin anew."""
+        if self.text is None or state.get("text") in (None, self.text):
+            self.latest, self.best = state["latest"], state["best"]
+            self.since_best = state.get("since_best", 0)
 
 
 def perplexity(loss: float) -> float:
     """exp of a mean loss in nats per token; infinite where that overflows, as it may in a run that has blown up."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
+    """loss: mean in nats per token   tokens_per_byte: of the text
+
+    As `eval` measures it, but that end-of-text counts here as a token like any other.
+    """
+    return loss / math.log(2) * tokens_per_byte
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

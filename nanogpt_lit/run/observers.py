@@ -13,6 +13,7 @@ from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.memory.elastic import ElasticLoss, start_elastic, stop_elastic
 from nanogpt_lit.run.checkpoints import Checkpoints, SaveTimes
 from nanogpt_lit.run.curves import Curves
+from nanogpt_lit.run.early_stopping import EarlyStopping
 from nanogpt_lit.run.guards import FiniteGuard
 from nanogpt_lit.run.metrics import StepMetrics, say
 from nanogpt_lit.run.progress import ProgressLine
@@ -56,6 +57,7 @@ class RunObservers:
     curves: where they go, on the first process   folder: the run's, where the stop file is looked for
     max_time_s, requeue_by: see Stops   checkpoints: their folder, None keeps none   suffix, saver, after_validations,
     save_times: see Checkpoints   data_state: what a checkpoint keeps of the data   samples: None writes none
+    text, tokens_per_byte: see StepMetrics
     start: the checkpoint that the run goes on from, unless the loop reads it itself, as Lightning's Trainer
     """
 
@@ -77,6 +79,9 @@ class RunObservers:
         tokenizer: Callable[[], Any] | None = None,
         spike_factor: float | None = None,
         shows_progress: bool = False,
+        early_stopping_patience: int | None = None,
+        text: str | None = None,
+        tokens_per_byte: float | None = None,
         start: RunState | None = None,
     ) -> None:
         self.curves = curves or Curves()
@@ -88,7 +93,12 @@ class RunObservers:
             self.spikes = SpikeGuard(spike_factor, checkpoints, self.last_checkpoint)
         spikes = self.spikes
         rollbacks = None if spikes is None else lambda: spikes.rollbacks
-        self.metrics = StepMetrics(self.curves.add, log_every_n_steps, rollbacks)
+        self.metrics = StepMetrics(
+            self.curves.add, log_every_n_steps, rollbacks, text=text, tokens_per_byte=tokens_per_byte
+        )
+        self.early_stopping: EarlyStopping | None = None
+        if early_stopping_patience is not None:
+            self.early_stopping = EarlyStopping(early_stopping_patience, self.metrics)
         if samples is not None and tokenizer is not None:
             self.samples = Samples(samples, tokenizer, self.curves, self.metrics)
         if checkpoints is not None:
@@ -117,6 +127,7 @@ class RunObservers:
             self._progress,
             FiniteGuard(self.last_checkpoint),  # after the curves, which show what was left out
             self.checkpoints,  # has seen all of the step, and saves it before the run may stop
+            self.early_stopping,
             self.stops,
         ]
         return [feature for feature in features if feature is not None]

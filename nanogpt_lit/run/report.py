@@ -40,7 +40,7 @@ def opening_lines(
     )
 
 
-def closing_table(run: RunObservers, steps: int, folder: Path, checkpoints: Mapping[str, Path] | None = None) -> str:
+def closing_table(run: RunObservers, folder: Path, checkpoints: Mapping[str, Path] | None = None) -> str:
     """Steps, tokens, time, losses, a sample, and where everything is.
 
     checkpoints: in place of the run's own, what each is and its file; those that are not there are left out
@@ -52,7 +52,7 @@ def closing_table(run: RunObservers, steps: int, folder: Path, checkpoints: Mapp
     if checkpoints is None:
         checkpoints = run.checkpoints.files() if run.checkpoints is not None else {}
     rows = [
-        ("steps", f"{steps:,}"),
+        ("steps", f"{metrics.step:,}"),
         ("tokens", f"{metrics.tokens:,}"),
         ("time", time),
     ]
@@ -61,6 +61,8 @@ def closing_table(run: RunObservers, steps: int, folder: Path, checkpoints: Mapp
         rows.append(("validation loss", f"{loss:.4f}, perplexity {perplexity(loss):.2f}"))
         best_step, best = validations.best
         rows.append(("best", f"{best:.4f} at step {best_step:,}"))
+    if run.early_stopping is not None and run.early_stopping.has_ended:
+        rows.append(("ended early", run.early_stopping.sentence()))
     files = {name: Path(relative_to_here(path)) for name, path in checkpoints.items() if path.exists()}
     rows += [(f"{name} checkpoint", f"{path}{held_step(path)}") for name, path in files.items()]
     rows.append(("curves", f"tensorboard --logdir {Path(relative_to_here(folder)).parent}"))

@@ -1,6 +1,5 @@
-"""A validation loss as bits per byte of text, which can be compared between tokenizers."""
+"""What makes bits per byte of text, which can be compared between tokenizers, of a loss per token."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,3 @@ def val_tokens_per_byte(folder: Path, tokenizer: Tokenizer) -> float | None:
         ids = ids[(ids != tokenizer.eot) & (ids < len(lengths))]
         tokens, text_bytes = len(ids), int(np.sum(lengths[ids]))
     return tokens / text_bytes if tokens > 0 and text_bytes > 0 else None
-
-
-def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
-    """loss: mean cross-entropy in nats per token
-
-    As `eval` measures it of the whole part, but for end-of-text, which counts here as a token like any other.
-    """
-    return loss / math.log(2) * tokens_per_byte
