@@ -146,26 +146,28 @@ def tests(device: Device, options: argparse.Namespace) -> dict[str, Any]:
 def gpu(device: Device, options: argparse.Namespace) -> dict[str, Any]:
     """The tests marked gpu. Those that fail ask for what kernels round or a GPU measures, and are named."""
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
-    return pytest(device, "-m", "gpu", *map(str, files))
+    return pytest(device, "-p", "arithmetic_plugin", "-m", "gpu", *map(str, files))
 
 
 def pytest(device: Device, *arguments: str) -> dict[str, Any]:
     report = device.work / "tests.xml"
     report.unlink(missing_ok=True)
-    plain = ["-o", "addopts=", "-q", "-p", "no:cacheprovider", "-p", "arithmetic_plugin", f"--junitxml={report}"]
+    plain = ["-o", "addopts=", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     code = device.run("-m", "pytest", *plain, *arguments, FAKE_CUDA_ARITHMETIC="1")
     outcomes = outcomes_of(report) if report.is_file() else {}
     return {"passed": code == 0, "exit_code": code, "tests": outcomes}
 
 
 def outcomes_of(report: Path) -> dict[str, str]:
-    """Of each test: passed, or skipped or failed with the reason."""
+    """Of each test: passed, skipped or failed, with what it noted or the reason."""
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        said = "" if bad is None else " ".join((bad.get("message") or "").split())[:200]
-        outcomes[name] = "passed" if bad is None else f"{'skipped' if bad.tag == 'skipped' else 'failed'}: {said}"
+        verdict = "passed" if bad is None else "skipped" if bad.tag == "skipped" else "failed"
+        noted = case.find("properties/property[@name='outcome']")
+        said = (noted.get("value") if noted is not None else None) or ("" if bad is None else bad.get("message") or "")
+        outcomes[name] = f"{verdict}: {' '.join(said.split())[:200]}" if said else verdict
     return outcomes
 
 
