@@ -42,7 +42,7 @@ class OnTheCPU(TorchDispatchMode):
             on_cpu["pin_memory"] = False
         with torch.no_grad(), drawing_from(seed):
             computed = compute(func, name, tree_map(over_its_memory, args), on_cpu)
-        if name == "_local_scalar_dense":
+        if not tensors(out):  # a number, or whether two tensors are equal
             return computed
         inputs = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
         for target, result in zip(tensors(out), tensors(computed), strict=False):
