@@ -124,7 +124,7 @@ def test_a_ckpt_of_a_stock_trainer_is_gone_on_from_by_plain_pytorch(tmp_path):
     trainer.fit(theirs, batches())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
-    train(ours, batches(STEPS), [], LoopSettings(STEPS + 3), start=load_run(tmp_path / "x.safetensors"))
+    train(ours, batches(STEPS), [], LoopSettings(STEPS + 3), [Resume(load_run(tmp_path / "x.safetensors"))])
 
     undisturbed = new_module(dropout=0.0)
     train(undisturbed, batches(), [], LoopSettings(STEPS + 3))
@@ -226,7 +226,7 @@ def test_a_folder_of_somebodys_own_loop_goes_on_with_its_yaml(schedule_is_saved,
 
     settings = LoopSettings(STEPS + 1, accumulate_grad_batches=2)
     ours, undisturbed = new_module(dropout=0.0), new_module(dropout=0.0)
-    train(ours, batches(2 * STEPS), [], settings, start=load_run(out))
+    train(ours, batches(2 * STEPS), [], settings, [Resume(load_run(out))])
     train(undisturbed, batches(), [], settings)
     assert all(map(torch.equal, ours.parameters(), undisturbed.parameters()))
 
