@@ -54,6 +54,8 @@ class LoopSettings:
     def __post_init__(self) -> None:
         for name in ("max_steps", "accumulate_grad_batches", "val_check_interval", "limit_val_batches"):
             value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise UserError(f"trainer.{name}={value} should be an integer.")
             if value is not None and value < 1:
                 raise UserError(f"trainer.{name}={value} must be at least 1.")
 
