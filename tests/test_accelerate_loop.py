@@ -161,7 +161,7 @@ def test_another_number_of_processes_than_was_asked_for_is_refused():
         ("--trainer.callbacks+=DeviceStatsMonitor", "trainer.callbacks holds lightning.pytorch.callbacks.DeviceStats"),
         ("--trainer.strategy=fsdp", "trainer.strategy=fsdp does not run here"),
         ("--trainer.precision=64-true", "trainer.precision=64-true does not run here"),
-        ("--trainer.val_check_interval=0.5", "trainer.val_check_interval=0.5 should be an integer"),
+        ("--trainer.val_check_interval=2.5", "trainer.val_check_interval=2.5 should be an integer"),
         ("--trainer.max_stepz=3", "no option trainer.max_stepz; did you mean trainer.max_steps?"),
         ("--model.gpt.n_head=3", "model.gpt.n_embd=8 does not divide into n_head=3 equal heads"),
     ],
