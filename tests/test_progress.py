@@ -2,6 +2,7 @@ import io
 from datetime import datetime
 
 import pytest
+from small_runs import fit, small_run
 
 from nanogpt_lit.run.progress import Progress, arrival
 from nanogpt_lit.runtime.clock import Sleeps
@@ -88,3 +89,18 @@ def test_a_resumed_run_starts_where_it_was():
 )
 def test_arrival_names_the_day_when_it_is_not_today(remaining_s, text):
     assert arrival(remaining_s, datetime(2026, 11, 26, 12, 0)) == text
+
+
+def test_a_fit_shows_one_line_of_progress_and_not_lightnings_bar(text, tmp_path, capsys):
+    assert fit(*small_run(text, tmp_path), "--trainer.enable_progress_bar=true") == 0
+    shown = capsys.readouterr()
+    assert "step 8/8" in shown.err
+    assert "Epoch" not in shown.out + shown.err
+
+
+def test_a_bar_that_the_yaml_names_takes_the_place_of_the_line(text, tmp_path, capsys):
+    options = small_run(text, tmp_path, "--trainer.callbacks+=TQDMProgressBar", "--trainer.enable_progress_bar=true")
+    assert fit(*options) == 0
+    shown = capsys.readouterr()
+    assert "step 8/8" not in shown.err
+    assert "Epoch" in shown.out + shown.err

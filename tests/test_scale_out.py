@@ -54,8 +54,10 @@ class Recorder(Callback):
 
 
 class RecordedCLI(cli.NanoGPTCLI):
-    def _callbacks(self, trainer):
-        return [*super()._callbacks(trainer), Recorder(trainer.default_root_dir)]
+    def instantiate_trainer(self, **kwargs):
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(Recorder(trainer.default_root_dir))
+        return trainer
 
 
 cli.NanoGPTCLI = RecordedCLI

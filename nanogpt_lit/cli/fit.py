@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 
 from nanogpt_lit.checkpoint.run_lock import RunLock
@@ -107,13 +107,17 @@ class NanoGPTCLI(SettingsCLI):
         saves = trainer.enable_checkpointing is not False
         own = any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks or [])
         kwargs["enable_checkpointing"] = saves and own  # or Lightning would keep checkpoints besides ours
+        features = self.features(self.datamodule)
+        # Lightning's bar counts micro-batches of an epoch; it is left out unless the YAML names one.
+        kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in trainer.callbacks or [])
+        features["shows_progress"] &= not kwargs["enable_progress_bar"]
         # Last, so that the user's callbacks have drawn their random numbers before dropout is seeded.
         self.lightning_run = LightningRun(
             self.kept_settings(),
             self.lock,
             self.seed,
             saves,
-            **self.features(self.datamodule),
+            **features,
         )
         return super().instantiate_trainer(**kwargs, callbacks=[*(trainer.callbacks or []), self.lightning_run])
 
