@@ -15,7 +15,7 @@ from torch import Tensor
 from nanogpt_lit.checkpoint.export import check_expressible, measured_effect
 from nanogpt_lit.checkpoint.network import TIED, network, network_of
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.data.merges import as_characters, merges_of
+from nanogpt_lit.data.bpe import as_characters, merges_of
 from nanogpt_lit.data.tokenizer import (
     EOT,
     GPT2_PATTERN,

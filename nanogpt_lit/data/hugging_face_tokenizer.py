@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanogpt_lit.data.bpe import Ranks
-from nanogpt_lit.data.merges import as_characters, merges_of, ranks_of
+from nanogpt_lit.data.bpe import Ranks, as_characters, merges_of, ranks_of
 from nanogpt_lit.data.tokenizer import (
     EOT,
     GPT2_PATTERN,
