@@ -188,6 +188,15 @@ def test_files_of_torch_are_read_the_oldest_too(tmp_path, legacy):
     assert furthest(gpt, model, some_tokens(257, 64)) < ROUNDING
 
 
+def as_the_hub_keeps_it(folder):
+    """Its cache has links to blobs, which lie beside all snapshots."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for n, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / f"{n:040}")
+        path.symlink_to(blobs / f"{n:040}")
+
+
 def test_weights_in_several_files_and_vocab_json_with_merges_txt_are_read(tmp_path):
     tokenizer = new_tokenizer("bpe")
     gpt = trained(tokenizer, steps=0)
@@ -203,6 +212,7 @@ def test_weights_in_several_files_and_vocab_json_with_merges_txt_are_read(tmp_pa
         save_file({name: tensors[name] for name in part}, tmp_path / f"hf/model-{number}.safetensors")
     files = {name: f"model-{int(n >= 5)}.safetensors" for n, name in enumerate(names)}
     (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    as_the_hub_keeps_it(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "back.safetensors")
     back, tokenizer_back = load_network(tmp_path / "back.safetensors")
     assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in gpt.state_dict().items())

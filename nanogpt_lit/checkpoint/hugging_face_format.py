@@ -24,7 +24,7 @@ from nanogpt_lit.data.tokenizer import EOT, Tokenizer, tokenizer_from_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.runtime.durable import durable_folder
-from nanogpt_lit.untrusted.config_paths import file_inside
+from nanogpt_lit.untrusted.config_paths import plainly_named
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -124,7 +124,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 raise UserError(f"{index} names no files (weight_map).") from error
             tensors: dict[str, Tensor] = {}
             for file in files:
-                tensors |= read_file(file_inside(folder, file, index.name))
+                # The hub's own folders hold links to files elsewhere in its cache.
+                tensors |= read_file(plainly_named(folder, file, index.name))
             return tensors
     raise UserError(f"{folder} holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}; fetch all files of the model.")
 
