@@ -38,6 +38,8 @@ def pytest_runtest_setup(item):
     # The sum of a matrix product depends on the number of threads: bits are compared at one and the same.
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     for variable in ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(variable, None)  # Lightning sets them before it starts processes; accelerate would read them
     if "accelerate" in sys.modules:
