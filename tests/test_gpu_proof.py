@@ -76,11 +76,16 @@ def test_the_command_goes_through_every_part(tmp_path, capfd):
     assert "rtx2050.yaml, at most 3,200 MiB" in capfd.readouterr().out
 
 
+def run_at(tokens_per_s):
+    """What a fit keeps of its run, as far as the proof reads it."""
+    return SimpleNamespace(run=SimpleNamespace(metrics=SimpleNamespace(tokens_per_s=tokens_per_s)))
+
+
 def test_utilisation_is_the_arithmetic_of_the_tokens_over_the_rate_of_the_card(monkeypatch):
     with torch.device("meta"):
         gpt = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")), precision="16-mixed")
-    cli = SimpleNamespace(trainer=trainer, model=SimpleNamespace(gpt=gpt), meter=SimpleNamespace(tokens_per_s=50.0))
+    cli = SimpleNamespace(trainer=trainer, model=SimpleNamespace(gpt=gpt), lightning_run=run_at(50.0))
     asked = []
     monkeypatch.setattr(gpu_proof, "peak_flops_of", lambda *card: asked.append(card) or 1e7)
     multiplied = sum(p.numel() for p in gpt.parameters()) - 8 * 16  # all but the positions
@@ -123,7 +128,7 @@ def test_the_limit_is_set_on_the_device_that_is_in_use(monkeypatch):
     limits = []
     fit = SimpleNamespace(
         model=SimpleNamespace(fallback={}), device="cpu", trainer=SimpleNamespace(global_step=1),
-        meter=SimpleNamespace(tokens_per_s=1.0),
+        lightning_run=run_at(1.0),
     )  # fmt: skip
     monkeypatch.setattr(gpu_proof, "NanoGPTCLI", lambda args: fit)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
