@@ -391,8 +391,8 @@ def test_switched_off_the_allocators_error_ends_the_run():
         run("reference", module)
 
 
-def start(module, **options):
-    start_elastic(module, accumulate_grad_batches=1, scaler=None, device=torch.device("cpu"), say=print, **options)
+def start(module):
+    start_elastic(module, accumulate_grad_batches=1, scaler=None, device=torch.device("cpu"), say=print)
 
 
 @every_loop
@@ -443,17 +443,21 @@ def test_what_was_found_is_in_the_checkpoint_and_every_loop_goes_on_with_it(tmp_
 
 def test_what_was_found_goes_on_where_the_yaml_has_the_techniques_by_now():
     module = make_module(memory=MemoryConfig(loss_chunk_tokens=9))
-    start(module, fallback={"loss_chunk_tokens": CHUNK, "sequences": 2})
+    module.fallback = {"loss_chunk_tokens": CHUNK, "sequences": 2}
+    start(module)
     assert module.fallback == {"sequences": 2}
     assert module.gpt.cross_entropy.keywords == {"chunk_tokens": 9}
 
 
-@pytest.mark.parametrize(
-    "damaged", [{"sequences": -1}, {"sequences": True}, {"loss_chunk_tokens": 0}, {"recompute": "full"}, {"b": "c"}]
-)
+DAMAGED = ({"sequences": -1}, {"sequences": True}, {"loss_chunk_tokens": 0}, {"loss_chunk_tokens": "a"}, {"b": "c"})
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=str)
 def test_a_damaged_fallback_is_refused(damaged):
-    with pytest.raises(UserError):
-        start(make_module(), fallback=damaged)
+    module = make_module()
+    module.fallback = damaged
+    with pytest.raises(UserError, match="is nothing that a run can fall back to"):
+        start(module)
 
 
 @pytest.mark.parametrize(

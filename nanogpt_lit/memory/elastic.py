@@ -67,12 +67,11 @@ def start_elastic(
     scaler: GradScaler | None,
     device: torch.device,
     say: Callable[[str], None],
-    fallback: Mapping[str, Any] | None = None,
 ) -> None:
     """Make the steps of a LitNanoGPT survive an out-of-memory, until stop_elastic. Other modules are left alone.
 
+    What module.fallback says holds from the beginning: a run that goes on puts its checkpoint's there.
     scaler: of the loop, None unless gradients are scaled   device: where it computes   say: where a line goes
-    fallback: module.fallback of the run that goes on here
     Raises UserError for a fallback that cannot be, and for a budget that the device does not have.
     """
     if not hasattr(module, "elastic_config"):
@@ -85,7 +84,8 @@ def start_elastic(
         return loss if scaler is None else scaler.scale(loss)
 
     module.loss = ElasticLoss(module, scaled, say, restore)
-    module.loss.fall_back({**module.fallback, **(fallback or {})})
+    fallback, module.fallback = module.fallback, {}
+    module.loss.fall_back(fallback)
 
 
 def stop_elastic(module: Any) -> None:
@@ -228,13 +228,13 @@ class ElasticLoss:
 
     def _free_of_cost(self, at: MicroBatch) -> dict[str, Any]:
         """The fields of MemoryConfig that need less and cost no time, as far as they are not in force."""
-        memory, changes = self._memory, dict[str, Any]()
         if self._module.hparams["compile"]:  # its graph would be compiled anew, where memory has just ended
             return {}
+        memory = self._memory
         idle = vars(memory).keys() - FREE_OF_COST | (set() if at.casts_weights else {"recast_weights"})
         while (found := next_technique(memory, idle)) is not None:
-            changes |= {key: value for key, value in vars(found[1]).items() if value != getattr(memory, key)}
             memory = found[1]
+        changes = {key: value for key, value in vars(memory).items() if value != getattr(self._memory, key)}
         if "loss_chunk_tokens" in changes:
             changes["loss_chunk_tokens"] = chunk_tokens(at.tokens.numel())
         return changes
@@ -244,17 +244,17 @@ class ElasticLoss:
 
         Raises UserError for what is no fallback.
         """
+        for key, value in changes.items():
+            counts = key in ("loss_chunk_tokens", *SEQUENCES) and type(value) is int and value > 0
+            if not counts and (key, value) != ("recast_weights", True):
+                raise UserError(f"the checkpoint's elastic.{key}={value!r} is nothing that a run can fall back to.")
+        if self._memory.loss_chunk_tokens is not None:  # as the YAML may have it by now
+            changes = {key: value for key, value in changes.items() if key != "loss_chunk_tokens"}
         techniques = {key: value for key, value in changes.items() if key in FREE_OF_COST}
-        counts = {key: value for key, value in changes.items() if key not in FREE_OF_COST}
-        for key, count in counts.items():
-            if key not in SEQUENCES or type(count) is not int or count < 1:
-                raise UserError(f"the checkpoint's elastic.{key}={count!r} is nothing that a run can fall back to.")
-        if self._memory.loss_chunk_tokens is not None:
-            techniques.pop("loss_chunk_tokens", None)  # the YAML has it by now
-        self._memory = replace(self._memory, **techniques)
         if techniques:
+            self._memory = replace(self._memory, **techniques)
             change_techniques(self._module.gpt, self._memory)
-        self._module.fallback = {**self._module.fallback, **techniques, **counts}
+        self._module.fallback = {**self._module.fallback, **changes}
 
     def _sequences(self, phase: str) -> int | None:
         """At a time; None: all of a micro-batch."""

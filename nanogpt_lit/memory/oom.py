@@ -3,11 +3,12 @@
 import gc
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -117,11 +118,10 @@ def advice(module: Any, casts_weights: bool, phase: str, said: str, in_force: Me
     own: MemoryConfig = module.memory_config
     memory = in_force or own
     ended = f"memory ended in {phase} ({said})"
-    of_host = CPU_ALLOCATOR in said
     kept = [f"model.memory.{name}={where}" for name in ON_HOST if (where := getattr(memory, name)) != "card"]
-    if of_host and kept:
+    if CPU_ALLOCATOR in said and kept:
         return f"host {ended}; close other programs, or set =card what can be of {', '.join(kept)}."
-    idle = useless(module, casts_weights, of_host or "MPS" in said)
+    idle = useless(module, casts_weights, on_cpu=CPU_ALLOCATOR in said or "MPS" in said)
     if phase == "the optimizer":
         idle |= vars(memory).keys() - {"optimizer_state", "weights"}
     found = next_technique(memory, idle)
@@ -134,9 +134,10 @@ def advice(module: Any, casts_weights: bool, phase: str, said: str, in_force: Me
 
 def useless(module: Any, casts_weights: bool, on_cpu: bool) -> set[str]:
     """The fields of model.memory that do nothing in a run, or are refused in it."""
-    fields: Collection[str] = () if casts_weights else ("recast_weights",)
+    fields = set() if casts_weights else {"recast_weights"}
     if on_cpu:  # where host memory is all there is
         return {*fields, *ON_HOST}
     if not module.optim_config.state_moves or module.device_mesh is not None:
         return {*fields, "optimizer_state", "weights"}
-    return {*fields, "weights"} if module.hparams["compile"] else {*fields}
+    has_others = dist.is_available() and dist.is_initialized()  # DDP exchanges gradients between GPUs
+    return {*fields, "weights"} if has_others or module.hparams["compile"] else fields
