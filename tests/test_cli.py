@@ -251,7 +251,7 @@ def refusal(capsys, *arguments):
         ("--model.gpt.n_head=3", "model.gpt.n_embd=8 does not divide into n_head=3 equal heads"),
         ("--model.optim.lr=-1", "model.optim.lr=-1.0 must be positive"),
         ("--trainer.max_steps=-1", "trainer.max_steps=-1 gives the learning rate no end"),
-        ("--trainer.val_check_interval=0.5", "`val_check_interval` should be an integer"),
+        ("--trainer.val_check_interval=0.5", "trainer.val_check_interval=0.5 must be at least 1"),
         ("--trainer.precision=8-mixed", "trainer.precision"),
         ("--trainer.precision=fp16", "trainer.precision=fp16 does not work; did you mean 16-mixed? what does: "),
         ("--trainer.accelerator=gpu", "trainer.accelerator=gpu is not here: torch"),
