@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.disk import END_S, STOP_S, BestEffortSaver
+from nanogpt_lit.checkpoint import disk
+from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
@@ -79,7 +80,7 @@ class Checkpoints(Observer):
             self._save(self._training.step)
         if self._saver is not None:
             try:
-                self._saver.insist(STOP_S if self._training.is_stopped else END_S)
+                self._saver.insist(disk.STOP_S if self._training.is_stopped else disk.END_S)
             except UserError as error:
                 self.unsaved = error
 
