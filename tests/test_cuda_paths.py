@@ -166,7 +166,7 @@ lib = ctypes.CDLL(str(Path(torch.__path__[0]) / "lib/libc10.so"))
 guards = (ctypes.c_void_p * 20).in_dll(lib, "_ZN3c104impl26device_guard_impl_registryE")
 guards[1] = guards[14]  # DeviceType CUDA = 1, Meta = 14
 
-def flash(q, k, v, dropout_p=0.0, is_causal=False):
+def flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
     dtype = torch.get_autocast_dtype("cuda")
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
