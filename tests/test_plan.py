@@ -184,6 +184,22 @@ def run(capsys, *arguments):
     return code, out, err
 
 
+def test_what_repeating_to_the_bit_costs_is_said_and_counted_where_it_is_asked_for(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    budget = choose_budget("rtx2050")
+    free, asked = (settings() for _ in range(2))
+    asked.trainer.deterministic = True
+    plans = plan_run(free, budget), plan_run(asked, budget)
+    # Two threads' workspaces of cuBLAS, of 32 in place of 8.1 MiB.
+    extra_mib = plans[1].own.footprint.allocated_mib - plans[0].own.footprint.allocated_mib
+    assert extra_mib == pytest.approx(2 * (32 - 8.125), abs=1)
+    assert plans[0].price_of_determinism == pytest.approx(plans[1].price_of_determinism)
+    assert plans[0].price_of_determinism[1] >= 1
+    for plan, counted in zip(plans, ("of the time.", "of the time (counted above)."), strict=True):
+        line = next(line for line in report(plan, "mine").splitlines() if line.startswith("trainer.deterministic=true"))
+        assert line.endswith(counted)
+
+
 def test_the_command_answers_in_json_and_draws(capsys, tmp_path):
     picture = tmp_path / "step.svg"
     code, out, _ = run(capsys, *SMALL, "--json", "--vram=4GB", f"--picture={picture}")

@@ -45,6 +45,19 @@ def test_a_large_product_takes_as_long_as_its_arithmetic():
     assert roofline.seconds == pytest.approx(2 * 4096**3 / (GPU.fp16 * MATRIX_SHARE))
 
 
+def test_the_lowest_clock_slows_arithmetic_and_leaves_traffic_alone():
+    def product(inputs):
+        return torch.zeros(4096, 4096, dtype=torch.float16) if inputs is None else inputs @ inputs
+
+    def addition(inputs):
+        return torch.zeros(2**24) if inputs is None else inputs + 1
+
+    bound_by_arithmetic, bound_by_traffic = estimate(product), estimate(addition)
+    slower = bound_by_arithmetic.seconds_at_lowest_clock / bound_by_arithmetic.seconds
+    assert slower == pytest.approx(1.477 / 1.155)  # NVIDIA's boost clocks of an RTX 2050 at 45 and at 30 watts
+    assert bound_by_traffic.seconds_at_lowest_clock == bound_by_traffic.seconds
+
+
 def test_a_product_of_float32_matrices_takes_as_long_as_it_may():
     def program(inputs):
         if inputs is None:

@@ -35,6 +35,8 @@ class OnTheCPU(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in NO_ARITHMETIC or not any(t.is_cuda for t in tensors((args, kwargs, out))):
             return out
+        if name in ("copy_", "_to_copy") and is_moved(out, args[1] if name == "copy_" else args[0]):
+            return out
         on_cpu = {**tree_map(over_its_memory, kwargs)}
         if "device" in on_cpu:
             on_cpu["device"] = torch.device("cpu")
@@ -53,6 +55,12 @@ class OnTheCPU(TorchDispatchMode):
                     memory = memory[tuple(map(slice, result.shape))]
                 memory.copy_(result)
         return out
+
+
+def is_moved(target: Tensor, source: Tensor) -> bool:
+    """Whether a copy is one of bytes between device and host: the device itself makes it, late where it lags."""
+    same = target.dtype == source.dtype and target.shape == source.shape
+    return same and target.is_cuda != source.is_cuda and target.is_contiguous() and source.is_contiguous()
 
 
 def seed_of(given: Any) -> int:

@@ -140,7 +140,7 @@ void Device::finish_copies(const void* start, size_t size) {
   for (auto copy = copies_.begin(); copy != copies_.end();) {
     auto *host = (const char*)copy->host, *from = (const char*)start;
     bool is_there = start && host < from + size && from < host + copy->bytes.size();
-    if (copy->after > done_ && copy->after + lag > counts.launches && !(is_there && copy->arrives)) {
+    if (copy->after > done_ && copy->after + lag > counts.launches && !is_there) {
       ++copy;
       continue;
     }
