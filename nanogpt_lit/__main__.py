@@ -120,8 +120,15 @@ def exit_code(command: Callable[[], int]) -> int:
         of_a_file = isinstance(error, OSError) and not isinstance(error, ConnectionResetError)
         if not of_a_file and not isinstance(error, UserError):
             raise
-        print(f"error: {shown(error)}", file=sys.stderr)
+        print(f"error: {shown(sentence(error))}", file=sys.stderr)
         return 2
+
+
+def sentence(error: BaseException) -> str:
+    """What is wrong with a file, by its name; what any other error says."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}."
+    return str(error)
 
 
 if __name__ == "__main__":

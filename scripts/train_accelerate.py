@@ -42,7 +42,7 @@ from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.curves import TensorBoardCurves
 from nanogpt_lit.run.metrics import say
 from nanogpt_lit.run.observers import RunObservers, relative_to_here
-from nanogpt_lit.run.pieces import keep_config, next_folder, tidied
+from nanogpt_lit.run.pieces import claim_folder, keep_config, tidied
 from nanogpt_lit.run.report import closing_table, opening_lines
 from nanogpt_lit.run.resume import batches_done, check_network
 from nanogpt_lit.run.stops import print_stopped
@@ -100,8 +100,10 @@ def run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
 
     features = cli.features(data)
     cli.say_what_changed()
-    resumed = cli.resumed.run_folder if cli.resumed is not None else None
-    folder = broadcast(resumed or next_folder(Path(trainer.default_root_dir), "accelerate"))
+    folder = cli.resumed.run_folder if cli.resumed is not None else Path()
+    if accelerator.is_main_process and cli.resumed is None:
+        folder = claim_folder(Path(trainer.default_root_dir), "accelerate")
+    folder = broadcast(folder)
     curves = None
     if accelerator.is_main_process:
         lock.acquire(folder)

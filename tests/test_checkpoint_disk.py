@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from small_runs import LOOPS, different, small_run
 
 from nanogpt_lit.checkpoint import disk, run_file
 from nanogpt_lit.checkpoint.disk import BestEffortSaver
-from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.module import LitNanoGPT
 
 LAST = "checkpoints/last.safetensors"
@@ -150,6 +152,26 @@ def test_at_the_end_a_full_disk_is_tried_again_until_there_is_room(loop, quick, 
     for name in ("last", "best"):
         paths = [(tmp_path / root / LOOPS[loop] / LAST).with_stem(name) for root in ("undisturbed", "full")]
         assert not different(*paths)
+
+
+def test_a_signal_cuts_the_patience_at_the_end_short_after_one_more_try(tmp_path, monkeypatch):
+    full_disk(monkeypatch, from_step=1)
+    saver, started_s = BestEffortSaver(), time.monotonic()
+    saver.save(tmp_path / "last.safetensors", run_state(1, w=torch.ones(3)))
+    with pytest.raises(UserError, match="the disk took nothing for 0 s"):
+        saver.insist(300.0, asked_to_stop=lambda: True)
+    assert time.monotonic() - started_s < 30
+    monkeypatch.undo()
+    saver.insist(300.0, asked_to_stop=lambda: True)
+    assert load_run(tmp_path / "last.safetensors").step == 1
+
+
+@pytest.mark.parametrize("n_tensors", [1, 200])
+def test_a_checkpoint_takes_about_as_much_of_the_disk_as_is_asked_for(n_tensors, tmp_path):
+    state = run_state(1, **{f"w{n}": torch.ones(1000) for n in range(n_tensors)})
+    save_run(tmp_path / "x.safetensors", state)
+    size, told = (tmp_path / "x.safetensors").stat().st_size, run_file.RunContent.of(state).nbytes
+    assert size <= told <= size + 512 * (n_tensors + 2)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.runtime.durable import durable_file, durable_folder, sweep, write_durably
+from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.durable import check_writable, durable_file, durable_folder, sweep, write_durably
 
 
 def write(path, content, **options):
@@ -114,3 +115,24 @@ def test_a_process_killed_at_any_moment_of_a_write_leaves_a_checkpoint_that_load
         assert states[0].step >= saved
         assert all(bool((state.weights["w"] == state.step).all()) for state in states)
         sweep(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+def test_a_folder_that_cannot_be_made_is_refused_by_its_key_and_none_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name, said in (
+        ("file", "file is no folder"),
+        ("file/below", "file/below: Not a directory"),
+        ("loop", "loop: Too many levels of symbolic links"),
+        ("loop/below", "loop/below: Too many levels of symbolic links"),
+        ("dangling/below", "dangling is a link to .*nowhere, which is not there"),
+        ("a" * 300, "a: File name too long"),
+    ):
+        with pytest.raises(UserError, match=f"a.key=.*{said}; name another folder"):
+            check_writable("a.key", tmp_path / name)
+    for fine in ("", "link", "link/new", "new/and/below"):
+        check_writable("a.key", tmp_path / fine)
+    assert not (tmp_path / "new").exists()

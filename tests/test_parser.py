@@ -58,6 +58,14 @@ def test_a_union_of_kinds_is_told_by_kind(capsys):
             'Parser key "trainer.callbacks": Subclass types expect one of: - a class path (str) Given value: [1]',
             "trainer.callbacks=[1] does not work; what does: class_path, with init_args below it",
         ),
+        (
+            "Parser key \"trainer.callbacks\": Errors: - Problem with given class_path 'a.B': module 'a' has no 'B' - Not",
+            "trainer.callbacks: there is no class a.B that works there: module 'a' has no 'B'",
+        ),
+        (
+            'Parser key "trainer.callbacks": - Import path a.B does not correspond to a subclass of Callback - Not a',
+            "trainer.callbacks: a.B is no Callback, and only one of these works there",
+        ),
         ("Key must be a string, got: 1.", "a key of the configuration is 1, and keys are words, such as max_steps"),
         ("Parser key \"config\": File does not exist: 'x'", "config: File does not exist: 'x'"),
     ],

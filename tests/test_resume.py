@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shlex
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small
 from nanogpt_lit.checkpoint.newest import newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.loops.lightning_run import BestEffortLogger
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
-from nanogpt_lit.run.pieces import changed_settings, config_file, latest_config
+from nanogpt_lit.run.pieces import changed_settings, claim_folder, config_file, latest_config
 from nanogpt_lit.run.resume import choose_again, chosen_settings
 from nanogpt_lit.runtime.supervised import resume_command
 
@@ -163,6 +166,15 @@ def test_each_piece_of_a_run_keeps_its_configuration(tmp_path):
     before, remarks = latest_config(tmp_path)
     assert not remarks
     assert changed_settings(before, now) == ["model.lr: 10 before, 11 from here on"]
+
+
+def test_runs_that_start_at_the_same_moment_have_folders_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as starting:
+        folders = list(starting.map(lambda _: claim_folder(tmp_path / "root", "run"), range(40)))
+    assert sorted(folders) == sorted(tmp_path / "root" / f"run_{n}" for n in range(40))
+    loggers = [BestEffortLogger(tmp_path / "runs", name="") for _ in range(3)]
+    assert [logger.version for logger in loggers] == ["version_0", "version_1", "version_2"]
+    assert [Path(logger.log_dir).is_dir() for logger in loggers] == [True] * 3
 
 
 def test_a_null_that_is_left_out_of_a_list_is_no_change_and_another_value_is_one():

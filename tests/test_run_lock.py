@@ -179,7 +179,17 @@ def test_without_locks_a_dead_process_is_known_by_its_number_and_a_living_one_by
     RunLock().acquire(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 90, b"[1]", b'{"pid": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 90,
+        b"[1]",
+        b'{"pid": 1}',
+        b'{"pid": "1", "host": 5, "since": null}',
+        b"[" * 100_000,
+    ],
+)
 def test_a_torn_file_of_a_holder_is_no_obstacle(content, tmp_path):
     (tmp_path / HOLDER).write_bytes(content)
     (tmp_path / LOCK).touch()

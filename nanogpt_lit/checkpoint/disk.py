@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +12,6 @@ from nanogpt_lit.checkpoint.run_file import RunContent, check_finite
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
 
-BESIDES = 2**20
-"""Bytes, for the header and what is not in tensors."""
 END_S, STOP_S = 300.0, 20.0
 """For how long a save that failed is tried again at a run's end, and where it was asked to stop."""
 PAUSE_S = 5.0
@@ -59,27 +58,34 @@ class BestEffortSaver:
         self._unsaved.clear()
         self.holds_tensors = False
 
-    def insist(self, patience_s: float) -> None:
+    def insist(self, patience_s: float, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
         """Tries again what the disk did not take of this step: for a run that ends here, and has nothing better to do.
 
+        asked_to_stop: whether a signal came; then it is tried once more
         Raises UserError where it is still not saved.
         """
         self.wait()
-        until_s = time.monotonic() + patience_s
-        while self._unsaved and time.monotonic() < until_s:
-            time.sleep(min(PAUSE_S, patience_s))
+        started_s = time.monotonic()
+        until_s = started_s + patience_s
+        while self._unsaved and (left_s := until_s - time.monotonic()) > 0:
+            tries_at_s = time.monotonic() + min(PAUSE_S, left_s)
+            while not asked_to_stop() and (pause_s := tries_at_s - time.monotonic()) > 0:
+                time.sleep(min(pause_s, 0.2))
             for path, (content, step) in list(self._unsaved.items()):
                 self._write(path, content, step)
+            if asked_to_stop():
+                break
         if self._unsaved:
             path, (_, step) = next(iter(self._unsaved.items()))
+            tried_s = time.monotonic() - started_s
             raise UserError(
                 f"the run ended at step {step:,} and {path} could not be saved: the disk took nothing for "
-                f"{patience_s:,.0f} s. Make room, and --resume auto repeats the steps since the last checkpoint."
+                f"{tried_s:,.0f} s. Make room, and --resume auto repeats the steps since the last checkpoint."
             )
 
     def _write(self, path: Path, content: RunContent, step: int) -> None:
         try:
-            check_space(path.parent, content.nbytes + BESIDES)
+            check_space(path.parent, content.nbytes)
             content.write(path)
         except OSError as error:
             if not self.failing:
@@ -105,4 +111,4 @@ def check_space(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"it takes {needed / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} MiB left")
+        raise OSError(f"it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left")

@@ -65,8 +65,9 @@ class RunContent:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Of the file, or a little more."""
+        header = 2 * len(self.description) + 512 * (len(self.tensors) + 1)  # as JSON in JSON, and digests
+        return sum(tensor.nbytes for tensor in self.tensors.values()) + header
 
     def write(self, path: Path) -> None:
         keep_as = path.with_stem(PREVIOUS) if path.stem == "last" else None

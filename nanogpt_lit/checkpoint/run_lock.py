@@ -156,9 +156,10 @@ def give_signs(folder: Path, ended: threading.Event) -> None:
 def read_holder(folder: Path) -> Holder | None:
     """Who trains the run, or did when it was killed. None where nobody does, or the file is not whole."""
     try:
-        return Holder(**json.loads((folder / HOLDER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        holder = Holder(**json.loads((folder / HOLDER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    return holder if isinstance(holder.pid, int) and isinstance(holder.host, str) else None
 
 
 def is_running(holder: Holder) -> bool:

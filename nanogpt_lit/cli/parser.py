@@ -132,6 +132,10 @@ def sentence(message: str, options: list[str]) -> str:
     key = named[1] if (named := re.match(r'Parser key "([\w.]+)": ', message)) else ""
     if text := re.search(r"Unable to load config '(.*?)'(?: -|$)", message):
         return f"{key}={text[1]} does not work; what does: keys below it, each as `max_steps: 1000`, with a space"
+    if unmade := re.search(r"Problem with given class_path '([^']+)': (.*?)(?: - | Given value|$)", message):
+        return f"{key}: there is no class {unmade[1]} that works there: {installable(unmade[2])}"
+    if kind := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message):
+        return f"{key}: {kind[1]} is no {kind[2]}, and only one of these works there"
     if "Subclass types expect one of" in message:
         given = re.search(r"Given value: (\S+)", message)
         return f"{key}={given[1] if given else ''} does not work; what does: class_path, with init_args below it"

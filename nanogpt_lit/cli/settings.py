@@ -44,6 +44,7 @@ from nanogpt_lit.run.pieces import changed_settings, latest_config, rate_change
 from nanogpt_lit.run.samples import SampleConfig
 from nanogpt_lit.run.spikes import check_spike_factor
 from nanogpt_lit.run.stops import seconds_of
+from nanogpt_lit.runtime.durable import check_writable
 from nanogpt_lit.runtime.environment import was_requeued
 from nanogpt_lit.runtime.machine import device_type, slow_precision, unused_gpu, usable_precision
 from nanogpt_lit.runtime.precision import full_precision_name
@@ -179,6 +180,8 @@ class SettingsCLI(LightningCLI):
         AdamWConfig(**settings.model.optim)
         schedule = ScheduleConfig(**settings.model.schedule)
         if self.subcommand in (None, "fit"):
+            if is_first():  # the others write nothing
+                check_writable("trainer.default_root_dir", Path(settings.trainer.default_root_dir))
             if sentence := short_of_peak(schedule):
                 rank_zero_print(sentence)
             check_loggers(vars(settings.trainer))
@@ -433,6 +436,7 @@ def quiet_lightning() -> None:
         ".*LightningCLI's args parameter is intended.*",
         ".*callbacks used to create the checkpoint need to be provided.*",  # validating needs none of them
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+        ".*Checkpoint directory .* exists and is not empty.*",  # that of the run that goes on
     ):
         warnings.filterwarnings("ignore", message)
 

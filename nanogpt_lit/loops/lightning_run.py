@@ -28,7 +28,7 @@ from nanogpt_lit.loops.lightning import Observed
 from nanogpt_lit.run.curves import BestEffortWriter, Curves, code_block
 from nanogpt_lit.run.metrics import say
 from nanogpt_lit.run.observers import RunObservers
-from nanogpt_lit.run.pieces import keep_config, tidied
+from nanogpt_lit.run.pieces import claim_folder, keep_config, tidied
 from nanogpt_lit.run.resume import batches_done, choose_again, chosen_settings, random_state_of
 from nanogpt_lit.run.stops import ignored_signals
 from nanogpt_lit.runtime.durable import durable_file
@@ -275,7 +275,14 @@ class LoggerCurves(Curves):
 
 
 class BestEffortLogger(TensorBoardLogger):
-    """Lightning's logger, with a writer that does not end the training."""
+    """Lightning's logger, with a writer that does not end the training, and a folder of its own."""
+
+    @property
+    def version(self) -> int | str:
+        # Lightning's own would be looked for here and made later: two runs that start together would have the same.
+        if self._version is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self._version = claim_folder(Path(self.root_dir), "version").name
+        return super().version
 
     @property
     @rank_zero_experiment

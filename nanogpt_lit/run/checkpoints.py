@@ -25,6 +25,7 @@ class Checkpoints(Observer):
     state: what is saved, where the framework does not do it itself (`Training.save`); all processes ask for it together
     saver: that writes the files; None where they are of a framework's own format
     after_validations: False where somebody else saves then, and only `last` is kept here
+    asked_to_stop: whether a signal has come, for a disk that takes nothing at the end
     """
 
     def __init__(
@@ -36,13 +37,14 @@ class Checkpoints(Observer):
         times: "SaveTimes | None" = None,
         suffix: str = SUFFIX,
         after_validations: bool = True,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.folder = folder
         self.unsaved: UserError | None = None
         """Why the end of the run is not saved; None where it is."""
         self._metrics, self._state, self._saver, self._suffix = metrics, state, saver, suffix
         self._times = times or SaveTimes()
-        self._after_validations = after_validations
+        self._after_validations, self._asked_to_stop = after_validations, asked_to_stop
         self._has_validated = False
         self._saved_step: int | None = None
 
@@ -80,7 +82,8 @@ class Checkpoints(Observer):
             self._save(self._training.step)
         if self._saver is not None:
             try:
-                self._saver.insist(disk.STOP_S if self._training.is_stopped else disk.END_S)
+                patience_s = disk.STOP_S if self._training.is_stopped else disk.END_S
+                self._saver.insist(patience_s, self._asked_to_stop)
             except UserError as error:
                 self.unsaved = error
 

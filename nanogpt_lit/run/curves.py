@@ -4,6 +4,7 @@ Training is worth more than some points of them.
 """
 
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -60,6 +61,8 @@ class BestEffortWriter(SummaryWriter):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._failing = False
+        if not isinstance(threading.excepthook, LeaveToFlush):
+            threading.excepthook = LeaveToFlush(threading.excepthook)
         super().__init__(*arguments, **options)
 
     def add_scalar(self, *arguments: Any, **options: Any) -> None:
@@ -95,8 +98,8 @@ class BestEffortWriter(SummaryWriter):
     def _fail(self, error: OSError, say: bool) -> None:
         if say:
             tell(
-                f"warning: the curves cannot be written: {error}. Training goes on without them, and tries again at "
-                "the next checkpoint."
+                f"warning: the curves cannot be written: {error.strerror or error}. Training goes on without them, and "
+                "tries again at the next checkpoint."
             )
         self._failing = True
         # TensorBoard reads nothing behind half a record: what comes next goes into a file of its own.
@@ -105,6 +108,17 @@ class BestEffortWriter(SummaryWriter):
             with suppress(OSError):
                 writer.close()
         self.file_writer = self.all_writers = None
+
+
+class LeaveToFlush:
+    """threading.excepthook without TensorBoard's thread, whose error `flush` hands over, to be told in a sentence."""
+
+    def __init__(self, before: Callable[[threading.ExceptHookArgs], object]) -> None:
+        self._before = before
+
+    def __call__(self, failure: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
+            self._before(failure)
 
 
 def tell(line: str) -> None:

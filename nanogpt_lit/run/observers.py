@@ -108,7 +108,7 @@ class RunObservers:
                 return capture(training, data_state(), self.metrics, spikes)
 
             self.checkpoints = Checkpoints(
-                checkpoints, self.metrics, state, saver, save_times, suffix, after_validations
+                checkpoints, self.metrics, state, saver, save_times, suffix, after_validations, self.stops.signalled
             )
         self._resume = None
         if start is not None:

@@ -1,6 +1,7 @@
 """A run in several pieces, each a process that went on where the one before it ended: the settings of each are kept."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_nulls(its) for key, its in value.items() if its is not None}
     return [without_nulls(its) for its in value] if isinstance(value, list) else value
+
+
+def claim_folder(root: Path, name: str) -> Path:
+    """Make root/name_N, of the next N, for this process alone: two that start at the same moment get two folders."""
+    root.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = next_folder(root, name)
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def next_folder(root: Path, name: str) -> Path:

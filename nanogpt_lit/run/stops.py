@@ -161,6 +161,10 @@ class Stops(Observer):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, self._announcement(reason).encode())
         self._signalled = reason
 
+    def signalled(self) -> bool:
+        """Whether a signal has come to this process."""
+        return self._signalled is not None
+
     def _announcement(self, reason: Reason) -> str:
         if rank() == 0:
             return f"\n{reason.called}: finishing this step, then saving; a second Ctrl-C stops at once\n"

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from nanogpt_lit.errors import UserError
+
 PARTIAL = ".partial"
 """What is added to the name of a file or folder while it is being written."""
 
@@ -53,6 +55,23 @@ def durable_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raises UserError, naming the key, for a folder that cannot be made or written. Makes none."""
+    for path in (folder.absolute(), *folder.absolute().parents):
+        try:
+            path.stat()
+        except FileNotFoundError:
+            reason = f"{path} is a link to {path.readlink()}, which is not there" if path.is_symlink() else None
+        except OSError as error:
+            reason = f"{path}: {error.strerror}"
+        else:
+            if path.is_dir() and os.access(path, os.W_OK | os.X_OK):
+                return
+            reason = f"{path} cannot be written" if path.is_dir() else f"{path} is no folder"
+        if reason is not None:
+            raise UserError(f"{key}={folder}: {reason}; name another folder.")
 
 
 def write_durably(path: Path, text: str) -> None:
