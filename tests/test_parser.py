@@ -59,7 +59,7 @@ def test_a_union_of_kinds_is_told_by_kind(capsys):
             "trainer.callbacks=[1] does not work; what does: class_path, with init_args below it",
         ),
         (
-            "Parser key \"trainer.callbacks\": Errors: - Problem with given class_path 'a.B': module 'a' has no 'B' - Not",
+            "Parser key \"trainer.callbacks\": Problem with given class_path 'a.B': module 'a' has no 'B' - Not",
             "trainer.callbacks: there is no class a.B that works there: module 'a' has no 'B'",
         ),
         (
