@@ -281,9 +281,7 @@ class Trial:
         elif kind in (*GOES_ON, FULL_TO_THE_END, "none") and code != 0:
             raise Failed(f"{kind}: the process ended with {code}: {said[-2000:]}")
         self._points_left_out |= "the curves cannot be written" in said
-        # The thread of TensorBoard's writer shows how the full disk ended it.
-        full = kind in ("disk full", FULL_TO_THE_END)
-        if code in (0, *STOPS.values()) and "Traceback" in said and not full:
+        if code in (0, 2, *STOPS.values()) and "Traceback" in said:
             raise Failed(f"{kind}: ended with {code}, and a traceback: {said[-2000:]}")
 
     def _check_told_honestly(self, code: int, said: str, after: Newest | None) -> None:

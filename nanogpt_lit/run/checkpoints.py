@@ -82,8 +82,10 @@ class Checkpoints(Observer):
             self._save(self._training.step)
         if self._saver is not None:
             try:
-                patience_s = disk.STOP_S if self._training.is_stopped else disk.END_S
-                self._saver.insist(patience_s, self._asked_to_stop)
+                if self._training.is_stopped:  # a signal may have done it, and did not ask for less than this
+                    self._saver.insist(disk.STOP_S)
+                else:
+                    self._saver.insist(disk.END_S, self._asked_to_stop)
             except UserError as error:
                 self.unsaved = error
 
