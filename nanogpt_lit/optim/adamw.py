@@ -18,6 +18,8 @@ class AdamWConfig:
     """Peak learning rate, reached after warm-up."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; biases and layer norms have none."""
+    decay_vectors: bool = False
+    """Decay biases and layer norms too, as AdamW(model.parameters()) does."""
     beta1: float = 0.9
     """Decay of the running mean of the gradients."""
     beta2: float = 0.95
@@ -82,12 +84,14 @@ class AdamWConfig:
             raise UserError(f"model.optim.weight_decay={self.weight_decay} must not be negative; 0.1 is usual.")
 
 
-def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Two groups: tensors of two or more dimensions decay, the rest do not. A tied tensor appears once."""
+def param_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, decay_vectors: bool = False
+) -> list[dict]:
+    """Two groups: tensors of two or more dimensions decay, the rest only where asked. A tied tensor appears once."""
     trainable = [p for _, p in named_parameters if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": weight_decay if decay_vectors else 0.0},
     ]
 
 
@@ -105,14 +109,14 @@ def build_optimizer(
     Raises UserError for a class that is none or refuses its arguments, and where bitsandbytes is wanted and missing.
     """
     if config.class_path is not None:
-        return _of_class(param_groups(named_parameters, config.weight_decay), config)
+        return _of_class(param_groups(named_parameters, config.weight_decay, config.decay_vectors), config)
     if config.state_bits == 8:
-        return _adamw_in_8_bits(param_groups(named_parameters, config.weight_decay), config)
+        return _adamw_in_8_bits(param_groups(named_parameters, config.weight_decay, config.decay_vectors), config)
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     matrices = block_matrices(named) if config.matrices == "muon" else []
     muons = {id(p) for p in matrices}
     optimizer = adamw(
-        param_groups([(name, p) for name, p in named if id(p) not in muons], config.weight_decay),
+        param_groups([(n, p) for n, p in named if id(p) not in muons], config.weight_decay, config.decay_vectors),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
