@@ -195,8 +195,12 @@ def test_a_scaler_is_where_the_gradients_are(tiny_gpt):
     scaler = torch.amp.GradScaler("meta", init_scale=2.0**7, growth_interval=5)
     assert scaler_beside(list(plain.parameters()), scaler, card) is scaler
     beside = scaler_beside(list(ours.parameters()), scaler, card)
-    assert beside.scale(torch.ones(())).item() == 2.0**7
     assert beside.state_dict() == scaler.state_dict()
+    beside.scale(torch.ones((), device=card))  # GradScaler's scale lies where its first loss does
+    weight = next(ours.parameters())
+    weight.grad = torch.full_like(weight, 2.0**7)
+    beside.unscale_(torch.optim.SGD([weight]))
+    assert weight.grad.unique().tolist() == [1.0]
     assert device_of(ours) == device_of(plain) == card
 
 

@@ -465,6 +465,7 @@ def test_a_trainer_section_that_accelerate_has_no_word_for_is_refused(changes, s
         (["--trainer.strategy=fsdp"], "FSDPStrategy does not go with trainer.accelerator=cpu"),
         (["--trainer.strategy=ModelParallelStrategy"], "trainer.devices=auto leaves open over how many processes"),
         (["--trainer.strategy=DDPStrategy", "--trainer.strategy.start_method=spawn", "--trainer.devices=2"], "popen"),
+        *(([f"--trainer.strategy=ddp_{way}", "--trainer.devices=2"], "popen") for way in ("spawn", "fork", "notebook")),
     ],
 )
 def test_fit_says_what_a_strategy_lacks_before_it_makes_anything(options, words, tmp_path, capsys):

@@ -259,6 +259,7 @@ def scaler_beside(parameters: list[nn.Parameter], scaler: GradScaler, device: to
         return scaler
     moved = GradScaler(beside)
     moved.load_state_dict(scaler.state_dict())
+    moved.scale(torch.ones((), device=beside))  # its scale stays where the first one that it scales is
     return moved
 
 

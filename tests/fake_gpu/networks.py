@@ -14,12 +14,13 @@ RTX2050 = gpu_named("rtx2050")
 CHANGED = {
     "course": (("--data.tokenizer=byte", "--model.gpt.vocab_size=32000"), "bytes in a vocabulary of 32,000"),
     "day25": (("--data.tokenizer=byte", "--model.gpt.vocab_size=32000"), "bytes in a vocabulary of 32,000"),
+    "finetune_rtx2050": (("--init_from=null",), "weights drawn, not loaded"),
     "rtx2050_medium": (("--model.gpt.n_layer=4",), "4 layers"),
     "rtx2050_large": (("--model.gpt.n_layer=3",), "3 layers"),
     "rtx2050_xl": (("--model.gpt.n_layer=2",), "2 layers"),
 }
 """What is not as in the YAML. All layers would take up to 30 GiB of host memory, and a layer is like the next; the text
-at hand has too few pairs for a vocabulary of 32,000."""
+at hand has too few pairs for a vocabulary of 32,000; GPT-2's weights are a download, and no larger than others."""
 
 
 @dataclass(frozen=True)
