@@ -12,9 +12,9 @@ COMMANDS = {
     "fit": ("nanogpt_lit.cli.fit:run", "train, from text or from a checkpoint; with --keep-alive, again after a crash"),
     "validate": ("nanogpt_lit.cli.fit:run", "validation loss and perplexity of a checkpoint"),
     "test": ("nanogpt_lit.cli.fit:run", "the same on the test set, which is the validation set unless you bring one"),
-    "keep-alive": (
-        "nanogpt_lit.cli.commands:keep_alive",
-        "fit --keep-alive for a script that takes fit's options, as scripts/train_accelerate.py does",
+    "fit-accelerate": (
+        "nanogpt_lit.cli.fit_accelerate:run",
+        "the same run, driven by raw accelerate; accelerate launch -m nanogpt_lit fit-accelerate for several processes",
     ),
     "keep-alive-unit": (
         "nanogpt_lit.cli.commands:keep_alive_unit",
@@ -76,12 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from nanogpt_lit.cli.packaged_configs import with_packaged_configs
 
     arguments = with_packaged_configs(arguments)
-    if arguments[0] == "fit":
+    if arguments[0] in ("fit", "fit-accelerate"):
         from nanogpt_lit.runtime.supervised import stop_with_supervisor, supervised
         from nanogpt_lit.supervise.supervisor import KEEP_ALIVE, keep_alive
 
         if KEEP_ALIVE in arguments:
-            return exit_code(lambda: keep_alive(arguments[1:]))
+            return exit_code(lambda: keep_alive(arguments))
         if supervised():
             stop_with_supervisor()
     return exit_code(lambda: command_of(arguments[0])(arguments))

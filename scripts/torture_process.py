@@ -4,7 +4,6 @@ Nothing of the product knows of it: files are told by their calls to the system,
 """
 
 import functools
-import importlib.util
 import inspect
 import io
 import json
@@ -17,20 +16,17 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nanogpt_lit.__main__ import exit_code, main
+from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.cli.fit import NanoGPTCLI
 from nanogpt_lit.cli.settings import quiet_lightning
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.runtime.durable import PARTIAL
-
-ACCELERATE = Path(__file__).with_name("train_accelerate.py")
 
 
 @dataclass(frozen=True)
@@ -126,14 +122,7 @@ def run(piece: Piece) -> int:
         LitNanoGPT.forward = with_nan(LitNanoGPT.forward, piece.nan_every)  # type: ignore[method-assign]
     if piece.within is not None and piece.rank == 0:
         arrange(piece.within)
-    if piece.loop == "fit":
-        return main(["fit", *piece.options])
-    spec = importlib.util.spec_from_file_location("train_accelerate", ACCELERATE)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return exit_code(lambda: script.main(piece.options))
+    return main(["fit" if piece.loop == "fit" else "fit-accelerate", *piece.options])
 
 
 def of_torchrun(piece: Piece) -> dict[str, str]:

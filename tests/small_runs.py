@@ -1,23 +1,20 @@
 """A run of a second, by fit and by accelerate, for the tests of what a run does and leaves behind."""
 
-import importlib.util
 import io
 import multiprocessing
 import os
 import socket
 from contextlib import redirect_stderr
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt_lit.__main__ import exit_code, main
+from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.parity.processes import in_new_processes, quick_start
 from nanogpt_lit.parity.record import leaves, same
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 BOTTLES = "".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(120))
 
 
@@ -26,11 +23,8 @@ def fit(*arguments):
 
 
 def accelerate(*arguments):
-    spec = importlib.util.spec_from_file_location("train_accelerate", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     try:
-        return exit_code(lambda: script.main(list(arguments)))
+        return main(["fit-accelerate", *arguments])
     except SystemExit as exit:  # argparse's
         return exit.code
 

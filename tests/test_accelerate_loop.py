@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import SCRIPT, accelerate, different, fit, on_two_processes, small_run
+from small_runs import accelerate, different, fit, on_two_processes, small_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.loops.accelerate_environment import check_environment, check_processes, check_running
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 
 
 @pytest.fixture(autouse=True)

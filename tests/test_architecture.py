@@ -46,7 +46,7 @@ FRAMEWORKS = {
         "cli.fit", "cli.settings", "cli.parser", "module", "data.datamodule",
         "loops.lightning", "loops.lightning_run", "parity.runs", "parity.known_differences",
     },
-    "accelerate": {"loops.accelerate", "parity.runs", "parity.known_differences"},
+    "accelerate": {"cli.fit_accelerate", "loops.accelerate", "parity.runs", "parity.known_differences"},
 }  # fmt: skip
 OPTIONAL = {"transformers", "gguf", "xllamacpp", "tokenizers", "huggingface_hub", "lm_eval", "datasets", "pyarrow"}
 """Training needs none of them: what does is an extra, and imports it where it is used."""

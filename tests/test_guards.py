@@ -5,7 +5,6 @@ import errno
 import math
 import shutil
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from nanogpt_lit.run import guards
 from nanogpt_lit.run.guards import FiniteGuard, NotFinite
 from nanogpt_lit.runtime import durable
 
-Path(__file__).parents[1] / "scripts" / "train_accelerate.py"
 LAST = "checkpoints/last.safetensors"
 
 

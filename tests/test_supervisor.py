@@ -235,22 +235,20 @@ def test_a_checkpoint_named_by_the_user_is_refused(capsys, option):
 def test_the_fit_that_is_started_resumes_by_itself(monkeypatch):
     commands = []
     monkeypatch.setattr(Supervisor, "run", lambda self: commands.append(self._command) or 0)
-    keep_alive(["--keep-alive", "--config", "a.yaml"])
-    keep_alive(["--resume=auto", "--keep-alive"])
+    keep_alive(["fit", "--keep-alive", "--config", "a.yaml"])
+    keep_alive(["fit", "--resume=auto", "--keep-alive"])
     assert commands == [
         [sys.executable, "-m", "nanogpt_lit", "fit", "--config", "a.yaml", "--resume", "auto"],
         [sys.executable, "-m", "nanogpt_lit", "fit", "--resume=auto"],
     ]
 
 
-def test_a_script_is_kept_alive_as_fit_is(monkeypatch, capsys):
+def test_the_accelerate_loop_is_kept_alive_as_fit_is(monkeypatch):
     commands = []
     monkeypatch.setattr(Supervisor, "run", lambda self: commands.append(self._command) or 0)
-    script = str(Path(__file__).parents[1] / "scripts" / "train_accelerate.py")
-    assert main(["keep-alive", script, "--config", "a.yaml"]) == 0
-    assert commands == [[sys.executable, script, "--config", "a.yaml", "--resume", "auto"]]
-    assert main(["keep-alive", "nowhere.py"]) == 2
-    assert "error: SCRIPT=nowhere.py is no file; scripts/train_accelerate.py is one." in capsys.readouterr().err
+    assert main(["fit-accelerate", "--config", "a.yaml", "--keep-alive"]) == 0
+    expected = [sys.executable, "-m", "nanogpt_lit", "fit-accelerate", "--config", "a.yaml", "--resume", "auto"]
+    assert commands == [expected]
 
 
 def test_help_of_fit_names_what_keeps_it_alive(capsys):

@@ -20,7 +20,7 @@ DISTRIBUTED_TYPES = {
 """distributed_type of each strategy; where there are two, on GPUs and on CPUs."""
 LAYER = "nanogpt_lit.gpt.model.Block"  # what FSDP gathers at a time
 
-OUR_SCRIPT = "scripts/train_accelerate.py"
+OURS = "fit-accelerate"
 FSDP_STATE_DICTS = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
 RENDEZVOUS = {"machine_rank": "NODE_RANK", "main_process_ip": "MASTER_ADDR", "main_process_port": "MASTER_PORT"}
 
@@ -56,7 +56,7 @@ class Row:
 _ARGUMENT, _KEYWORD = "trainer.strategy.init_args.", "trainer.strategy.dict_kwargs."
 _FSDP, _DEEPSPEED, _PARALLEL = "fsdp_config.fsdp_", "deepspeed_config.", "parallelism_config.parallelism_config_"
 _NO_SUCH_SWITCH = "leave it out: FSDP2 has no such switch"
-_FROM_YAML = f"{OUR_SCRIPT} takes it from the YAML"
+_FROM_YAML = f"{OURS} takes it from the YAML"
 
 TABLE: tuple[Row, ...] = (
     # machine and processes

@@ -7,7 +7,7 @@ from nanogpt_lit.accelerate_config.accelerate_file import (
     DISTRIBUTED_TYPES,
     FSDP_STATE_DICTS,
     LAYER,
-    OUR_SCRIPT,
+    OURS,
     RENDEZVOUS,
     TABLE,
     Translation,
@@ -74,11 +74,11 @@ def into_accelerate(
     if use_cpu and processes > 1:
         remarks.append(
             f"num_processes={processes}: `accelerate launch` starts one process on CPUs; start them by "
-            f"`torchrun --nproc-per-node={processes} {OUR_SCRIPT}`"
+            f"`torchrun --nproc-per-node={processes} -m nanogpt_lit {OURS}`"
         )
     if compiles:
         content["dynamo_config"] = {"dynamo_backend": "INDUCTOR"}
-        remarks.append(f"model.compile=True: {OUR_SCRIPT} compiles by itself; take dynamo_config out for it")
+        remarks.append(f"model.compile=True: {OURS} compiles by itself; take dynamo_config out for it")
     if trainer["num_nodes"] > 1:
         remarks += _rendezvous(content, environ)
     arguments = _arguments(trainer["strategy"])
@@ -88,7 +88,7 @@ def into_accelerate(
         plugin = PLUGINS.get(strategy, "Accelerator")
         remarks.append(f"trainer.strategy's {name}={arguments[name]}: in code, by accelerate's {plugin}")
     remarks += _remarks(trainer, changed, strategy)
-    return Translation(content, [*remarks, f"model, data, seed_everything: {OUR_SCRIPT} takes them from the YAML"])
+    return Translation(content, [*remarks, f"model, data, seed_everything: {OURS} takes them from the YAML"])
 
 
 def _checked(strategy: str | None, trainer: Mapping[str, Any], processes: int | None, use_cpu: bool) -> str:
@@ -202,7 +202,7 @@ def _remarks(trainer: Mapping[str, Any], changed: Mapping[str, Any], strategy: s
             # DeepSpeed's section carries them.
             sentence = row.instead.format(value=value) if value != row.default and strategy != DEEPSPEED else ""
         elif key in FOLLOWED:
-            sentence = f"from the YAML, in {OUR_SCRIPT}"
+            sentence = f"from the YAML, in {OURS}"
         elif key in WITHOUT_EFFECT:
             sentence = "without effect under accelerate"
         else:

@@ -211,24 +211,6 @@ def convert(arguments: list[str]) -> int:
     return 0
 
 
-def keep_alive(arguments: list[str]) -> int:
-    """`keep-alive SCRIPT [options of fit]`: the supervisor of `fit --keep-alive` for another loop."""
-    parser = parser_of(
-        "keep-alive",
-        "Runs a script as fit --keep-alive runs fit: again, from its newest checkpoint, whenever it dies "
-        "of something that may pass. For one process; torchrun has --max-restarts for several, with --resume auto.",
-        usage="SCRIPT [--option.of.fit VALUE ...]",
-    )
-    parser.add_argument("script", metavar="SCRIPT", help="scripts/train_accelerate.py, or one that takes its options")
-    options, settings_of_fit = parser.parse_known_args(arguments[1:])
-    if not Path(options.script).is_file():
-        raise UserError(f"SCRIPT={options.script} is no file; scripts/train_accelerate.py is one.")
-
-    from nanogpt_lit.supervise.supervisor import keep_alive
-
-    return keep_alive(settings_of_fit, program=[options.script])
-
-
 def keep_alive_unit(arguments: list[str]) -> int:
     """`keep-alive-unit --config FILE`: prints what starts `fit --keep-alive` again after a reboot."""
     parser = parser_of(

@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
         with restored_process_settings():
             NanoGPTCLI(args=arguments, lock=lock)
     except Stopped as stopped:
-        print_stopped(stopped, ["-m", "nanogpt_lit"], arguments)
+        print_stopped(stopped, arguments)
         # Of Lightning's own processes the first speaks for all: it would take another's code for a crash.
         return stopped.exit_code if stopped.first_rank else 0
     except MisconfigurationException as error:  # how Lightning says that a setting cannot be

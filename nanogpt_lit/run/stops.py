@@ -76,22 +76,23 @@ class Stopped(Exception):  # noqa: N818 - it is no error
         self.first_rank = rank() == 0  # while there are processes: they part before this is read
 
 
-def print_stopped(stopped: Stopped, program: Sequence[str], arguments: Sequence[str]) -> None:
+def print_stopped(stopped: Stopped, arguments: Sequence[str]) -> None:
     """Print what is left of a run that was asked to end, and how to go on with it; in the first process alone."""
     if not stopped.first_rank:
         return
     print(stopped, flush=True)
     if stopped.saved is not None:
-        print(go_on_line(program, arguments), flush=True)
+        print(go_on_line(arguments), flush=True)
     if stopped.reason is Reason.PREEMPTED:
         sharded = stopped.saved is not None and Path(stopped.saved).is_dir()  # no start finds it by itself
         print(f"sbatch it with --ckpt_path {stopped.saved}" if sharded else requeue(), flush=True)
 
 
-def go_on_line(program: Sequence[str], arguments: Sequence[str]) -> str:
+def go_on_line(arguments: Sequence[str]) -> str:
     """What to type to go on with a run that was stopped."""
     by = ", by what has started it," if any(name in os.environ for name in LAUNCHED) else ""
-    return f"go on{by} with: {resume_command([sys.orig_argv[0], *safe_path(), *program], arguments)}"
+    python = [sys.orig_argv[0], *safe_path(), "-m", "nanogpt_lit"]
+    return f"go on{by} with: {resume_command(python, arguments)}"
 
 
 def safe_path() -> list[str]:

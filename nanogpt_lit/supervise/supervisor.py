@@ -1,4 +1,4 @@
-"""`fit --keep-alive`: starts a fit again, from its newest checkpoint, whenever it dies of something that may pass."""
+"""`--keep-alive`: starts a run again, from its newest checkpoint, whenever it dies of something that may pass."""
 
 import json
 import os
@@ -20,7 +20,6 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.supervised import COMMAND, ERROR, FOLDER, TOKENS
 
 KEEP_ALIVE = "--keep-alive"
-FIT = ("-m", "nanogpt_lit", "fit")
 MISTAKE = 2
 """The exit code of what only the user can mend."""
 STOPPED = (130, 143, 129, 0xC000013A)
@@ -32,15 +31,15 @@ CUDA_AFTER_SLEEP = (
 )
 
 
-def keep_alive(options: Sequence[str], program: Sequence[str] = FIT) -> int:
-    """Runs `fit` with these options until it ends by itself, by the user, or twice at the same place.
+def keep_alive(arguments: Sequence[str]) -> int:
+    """Run `fit` or `fit-accelerate` with its options until it ends by itself, by the user, or twice at the same place.
 
-    program: what Python runs in its place; it takes the options of fit, and reports as fit does (runtime/supervised.py)
+    arguments: of this process, --keep-alive among them
 
-    Returns the exit code of the last fit, as a shell counts it. Raises UserError for arguments that name a checkpoint.
+    Returns the exit code of the last run, as a shell counts it. Raises UserError for arguments that name a checkpoint.
     """
-    command = command_of((option for option in options if option != KEEP_ALIVE), program)
-    check_no_checkpoint(command)
+    check_no_checkpoint(arguments)
+    command = python_command(word for word in arguments if word != KEEP_ALIVE)
     if not any(word.partition("=")[0] == "--resume" for word in command):
         command += ["--resume", "auto"]
     return Supervisor(command, on_gpu=["--trainer.accelerator=gpu"]).run()
@@ -49,12 +48,12 @@ def keep_alive(options: Sequence[str], program: Sequence[str] = FIT) -> int:
 def supervised_fit(options: Sequence[str]) -> list[str]:
     """The command of `fit --keep-alive` with these options. Raises UserError as `keep_alive` does."""
     check_no_checkpoint(options)
-    return command_of([KEEP_ALIVE, *options])
+    return python_command(["fit", KEEP_ALIVE, *options])
 
 
-def command_of(options: Iterable[str], program: Sequence[str] = FIT) -> list[str]:
+def python_command(arguments: Iterable[str]) -> list[str]:
     # -P keeps what is in the current folder from being imported: see SECURITY.md.
-    return [sys.executable, *(["-P"] if sys.flags.safe_path else []), *program, *options]
+    return [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "nanogpt_lit", *arguments]
 
 
 def check_no_checkpoint(words: Sequence[str]) -> None:

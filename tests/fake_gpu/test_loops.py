@@ -11,12 +11,13 @@ from apart import apart, command
 from short_run import PLACEMENTS, fit
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from nanogpt_lit.__main__ import main
+
 DROPOUT = "--model.gpt.dropout=0.1"
 
 
 def accelerate(options, before=None):
-    return command(options, before=before, program=script("train_accelerate"))
+    return command(options, before=before, program=lambda words: main(["fit-accelerate", *words]))
 
 
 LOOPS = {"lightning": None, "accelerate": accelerate}
@@ -24,7 +25,7 @@ CHANGES = [("lightning", "lightning"), ("lightning", "accelerate"), ("accelerate
 
 
 def script(name):
-    sys.path.insert(0, str(SCRIPTS))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
     return __import__(name).main
 
 
