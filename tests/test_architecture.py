@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 }  # fmt: skip
 FRAMEWORKS = {
     "lightning": {
-        "cli.fit", "cli.settings", "cli.parser", "module", "data.datamodule",
+        "cli.fit", "cli.fit_accelerate", "cli.settings", "cli.parser", "module", "data.datamodule",
         "loops.lightning", "loops.lightning_run", "parity.runs", "parity.known_differences",
     },
     "accelerate": {"cli.fit_accelerate", "loops.accelerate", "parity.runs", "parity.known_differences"},
