@@ -2,13 +2,17 @@
 
 import json
 import sys
-import types
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+from urllib.parse import unquote
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from small_networks import new_tokenizer, saved, trained
 from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small_run
 
@@ -127,31 +131,103 @@ def test_a_char_tokenizer_of_another_text_is_refused(text, tmp_path, capsys):
     assert "vocab_size" in (said := capsys.readouterr().err) or "was trained with another tokenizer" in said
 
 
-def test_a_model_of_the_hub_is_fetched_by_its_revision_and_the_extra_is_named(text, tmp_path, monkeypatch, capsys):
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as its library asks for: the newest commit, what a commit holds, and each file."""
+
+    asked: ClassVar[list[str]]
+
+    def do_GET(self):
+        path = unquote(self.path).partition("?")[0]
+        self.asked.append(path)
+        match path.split("/")[1:]:
+            case ["api", "models", "some", "model", "revision", "main" | "abc123"]:
+                self.answer(json.dumps({"id": "some/model", "sha": COMMIT, "siblings": []}).encode())
+            case ["api", "models", "some", "model", "tree", commit] if commit == COMMIT:
+                files = [path for path in self.folder.iterdir() if path.is_file()]
+                sizes = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files]
+                self.answer(json.dumps(sizes).encode())
+            case ["some", "model", "resolve", commit, name] if commit == COMMIT and (self.folder / name).is_file():
+                self.answer((self.folder / name).read_bytes(), ETag=f'"{name}"', **{"X-Repo-Commit": COMMIT})
+            case _:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RevisionNotFound" if "/some/model/" in path else "RepoNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def answer(self, content, **headers):
+        self.send_response(200)
+        for name, value in {"Content-Length": len(content), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        """Keeps quiet."""
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A model on a hub that the real library downloads from, with files beside it that are no part of the model."""
     tokenizer = new_tokenizer("byte")
-    source = saved(tmp_path / "ours.safetensors", trained(tokenizer, steps=0, **SHAPE), tokenizer)
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    convert(source, tmp_path / commit, to="hf")
-    asked = []
+    folder = tmp_path / "on_the_hub"
+    convert(saved(tmp_path / "ours.safetensors", trained(tokenizer, steps=0, **SHAPE), tokenizer), folder, to="hf")
+    (folder / "modeling.py").write_text("raise SystemExit")
+    (folder / "rust_model.ot").write_text("of others")
+    handler = type("Handler", (Hub,), {"folder": folder, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield handler
+    server.shutdown()
+    server.server_close()
 
-    def snapshot_download(name, revision, allow_patterns):
-        asked.append((name, revision))
-        assert not any("py" in pattern for pattern in allow_patterns)
-        return str(tmp_path / commit)
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+def test_a_model_of_the_hub_is_fetched_by_its_revision(text, tmp_path, capsys, hub):
     assert main(["convert", "hf:some/model@abc123", str(tmp_path / "x.safetensors")]) == 0
-    assert asked == [("some/model", "abc123")]
+    assert "/api/models/some/model/revision/abc123" in hub.asked
+    assert not any(name.endswith((".py", ".ot", ".bin")) for name in hub.asked)
     assert main(["convert", "hf:some/model", str(tmp_path / "newest.safetensors")]) == 0
-    assert f"hf:some/model is hf:some/model@{commit} today" in capsys.readouterr().out
+    assert f"hf:some/model is hf:some/model@{COMMIT} today" in capsys.readouterr().out
+    assert main(["generate", "--ckpt", "hf:some/model", "--max-new-tokens=1"]) == 0
     # A run keeps which one it began with.
-    options = own_run(text, tmp_path, "--trainer.max_steps=2")
-    assert fit(*options, "--init_from=hf:some/model") == 0
+    assert fit(*own_run(text, tmp_path, "--trainer.max_steps=2"), "--init_from=hf:some/model") == 0
     kept = yaml.safe_load((tmp_path / "version_0/config.yaml").read_text())
-    assert kept["init_from"] == f"hf:some/model@{commit}"
+    assert kept["init_from"] == f"hf:some/model@{COMMIT}"
+    capsys.readouterr()
+    for name, sentence in (("some/other", "RepositoryNotFoundError"), ("some/model@v9", "RevisionNotFoundError")):
+        assert main(["convert", f"hf:{name}", str(tmp_path / "none.safetensors")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"hf:{name} could not be downloaded ({sentence}" in line
+
+
+def test_a_model_of_the_hub_with_files_of_torch_alone_is_fetched_too(tmp_path, hub):
+    torch.save(load_file(hub.folder / "model.safetensors"), hub.folder / "pytorch_model.bin")
+    (hub.folder / "model.safetensors").unlink()
+    assert main(["convert", "hf:some/model", str(tmp_path / "x.safetensors")]) == 0
+
+
+def test_without_the_library_of_the_hub_its_extra_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert main(["convert", "hf:some/model", str(tmp_path / "y.safetensors")]) == 2
     assert 'pip install "nanogpt_lit[hub]"' in capsys.readouterr().err
+
+
+def test_prepare_makes_the_shards_that_the_run_then_takes(text, tmp_path, capsys, start):
+    options = own_run(text, tmp_path, f"--init_from={start}", "--trainer.max_steps=2")
+    assert main(["prepare", *options]) == 0
+    assert "bpe:301" in capsys.readouterr().out
+    assert fit(*options) == 0
+    assert "preparing" not in capsys.readouterr().out
 
 
 def test_plan_counts_the_network_that_is_tuned_and_tune_refuses_it(text, tmp_path, capsys, start):

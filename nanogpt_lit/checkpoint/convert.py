@@ -15,6 +15,7 @@ from nanogpt_lit.checkpoint import (
 )
 from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder, write_folder
 from nanogpt_lit.checkpoint.described import Described
+from nanogpt_lit.checkpoint.hub import fetched
 from nanogpt_lit.checkpoint.known_files import known_as
 from nanogpt_lit.checkpoint.network import network_of, size
 from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, check_counts, load_run, load_stored_network, save_run
@@ -129,7 +130,8 @@ def read_network(source: Path, tokenizer: str | None = None) -> tuple[str, Store
 
 
 def load_network(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
-    """The network of any model that `read` reads, in eval mode, and the tokenizer that it was trained with."""
+    """The network of any model that `convert` reads, in eval mode, and the tokenizer that it was trained with."""
+    path, _ = fetched(path.as_posix())
     _, stored = read_network(path)
     return network_of(path, stored).to(device), tokenizer_from_files(stored.tokenizer_files)
 

@@ -6,14 +6,12 @@ from pathlib import Path
 from nanogpt_lit.errors import UserError
 
 NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-FILES = (
-    "config.json",
-    "tokenizer*.json",
-    "vocab.json",
-    "merges.txt",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-)
+FILES = ["config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
+WEIGHTS = [
+    ["model*.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
+]
+"""The second are for models that lack the first."""
 
 
 def fetched(source: str) -> tuple[Path, str]:
@@ -32,11 +30,16 @@ def fetched(source: str) -> tuple[Path, str]:
     except ImportError as error:
         raise UserError(f'{source} needs the package huggingface_hub: `pip install "nanogpt_lit[hub]"`.') from error
     try:
-        folder = Path(snapshot_download(match[1], revision=match[2], allow_patterns=list(FILES)))
+        revision = match[2]
+        for weights in WEIGHTS:
+            folder = Path(snapshot_download(match[1], revision=revision, allow_patterns=[*FILES, *weights]))
+            revision = folder.name  # it is named after the commit
+            if any(file.match(weights[0]) for file in folder.iterdir()):
+                break
     except (OSError, ValueError, RuntimeError) as error:  # the hub's and the network's errors
         reason = " ".join(str(error).split())[:100]
         raise UserError(
             f"{source} could not be downloaded ({type(error).__name__}: {reason}); a folder of the model's files works "
             "without a network."
         ) from error
-    return folder, f"hf:{match[1]}@{folder.name}"  # it is named after the commit
+    return folder, f"hf:{match[1]}@{revision}"

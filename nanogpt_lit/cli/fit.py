@@ -58,7 +58,9 @@ def run(arguments: list[str]) -> int:
 def prepare(arguments: list[str]) -> int:
     """`prepare`: the YAML and the options of fit."""
     quiet_lightning()
-    SettingsCLI(arguments).prepare_data()
+    cli = SettingsCLI(arguments)
+    cli.find_beginning()  # which brings the tokenizer
+    cli.prepare_data()
     return 0
 
 
