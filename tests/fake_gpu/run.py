@@ -101,7 +101,16 @@ class Device:
 
 
 def fits(device: Device, options: argparse.Namespace) -> dict[str, Any]:
-    return fits_of(device, options, *(["--lags", *options.lags] if options.lags else []))
+    return fits_at_lags(device, options, "native")
+
+
+def expandable(device: Device, options: argparse.Namespace) -> dict[str, Any]:
+    """The same runs with PYTORCH_ALLOC_CONF=expandable_segments:True."""
+    return fits_at_lags(device, options, "expandable")
+
+
+def fits_at_lags(device: Device, options: argparse.Namespace, allocator: str) -> dict[str, Any]:
+    return fits_of(device, options, "--allocators", allocator, *(["--lags", *options.lags] if options.lags else []))
 
 
 def elsewhere(device: Device, options: argparse.Namespace) -> dict[str, Any]:
@@ -160,7 +169,7 @@ def gpu(device: Device, options: argparse.Namespace) -> dict[str, Any]:
 def pytest(device: Device, *arguments: str) -> dict[str, Any]:
     report = device.work / "tests.xml"
     report.unlink(missing_ok=True)
-    plain = ["-o", "addopts=", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    plain = ["-o", "addopts=", "-o", "junit_family=xunit1", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     code = device.run("-m", "pytest", *plain, *arguments, FAKE_CUDA_ARITHMETIC="1")
     outcomes = outcomes_of(report) if report.is_file() else {}
     return {"passed": code == 0, "exit_code": code, "tests": outcomes}
@@ -180,7 +189,7 @@ def outcomes_of(report: Path) -> dict[str, str]:
 
 
 PARTS: dict[str, Callable[[Device, argparse.Namespace], dict[str, Any]]] = {
-    "fit": fits, "elsewhere": elsewhere, "proof": proof, "tests": tests, "gpu": gpu,
+    "fit": fits, "expandable": expandable, "elsewhere": elsewhere, "proof": proof, "tests": tests, "gpu": gpu,
 }  # fmt: skip
 
 

@@ -17,9 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 PHASES = ("forward", "backward", "optimizer", "validation")
 AT_STEP = {"optimizer": 1}
 """The step in which memory ends; AdamW makes its state in the first. All else in the second."""
-ROOM = 0.6
-"""Of the memory that the phase took in the undisturbed run beyond what was there when it began."""
 PAGE_MIB = 2
+ROOMS = {"a page too little": lambda need_mib: need_mib - PAGE_MIB, "little": lambda need_mib: 0.6 * need_mib}
+"""MiB that others leave, of those that the phase took in the undisturbed run beyond what was there when it began."""
 NO_FILES = "--trainer.enable_checkpointing=false"
 
 
@@ -36,11 +36,16 @@ class Moments:
     """
 
     take: tuple[str, float] | None = None
-    found: dict[str, float] = field(default_factory=dict)
-    """MiB that each phase took beyond what was there when it began."""
     steps: int = 0
+    _found: dict[str, float] = field(default_factory=dict)
     _phase: str | None = None
     _began_mib: float = 0.0
+
+    @property
+    def found(self):
+        """MiB that each phase took, the first time, beyond what was there when it began. Validation ends here."""
+        self._end()
+        return self._found
 
     def __call__(self):
         """In the run's process, before it begins."""
@@ -87,8 +92,7 @@ class Moments:
 
     def _end(self):
         if self._phase is not None and self._began_mib:
-            needed = report()["peak_mib"] - self._began_mib
-            self.found[self._phase] = max(needed, self.found.get(self._phase, 0.0))
+            self._found.setdefault(self._phase, report()["peak_mib"] - self._began_mib)
         self._phase, self._began_mib = None, 0.0
 
 
@@ -107,20 +111,22 @@ def undisturbed(tmp_path_factory, text):
     return run
 
 
+@pytest.mark.parametrize("room", ROOMS)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_memory_that_ends_does_not_end_the_run(placement, phase, undisturbed, text, tmp_path, record_property):
+def test_memory_that_ends_does_not_end_the_run(placement, phase, room, undisturbed, text, tmp_path, record_property):
     expected = undisturbed(placement)
     need_mib = expected.found.get(phase, 0.0)
     if need_mib < 2 * PAGE_MIB:
         pytest.skip(f"takes {need_mib:.0f} MiB of the GPU in {phase}")
-    room_mib = max(PAGE_MIB, math.floor(need_mib * ROOM / PAGE_MIB) * PAGE_MIB)
+    room_mib = max(PAGE_MIB, math.floor(ROOMS[room](need_mib) / PAGE_MIB) * PAGE_MIB)
     try:
         outcome = fit(tmp_path / "run", text, PLACEMENTS[placement], NO_FILES, before=Moments(take=(phase, room_mib)))
     except FailedError as error:
         pytest.fail(str(error))
     record_property("outcome", outcome.error or next(iter(lines(outcome.said, "out of memory")), "went on"))
-    assert outcome.peaks["out_of_memory"] > 0
+    # A retry gives back what the allocator keeps, and may have enough by that.
+    assert outcome.peaks["out_of_memory"] + outcome.peaks["retries"] > 0
     if outcome.code == 0:
         for tag in ("train/loss", "val/loss"):
             theirs = expected.curves[tag]
