@@ -27,6 +27,7 @@ from statistics import quantiles
 from typing import Any, NoReturn
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from nanogpt_lit.__main__ import exit_code
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
@@ -52,7 +53,7 @@ from nanogpt_lit.parity.grid import (
     warm_up,
 )
 from nanogpt_lit.parity.known_differences import KNOWN_DIFFERENCES, effects_together
-from nanogpt_lit.parity.record import Difference, draw_in_tensorboard
+from nanogpt_lit.parity.record import Difference
 from nanogpt_lit.parity.report import markdown_table, page, picture
 from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
 from nanogpt_lit.run.observers import relative_to_here
@@ -256,7 +257,10 @@ def write(out: Path, report: dict[str, Any], outcomes: list[tuple[Point, Outcome
             (out / "curves.svg").write_text(drawn, encoding="utf-8")
     for k, (_, outcome) in enumerate(outcomes, start=1):
         for loop, curves in outcome.curves.items():
-            draw_in_tensorboard(curves, out / f"case_{k:02}" / loop)
+            with SummaryWriter(str(out / f"case_{k:02}" / loop)) as writer:
+                for step, values in curves:
+                    for tag, value in values.items():
+                        writer.add_scalar(tag, value, step)
 
 
 if __name__ == "__main__":

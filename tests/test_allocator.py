@@ -6,14 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_lit.plan.allocator import (
-    MIB,
-    CachingAllocator,
-    Event,
-    ExpandableAllocator,
-    replay,
-    rounded,
-)
+from nanogpt_lit.plan.allocator import MIB, CachingAllocator, Event, ExpandableAllocator, replay, rounded
 
 
 def in_turn(*sizes_mib):

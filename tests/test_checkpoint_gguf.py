@@ -15,7 +15,7 @@ from small_networks import LANGUAGES, TEXT, new_tokenizer, saved, trained
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
-from nanogpt_lit.data.special_tokens import with_special_tokens
+from nanogpt_lit.data.tokenizer_files import with_special_tokens
 
 LOG_PROBABILITY = 2e-3
 """llama.cpp takes GELU from a table of float16."""

@@ -10,7 +10,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from nanogpt_lit.checkpoint.convert import convert
-from nanogpt_lit.checkpoint.sharded_format import read_values
+from nanogpt_lit.checkpoint.lightning_format import read_values
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.untrusted.pickled import Name, pickled_tree
 

@@ -18,7 +18,7 @@ from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.cli.settings import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.data.sampler import Position, windows_in
+from nanogpt_lit.data.sampler import StreamPosition, windows_in
 from nanogpt_lit.data.shards import TokenShards
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate, reference
@@ -136,7 +136,7 @@ def going_on(setup, shards, path):
     """The data where the run stands, its diary, and the observers of a run that keeps its checkpoint there."""
     start, data = load_run(path) if path.exists() else None, setup.data(shards)
     diary, batches = Diary(start.step if start else 0), start.batches if start else 0
-    data.position = Position(batches_done=lambda: batches)
+    data.position = StreamPosition(batches_done=lambda: batches)
     run = RunObservers(checkpoints=path.parent, saver=BestEffortSaver(), data_state=data.state_dict, start=start)
     return data, diary, [*run.in_order(), diary]
 

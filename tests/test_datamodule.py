@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanogpt_lit.data.datamodule import Batch, TokenDataModule, TokenWindows
 from nanogpt_lit.data.prepare import PrepareConfig, prepare
-from nanogpt_lit.data.sampler import BatchOrder, Position
+from nanogpt_lit.data.sampler import BatchOrder, StreamPosition
 from nanogpt_lit.data.shards import TokenShards
 
 T, B = 8, 3
@@ -38,7 +38,7 @@ def data_of(ready: Path, **changes) -> TokenDataModule:
 
 def naive_batches(first: int, n: int, rank: int = 0, world: int = 1, seed: int = 1337) -> list[Batch]:
     """The batches, from the order of samples and a slice per window."""
-    order = BatchOrder(len(STREAM), T, B, seed, Position())
+    order = BatchOrder(len(STREAM), T, B, seed, StreamPosition())
     batches = []
     for k in range(first, first + n):
         samples = [(k * world + rank) * B + b for b in range(B)]
@@ -71,14 +71,14 @@ def test_batches_equal_a_naive_loop(ready):
 
 def test_a_loop_of_ones_own_states_rank_world_and_first_batch(ready):
     data = data_of(ready)
-    data.position = Position(rank=1, world=2, batches_done=lambda: 7)
+    data.position = StreamPosition(rank=1, world=2, batches_done=lambda: 7)
     assert equal(drawn(data, 10), naive_batches(7, 10, rank=1, world=2))
 
 
 def test_a_loader_that_is_started_again_goes_on_behind_the_batches_that_were_trained_on(ready):
     done = 0
     data = data_of(ready)
-    data.position = Position(batches_done=lambda: done)
+    data.position = StreamPosition(batches_done=lambda: done)
     loader = data.train_dataloader()
     for _ in range(3):  # three short epochs of a loop that keeps its loader
         assert equal(list(islice(loader, 5)), naive_batches(done, 5))

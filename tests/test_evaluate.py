@@ -14,8 +14,8 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
 from nanogpt_lit.data.tokenizer import ByteTokenizer, CharTokenizer, gpt2_tokenizer
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.evaluate.hellaswag import hellaswag, read_questions
 from nanogpt_lit.evaluate.likelihood import Scorer
+from nanogpt_lit.evaluate.tasks import hellaswag, read_questions
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 
 ROWS = [

@@ -20,7 +20,8 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.cli.fine_tuning import option_of
-from nanogpt_lit.data.tokenizer import CharTokenizer, tokenizer_from_file
+from nanogpt_lit.data.tokenizer import CharTokenizer
+from nanogpt_lit.data.tokenizer_files import tokenizer_from_file
 
 WIDE = ["--model.gpt.n_embd=16", "--model.gpt.vocab_size=301"]
 SHAPE = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.data.nanogpt_meta import characters_of
+from nanogpt_lit.data.tokenizer_files import characters_of
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.untrusted.pickled import plain_pickle
 

@@ -21,8 +21,7 @@ from nanogpt_lit.plan.budget import choose_budget
 from nanogpt_lit.plan.command import largest_that_fits, own_rung, plan_run, plan_rung, vocab_size
 from nanogpt_lit.plan.plan import measure
 from nanogpt_lit.plan.report import report, report_largest
-from nanogpt_lit.plan.steady import long_run
-from nanogpt_lit.plan.step import StepShape, trace_steps
+from nanogpt_lit.plan.step import StepShape, long_run, trace_steps
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [

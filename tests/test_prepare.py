@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanogpt_lit.data import encoder, prepare, shard_series
+from nanogpt_lit.data import encoder, prepare, shard_writer
+from nanogpt_lit.data.encoder import Split
 from nanogpt_lit.data.prepare import PrepareConfig, stale_reason, summary, training_text
 from nanogpt_lit.data.shards import TokenShards, read_manifest
-from nanogpt_lit.data.split import Split
-from nanogpt_lit.data.tokenizer import EOT, ByteTokenizer, GPT2Tokenizer, read_tokenizer_files, tokenizer_from_files
+from nanogpt_lit.data.tokenizer import EOT, ByteTokenizer, GPT2Tokenizer
+from nanogpt_lit.data.tokenizer_files import read_tokenizer_files, tokenizer_from_files
 
 
 def run(config: PrepareConfig, folder: Path) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("encoder", "documents"):
         monkeypatch.setattr(f"nanogpt_lit.data.{module}.PIECE_CHARS", 500)
     monkeypatch.setattr(encoder, "available_cpus", lambda: 4)
-    monkeypatch.setattr(shard_series, "SHARD_TOKENS", 3001)
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 3001)
 
 
 def test_shards_are_those_of_a_naive_loop_over_the_documents(tmp_path: Path, jsonl: Path, small_batches: None) -> None:
@@ -225,7 +226,7 @@ def test_a_full_disk_is_noticed_before_and_during_writing(
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(shard_series.ShardWriter, "write", full)
+        patch.setattr(shard_writer.ShardWriter, "write", full)
         with pytest.raises(ValueError, match=r"data\.shards_dir=.*cannot be written \(No space left on device\)"):
             run(config, tmp_path / "shards")
     assert {path.name for path in tmp_path.iterdir()} == {jsonl.name, ".shards.lock"}
@@ -249,8 +250,8 @@ def test_a_vocabulary_is_trained_on_a_bounded_even_sample_of_the_train_side(tmp_
 CHILD = """
 import os, sys
 from pathlib import Path
-from nanogpt_lit.data import prepare, shard_series
-shard_series.SHARD_TOKENS = 50_000
+from nanogpt_lit.data import prepare, shard_writer
+shard_writer.SHARD_TOKENS = 50_000
 source, tokenizer, folder, die_at = sys.argv[1:]
 changes = 0
 
@@ -308,7 +309,7 @@ def test_death_at_any_change_of_the_disk_leaves_the_old_shards_or_the_new(
     finished: tuple[Path, Path, dict[str, Any], dict[str, Any], int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shard_series, "SHARD_TOKENS", 50_000)  # as in CHILD
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 50_000)  # as in CHILD
     source, byte_folder, byte_manifest, char_manifest, n_changes = finished
     assert n_changes > 15
 
@@ -327,7 +328,7 @@ def test_a_kill_at_any_time_leaves_the_old_shards_or_the_new(
     finished: tuple[Path, Path, dict[str, Any], dict[str, Any], int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shard_series, "SHARD_TOKENS", 50_000)  # as in CHILD
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 50_000)  # as in CHILD
     source, byte_folder, byte_manifest, char_manifest, _ = finished
     for i, delay_s in enumerate((0.0, 0.005, 0.02)):
         shutil.copytree(byte_folder, tmp_path / str(i))

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_lit.plan.allocator import replay
-from nanogpt_lit.plan.steady import long_run
-from nanogpt_lit.plan.step import StepShape, trace_steps
+from nanogpt_lit.plan.step import StepShape, long_run, trace_steps
 
 # "Reserved memory" in GiB of rasbt/LLMs-from-scratch, ch05/10_llm-training-speed/README.md: an untied GPT-2 small of
 # 163M parameters at 8 x 1024 with dropout 0.1, one A100, torch 2.6. Each row adds to the row above.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_runs import LOOPS, accelerate, different, fit, on_two_processes, small_run
 
-from nanogpt_lit.checkpoint.torch_file import read_torch_file
+from nanogpt_lit.checkpoint.foreign_files import read_torch_file
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.runtime import supervised

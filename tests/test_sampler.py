@@ -5,8 +5,18 @@ from math import factorial
 
 import numpy as np
 import pytest
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import DataLoader
 
-from nanogpt_lit.data.sampler import ROUNDS, BatchOrder, Position, ValidationOrder, epoch_keys, permute
+from nanogpt_lit.data.sampler import (
+    ROUNDS,
+    BatchOrder,
+    StreamPosition,
+    ValidationOrder,
+    epoch_keys,
+    interleave,
+    permute,
+)
 
 # A reference in plain Python integers, one index at a time, written from the papers rather than from the module.
 
@@ -50,7 +60,7 @@ def naive_window_start(sample: int, n_tokens: int, block_size: int, seed: int) -
 
 
 def train_order(n_tokens=1000, block_size=8, batch_size=3, seed=1337, rank=0, world=1, first_batch=0) -> BatchOrder:
-    return BatchOrder(n_tokens, block_size, batch_size, seed, Position(rank, world, lambda: first_batch))
+    return BatchOrder(n_tokens, block_size, batch_size, seed, StreamPosition(rank, world, lambda: first_batch))
 
 
 def batches(order: BatchOrder | ValidationOrder, n: int | None = None) -> list[list[int]]:
@@ -156,7 +166,7 @@ def test_starting_at_any_batch_equals_the_tail_of_the_whole_order(first_batch):
 
 def test_the_first_batch_is_asked_for_when_iteration_starts():
     done = 0
-    order = BatchOrder(1000, 8, 3, 1337, Position(batches_done=lambda: done))
+    order = BatchOrder(1000, 8, 3, 1337, StreamPosition(batches_done=lambda: done))
     whole = batches(order, 20)
     done = 5
     assert batches(order, 10) == whole[5:15]
@@ -244,3 +254,16 @@ def test_a_block_longer_than_the_shards_is_refused_and_one_that_just_fits_is_not
             make()
     for _, make in orders_of(9):
         assert batches(make(), 1)[0][0] == 0
+
+
+# Batches put in turns, dealt out by accelerate itself.
+
+
+LISTS = [[[0, 1], [4, 5], [8]], [[2, 3], [6, 7], [9]]]  # of two processes; the last turn is smaller
+
+
+def test_accelerate_deals_out_to_each_process_its_own_batches():
+    loader = interleave([DataLoader(range(10), batch_sampler=batches) for batches in LISTS])
+    assert len(loader) == 6
+    for rank, own in enumerate(LISTS):
+        assert list(BatchSamplerShard(loader.batch_sampler, 2, rank, even_batches=False)) == own

@@ -19,7 +19,8 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.data.prepare import PrepareConfig, prepare
 from nanogpt_lit.data.shards import MANIFEST, TokenShards
-from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, BytePairTokenizer, read_tokenizer_files, tokenizer_from_files
+from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, BytePairTokenizer
+from nanogpt_lit.data.tokenizer_files import read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.loops.accelerate_environment import check_environment, launched_processes
 from nanogpt_lit.untrusted.config_paths import check_paths, file_inside
 

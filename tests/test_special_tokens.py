@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.data.special_tokens import with_special_tokens
-from nanogpt_lit.data.tokenizer import EOT, tokenizer_from_files
+from nanogpt_lit.data.tokenizer import EOT
+from nanogpt_lit.data.tokenizer_files import tokenizer_from_files, with_special_tokens
 from nanogpt_lit.errors import UserError
 
 OWN = ["<|user|>", "<|bot|>"]

@@ -21,6 +21,8 @@ from nanogpt_lit.data.tokenizer import (
     GPT2Tokenizer,
     Tokenizer,
     files_sha256,
+)
+from nanogpt_lit.data.tokenizer_files import (
     parse_tokenizer,
     read_tokenizer_files,
     tokenizer_from_file,

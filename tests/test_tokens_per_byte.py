@@ -7,9 +7,9 @@ import pytest
 from small_networks import TEXT, new_tokenizer, trained
 
 from nanogpt_lit.data.prepare import PrepareConfig, prepare
-from nanogpt_lit.data.shards import TokenShards
-from nanogpt_lit.data.tokenizer import gpt2_tokenizer, read_tokenizer_files, tokenizer_from_files
-from nanogpt_lit.data.tokens_per_byte import val_tokens_per_byte
+from nanogpt_lit.data.shards import TokenShards, val_tokens_per_byte
+from nanogpt_lit.data.tokenizer import gpt2_tokenizer
+from nanogpt_lit.data.tokenizer_files import read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.evaluate.likelihood import Scorer
 from nanogpt_lit.run.metrics import bits_per_byte
 

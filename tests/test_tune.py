@@ -65,7 +65,7 @@ def found_in(landscape, budget_s=600.0, max_steps=100_000, recipes=("nanogpt", "
     landscape.budget_s = budget_s
     return search(
         landscape, OWN, recipes, max_steps, budget_s, lambda: landscape.now_s,
-        fits=lambda candidate: candidate.batch_size <= OWN.batch_size, say=lambda line: None,
+        fits=lambda candidate: candidate.batch_size <= OWN.batch_size, report=lambda line: None,
     )  # fmt: skip
 
 

@@ -28,9 +28,9 @@ RENDEZVOUS = {"machine_rank": "NODE_RANK", "main_process_ip": "MASTER_ADDR", "ma
 @dataclass
 class Translation:
     content: dict[str, Any]
-    """What goes into the other framework's file."""
+    """Content of the other framework's file."""
     remarks: list[str] = field(default_factory=list)
-    """What has no place in it: `key=value: what to do`."""
+    """Settings that have no place in it: `key=value: what to do`."""
 
     def text(self, title: str) -> str:
         """YAML, with the remarks as comments at its end, under their title."""
@@ -48,7 +48,7 @@ class Row:
     default: Any = None
     """The value that asks for nothing: it needs no counterpart."""
     instead: str = ""
-    """What to do about another value where there is no counterpart."""
+    """The advice for another value where there is no counterpart."""
     refused: bool = False
     """Another value would train something else: no file is made from it."""
 

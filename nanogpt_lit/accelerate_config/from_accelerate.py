@@ -43,10 +43,10 @@ def _remark(key: str, value: Any) -> str | None:
         section, _, _ = key.rpartition(".")
         nearest = difflib.get_close_matches(key, [known for known in ROW_OF if known.startswith(section)], 1, 0.9)
         return f"{key}: " + (f"did you mean {nearest[0]}?" if nearest else "Lightning's Trainer has no such key")
-    sentence = row.instead.format(value=value) or "leave it out: nothing reads it here"
+    advice = row.instead.format(value=value) or "leave it out: nothing reads it here"
     if row.refused:
-        raise UserError(f"accelerate's {key}={value} has no counterpart: {sentence}.")
-    return f"{key}={value}: {sentence}"
+        raise UserError(f"accelerate's {key}={value} has no counterpart: {advice}.")
+    return f"{key}={value}: {advice}"
 
 
 def to_trainer(values: Mapping[str, Any]) -> Translation:

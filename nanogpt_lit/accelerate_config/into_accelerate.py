@@ -127,7 +127,7 @@ def _rendezvous(content: dict[str, Any], environ: Mapping[str, str]) -> list[str
 
 
 def _arguments(strategy: Any) -> dict[str, Any]:
-    """Those of a class, or those that a short name stands for."""
+    """Arguments of a strategy: of its class, or those that a short name stands for."""
     if isinstance(strategy, str):
         return dict(SHORT_NAMES[strategy][1]) if strategy in SHORT_NAMES else {}
     return {**(strategy.get("init_args") or {}), **(strategy.get("dict_kwargs") or {})}
@@ -200,13 +200,13 @@ def _remarks(trainer: Mapping[str, Any], changed: Mapping[str, Any], strategy: s
     for key, value in trainer.items():
         if row := rows.get(f"trainer.{key}"):
             # DeepSpeed's section carries them.
-            sentence = row.instead.format(value=value) if value != row.default and strategy != DEEPSPEED else ""
+            advice = row.instead.format(value=value) if value != row.default and strategy != DEEPSPEED else ""
         elif key in FOLLOWED:
-            sentence = f"from the YAML, in {OURS}"
+            advice = f"from the YAML, in {OURS}"
         elif key in WITHOUT_EFFECT:
-            sentence = "without effect under accelerate"
+            advice = "without effect under accelerate"
         else:
-            sentence = "only Lightning's Trainer has it: train with fit, or take it out"
-        if sentence and (row or key in changed):
-            keys_of.setdefault(sentence, []).append(f"trainer.{key}")
-    return [f"{', '.join(keys)}: {sentence}" for sentence, keys in keys_of.items()]
+            advice = "only Lightning's Trainer has it: train with fit, or take it out"
+        if advice and (row or key in changed):
+            keys_of.setdefault(advice, []).append(f"trainer.{key}")
+    return [f"{', '.join(keys)}: {advice}" for advice, keys in keys_of.items()]

@@ -19,12 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.described import Described
-from nanogpt_lit.checkpoint.network import new_run, with_moments
+from nanogpt_lit.checkpoint.foreign_files import read_torch_file
+from nanogpt_lit.checkpoint.network import Described, new_run, with_moments
 from nanogpt_lit.checkpoint.run_file import check_counts, stored_once
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.checkpoint.torch_file import read_torch_file
-from nanogpt_lit.checkpoint.tree import flatten, unflatten
+from nanogpt_lit.checkpoint.tensor_file import flatten, unflatten
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import durable_folder
 from nanogpt_lit.runtime.process_settings import RandomState
@@ -36,7 +35,7 @@ SCHEDULE = "custom_checkpoint_0.pkl"
 PREPARED_SCHEDULE = "scheduler.bin"
 BESIDE = "nanogpt_lit.json"
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.|gpt\.)+")
-"""What DDP, torch.compile and LitNanoGPT put before the names of the network's weights."""
+"""Prefixes that DDP, torch.compile and LitNanoGPT put before the names of the network's weights."""
 KEPT_BESIDE = (
     "hyper_parameters", "data", "batches", "processes", "accumulate_grad_batches", "tokens", "validations", "elastic",
 )  # fmt: skip
@@ -46,7 +45,8 @@ NUMPY_TYPES = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes
 
 
 def write_folder(folder: Path, state: RunState) -> None:
-    """For `Accelerator.load_state`, after `prepare(module, optimizer)` and `register_for_checkpointing(schedule)`."""
+    """Write a folder for `Accelerator.load_state`, after `prepare(module, optimizer)` and
+    `register_for_checkpointing(schedule)`."""
     with durable_folder(folder) as partial:
         save_file(stored_once(state.weights)[0], partial / WEIGHTS, metadata={"format": "pt"})
         torch.save(state.optimizer, partial / OPTIMIZER)

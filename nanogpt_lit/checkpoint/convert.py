@@ -1,5 +1,9 @@
-"""Checkpoints from and to the formats of others. What a file is, is seen from its content, and no code of it runs."""
+"""Checkpoints from and to the formats of others, and models of the Hugging Face hub.
 
+What a file is, is seen from its content, and no code of it runs.
+"""
+
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,23 +15,27 @@ from nanogpt_lit.checkpoint import (
     lightning_format,
     llm_c_format,
     nanogpt_format,
-    sharded_format,
 )
 from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder, write_folder
-from nanogpt_lit.checkpoint.described import Described
-from nanogpt_lit.checkpoint.hub import fetched
-from nanogpt_lit.checkpoint.known_files import known_as
-from nanogpt_lit.checkpoint.network import network_of, size
+from nanogpt_lit.checkpoint.foreign_files import is_zip, known_as, read_torch_file, words_of
+from nanogpt_lit.checkpoint.network import Described, network_of, size
 from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, check_counts, load_run, load_stored_network, save_run
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.checkpoint.torch_file import is_zip, read_torch_file, words_of
-from nanogpt_lit.data.tokenizer import Tokenizer, tokenizer_from_files
+from nanogpt_lit.data.tokenizer import Tokenizer
+from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.runtime.durable import durable_file
 
 FORMATS = {"hf": "", "gguf": gguf_format.SUFFIX, "nanogpt": nanogpt_format.SUFFIX}
-"""What --to names, and how such a target ends."""
+"""Names for --to, and the suffix of such a target."""
+HUB_NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+HUB_FILES = ["config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
+HUB_WEIGHTS = [
+    ["model*.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
+]
+"""The second are for models that lack the first."""
 
 
 def convert(
@@ -38,7 +46,7 @@ def convert(
     tokenizer: str | None = None,
     described: Described | None = None,
 ) -> list[str]:
-    """Writes the checkpoint at `source` as `to`, or as what the name of `target` says, and returns what to tell of it.
+    """Write the checkpoint at `source` as `to`, or as the name of `target` says, and return lines about it.
 
     .safetensors is the format of every loop here, .ckpt Lightning's, a name without a suffix accelerate's folder.
 
@@ -97,7 +105,7 @@ NANOGPT, OURS = "nanoGPT's checkpoint", "a checkpoint of nanogpt_lit"
 
 
 def read(source: Path, tokenizer: str | None = None, described: Described | None = None) -> tuple[str, RunState]:
-    """What the source is, and its run. Raises UserError, naming the source, for what it is not.
+    """The kind of the source, and its run. Raises UserError, naming the source, for what it is not.
 
     described: what the YAML of the run says
     """
@@ -112,7 +120,7 @@ def read(source: Path, tokenizer: str | None = None, described: Described | None
         raise UserError(f"--tokenizer={tokenizer} is for a source that holds none, and {source} holds its own.")
     if words >= lightning_format.MARKS:
         return "a checkpoint of Lightning", read_ckpt(source, described)
-    if source.is_dir() and sharded_format.recognises(source):
+    if source.is_dir() and lightning_format.is_sharded(source):
         return "a folder of Lightning's shards", read_ckpt(source, described)
     if source.is_dir() and ((source / BESIDE).is_file() or known_as(source) is None):
         return "a folder of accelerate", read_folder(source, described)
@@ -122,7 +130,7 @@ def read(source: Path, tokenizer: str | None = None, described: Described | None
 
 
 def read_network(source: Path, tokenizer: str | None = None) -> tuple[str, StoredNetwork]:
-    """What the source is, and its network alone: of a checkpoint of ours, a third of the file is read."""
+    """The kind of the source, and its network alone: of a checkpoint of ours, a third of the file is read."""
     if source.suffix == SUFFIX and source.is_file() and known_as(source) is None:
         return OURS, load_stored_network(source)
     what, state = read(source, tokenizer)
@@ -137,9 +145,9 @@ def load_network(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, T
 
 
 def read_ckpt(path: Path, described: Described | None = None) -> RunState:
-    """Of a file that Trainer.save_checkpoint wrote, or of the folder that it writes in shards."""
+    """The run of a file that Trainer.save_checkpoint wrote, or of the folder that it writes in shards."""
     try:
-        whole = sharded_format.read_checkpoint(path) if path.is_dir() else read_torch_file(path)
+        whole = lightning_format.read_sharded(path) if path.is_dir() else read_torch_file(path)
         state = lightning_format.from_lightning(whole)
         state = replace(state, optimizer=lightning_format.numbered(state.optimizer))
         check_counts(state)
@@ -150,3 +158,35 @@ def read_ckpt(path: Path, described: Described | None = None) -> RunState:
             f"({type(error).__name__}: {reason})."
         ) from error
     return state if described is None else described.complete(state)
+
+
+def fetched(source: str) -> tuple[Path, str]:
+    """The path of a model on this machine, and the source as it names the same files for good.
+
+    source: a path, or hf:OWNER/NAME of the hub, pinned by hf:OWNER/NAME@REVISION
+    A model of the hub is downloaded, and its source gets the revision that was found where it names none.
+    Raises UserError for a name that is none, without huggingface_hub, and where the hub does not answer.
+    """
+    if not source.startswith("hf:"):
+        return Path(source), source
+    match = HUB_NAME.fullmatch(source)
+    if match is None:
+        raise UserError(f"{source}: a model of the hub is written hf:OWNER/NAME or hf:OWNER/NAME@REVISION.")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UserError(f'{source} needs the package huggingface_hub: `pip install "nanogpt_lit[hub]"`.') from error
+    try:
+        revision = match[2]
+        for weights in HUB_WEIGHTS:
+            folder = Path(snapshot_download(match[1], revision=revision, allow_patterns=[*HUB_FILES, *weights]))
+            revision = folder.name  # it is named after the commit
+            if any(file.match(weights[0]) for file in folder.iterdir()):
+                break
+    except (OSError, ValueError, RuntimeError) as error:  # the hub's and the network's errors
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"{source} could not be downloaded ({type(error).__name__}: {reason}); a folder of the model's files works "
+            "without a network."
+        ) from error
+    return folder, f"hf:{match[1]}@{revision}"

@@ -13,7 +13,7 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
 
 END_S, STOP_S = 300.0, 20.0
-"""For how long a save that failed is tried again at a run's end, and where it was asked to stop."""
+"""Seconds for which a save that failed is tried again at a run's end, and where the run was asked to stop."""
 PAUSE_S = 5.0
 
 

@@ -16,21 +16,15 @@ from nanogpt_lit.checkpoint.export import check_expressible, measured_effect
 from nanogpt_lit.checkpoint.network import TIED, network, network_of
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.bpe import as_characters, merges_of
-from nanogpt_lit.data.tokenizer import (
-    EOT,
-    GPT2_PATTERN,
-    BytePairTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    tokenizer_from_files,
-)
+from nanogpt_lit.data.tokenizer import EOT, GPT2_PATTERN, BytePairTokenizer, CharTokenizer, Tokenizer
+from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.runtime.durable import durable_file, write_durably
 
 SUFFIX = ".gguf"
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-"""Of the matrices, and what gguf calls them; vectors and positions are float32 in each."""
+"""Types of the matrices, and gguf's names for them; vectors and positions are float32 in each."""
 Q8_0_BLOCK = 32
 MODELFILE = "Modelfile"
 NAMES = {
@@ -41,11 +35,11 @@ NAMES = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-"""Of a block's parts, here and in llama.cpp."""
+"""Names of a block's parts, here and in llama.cpp."""
 
 
 def write(target: Path, state: RunState, source: Path, dtype: str = "f32") -> list[str]:
-    """The file, a Modelfile for Ollama beside it, and what there is to say about them.
+    """Write the file and a Modelfile for Ollama beside it, and return remarks about them.
 
     dtype: one of DTYPES
     Raises UserError without the package gguf, and for a network or a tokenizer that llama.cpp cannot express.
@@ -199,7 +193,7 @@ def their_name(name: str) -> str:
 
 
 def modelfile_of(target: Path, config: GPTConfig) -> str:
-    """For `ollama create NAME -f Modelfile`: the prompt as it is, for a network that goes on with a text."""
+    """The Modelfile of `ollama create NAME -f Modelfile`: the prompt as it is, for a network that continues a text."""
     return (
         f"FROM ./{target.name}\n"
         'TEMPLATE """{{ .Prompt }}"""\n'

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.export import check_expressible
-from nanogpt_lit.checkpoint.model_card import model_card
+from nanogpt_lit.checkpoint.export import check_expressible, model_card
+from nanogpt_lit.checkpoint.foreign_files import is_zip, read_torch_file
 from nanogpt_lit.checkpoint.network import TIED, chosen_tokenizer, network_of, new_run
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.checkpoint.torch_file import is_zip, read_torch_file
 from nanogpt_lit.data.hugging_face_tokenizer import from_hugging_face, read_json, to_hugging_face
-from nanogpt_lit.data.tokenizer import EOT, Tokenizer, tokenizer_from_files
+from nanogpt_lit.data.tokenizer import EOT, Tokenizer
+from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.runtime.durable import durable_folder
@@ -38,14 +38,14 @@ ACTIVATIONS = {
     "gelu": ("gelu", "erf"),
     "relu2": ("relu2", "tanh"),
 }
-"""What transformers calls them, and our activation and gelu; the first of a kind is what we write."""
+"""Names of transformers, and our activation and gelu; the first of a kind is the one that is written."""
 AS_OURS = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "layer_norm_epsilon": 1e-5,
 }
-"""What GPT2Config can choose and our network cannot, with its default, which is ours."""
+"""Keys of GPT2Config that our network has no choice of, with their default, which is ours."""
 
 
 def recognises(path: Path) -> bool:
@@ -161,7 +161,7 @@ def our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def their_names(weights: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """For GPT2LMHeadModel: turned, and with zeros for the biases that a network without biases lacks."""
+    """The weights for GPT2LMHeadModel: transposed, and with zeros for biases that are not there."""
     theirs = {}
     for name, tensor in weights.items():
         if config.tied_head and name == TIED[0]:
@@ -175,9 +175,9 @@ def their_names(weights: Mapping[str, Tensor], config: GPTConfig) -> dict[str, T
 
 
 def write(folder: Path, state: RunState, source: Path) -> list[str]:
-    """A folder that AutoModelForCausalLM and AutoTokenizer open, and what there is to say about it.
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer open, and return remarks about it.
 
-    source: where the run comes from, for sentences and the model card
+    source: where the run comes from, for errors and the model card
     Raises UserError for a network or a tokenizer that the folder cannot express.
     """
     gpt = network_of(source, state)
@@ -224,7 +224,7 @@ def their_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def their_generation(tokenizer: Tokenizer) -> dict[str, Any]:
-    """As `generate` here: a document begins and ends with end-of-text."""
+    """generation_config.json, as `generate` here: a document begins and ends with end-of-text."""
     return {
         "bos_token_id": tokenizer.eot,
         "eos_token_id": tokenizer.eot,

@@ -1,5 +1,6 @@
 """llm.c's model files, read as a RunState: a header of 256 int32 and then the weights, in float32 or bfloat16."""
 
+import math
 import os
 from pathlib import Path
 
@@ -15,24 +16,12 @@ from nanogpt_lit.gpt.model import GPTConfig
 MAGIC = 20240326
 HEADER = 256
 DTYPES = {3: torch.float32, 5: torch.bfloat16}
-"""By the version in the header. Earlier ones had no padded vocabulary."""
-OTHERS = {
-    20240520: "token shards of llm.c; data.source reads the folder they are in",
-    20240327: "llm.c's debug state, activations to compare with; give the model_*.bin beside it",
-    20240328: "llm.c's tokenizer; give a model_*.bin, whose tokenizer is GPT-2's",
-    20240527: "llm.c's optimizer state (state_*.bin), which is of one process; give the model_*.bin beside it",
-    20240803: "llm.c's Llama 3; convert reads GPT-2's architecture",
-}
-
-
-def magic_of(path: Path) -> int | None:
-    with path.open("rb") as file:
-        start = file.read(4)
-    return int.from_bytes(start, "little") if len(start) == 4 else None
+"""Types of the weights by the version in the header. Earlier ones had no padded vocabulary."""
 
 
 def recognises(path: Path) -> bool:
-    return magic_of(path) == MAGIC
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC.to_bytes(4, "little")
 
 
 def read(path: Path, tokenizer: str | None = None) -> RunState:
@@ -68,7 +57,7 @@ def read(path: Path, tokenizer: str | None = None) -> RunState:
         "ln_f.bias": (C,),
     }  # in the order of the file
     dtype = DTYPES[version]
-    numbers = sum(number_of(shape) for shape in shapes.values())
+    numbers = sum(math.prod(shape) for shape in shapes.values())
     expected = HEADER * 4 + numbers * dtype.itemsize
     if (found := path.stat().st_size) != expected:
         raise UserError(
@@ -78,7 +67,7 @@ def read(path: Path, tokenizer: str | None = None) -> RunState:
     with path.open("rb") as file:
         file.seek(HEADER * 4, os.SEEK_SET)
         for name, shape in shapes.items():
-            content = np.fromfile(file, dtype="<f4" if dtype == torch.float32 else "<i2", count=number_of(shape))
+            content = np.fromfile(file, dtype="<f4" if dtype == torch.float32 else "<i2", count=math.prod(shape))
             tensor = torch.from_numpy(content).view(dtype).view(shape)
             if len(shape) > 1 and name[0] != "w":
                 weights |= {f"transformer.h.{layer}.{name}": tensor[layer] for layer in range(L)}
@@ -86,10 +75,3 @@ def read(path: Path, tokenizer: str | None = None) -> RunState:
                 weights[f"transformer.{name}"] = tensor[:V] if name == "wte.weight" else tensor
     config = GPTConfig(block_size=T, vocab_size=V, n_layer=L, n_head=H, n_embd=C)
     return new_run(path, weights, config, chosen_tokenizer(path, V, tokenizer))
-
-
-def number_of(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

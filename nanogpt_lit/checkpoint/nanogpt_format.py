@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from nanogpt_lit.checkpoint.export import check_expressible, measured_effect
+from nanogpt_lit.checkpoint.foreign_files import read_torch_file
 from nanogpt_lit.checkpoint.network import chosen_tokenizer, network, network_of, new_run, with_moments
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.checkpoint.torch_file import read_torch_file
-from nanogpt_lit.data.tokenizer import tokenizer_from_files
+from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
@@ -105,7 +105,7 @@ def fit_options(state: RunState) -> str:
 
 
 def write(target: Path, state: RunState, source: Path) -> list[str]:
-    """What nanoGPT's `--init_from=resume` and its sample.py read, and what there is to say about it.
+    """Write what nanoGPT's `--init_from=resume` and its sample.py read, and return remarks about it.
 
     Raises UserError for a network that nanoGPT lacks.
     """

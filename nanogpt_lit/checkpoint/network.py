@@ -1,7 +1,7 @@
-"""A network that was trained elsewhere as a run of ours, and the network of any run."""
+"""A network that was trained elsewhere as a run of ours, with its description in a YAML; and the network of any run."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from nanogpt_lit.checkpoint.run_file import StoredNetwork
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.data.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer, tokenizer_from_file
+from nanogpt_lit.data.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer
+from nanogpt_lit.data.tokenizer_files import tokenizer_from_file
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPT, GPTConfig, config_of_checkpoint
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
 
 PREFIX = "gpt."
-"""Of the network's names in a module's state_dict()."""
+"""The prefix of the network's names in a module's state_dict()."""
 GPT2_SIZES = (50257, 50304)
 """GPT-2's vocabulary, and the one that nanoGPT pads it to."""
 TIED = "lm_head.weight", "transformer.wte.weight"
@@ -165,3 +166,25 @@ def size(config: Mapping[str, Any]) -> str:
         f"{config['n_layer']} layers, {config['n_head']} heads, {config['n_embd']} channels, "
         f"block {config['block_size']}, vocabulary {config['vocab_size']:,}"
     )
+
+
+@dataclass(frozen=True)
+class Described:
+    gpt: GPTConfig
+    optim: AdamWConfig
+    schedule: ScheduleConfig
+    tokenizer: Tokenizer
+    order: Mapping[str, int]
+    """The values that the order of samples is a function of: seed, block_size, batch_size."""
+    accumulate_grad_batches: int
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data of a run, as TokenDataModule.state_dict() has it."""
+        return {"tokenizer": self.tokenizer.files(), **self.order}
+
+    def complete(self, state: RunState) -> RunState:
+        """The run with the data and the tokens that its checkpoint did not know of."""
+        data = {**self.data, **state.data}
+        tokens = state.batches * state.processes * data["batch_size"] * data["block_size"]
+        return replace(state, data=data, tokens=state.tokens or tokens)

@@ -1,16 +1,18 @@
-"""The checkpoint that a run goes on from by itself: the latest one that is whole."""
+"""The checkpoint that a run goes on from: by itself the latest one that is whole, and one for all of its processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of, verify_run
-from nanogpt_lit.checkpoint.torch_file import read_torch_file
+from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, step_of, verify_run
+from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, TensorFile
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.processes import are_several, broadcast, gathered, rank
 
 CKPT = ".ckpt"
 """Lightning's own file, which a sharded strategy writes."""
 PREFERRED = ("last", "best", "previous")
-"""Of those that hold the same step."""
+"""Names in the order of preference among those that hold the same step."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,10 @@ def newest_run(root: Path, suffix: str = SUFFIX) -> Path | None:
 
 
 def newest_checkpoint(root: Path) -> Newest | None:
-    """Of the run below `root` that was saved last. None where no run has one. Raises UserError as `latest_of` does."""
+    """The newest checkpoint of the run below `root` that was saved last; None where no run has one.
+
+    Raises UserError as `latest_of` does.
+    """
     run = newest_run(root)
     return None if run is None else latest_of(run)
 
@@ -66,12 +71,14 @@ def latest_of(run: Path, suffix: str = SUFFIX) -> Newest:
 
 
 def step_in(path: Path) -> int:
-    """Of one of our files, by its header; of one of Lightning's, with every part compared with its checksum.
+    """The step of one of our files, by its header; of one of Lightning's, after comparing it with its checksums.
 
     Raises UserError for one that cannot be read.
     """
     if path.suffix != CKPT:
         return step_of(path)
+    from nanogpt_lit.checkpoint.foreign_files import read_torch_file  # for what a sharded strategy wrote
+
     try:
         step = read_torch_file(path)["global_step"]
     except Exception as error:  # what the readers of zip and of pickle raise is not one family
@@ -94,3 +101,36 @@ def reason(path: Path, error: Exception) -> str:
     if path.is_symlink() and not path.exists():
         return f"{path} is a link to {path.readlink()}, which is not there."
     return f"{str(error).rstrip('.')}."
+
+
+def load_together(path: Path | None) -> RunState | None:
+    """The checkpoint that the first process goes on from, for all of them: their machines may have no disk in common.
+
+    Who has the same file reads it, the others are sent it. path: the first one's counts; None starts anew
+    Raises UserError, on all of them, where the first one cannot read it.
+    """
+    if not are_several():
+        return None if path is None else load_run(path)
+    named, digest = broadcast((path is not None, digest_of(path)))
+    if not named:
+        return None
+    state, error = None, None
+    if path is not None and (rank() == 0 or digest_of(path) == digest):
+        try:
+            state = load_run(path)
+        except (UserError, OSError) as problem:
+            error = str(problem)
+    if (error := broadcast(error)) is not None:
+        raise UserError(error)
+    if not all(gathered(state is not None)):
+        sent = broadcast(state if rank() == 0 else None)
+        state = state if state is not None else sent
+    return state
+
+
+def digest_of(path: Path | None) -> str | None:
+    """The digest of a checkpoint's header, which holds those of its tensors; None for a file that cannot be read."""
+    try:
+        return None if path is None else TensorFile(path).metadata[HEADER_DIGEST]
+    except (ValueError, OSError):
+        return None

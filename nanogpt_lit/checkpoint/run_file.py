@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.checkpoint.tensor_file import TensorFile, write_tensors
-from nanogpt_lit.checkpoint.tree import flatten, unflatten
+from nanogpt_lit.checkpoint.tensor_file import TensorFile, flatten, unflatten, write_tensors
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import durable_file
 
@@ -29,12 +28,12 @@ PREVIOUS = "previous"
 TOKENIZER = "tokenizer"
 """The key of `data` under which the tokenizer's files are: kept as bytes, they may be megabytes."""
 COUNTS = {"step": 0, "batches": 0, "tokens": 0, "processes": 1, "accumulate_grad_batches": 1}
-"""What a run is continued by, and the least that each can be."""
+"""Counts that a run is continued by, and the least that each can be."""
 STATES = [field.name for field in fields(RunState) if field.name != "weights"]
 
 
 def save_run(path: Path, state: RunState) -> None:
-    """Writes a checkpoint, which appears whole and on the disk or not at all.
+    """Write a checkpoint, which appears whole and on the disk or not at all.
 
     A file called `last` makes the one that it replaces `previous`, so that there is always one that no write touches.
     Raises UserError for weights that are not finite, and leaves the file alone.
@@ -45,7 +44,8 @@ def save_run(path: Path, state: RunState) -> None:
 
 @dataclass(frozen=True)
 class RunContent:
-    """What a file will hold. Every number of the run as it was, and its own tensors, which must not change before."""
+    """The content of a file to write: every number of the run as it was, and its own tensors, which must not change
+    before."""
 
     tensors: Mapping[str, Tensor]
     description: str
@@ -86,7 +86,7 @@ def check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_run(path: Path) -> RunState:
-    """Reads a checkpoint and compares every byte of it with its checksums.
+    """Read a checkpoint and compare every byte of it with its checksums.
 
     Raises UserError, naming the file, for one that is missing, damaged, or not a checkpoint.
     """
@@ -96,47 +96,40 @@ def load_run(path: Path) -> RunState:
     return decoded(path, description, tensors)
 
 
-def check_run_file(path: Path) -> None:
-    """Raises UserError for a file that is none, by its beginning alone, before anything is built."""
+def description_in(path: Path) -> dict[str, Any]:
+    """A checkpoint without its tensors, by its header, which is checked. Raises UserError as `load_run` does."""
     with open_run(path) as file:
-        description_of(file)
+        return description_of(file)
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint, by its header, which is checked. Raises UserError as `load_run` does."""
-    with open_run(path) as file:
-        return described_step(path, description_of(file))
-
-
-def validations_of(path: Path) -> dict[str, Any]:
-    """What a checkpoint keeps of its run's validations, by its header. Raises UserError as `load_run` does."""
-    with open_run(path) as file:
-        validations = description_of(file).get("validations")
-    return validations if isinstance(validations, dict) else {}
-
-
-def described_step(path: Path, description: Mapping[str, Any]) -> int:
-    if not isinstance(description.get("step"), int):
+    """The step of a checkpoint, by its header. Raises UserError as `load_run` does."""
+    step = description_in(path).get("step")
+    if not isinstance(step, int):
         raise incomplete(path, KeyError("step"))
-    step: int = description["step"]
     return step
 
 
+def validations_of(path: Path) -> dict[str, Any]:
+    """A checkpoint's record of its run's validations, by its header. Raises UserError as `load_run` does."""
+    validations = description_in(path).get("validations")
+    return validations if isinstance(validations, dict) else {}
+
+
 def verify_run(path: Path) -> int:
-    """Compares every byte of a checkpoint with its checksums, a tensor at a time, and returns its step.
+    """Compare every byte of a checkpoint with its checksums, a tensor at a time, and return its step.
 
     Raises UserError as `load_run` does.
     """
     with open_run(path) as file:
-        description = description_of(file)
         for name in file.names:
             file.read([name])
-    return described_step(path, description)
+    return step_of(path)
 
 
 @dataclass(frozen=True)
 class StoredNetwork:
-    """As much of a checkpoint as it takes to write text."""
+    """The part of a checkpoint that it takes to write text."""
 
     weights: Mapping[str, Tensor]
     hyper_parameters: Mapping[str, Any]
@@ -144,7 +137,7 @@ class StoredNetwork:
 
 
 def load_stored_network(path: Path) -> StoredNetwork:
-    """Reads the weights and the tokenizer, a third of the file. Raises UserError as `load_run` does."""
+    """Read the weights and the tokenizer, a third of the file. Raises UserError as `load_run` does."""
     with open_run(path) as file:
         description = description_of(file)
         tensors = file.read(name for name in file.names if not name.startswith(("optimizer.", "random.", "lightning.")))

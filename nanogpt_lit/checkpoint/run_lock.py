@@ -1,4 +1,4 @@
-"""A run has one writer: its folder is locked while it is trained, and says by which process.
+"""A run has one writer: its folder is locked while it is trained, and names the process.
 
 The operating system's lock on a file ends with the process that holds it, killed or not. Where a file system has no
 such locks, or (NFS, mounted so) keeps them to one machine, signs of life decide: the holder touches a file of its own
@@ -43,7 +43,7 @@ class Holder:
 
 
 class RunLock:
-    """Of one run's folder, for this process and those that it starts."""
+    """The lock of one run's folder, for this process and those that it starts."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
@@ -52,7 +52,7 @@ class RunLock:
         self._ended: threading.Event | None = None
 
     def acquire(self, folder: Path) -> None:
-        """Without effect where it is locked already. Waits where the holder is probably dead.
+        """Take the lock. Waits where the holder is probably dead; without effect where this process has it already.
 
         Raises UserError where another process trains the run.
         """
@@ -66,7 +66,7 @@ class RunLock:
         threading.Thread(target=give_signs, args=(folder, self._ended), name="run lock", daemon=True).start()
 
     def release(self) -> None:
-        """Without effect where this process does not hold it."""
+        """Release the lock. Without effect where this process does not hold it."""
         if self._ended is not None and self.folder is not None:
             self._ended.set()
             self._ended = None
@@ -76,12 +76,12 @@ class RunLock:
         self.folder = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a process that this one starts, and that trains in its stead."""
+        """The state for a process that this one starts, and that trains in its stead."""
         return {"folder": self.folder, "_lock": None, "_ended": None}
 
     def _acquire(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        before, until_s, told = sign_of(folder), time.monotonic() + SILENT_S, False
+        before, until_s, reported = sign_of(folder), time.monotonic() + SILENT_S, False
         while True:
             locked, holder = self._lock_file(folder / LOCK), read_holder(folder)
             if locked is not False and is_gone(holder, locked=bool(locked)):
@@ -97,13 +97,13 @@ class RunLock:
                 )
             if silent:
                 return
-            if not told:
+            if not reported:
                 say(f"{folder} was trained by {holder}; waiting up to {SILENT_S:g} s for a sign of it")
-                told = True
+                reported = True
             time.sleep(0.5)
 
     def _lock_file(self, path: Path) -> bool | None:
-        """Whether the operating system gives us its lock; None where it has none for this file system."""
+        """True where the operating system gives us its lock; None where it has none for this file system."""
         if self._lock is not None:
             return True
         lock = FileLock(path, thread_local=False)
@@ -125,7 +125,7 @@ class RunLock:
 
 
 def is_gone(holder: Holder | None, locked: bool) -> bool:
-    """Whether who held the run before is known to be gone. On this machine, a lock that was free says so."""
+    """True where the process that held the run is known to be gone. On this machine, a lock that was free proves it."""
     return holder is None or (holder.host == platform.node() and (locked or not is_running(holder)))
 
 

@@ -17,7 +17,7 @@ class RunState:
     weights: dict[str, Tensor]
     """module.state_dict()"""
     hyper_parameters: Mapping[str, Any]
-    """What the module is made from: LitNanoGPT's gpt, optim, schedule, compile."""
+    """Arguments that the module is made from: LitNanoGPT's gpt, optim, schedule, compile."""
     data: Mapping[str, Any]
     """The tokenizer's files, and what the order of samples is a function of (TokenDataModule.state_dict)."""
     optimizer: dict[str, Any]
@@ -39,11 +39,11 @@ class RunState:
     validations: Mapping[str, Any] = field(default_factory=lambda: {"latest": None, "best": None})
     """(step, loss) of the latest and of the best validation."""
     elastic: Mapping[str, Any] = field(default_factory=dict)
-    """What did not fit, and how the run went on: see memory/elastic.py. Empty while everything fits."""
+    """Micro-batches that did not fit, and how the run went on: see memory/elastic.py. Empty while everything fits."""
     spikes: Mapping[str, Any] = field(default_factory=dict)
     """The recent losses that a jump is measured by: see run/spikes.py. Empty unless it is guarded against."""
     lightning: Mapping[str, Any] | None = None
-    """What Lightning keeps besides: its callbacks' states and its counters. None from the other loops."""
+    """The rest of Lightning's checkpoint: its callbacks' states and its counters. None from the other loops."""
 
     def batches_on(self, processes: int, accumulate_grad_batches: int, dropout: float) -> int:
         """Micro-batches of each of `processes` processes that go on with the sample that follows.

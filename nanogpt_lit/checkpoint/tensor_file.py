@@ -7,6 +7,7 @@ over all bytes, and brings all of a GPU to the host at once. Here one tensor aft
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,7 @@ LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes tensors, on whichever device they are, one after another, and text about them."""
+    """Write tensors, on whichever device they are, one after another, and text about them."""
     # Larger elements first, so that each tensor begins at a multiple of its element's size.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     digests = dict.fromkeys(ordered, UNKNOWN_DIGEST)
@@ -144,3 +145,58 @@ class TensorFile:
             f"{self.path} is not a checkpoint of nanogpt_lit, or only the beginning of one; those of Lightning, "
             "accelerate, Hugging Face, nanoGPT and llm.c become one by `python -m nanogpt_lit convert FROM TO`."
         )
+
+
+# Nested states, as optimizers and schedules give them, as tensors and JSON.
+
+# A dictionary with one of these as its only key stands for what JSON lacks.
+TENSOR, TUPLE, PAIRS, NUMBER = "$tensor", "$tuple", "$pairs", "$number"
+
+
+def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON of a nested state; its tensors go to `tensors`, named after where they stand.
+
+    path: where the value stands, "optimizer" for a whole optimizer
+    Raises UserError for anything but tensors, numbers, strings, None, lists, tuples and dictionaries.
+    """
+    match value:
+        case Tensor():
+            assert path not in tensors, path
+            tensors[path] = value
+            return {TENSOR: path}
+        case bool() | int() | str() | None:
+            return value
+        case float():
+            return value if math.isfinite(value) else {NUMBER: str(value)}  # JSON knows neither nan nor inf
+        case list():
+            return [flatten(item, f"{path}.{n}", tensors) for n, item in enumerate(value)]
+        case tuple():
+            return {TUPLE: flatten(list(value), path, tensors)}
+        case Mapping():
+            pairs = [(key, flatten(item, f"{path}.{key}", tensors)) for key, item in value.items()]
+            if all(isinstance(key, str) and not key.startswith("$") for key, _ in pairs):
+                return dict(pairs)
+            return {PAIRS: [[flatten(key, path, tensors), item] for key, item in pairs]}
+    raise UserError(f"{path} holds a {type(value).__name__}, which a checkpoint cannot keep; numbers and tensors can.")
+
+
+def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The nested state that `flatten` made this JSON of."""
+    match value:
+        case list():
+            return [unflatten(item, tensors) for item in value]
+        case dict() if len(value) == 1:
+            ((key, item),) = value.items()
+            match key:
+                case "$tensor":
+                    return tensors[item]
+                case "$tuple":
+                    return tuple(unflatten(item, tensors))
+                case "$pairs":
+                    return {unflatten(k, tensors): unflatten(v, tensors) for k, v in item}
+                case "$number":
+                    return float(item)
+            return {key: unflatten(item, tensors)}
+        case dict():
+            return {key: unflatten(item, tensors) for key, item in value.items()}
+    return value

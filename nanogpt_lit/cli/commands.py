@@ -94,8 +94,7 @@ def plan(arguments: list[str]) -> int:
         from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
         from nanogpt_lit.plan.budget import choose_budget
         from nanogpt_lit.plan.command import largest_that_fits, plan_run
-        from nanogpt_lit.plan.picture import check_picture, write_picture
-        from nanogpt_lit.plan.report import report, report_largest
+        from nanogpt_lit.plan.report import check_picture, report, report_largest, write_picture
 
     quiet_lightning()
     budget = choose_budget(options.gpu, options.vram, options.usable, options.os, options.desktop_on_gpu)
@@ -194,8 +193,7 @@ def convert(arguments: list[str]) -> int:
     if settings_of_fit and options.config is None:
         parser.error(f"unrecognized arguments: {' '.join(settings_of_fit)}")
 
-    from nanogpt_lit.checkpoint.convert import convert
-    from nanogpt_lit.checkpoint.hub import fetched
+    from nanogpt_lit.checkpoint.convert import convert, fetched
 
     source, pinned = fetched(options.source)
     if pinned != options.source:

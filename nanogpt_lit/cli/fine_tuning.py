@@ -10,12 +10,11 @@ from filelock import FileLock
 from jsonargparse import Namespace
 from torch import nn
 
-from nanogpt_lit.checkpoint.convert import read_network
-from nanogpt_lit.checkpoint.hub import fetched
+from nanogpt_lit.checkpoint.convert import fetched, read_network
 from nanogpt_lit.checkpoint.network import TIED, size
 from nanogpt_lit.checkpoint.run_file import StoredNetwork
-from nanogpt_lit.data.special_tokens import with_special_tokens
-from nanogpt_lit.data.tokenizer import BytePairTokenizer, Tokenizer, tokenizer_from_files
+from nanogpt_lit.data.tokenizer import BytePairTokenizer, Tokenizer
+from nanogpt_lit.data.tokenizer_files import tokenizer_from_files, with_special_tokens
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import config_of_checkpoint
 from nanogpt_lit.runtime.durable import write_durably

@@ -13,12 +13,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
 from nanogpt_lit.checkpoint.disk import BestEffortSaver
-from nanogpt_lit.checkpoint.load_together import load_together
+from nanogpt_lit.checkpoint.newest import load_together
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.data.interleave import interleave
-from nanogpt_lit.data.sampler import Position
+from nanogpt_lit.data.sampler import StreamPosition, interleave
 from nanogpt_lit.loops.accelerate import accelerator_options, train
 from nanogpt_lit.loops.accelerate_environment import (
     check_environment,
@@ -147,10 +146,10 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
 def loaders(data: TokenDataModule, processes: int, batches_done: int) -> tuple[DataLoader, DataLoader]:
     """The loaders of one process, whose batches accelerate deals out to the processes by turns: each process then reads
     what it reads under Lightning. batches_done: of all processes together, before the first one that is read"""
-    data.position = Position(batches_done=lambda: batches_done)
+    data.position = StreamPosition(batches_done=lambda: batches_done)
     train_loader = data.train_dataloader()
     shares = []
     for rank in range(processes):
-        data.position = Position(rank, processes)
+        data.position = StreamPosition(rank, processes)
         shares.append(data.val_dataloader())
     return train_loader, interleave(shares)

@@ -11,15 +11,13 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from nanogpt_lit.checkpoint.described import Described
-from nanogpt_lit.checkpoint.network import chosen_tokenizer
 from nanogpt_lit.checkpoint.newest import CKPT, Newest, latest_of, newest_run, step_in
-from nanogpt_lit.checkpoint.run_file import SUFFIX, check_run_file, validations_of
+from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of, validations_of
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.parser import Parser
 from nanogpt_lit.data.datamodule import ORDER_FIELDS, TokenDataModule
-from nanogpt_lit.data.tokenizer import parse_tokenizer
-from nanogpt_lit.data.tokens_per_byte import val_tokens_per_byte
+from nanogpt_lit.data.shards import val_tokens_per_byte
+from nanogpt_lit.data.tokenizer_files import parse_tokenizer
 from nanogpt_lit.errors import NothingToDo, UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.compatibility import (
@@ -53,6 +51,7 @@ from nanogpt_lit.runtime.processes import is_first, launched_processes
 from nanogpt_lit.runtime.supervised import supervised
 
 if TYPE_CHECKING:
+    from nanogpt_lit.checkpoint.network import Described
     from nanogpt_lit.cli.fine_tuning import Beginning
 
 TRAINER_DEFAULTS = {
@@ -197,7 +196,7 @@ class SettingsCLI(LightningCLI):
         self._find_resumed()
         if settings.get("ckpt_path") is not None and is_first():  # whose file is the one that counts
             if writes_run_files(settings.trainer):
-                check_run_file(Path(settings.ckpt_path))
+                step_of(Path(settings.ckpt_path))  # raises where it is none, before anything is built
             if self.subcommand in (None, "fit") and resumable(settings.trainer) is not None:
                 self._check_goes_on(Path(settings.ckpt_path), settings.trainer.max_steps)
         self.find_beginning()
@@ -403,8 +402,10 @@ class SettingsCLI(LightningCLI):
             settings.data.shards_dir = str(Path(settings.trainer.default_root_dir) / "shards")
         return TokenDataModule(**settings.data)
 
-    def described(self) -> Described:
+    def described(self) -> "Described":
         """What the settings say of a run. Raises UserError where a tokenizer that is made from text is not made yet."""
+        from nanogpt_lit.checkpoint.network import Described, chosen_tokenizer  # convert alone asks for it
+
         settings = self.settings
         data = self._data()
         name = settings.data.tokenizer

@@ -1,4 +1,4 @@
-"""Byte pairs: GPT-2's, a file's, or trained on text; as ranks, and as the merges that others write.
+"""Byte pairs: GPT-2's, a file's, or trained on text; as ranks, and as the merges that others write; and the pattern.
 
 Ranks map the bytes of a token to its id; the lower of two possible merges goes first. A `.tiktoken` file holds one
 `base64(bytes) rank` per line. Hugging Face's files and GGUF hold a list of merges, two tokens each.
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
+import regex  # type: ignore[import-untyped]
 import tiktoken
 
 from nanogpt_lit.errors import UserError
@@ -21,6 +22,17 @@ Merge = tuple[bytes, bytes]
 
 # What tiktoken itself expects of OpenAI's file (tiktoken_ext/openai_public.py).
 GPT2_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+SAMPLE = (
+    "".join(map(chr, range(128)))
+    + " It's 1984, isn't it?  \r\n\t\tnaïve  ZÜRICH Δοκιμή тест 试验 テスト 한국어 العربية हिन्दी 👩‍👩‍👧"
+    + " e\u0301\u00a0\u200b\U0001f600 !!!??? 123456789 \n\n\n  end"
+    + "a" * 1000
+    + " " * 1000
+    + "\n" * 1000
+    + "end"
+)
+LONGEST_SEARCH_S = 0.5
+"""Seconds of CPU time. GPT-2's pattern takes a thousandth."""
 
 
 @cache
@@ -198,3 +210,32 @@ def ranks_of(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], name:
             "express; vocabularies numbered as they were learned, as GPT-2's, can be read."
         )
     return ranks
+
+
+# The pattern, by which text is cut into words before they are merged.
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Try a pattern on text of every kind. name: of its tokenizer
+
+    tiktoken leaves out what no word matches, without a word, and breaks off where one is empty. Raises UserError for a
+    pattern that leaves out text, has empty words, or searches without end.
+    """
+    try:
+        words = [word.group() for word in regex.finditer(pattern, SAMPLE, timeout=LONGEST_SEARCH_S)]
+    except TimeoutError as error:
+        raise UserError(f"the pattern of the tokenizer {name} searches without end in a text of 3 KB.") from error
+    except (regex.error, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise UserError(f"the tokenizer {name} has a pattern that is not a regular expression: {error}") from error
+    if not all(words):
+        raise UserError(f"the pattern of the tokenizer {name} has words without a character; + in place of * helps.")
+    place = 0
+    for word in words:
+        if not SAMPLE.startswith(word, place):
+            break
+        place += len(word)
+    if place < len(SAMPLE):
+        raise UserError(
+            f"the pattern of the tokenizer {name} leaves out text, such as {SAMPLE[place : place + 10]!r}, which could "
+            "not be decoded again; every character has to belong to a word."
+        )

@@ -13,26 +13,16 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from nanogpt_lit.data.nanogpt_meta import META, characters_of
 from nanogpt_lit.data.prepare import PrepareConfig, prepare, stale_reason, summary
-from nanogpt_lit.data.sampler import BatchOrder, Position, ValidationOrder, windows_in
+from nanogpt_lit.data.sampler import BatchOrder, StreamPosition, ValidationOrder, windows_in
 from nanogpt_lit.data.shards import TokenShards, read_manifest, ready_format
-from nanogpt_lit.data.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    files_sha256,
-    gpt2_tokenizer,
-    parse_tokenizer,
-    read_tokenizer_files,
-    tokenizer_from_file,
-    tokenizer_from_files,
-)
+from nanogpt_lit.data.tokenizer import Tokenizer, files_sha256
+from nanogpt_lit.data.tokenizer_files import META, characters_of, tokenizer_of_shards
 from nanogpt_lit.errors import UserError
 
 SPLITS = ("train", "val")
 ORDER_FIELDS = ("seed", "block_size", "batch_size")
-"""What the order of samples is a function of, besides the text and the number of processes."""
+"""Fields that the order of samples is a function of, besides the text and the number of processes."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -104,7 +94,7 @@ class TokenDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.documents = documents
-        self.position: Position | None = None
+        self.position: StreamPosition | None = None
         """The place in the stream, set by a loop other than Lightning's Trainer before it asks for a loader."""
         self._shards: dict[str, TokenShards] = {}
 
@@ -118,14 +108,14 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def folder(self) -> Path:
-        """Where the shards are, or will be."""
+        """The folder where the shards are, or will be."""
         return self._source_folder or self.shards_dir
 
     def prepare_data(self) -> None:
         """Make the shards when they are missing or were made from something else, and check them."""
         if self._source_folder is None:
             self._prepare()
-        elif (characters := self._characters_of_nanogpt()) is not None and getattr(rank_zero_only, "rank", 0) == 0:
+        elif (characters := characters_of(self.folder)) is not None and getattr(rank_zero_only, "rank", 0) == 0:
             print(f"data: tokens are the {len(characters.characters)} characters of {self.folder / META}", flush=True)
         for split in SPLITS:
             self._open(split)
@@ -156,15 +146,7 @@ class TokenDataModule(LightningDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the shards were made with, once they are there."""
-        if ready_format(self.folder) in ("nanogpt", "llm.c"):
-            tokenizer = self._tokenizer_of_foreign_shards()
-        else:
-            files = read_tokenizer_files(self.folder)
-            if files_sha256(files) != read_manifest(self.folder).get("tokenizer", {}).get("sha256"):
-                raise UserError(
-                    f"the tokenizer in {self.folder} is not the one its shards were made with; prepare again."
-                )
-            tokenizer = tokenizer_from_files(files)
+        tokenizer = tokenizer_of_shards(self.folder, self.prepare_config.tokenizer)
         known = getattr(tokenizer, "specials", {})
         if missing := [text for text in self.prepare_config.special_tokens if text not in known]:
             raise UserError(
@@ -173,36 +155,13 @@ class TokenDataModule(LightningDataModule):
             )
         return tokenizer
 
-    def _tokenizer_of_foreign_shards(self) -> Tokenizer:
-        kind, argument = parse_tokenizer(self.prepare_config.tokenizer)
-        if (characters := self._characters_of_nanogpt()) is not None:
-            if kind in ("char", "gpt2"):  # the default too
-                return characters
-            raise UserError(
-                f"data.tokenizer={self.prepare_config.tokenizer} is not what data.source={self.folder} was made with: "
-                f"its {META} lists {len(characters.characters)} characters; data.tokenizer: char works."
-            )
-        if kind == "gpt2":
-            return gpt2_tokenizer()
-        if kind == "byte":
-            return ByteTokenizer()
-        if kind == "file":
-            return tokenizer_from_file(Path(argument))
-        raise UserError(
-            f"data.tokenizer={self.prepare_config.tokenizer} is made from text, but data.source={self.folder} holds "
-            "tokens; name the tokenizer they were made with: gpt2, byte or a .tiktoken file."
-        )
-
-    def _characters_of_nanogpt(self) -> CharTokenizer | None:
-        return characters_of(self.folder) if ready_format(self.folder) == "nanogpt" else None
-
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
     @property
     def text(self) -> str:
-        """What tells the text of the shards from another: 16 hexadecimal digits."""
+        """The identity of the text of the shards: 16 hexadecimal digits."""
         if ready_format(self.folder) == "ours":
             splits = read_manifest(self.folder)["splits"]
             parts = [shard.get("sha256") for split in SPLITS for shard in splits[split]["shards"]]
@@ -226,11 +185,11 @@ class TokenDataModule(LightningDataModule):
 
     # Shards to batches.
 
-    def _current_position(self) -> Position:
+    def _current_position(self) -> StreamPosition:
         if self.position is not None:
             return self.position
         if self.trainer is None:
-            return Position()
+            return StreamPosition()
         trainer = self.trainer
 
         def batches_done() -> int:
@@ -238,7 +197,7 @@ class TokenDataModule(LightningDataModule):
             # counts the batch that was interrupted, `completed` lacks the one whose on_train_batch_end saves.
             return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
-        return Position(trainer.global_rank, trainer.world_size, batches_done)
+        return StreamPosition(trainer.global_rank, trainer.world_size, batches_done)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless: trainer.max_steps ends a run."""

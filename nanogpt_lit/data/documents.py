@@ -133,7 +133,7 @@ def cut_pieces(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def last_cut(text: str) -> int:
-    """Where to cut so that both sides together have the tokens of the whole; the end when there is no such place.
+    """The place to cut at so that both sides together have the tokens of the whole; the end when there is none.
 
     GPT-2's pattern (and its successors') looks ahead only at the end of a run of white space: a single newline
     belongs to what precedes it, a single space to the word that follows.

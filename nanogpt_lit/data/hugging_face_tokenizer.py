@@ -27,7 +27,7 @@ SAMPLE = (
     "عربى हिन्दी ไทย \u00a0\u2003 🙂👩‍👩‍👧 ½ Ⅷ ١٢٣ İSTANBUL ſ"
     " <b>&amp;</b> CamelCase snake_case __init__ $100 50% a.b.c --option=value   "
 )
-"""What two tokenizers must cut alike: contractions, runs of spaces, numbers, scripts, marks, joined emoji."""
+"""Text that two tokenizers must cut alike: contractions, runs of spaces, numbers, scripts, marks, joined emoji."""
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def tokenizer_of(described: dict[str, Any], path: Path) -> Tokenizer:
 
 
 def added_around(post_processor: Any) -> bool:
-    """Whether it adds other tokens than the end-of-text that begins each document here too."""
+    """True where other tokens are added than the end-of-text that begins each document here too."""
     match post_processor:
         case None | {"type": "ByteLevel"}:  # which moves offsets alone
             return False
@@ -205,7 +205,7 @@ def tokenizing_part(described: dict[str, Any]) -> Any:
 
 
 def pattern_of(pre_tokenizer: Any, path: Path) -> str:
-    """How text is cut into words. Raises UserError for ways that are not one pattern and then bytes."""
+    """The pattern that cuts text into words. Raises UserError for ways that are not one pattern and then bytes."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get("use_regex", True):
             return GPT2_PATTERN

@@ -17,13 +17,10 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from nanogpt_lit.data.bpe import train_ranks
-from nanogpt_lit.data.encoder import encode_documents
-from nanogpt_lit.data.publish import check_replaceable, discard, has_leftovers, publish, recover
-from nanogpt_lit.data.shard_series import ShardSeries
+from nanogpt_lit.data.encoder import Split, check_val_fraction, encode_documents
+from nanogpt_lit.data.shard_writer import ShardSeries, check_replaceable, discard, has_leftovers, publish, recover
 from nanogpt_lit.data.shards import MANIFEST, MANIFEST_FORMAT, TokenShards, read_manifest
 from nanogpt_lit.data.sources import FilesSource, Source, open_source
-from nanogpt_lit.data.special_tokens import check_special_tokens, with_special_tokens
-from nanogpt_lit.data.split import Split, check_val_fraction
 from nanogpt_lit.data.tokenizer import (
     EOT,
     GPT2_PATTERN,
@@ -33,9 +30,13 @@ from nanogpt_lit.data.tokenizer import (
     Tokenizer,
     files_sha256,
     gpt2_tokenizer,
+)
+from nanogpt_lit.data.tokenizer_files import (
+    check_special_tokens,
     parse_tokenizer,
     read_tokenizer_files,
     tokenizer_from_file,
+    with_special_tokens,
 )
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import partial_of, write_durably
@@ -47,7 +48,7 @@ TRAINING_BYTES = 1 << 26  # text that a bpe:N vocabulary is trained on; takes ab
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What decides the content of the shards; the fields are those of the YAML's `data` section."""
+    """Settings that decide the content of the shards; the fields are those of the YAML's `data` section."""
 
     source: str = "stdlib"
     tokenizer: str = "gpt2"
@@ -78,7 +79,7 @@ class PrepareConfig:
 
 
 def stale_reason(config: PrepareConfig, folder: Path) -> str | None:
-    """Why the folder has to be prepared (again), or None when it is current. Reads no text.
+    """The reason to prepare the folder (again), or None when it is current. Reads no text.
 
     Raises UserError when the source is not there.
     """
@@ -144,7 +145,7 @@ def summary(manifest: dict[str, Any], folder: Path) -> str:
 
 @contextmanager
 def _alone(folder: Path, show_progress: bool) -> Iterator[None]:
-    """Holds the folder's lock, which the system takes back when a process dies."""
+    """Hold the folder's lock, which the system takes back when a process dies."""
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(blocking=False)

@@ -10,11 +10,12 @@ number generators", 2014), brought to any size by walking the cycle until it lan
 with arbitrary finite domains", 2002).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from nanogpt_lit.errors import UserError
 
@@ -40,7 +41,7 @@ def epoch_keys(seed: int, epoch: np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where each index of range(size) goes in the permutation that its column of `keys` (ROUNDS, n) selects."""
+    """The place of each index of range(size) in the permutation that its column of `keys` (ROUNDS, n) selects."""
     bits = (size - 1).bit_length()
     # Halves as equal as an odd number of bits allows; they swap widths every round, and ROUNDS is even.
     shift, masks = np.uint64(bits // 2), [np.uint64((1 << n) - 1) for n in (bits - bits // 2, bits // 2)]
@@ -71,8 +72,8 @@ def windows_in(n_tokens: int, block_size: int, split: str) -> int:
 
 
 @dataclass
-class Position:
-    """Which share of the global order a process takes, and from where. A training loop states it."""
+class StreamPosition:
+    """The share of the global order that a process takes, and where it begins. A training loop states it."""
 
     rank: int = 0
     world: int = 1
@@ -88,7 +89,7 @@ class BatchOrder(Sampler[list[int]]):
     that accumulate 2 see the same samples in every step.
     """
 
-    def __init__(self, n_tokens: int, block_size: int, batch_size: int, seed: int, position: Position) -> None:
+    def __init__(self, n_tokens: int, block_size: int, batch_size: int, seed: int, position: StreamPosition) -> None:
         # Each epoch cuts the text at another phase, or the same tokens would stand at the same place of their window
         # in every epoch, and the last token of a window would never be seen with what follows. The phase needs room:
         # one window less per epoch.
@@ -100,7 +101,7 @@ class BatchOrder(Sampler[list[int]]):
         self.position = position
 
     def window_starts(self, samples: np.ndarray) -> np.ndarray:
-        """Where in the stream the windows of these positions in the endless order of samples start."""
+        """Starts in the stream of the windows at these positions in the endless order of samples."""
         epoch, index = np.divmod(samples, self.n_windows)
         keys = epoch_keys(self.seed, epoch)
         phase = (keys[ROUNDS] % np.uint64(self.n_phases)).astype(np.int64)
@@ -156,3 +157,33 @@ class ValidationOrder(Sampler[list[int]]):
         samples = first_samples[:, None] + np.arange(batch_size)
         keys = np.broadcast_to(self._keys, (ROUNDS, samples.size))
         return (self.block_size * permute(samples.ravel(), self.n_windows, keys)).reshape(samples.shape).tolist()
+
+
+class Interleaved(Sampler[list[int]]):
+    """Yield the first batch of each sampler, then the second of each: dealt out, every process gets its own."""
+
+    def __init__(self, samplers: Sequence[Any]) -> None:
+        self.samplers = samplers
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for turn in zip(*self.samplers, strict=True):
+            yield from turn
+
+    def __len__(self) -> int:
+        return sum(len(sampler) for sampler in self.samplers)
+
+
+def interleave(loaders: Sequence[DataLoader]) -> DataLoader:
+    """One loader whose batches take turns. loaders: of each process, by rank"""
+    return with_batches(loaders[0], Interleaved([loader.batch_sampler for loader in loaders]))
+
+
+def with_batches(loader: DataLoader, batches: Any) -> DataLoader:
+    """The loader with other batches of samples, read in this process."""
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batches,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        generator=loader.generator,
+    )

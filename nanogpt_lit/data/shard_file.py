@@ -1,4 +1,4 @@
-"""One file of tokens on disk: our format with its writer, and the two foreign ones we read.
+"""One file of tokens on disk: our format, and the two foreign ones that are read too.
 
 Ours is a header of 1024 bytes, all little-endian, then the tokens, little-endian, nothing after them:
 
@@ -16,12 +16,9 @@ github.com/karpathy/llm.c. nanoGPT: bare uint16 tokens, no header at all (data/*
 """
 
 import codecs
-import hashlib
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -47,85 +44,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-class ShardWriter:
-    """Writes one shard so that it either is complete under its name or does not exist there.
-
-    Tokens go to a temporary file beside `path`; `close` completes the header, flushes to the disk and renames. An
-    exception inside the `with` block removes the temporary file.
-    """
-
-    def __init__(self, path: Path, vocab_size: int) -> None:
-        if not 1 <= vocab_size < 1 << 32:
-            raise UserError(f"a shard needs a vocabulary size from 1 to 2**32 - 1, got {vocab_size}.")
-        self.path = Path(path)
-        self.vocab_size = vocab_size
-        self.dtype = token_dtype(vocab_size)
-        self.n_tokens = 0
-        self._sha256 = hashlib.sha256()
-        self._unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._file = self._unfinished.open("wb")
-        self._file.write(bytes(HEADER_BYTES))  # no magic before close: an unfinished file is never taken for a shard
-
-    @property
-    def sha256(self) -> str:
-        """The digest of the token bytes written so far, without the header."""
-        return self._sha256.hexdigest()
-
-    def write(self, tokens: np.ndarray) -> None:
-        """Append tokens (any integer dtype). Raises UserError for an id outside [0, vocab_size), writing nothing."""
-        tokens = np.asarray(tokens)
-        if tokens.size == 0:
-            return
-        if tokens.dtype.kind not in "iu":
-            raise UserError(f"tokens must be integers, got {tokens.dtype}.")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.vocab_size:
-            wrong = low if low < 0 else high
-            raise UserError(f"token id {wrong} is outside the vocabulary of {self.vocab_size} ({self.path.name}).")
-        chunk = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
-        self._file.write(chunk)
-        self._sha256.update(chunk)
-        self.n_tokens += tokens.size
-
-    def close(self) -> None:
-        """Finish the shard: it stands under `path`, on the disk, or an error says why not."""
-        if self._file.closed:
-            return
-        try:
-            if self.n_tokens == 0:
-                raise UserError(f"{self.path}: no tokens were written; a shard holds at least one.")
-            self._file.seek(0)
-            self._file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.n_tokens, self.vocab_size))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._unfinished.replace(self.path)
-        except BaseException:
-            self.abort()
-            raise
-
-    def abort(self) -> None:
-        """Leave nothing of this shard. A shard that `close` has finished stays."""
-        try:
-            self._file.close()  # flushes, so on a full disk it raises again; the file must go all the same
-        except OSError:
-            pass
-        finally:
-            self._unfinished.unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.abort()
-
-
 @dataclass(frozen=True)
 class ShardFile:
-    """Where the tokens of one file are. Holds no open file, so it travels to other processes by pickle."""
+    """The place of the tokens in one file. Holds no open file, so it travels to other processes by pickle."""
 
     path: Path
     dtype: np.dtype
@@ -226,7 +147,7 @@ class ShardFile:
 
 
 def is_llmc(head: bytes) -> bool:
-    """Whether these first bytes are an llm.c token file's, of whatever version.
+    """True where these first bytes are an llm.c token file's, of whatever version.
 
     As GPT-2 tokens the magic would start with id 55432, beyond the vocabulary: no nanoGPT file is taken for one.
     """

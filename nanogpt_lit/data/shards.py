@@ -16,14 +16,16 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from nanogpt_lit.data.shard_file import ShardFile, ShardWriter, is_llmc, token_dtype
+from nanogpt_lit.data.shard_file import ShardFile, is_llmc
+from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.untrusted.config_paths import file_inside
 
-__all__ = ["MANIFEST", "MANIFEST_FORMAT", "ShardWriter", "TokenShards", "read_manifest", "ready_format", "token_dtype"]
-
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+
+MOST_TOKENS = 1 << 22
+"""Tokens that are read of shards whose bytes of text are not known: enough for a ratio."""
 
 # Mapped pages count as this process's memory until they are unmapped, and each window brings up to 64 KB of
 # neighbours with it (the kernel's fault-around). Mapping anew after so many windows bounds that at 64 MB for ever.
@@ -64,7 +66,7 @@ def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
 
 
 def ready_format(folder: Path) -> Literal["ours", "nanogpt", "llm.c"] | None:
-    """Which kind of ready shards a folder holds; None when it holds none, so that it may be a source of text."""
+    """The kind of ready shards in a folder; None when it holds none, so that it may be a source of text."""
     if (folder / MANIFEST).is_file():
         return "ours"
     train = sorted(folder.glob("*train*.bin"))
@@ -212,9 +214,30 @@ class TokenShards:
 
 
 def _read_cache(cache: Path | None) -> dict[str, int]:
-    """What earlier scans found; nothing when the cache is missing or damaged, for it can be made again."""
+    """The results of earlier scans; none when the cache is missing or damaged, for it can be made again."""
     try:
         known = json.loads(cache.read_text(encoding="utf-8")) if cache else {}
     except (OSError, ValueError):
         return {}
     return {k: v for k, v in known.items() if isinstance(v, int)} if isinstance(known, dict) else {}
+
+
+def val_tokens_per_byte(folder: Path, tokenizer: Tokenizer) -> float | None:
+    """Tokens for each byte of UTF-8 in the validation part of a folder of shards, without end-of-text.
+
+    It turns a loss per token into bits per byte of text, which can be compared between tokenizers.
+    None where the tokens stand for no text.
+    """
+    if ready_format(folder) == "ours":
+        val = read_manifest(folder)["splits"]["val"]
+        counts = [val.get(name) for name in ("tokens", "documents", "bytes")]
+        if not all(type(count) is int for count in counts):
+            return None
+        tokens, text_bytes = counts[0] - counts[1], counts[2]
+    else:
+        shards = TokenShards.open(folder, "val")
+        ids = shards.read(0, min(len(shards), MOST_TOKENS))
+        lengths = tokenizer.byte_lengths()
+        ids = ids[(ids != tokenizer.eot) & (ids < len(lengths))]
+        tokens, text_bytes = len(ids), int(np.sum(lengths[ids]))
+    return tokens / text_bytes if tokens > 0 and text_bytes > 0 else None

@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library of the running Python, files, folders, or the hub.
+"""Sources of text: the standard library of the running Python, files, folders, or the hub.
 
 A source is read more than once (to plan the split, to make a vocabulary, to encode), always in the same order.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Protocol
 
 from nanogpt_lit.data.documents import Document, FileDocument, UndecodableError, opened
-from nanogpt_lit.data.rows import hub_documents, jsonl_documents, parquet_documents, parquet_text_bytes
 from nanogpt_lit.errors import UserError
 
 JSONL = {".jsonl", ".ndjson"}
@@ -37,10 +36,10 @@ class Source(Protocol):
     def documents(self) -> Iterator[Document]: ...
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Changes whenever the text may have changed; found without reading it."""
+        """A description that changes whenever the text may have changed; found without reading it."""
 
     def text_bytes(self) -> int | None:
-        """About how many bytes of text there are; None when that cannot be known without reading."""
+        """The approximate bytes of text; None when they cannot be known without reading."""
 
 
 def open_source(source: str, text_key: str = "text", skip_undecodable: bool = False) -> Source:
@@ -78,7 +77,7 @@ class FilesSource:
 
     @cached_property
     def text_paths(self) -> list[Path]:
-        """Without binary files. Raises UserError when no other is there."""
+        """The paths without those of binary files. Raises UserError when no other is there."""
         paths = [path for path in self._stats if path.suffix.lower() in JSONL | PARQUET or not is_binary(path)]
         if not paths:
             raise UserError(f"data.source={self.root} holds no text, only binary files (a zero byte near the start).")
@@ -87,10 +86,13 @@ class FilesSource:
     def documents(self) -> Iterator[Document]:
         for path in self.text_paths:
             suffix = path.suffix.lower()
-            if suffix in JSONL:
-                yield from jsonl_documents(path, self.text_key, self.skipped if self.skip_undecodable else None)
-            elif suffix in PARQUET:
-                yield from parquet_documents(path, self.text_key)
+            if suffix in JSONL | PARQUET:
+                from nanogpt_lit.data.rows import jsonl_documents, parquet_documents  # most sources are text files
+
+                if suffix in JSONL:
+                    yield from jsonl_documents(path, self.text_key, self.skipped if self.skip_undecodable else None)
+                else:
+                    yield from parquet_documents(path, self.text_key)
             elif not self.skip_undecodable:
                 yield FileDocument(path)
             else:
@@ -117,10 +119,13 @@ class FilesSource:
         return sum(stat.st_size for stat in self._stats.values())
 
     def text_bytes(self) -> int:
-        return sum(
-            parquet_text_bytes(path, self.text_key) if path.suffix.lower() in PARQUET else self._stats[path].st_size
-            for path in self.text_paths
-        )
+        parquet = [path for path in self.text_paths if path.suffix.lower() in PARQUET]
+        total = sum(self._stats[path].st_size for path in self.text_paths if path not in parquet)
+        if parquet:
+            from nanogpt_lit.data.rows import parquet_text_bytes
+
+            total += sum(parquet_text_bytes(path, self.text_key) for path in parquet)
+        return total
 
 
 class StdlibSource(FilesSource):
@@ -149,6 +154,8 @@ class HubSource:
             raise UserError(f"data.source={source}: a hub data set is written hf:OWNER/NAME or hf:OWNER/NAME:CONFIG.")
 
     def documents(self) -> Iterator[Document]:
+        from nanogpt_lit.data.rows import hub_documents
+
         return hub_documents(self.name, self.config or None, self.text_key)
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -176,6 +183,6 @@ def visible_files(root: Path, left_out: Collection[str] = ()) -> list[Path]:
 
 
 def is_binary(path: Path) -> bool:
-    """Whether a zero byte stands in the first 8 KB; text has none."""
+    """True where a zero byte stands in the first 8 KB; text has none."""
     with opened(path) as file:
         return b"\0" in file.read(8192)

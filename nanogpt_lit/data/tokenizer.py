@@ -9,20 +9,17 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import tiktoken
 
-from nanogpt_lit.data.bpe import Ranks, dump_ranks, gpt2_ranks, parse_ranks
-from nanogpt_lit.data.pattern import check_pattern
+from nanogpt_lit.data.bpe import Ranks, check_pattern, dump_ranks, gpt2_ranks
 from nanogpt_lit.data.shard_file import token_dtype
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.untrusted.config_paths import file_inside
 
 EOT = "<|endoftext|>"
-"""How end-of-text is written when tokens are decoded. In a document these characters are plain text; other special
+"""End-of-text as it is written when tokens are decoded. In a document these characters are plain text; other special
 tokens are read there as what they stand for."""
 
 # How GPT-2 cuts text into words before merging, in the possessive form that tiktoken uses (no backtracking).
@@ -35,8 +32,6 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # what an id beyond the tokenize
 
 ID_LIMIT = 1 << 24
 """Far beyond any vocabulary: a table of all ids is held, and a file must not be able to ask for all memory."""
-
-WHAT_WORKS = "gpt2, byte, char, bpe:N (bpe:32000 trains one on the source) or the path of a .tiktoken file"
 
 
 class Tokenizer(ABC):
@@ -223,7 +218,7 @@ class BytePairTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(BytePairTokenizer):
-    """GPT-2's. Its file says no more than that: the ranks are rebuilt from the package, by their hash."""
+    """GPT-2's tokenizer. Its file holds the name alone: the ranks are rebuilt from the package, by their hash."""
 
     kind = "gpt2"
     files, _description = Tokenizer.files, Tokenizer._description
@@ -236,88 +231,6 @@ class GPT2Tokenizer(BytePairTokenizer):
 def gpt2_tokenizer() -> GPT2Tokenizer:
     """The one of this process: tiktoken takes a moment to build it."""
     return GPT2Tokenizer()
-
-
-def parse_tokenizer(value: str) -> tuple[Literal["gpt2", "byte", "char", "bpe", "file"], str]:
-    """What `data.tokenizer` asks for: (kind, the part after the colon or the path). Raises UserError early."""
-    match value.partition(":"):
-        case ("gpt2" | "byte" | "char") as kind, "", "":
-            return kind, ""
-        case "bpe", ":", size:
-            if not size.isdecimal() or int(size) < 258:
-                raise UserError(
-                    f"data.tokenizer={value}: the vocabulary is a number from 258 (256 bytes, end-of-text and one "
-                    "merge); bpe:32000 works."
-                )
-            return "bpe", size
-    if not value.endswith(".tiktoken"):
-        raise UserError(f"data.tokenizer={value} is not a tokenizer; what works: {WHAT_WORKS}.")
-    if not Path(value).expanduser().is_file():
-        raise UserError(f"data.tokenizer={value}: there is no such file; what works: {WHAT_WORKS}.")
-    return "file", value
-
-
-def tokenizer_from_file(path: Path) -> BytePairTokenizer:
-    """A user's `.tiktoken` file; the pattern and specials of FILE.json beside it, else GPT-2's ways.
-
-    Raises UserError when either is not what it should be.
-    """
-    path = path.expanduser()
-    try:
-        ranks = parse_ranks(path.read_text(encoding="utf-8"), name=f"data.tokenizer={path}")
-        beside = path.with_suffix(".json")
-        described = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"data.tokenizer={path} cannot be read: {error}.") from error
-    if not isinstance(described, dict):
-        raise UserError(f"{beside} must hold an object with `pattern` and `specials`.")
-    specials = described.get("specials", {EOT: max(ranks.values()) + 1})
-    return BytePairTokenizer(described.get("name", path.stem), ranks, described.get("pattern", GPT2_PATTERN), specials)
-
-
-def tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
-    """The tokenizer that `files()` described. Raises UserError when a file is missing or altered."""
-    try:
-        described = json.loads(files[TOKENIZER_JSON])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise UserError(f"{TOKENIZER_JSON} is missing or no JSON ({error}); prepare the data again.") from error
-    try:
-        match described["kind"]:
-            case "byte":
-                return ByteTokenizer()
-            case "char":
-                characters = described["characters"]
-                if not isinstance(characters, str):
-                    raise TypeError(f"characters, as one text, and hold {characters!r:.40}")
-                return CharTokenizer(characters)
-            case "gpt2":
-                return gpt2_tokenizer()
-            case "bpe":
-                ranks_text = files[TOKENIZER_RANKS]
-                if hashlib.sha256(ranks_text.encode()).hexdigest() != described["ranks_sha256"]:
-                    raise UserError(f"{TOKENIZER_RANKS} is not the one that {TOKENIZER_JSON} describes.")
-                ranks = parse_ranks(ranks_text, TOKENIZER_RANKS)
-                return BytePairTokenizer(described["name"], ranks, described["pattern"], described["specials"])
-            case kind:
-                raise UserError(f"{TOKENIZER_JSON} describes a tokenizer of kind {kind!r}, which this version lacks.")
-    except (KeyError, TypeError) as error:
-        raise UserError(f"the tokenizer's files lack {error}; prepare the data again.") from error
-
-
-def read_tokenizer_files(folder: Path) -> dict[str, str]:
-    """The tokenizer files in a folder of prepared shards. Raises UserError without a tokenizer.json there."""
-    try:
-        files = {TOKENIZER_JSON: _read_exactly(file_inside(folder, TOKENIZER_JSON))}
-        ranks = file_inside(folder, TOKENIZER_RANKS)
-        if ranks.is_file():
-            files[TOKENIZER_RANKS] = _read_exactly(ranks)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder} holds no readable {TOKENIZER_JSON}: {error}.") from error
-    return files
-
-
-def _read_exactly(path: Path) -> str:
-    return path.read_bytes().decode()  # bytes: no translation of line ends, which would change the hash
 
 
 def files_sha256(files: Mapping[str, str]) -> str:

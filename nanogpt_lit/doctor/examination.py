@@ -1,12 +1,25 @@
 """The doctor's examination: a finding a line, of this machine and of a run."""
 
+import hashlib
+import os
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.durable import PARTIAL
 from nanogpt_lit.untrusted.yaml_file import load_yaml_file
+
+SUFFIX = ".safetensors"
+"""As in checkpoint/run_file.py, which imports torch."""
+GPT2_CHECKPOINT_BYTES = 1_500_000_000
+"""Weights and AdamW's moments of 124M parameters, in float32."""
+TRIED_BYTES = 64 * 2**20
+SLOW_BYTES_PER_S = 30e6
 
 
 @dataclass(frozen=True)
@@ -14,9 +27,9 @@ class Finding:
     level: Literal["ok", "look", "wrong"]
     """Nothing to do; something that may cost time, or comfort; something that fails, or will."""
     check: str
-    """What was looked at, in a word."""
+    """The subject, in a word."""
     text: str
-    """What is so, and unless it is ok, what to do."""
+    """The state, and unless it is ok, what to do."""
 
     def __str__(self) -> str:
         line = f"{self.level:<6} {self.check:<11} {self.text}"
@@ -34,7 +47,6 @@ def examine(
     Raises UserError for a folder or file that is not there.
     """
     from nanogpt_lit.doctor import machine
-    from nanogpt_lit.doctor import run as of_run
 
     if run is not None and not run.is_dir():
         raise UserError(f"--run={run} is not a folder; fit names its own when it begins and when it ends.")
@@ -51,7 +63,7 @@ def examine(
     if config is not None and page_locked_mib is not None:
         yield from unless_it_fails("memory", lambda: machine.check_page_locks(lambda: page_locked_mib(config)))
     root = run or Path(setting(settings, "trainer", "default_root_dir") or "runs")
-    yield from unless_it_fails("disk", lambda: of_run.check_disk(root, of_run.largest_checkpoint(root)))
+    yield from unless_it_fails("disk", lambda: check_disk(root, largest_checkpoint(root)))
     if run is None and config is None:
         return
     folders = {shards_of(settings, root)}
@@ -64,9 +76,9 @@ def examine(
                 text = f"{str(error).rstrip('.')}: fit passes it over when it resumes"
                 yield Finding("look", "settings", text)
     for folder in sorted(folders):
-        yield from unless_it_fails("shards", lambda folder=folder: of_run.check_shards(folder))  # type: ignore[misc]
-    yield from unless_it_fails("checkpoint", lambda: of_run.check_checkpoints(root))
-    yield from unless_it_fails("run", lambda: of_run.check_strays(root))
+        yield from unless_it_fails("shards", lambda folder=folder: check_shards(folder))  # type: ignore[misc]
+    yield from unless_it_fails("checkpoint", lambda: check_checkpoints(root))
+    yield from unless_it_fails("run", lambda: check_strays(root))
 
 
 def unless_it_fails(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
@@ -93,3 +105,144 @@ def setting(settings: dict[str, Any], section: str, key: str) -> str | None:
     value = settings.get(section)
     text = value.get(key) if isinstance(value, dict) else None
     return text if isinstance(text, str) else None
+
+
+# Disk, shards and checkpoints of a run, compared with their checksums. NumPy and torch are imported late.
+
+
+def check_disk(folder: Path, checkpoint_bytes: int | None) -> Iterator[Finding]:
+    """Check whether checkpoints fit the disk that `folder` is, or will be, on, and how long one takes.
+
+    checkpoint_bytes: the size of the run's; None before the first
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    size = checkpoint_bytes or GPT2_CHECKPOINT_BYTES
+    whose = "one of this run's" if checkpoint_bytes else "one of GPT-2's"
+    free = shutil.disk_usage(there).free
+    text = f"{free / 1e9:,.1f} GB free in {there}"
+    # A new one is written beside the one that it replaces, and that one beside its own predecessor.
+    if free < 3 * size:
+        fails = checkpoint_bytes is not None and free < 1.1 * size
+        text += f", and a checkpoint like {whose} takes {size / 1e9:,.2f}: make room for three"
+        yield Finding("wrong" if fails else "look", "space", text)
+    else:
+        yield Finding("ok", "space", text)
+    if free < 4 * TRIED_BYTES:
+        return
+    try:
+        rate = bytes_per_s(there)
+    except OSError as error:
+        text = f"{there} cannot be written ({error.strerror}): name another folder, or ask its owner"
+        yield Finding("wrong", "disk", text)
+        return
+    text = f"{rate / 1e6:,.0f} MB/s written to the disk, {size / rate:,.1f} s for a checkpoint like {whose}"
+    slow = rate < SLOW_BYTES_PER_S
+    yield Finding("look" if slow else "ok", "disk", text + (": another disk saves faster" if slow else ""))
+
+
+def bytes_per_s(folder: Path) -> float:
+    """The rate at which a file is written and brought to the disk, as a checkpoint is."""
+    block = os.urandom(2**20)  # zeros would be compressed by some disks
+    started_s = time.perf_counter()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(TRIED_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return TRIED_BYTES / (time.perf_counter() - started_s)
+
+
+def check_shards(folder: Path) -> Iterator[Finding]:
+    """Compare prepared shards, byte by byte, with what was written."""
+    from nanogpt_lit.data.shards import TokenShards, read_manifest, ready_format
+    from nanogpt_lit.data.tokenizer import files_sha256
+    from nanogpt_lit.data.tokenizer_files import read_tokenizer_files
+
+    kind = ready_format(folder) if folder.is_dir() else None
+    if kind is None:
+        yield Finding("look", "shards", f"none are in {folder} yet; fit prepares them")
+        return
+    try:
+        train, val = (TokenShards.open(folder, side) for side in ("train", "val"))
+        text = f"{len(train):,} tokens to train on and {len(val):,} to validate on in {folder}"
+        if kind != "ours":
+            yield Finding("ok", "shards", f"{text}, in {kind}'s format, which keeps no checksums")
+            return
+        manifest = read_manifest(folder)
+        if files_sha256(read_tokenizer_files(folder)) != manifest["tokenizer"]["sha256"]:
+            raise UserError(f"the tokenizer in {folder} is not that of its shards; prepare the data again.")
+        listed = {shard["file"]: shard["sha256"] for split in manifest["splits"].values() for shard in split["shards"]}
+        damaged = {name for name, sha256 in listed.items() if tokens_sha256(folder / name) != sha256}
+        vocabulary = manifest["tokenizer"]["vocab_size"]
+        # The header has no checksum. Its other fields have been compared with the file and the manifest.
+        damaged |= {file.path.name for file in (*train.files, *val.files) if file.vocab_size != vocabulary}
+    except UserError as error:
+        yield Finding("wrong", "shards", str(error).rstrip("."))
+        return
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        text = f"{folder} cannot be checked ({type(error).__name__}: {error}): remove it, fit prepares it again"
+        yield Finding("wrong", "shards", text)
+        return
+    for name in sorted(damaged):
+        text = f"{folder / name} is not as it was written: remove {folder}, fit prepares it again"
+        yield Finding("wrong", "shards", text)
+    if not damaged:
+        yield Finding("ok", "shards", f"{text}, every byte as it was written")
+
+
+def tokens_sha256(path: Path) -> str:
+    from nanogpt_lit.data.shard_file import HEADER_BYTES
+
+    with path.open("rb") as file:
+        file.seek(HEADER_BYTES)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_checkpoints(run: Path) -> Iterator[Finding]:
+    """Compare each checkpoint with its checksums, and look for weights that are no numbers."""
+    files = sorted(run.rglob(f"*{SUFFIX}"))
+    if not files:
+        yield Finding("look", "checkpoint", f"none is in {run} yet")
+    for path in files:
+        yield check_checkpoint(path)
+    for path in sorted(run.rglob(f"*{SUFFIX}{PARTIAL}")):
+        if not path.is_dir():
+            text = f"{path} is left of a write that was cut short, or under way; fit removes it"
+            yield Finding("look", "checkpoint", text)
+
+
+def check_checkpoint(path: Path) -> Finding:
+    """Read one, tensor by tensor, so that the memory it takes is that of the largest."""
+    import torch
+
+    from nanogpt_lit.checkpoint.run_file import STATES, description_of, open_run
+
+    if path.is_symlink() and not path.exists():
+        return Finding("wrong", "checkpoint", f"{path} is a link to {path.readlink()}, which is not there")
+    states = tuple(f"{state}." for state in STATES)
+    try:
+        with open_run(path) as file:
+            step = description_of(file).get("step")
+            for name in file.names:
+                tensor = file.read([name])[name]
+                if not name.startswith(states) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    text = f"{path} holds weights that are not numbers ({name}): go on from another one"
+                    return Finding("wrong", "checkpoint", text)
+    except (UserError, OSError) as error:
+        return Finding("wrong", "checkpoint", str(error).rstrip("."))
+    said = f" step {step:,}," if isinstance(step, int) else ""
+    text = f"{path}:{said} {path.stat().st_size / 1e6:,.1f} MB, every byte as it was written"
+    return Finding("ok", "checkpoint", text)
+
+
+def largest_checkpoint(run: Path) -> int | None:
+    """The bytes of the largest; None without any."""
+    return max((path.stat().st_size for path in run.rglob(f"*{SUFFIX}") if path.is_file()), default=None)
+
+
+def check_strays(root: Path) -> Iterator[Finding]:
+    """Name folders where a run expects files. fit passes them over."""
+    for path in sorted([*root.rglob(f"checkpoints/*{PARTIAL}"), *root.rglob("stop")]):
+        if path.is_dir():
+            text = f"{path} is a folder, and a run looks there for a file of that name only: remove it"
+            yield Finding("look", "run", text)

@@ -200,7 +200,7 @@ def advice(error: str) -> str:
 
 
 def check_sleep(root: Path = Path("/"), platform: str = sys.platform) -> Iterator[Finding]:
-    """Say whether the machine may fall asleep in the middle of a run, and whether the GPU survives it."""
+    """Check whether the machine may fall asleep in the middle of a run, and whether the GPU survives it."""
     if platform == "win32":
         yield from windows_sleep()
     elif platform == "darwin":

@@ -49,7 +49,7 @@ def evaluate(arguments: list[str]) -> int:
     with quick_imports():
         from nanogpt_lit.checkpoint.convert import load_network
         from nanogpt_lit.evaluate.likelihood import Scorer
-        from nanogpt_lit.plan.picture import check_picture
+        from nanogpt_lit.plan.report import check_picture
         from nanogpt_lit.runtime.machine import chosen_device
 
     if options.picture is not None:
@@ -66,9 +66,8 @@ def evaluate(arguments: list[str]) -> int:
 
 def measured(scorer: "Scorer", checkpoint: Path, options: Namespace) -> Results:
     """Everything that was asked for, by its name in the table."""
-    from nanogpt_lit.evaluate.harness import run_tasks
-    from nanogpt_lit.evaluate.hellaswag import hellaswag
-    from nanogpt_lit.evaluate.text import tokens_of, validation_shards
+    from nanogpt_lit.evaluate.likelihood import tokens_of, validation_shards
+    from nanogpt_lit.evaluate.tasks import hellaswag, run_tasks
 
     results: Results = {}
     asks_for_tasks = options.hellaswag is not None or options.tasks is not None

@@ -1,22 +1,28 @@
-"""How likely text is to a network: what every evaluation here is made of."""
+"""The likelihood of text to a network, which every evaluation here is made of; and the text as a stream of tokens."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanogpt_lit.data.sampler import windows_in
+from nanogpt_lit.data.shards import TokenShards, ready_format
+from nanogpt_lit.data.sources import open_source
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
 from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.run.pieces import latest_config
 
 TOKENS_AT_ONCE = 4096
-"""Of a forward pass; their logits are held LOGITS_AT_ONCE at a time."""
+"""Tokens of a forward pass; their logits are held LOGITS_AT_ONCE at a time."""
 LOGITS_AT_ONCE = 512
+TOKENS_AT_A_TIME = 1 << 18
 
 Row = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 """Tokens and targets."""
@@ -27,12 +33,12 @@ class TextLoss:
     """Sums over the tokens of a text."""
 
     nats: float
-    """Of all targets."""
+    """Summed over all targets."""
     targets: int
     text_nats: float
-    """Of the targets that stand for text: end-of-text is left out, it belongs to no document."""
+    """Summed over the targets that stand for text: end-of-text is left out, it belongs to no document."""
     text_bytes: int
-    """Of UTF-8 that those targets decode to."""
+    """Bytes of UTF-8 that those targets decode to."""
 
     @property
     def loss(self) -> float:
@@ -48,9 +54,9 @@ class TextLoss:
 @dataclass(frozen=True)
 class Continuation:
     log_likelihood: float
-    """Of the continuation's tokens together, in nats; at most 0."""
+    """Summed over the continuation's tokens, in nats; at most 0."""
     is_greedy: bool
-    """Whether each of them is the network's likeliest."""
+    """Each of them is the network's likeliest."""
 
 
 class Scorer:
@@ -168,3 +174,41 @@ def _windows(stream: Iterable[np.ndarray], block_size: int) -> Iterable[tuple[np
         rest = rest[whole * block_size :]
     if len(rest) > 1:
         yield rest[:-1], rest[1:]
+
+
+# The text, as a stream of tokens.
+
+
+def tokens_of(source: str, text_key: str, tokenizer: Tokenizer, block_size: int) -> Iterator[np.ndarray]:
+    """Yield the tokens of a text, every document with end-of-text before it; of ready shards, the windows that training
+    validates on.
+
+    source, text_key: as data.source and data.text_key. Raises UserError for shards of a larger vocabulary.
+    """
+    folder = Path(source).expanduser()
+    if ready_format(folder):
+        shards = TokenShards.open(folder, "val")
+        shards.check_vocabulary(tokenizer.vocab_size)
+        end = windows_in(len(shards), block_size, "val") * block_size + 1
+        for start in range(0, end, TOKENS_AT_A_TIME):
+            yield shards.read(start, min(TOKENS_AT_A_TIME, end - start))
+        return
+    for document in open_source(source, text_key).documents():
+        starts = True
+        for piece in document.pieces():
+            yield tokenizer.encode_stream([(piece, starts)])
+            starts = False
+
+
+def validation_shards(checkpoint: Path) -> str:
+    """The shards of the run that a checkpoint belongs to. Raises UserError where the run's folder does not say."""
+    kept, _ = latest_config(checkpoint.parent.parent)
+    data = (kept or {}).get("data") or {}
+    root = ((kept or {}).get("trainer") or {}).get("default_root_dir")
+    candidates = [data.get("source"), data.get("shards_dir"), Path(root) / "shards" if root else None]
+    for folder in candidates:
+        if folder is not None and ready_format(Path(folder).expanduser()):
+            return str(folder)
+    raise UserError(
+        f"{checkpoint} lies in no run whose shards are here; name a text, or a folder of shards, with --data."
+    )

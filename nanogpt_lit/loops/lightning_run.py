@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.lightning_format import CURVES, RUN, from_lightning, loops, to_lightning
-from nanogpt_lit.checkpoint.load_together import load_together
+from nanogpt_lit.checkpoint.newest import load_together
 from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.errors import UserError

@@ -106,7 +106,7 @@ def compare_loops(case: Case, data: TokenDataModule, turn: int = 0) -> Outcome:
 
 
 def warm_up(case: Case, data: TokenDataModule) -> None:
-    """What happens once only in a process is then not in anybody's time."""
+    """Run each loop once, so that what happens only once in a process is in nobody's time."""
     for run in LOOPS.values():
         run(case, data)
 
@@ -174,13 +174,13 @@ def options_given(arguments: Iterable[str]) -> set[str]:
 
 
 class Size:
-    """Lowers what is too large in the settings and not given on the command line. The text and its tokenizer stay."""
+    """Lower what is too large in the settings and not given on the command line. The text and its tokenizer stay."""
 
     def __init__(self, settings: Namespace, given: set[str]) -> None:
         self.settings = settings
         self.given = given
         self.changed: dict[str, int] = {}
-        """What the YAML had, by key."""
+        """Values of the YAML that were lowered, by key."""
 
     def cap(self, caps: Mapping[str, int]) -> None:
         for key, largest in caps.items():

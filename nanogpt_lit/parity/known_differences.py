@@ -36,7 +36,7 @@ from nanogpt_lit.runtime.processes import rank
 
 @dataclass(frozen=True)
 class Effect:
-    """What shows when a difference is brought back."""
+    """The effect of a difference that is brought back."""
 
     first: Difference | None
     weights: float | None
@@ -66,7 +66,7 @@ class KnownDifference:
     brought_back: Callable[[], Any]
     """A context in which the loop does not deal with it."""
     only_rounds: bool = False
-    """Whether it changes nothing but the order of a sum, which a CPU's kernels may round to the same bits."""
+    """It changes nothing but the order of a sum, which a CPU's kernels may round to the same bits."""
 
     def effect(self, base: Case, data: TokenDataModule) -> Effect:
         """Train in the loop with and without it. A case of several processes is for `effects_together`."""
@@ -158,7 +158,7 @@ def stock_precision(precision: str, scaler: dict[str, Any], device: str) -> Ligh
 
 
 def prepared_schedule(module: nn.Module) -> tuple[Optimizer, LRScheduler]:
-    """What accelerator.prepare makes of a schedule."""
+    """A schedule as accelerator.prepare wraps it."""
     optimizer, schedule = optimizer_and_schedule(module)
     return optimizer, AcceleratedScheduler(schedule, [])
 

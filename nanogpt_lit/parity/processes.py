@@ -21,7 +21,7 @@ PATIENCE = timedelta(minutes=10)
 
 
 def run_together(processes: int, work: Callable[..., Result], *arguments: Any) -> list[Result]:
-    """What work(*arguments) returns in each of several new processes, in the order of their ranks.
+    """The results of work(*arguments) in each of several new processes, in the order of their ranks.
 
     They form one gloo process group and share the threads of this process evenly. `work`, its arguments and its results
     travel by pickle.
@@ -33,7 +33,7 @@ def run_together(processes: int, work: Callable[..., Result], *arguments: Any) -
 def in_new_processes(
     processes: int, work: Callable[..., Result], *arguments: Any, method: str = "spawn"
 ) -> list[Result]:
-    """What work(rank, folder, *arguments) returns in each of several new processes.
+    """The results of work(rank, folder, *arguments) in each of several new processes.
 
     folder: they share it   method: of multiprocessing
     """

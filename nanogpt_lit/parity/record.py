@@ -4,12 +4,10 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Training
 from nanogpt_lit.run.metrics import StepMetrics
@@ -41,34 +39,56 @@ class Difference:
 
 
 class Recorder(Observer):
-    """Keeps a copy of every quantity, in the order in which they come about."""
+    """Keep a copy of every quantity in the order in which they come about, and beside them the curves and the time.
 
-    def __init__(self) -> None:
+    The curves are of the first process, whose loss it is; tokens are those of all.
+    """
+
+    def __init__(self, settings: LoopSettings) -> None:
+        self.settings = settings
         self.entries: list[Entry] = []
-        self._step = 0
-        self._batch = 0
+        self.curves: Curves = []
+        self.seconds_per_step = 0.0
+        """The mean, validation included."""
+        self._metrics = StepMetrics(self._keep_curves, log_every_n_steps=1, plans=False)
+        self._step = self._batch = 0
 
-    def _add(self, quantity: str, value: Any) -> None:
+    def _add(self, when: str, quantity: str, value: Any) -> None:
         kept = value.detach().cpu().clone() if isinstance(value, Tensor) else value
-        self.entries.append(Entry(f"step {self._step + 1}", quantity, kept))
+        self.entries.append(Entry(when, quantity, kept))
+
+    def _keep_curves(self, values: dict[str, float], step: int) -> None:
+        if "train/loss" in values:
+            # Every loop divides by the whole accumulation; a window that the loader's end cuts short would seem to dip.
+            values["train/loss"] *= self.settings.accumulate_grad_batches / self._batch
+        self.curves.append((step, values))
 
     def on_train_start(self, training: Training) -> None:
         self._training = training
+        self._metrics.on_train_start(training)
+        self._started_s = time.perf_counter()
 
     def on_batch_end(self, loss: Tensor, tokens: int) -> None:
         self._batch += 1
-        self._add(f"loss of micro-batch {self._batch}", loss)
+        self._add(f"step {self._step + 1}", f"loss of micro-batch {self._batch}", loss)
+        self._metrics.on_batch_end(loss, tokens)
 
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        self._add("gradient norm", grad_norm)
-        self._add("learning rate", lr)
-        self._add("loss scale", self._training.loss_scale())
+        scale = self._training.loss_scale()
+        for quantity, value in (("gradient norm", grad_norm), ("learning rate", lr), ("loss scale", scale)):
+            self._add(f"step {step}", quantity, value)
+        self._metrics.on_step_end(step, lr, grad_norm)
         self._step, self._batch = step, 0
 
+    def on_validation_start(self) -> None:
+        self._metrics.on_validation_start()
+
     def on_validation_end(self, step: int, loss: Tensor) -> None:
-        self.entries.append(Entry(f"step {step}", "validation loss", loss.detach().cpu().clone()))
+        self._add(f"step {step}", "validation loss", loss)
+        self._metrics.on_validation_end(step, loss)
 
     def on_train_end(self) -> None:
+        self.seconds_per_step = (time.perf_counter() - self._started_s) / self.settings.max_steps
         training = self._training
         states: dict[str, Any] = {
             "parameter": dict(training.module.named_parameters()),
@@ -79,53 +99,7 @@ class Recorder(Observer):
             "random state": torch.get_rng_state(),
         }
         for name, value in leaves("", states):
-            kept = value.detach().cpu().clone() if isinstance(value, Tensor) else value
-            self.entries.append(Entry(FINAL, name, kept))
-
-
-class CurveRecorder(Recorder):
-    """Keeps the curves beside everything else, and the time.
-
-    The curves are of the first process, whose loss it is; tokens are those of all.
-    """
-
-    def __init__(self, settings: LoopSettings) -> None:
-        super().__init__()
-        self.settings = settings
-        self.curves: Curves = []
-        self.elapsed_s = 0.0
-        self._metrics = StepMetrics(self._keep, log_every_n_steps=1, plans=False)
-
-    def _keep(self, values: dict[str, float], step: int) -> None:
-        if "train/loss" in values:
-            # Every loop divides by the whole accumulation; a window that the loader's end cuts short would seem to dip.
-            values["train/loss"] *= self.settings.accumulate_grad_batches / self._batches_in_step
-        self.curves.append((step, values))
-
-    def on_train_start(self, training: Training) -> None:
-        super().on_train_start(training)
-        self._metrics.on_train_start(training)
-        self._started_s = time.perf_counter()
-
-    def on_batch_end(self, loss: Tensor, tokens: int) -> None:
-        super().on_batch_end(loss, tokens)
-        self._metrics.on_batch_end(loss, tokens)
-
-    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        self._batches_in_step = self._batch
-        super().on_step_end(step, lr, grad_norm)
-        self._metrics.on_step_end(step, lr, grad_norm)
-
-    def on_validation_start(self) -> None:
-        self._metrics.on_validation_start()
-
-    def on_validation_end(self, step: int, loss: Tensor) -> None:
-        super().on_validation_end(step, loss)
-        self._metrics.on_validation_end(step, loss)
-
-    def on_train_end(self) -> None:
-        self.elapsed_s = time.perf_counter() - self._started_s
-        super().on_train_end()
+            self._add(FINAL, name, value)
 
 
 def compare(first: Sequence[Entry], second: Sequence[Entry]) -> Difference | None:
@@ -177,7 +151,7 @@ def distance(first: Any, second: Any) -> float | None:
 
 
 def leaves(name: str, state: Any) -> Iterator[tuple[str, Any]]:
-    """(path, value) of all that a nested state holds."""
+    """Yield (path, value) of all that a nested state holds."""
     if isinstance(state, Mapping):
         for key, value in state.items():
             yield from leaves(f"{name} {key}".strip(), value)
@@ -186,15 +160,3 @@ def leaves(name: str, state: Any) -> Iterator[tuple[str, Any]]:
             yield from leaves(f"{name} {index}", value)
     else:
         yield name, state
-
-
-def draw_in_tensorboard(curves: Curves, folder: Path) -> None:
-    """Writes a run of TensorBoard, with the tags of training."""
-    with SummaryWriter(str(folder)) as writer:
-        for step, values in curves:
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
-
-
-def points(curves: Curves, tag: str) -> list[tuple[int, float]]:
-    return [(step, values[tag]) for step, values in curves if tag in values]

@@ -4,12 +4,11 @@ import io
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from nanogpt_lit.parity.grid import FRAMEWORKS, MEMORY_MEASURED, Outcome, Point
-from nanogpt_lit.parity.record import FINAL, Difference, points
+from nanogpt_lit.parity.record import FINAL, Curves, Difference
 
 COLUMNS = {
     "precision": "Lightning's names; accelerate's are no, bf16 and fp16. overflow: fp16 whose loss scale starts so "
@@ -41,19 +40,8 @@ STYLES = {
 PANELS_A_ROW = 4
 
 
-@dataclass(frozen=True)
-class Panel:
-    caption: str
-    lines: Mapping[str, Sequence[tuple[int, float]]]
-    """Training loss of each loop."""
-    dots: Mapping[str, Sequence[tuple[int, float]]]
-    """Validation loss of each loop."""
-    parted_at: int | None = None
-    """The step where a loop first differs from plain PyTorch."""
-
-
 def page(report: Mapping[str, Any], outcomes: Sequence[tuple[Point, Outcome]]) -> str:
-    """report: what report.json holds"""
+    """The whole page. report: the content of report.json"""
     parts = comparison(report, outcomes) if outcomes else explanation(report["explained"])
     return (
         '<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>Parity of the loops</title>'
@@ -119,19 +107,44 @@ def explanation(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def picture(outcomes: Sequence[tuple[Point, Outcome]]) -> str | None:
-    """The curves of every case as one SVG; None without matplotlib."""
-    return sheet([panel(point, outcome) for point, outcome in outcomes])
+    """The curves of every case as one SVG; None without matplotlib, which is an extra."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    rows = math.ceil(len(outcomes) / PANELS_A_ROW)
+    figure = Figure(figsize=(3 * PANELS_A_ROW, 0.5 + 2.3 * rows), layout="constrained")
+    grid = figure.subplots(rows, PANELS_A_ROW, squeeze=False)
+    for k, (axes, (point, outcome)) in enumerate(zip(grid.flat, outcomes, strict=False), start=1):
+        axes.set_gid(f"case_{k}")
+        for loop, (name, colour, width) in STYLES.items():
+            curves = outcome.curves[loop]
+            (line,) = axes.plot(*columns(curves, "train/loss"), color=colour, linewidth=width, label=name)
+            line.set_gid(f"case_{k}_{loop}")
+            axes.plot(*columns(curves, "val/loss"), "o", color=colour, markersize=1.5 + width)
+        last = outcome.curves["reference"][-1][0]
+        found = [difference.when for difference in outcome.differences.values() if difference is not None]
+        if steps := [last if when == FINAL else int(when.removeprefix("step ")) for when in found]:
+            axes.axvline(min(steps), color="#dd0000", linestyle="--", gid=f"case_{k}_parted")
+        axes.set_title("\n".join(textwrap.wrap(named(point), 38)), fontsize=7)
+        axes.tick_params(labelsize=6)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(outcomes) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("optimizer step", fontsize=7)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "parity"}):
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()
 
 
-def panel(point: Point, outcome: Outcome) -> Panel:
-    lines = {loop: points(curves, "train/loss") for loop, curves in outcome.curves.items()}
-    dots = {loop: points(curves, "val/loss") for loop, curves in outcome.curves.items()}
-    steps = [step_of(difference, lines) for difference in outcome.differences.values() if difference is not None]
-    return Panel(named(point), lines, dots, min(steps, default=None))
-
-
-def step_of(difference: Difference, lines: Mapping[str, Sequence[tuple[int, float]]]) -> int:
-    return lines["reference"][-1][0] if difference.when == FINAL else int(difference.when.removeprefix("step "))
+def columns(curves: Curves, tag: str) -> tuple[list[int], list[float]]:
+    """Steps and finite values of one curve."""
+    points = [(step, values[tag]) for step, values in curves if math.isfinite(values.get(tag, math.nan))]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def named(point: Point) -> str:
@@ -155,40 +168,3 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def sheet(panels: Sequence[Panel]) -> str | None:
-    """One SVG; None without matplotlib, which is an extra."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    rows = math.ceil(len(panels) / PANELS_A_ROW)
-    figure = Figure(figsize=(3 * PANELS_A_ROW, 0.5 + 2.3 * rows), layout="constrained")
-    grid = figure.subplots(rows, PANELS_A_ROW, squeeze=False)
-    for k, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
-        axes.set_gid(f"case_{k + 1}")
-        for loop, (name, colour, width) in STYLES.items():
-            (line,) = axes.plot(*_columns(panel.lines.get(loop, ())), color=colour, linewidth=width, label=name)
-            line.set_gid(f"case_{k + 1}_{loop}")
-            axes.plot(*_columns(panel.dots.get(loop, ())), "o", color=colour, markersize=1.5 + width)
-        if panel.parted_at is not None:
-            axes.axvline(panel.parted_at, color="#dd0000", linestyle="--", gid=f"case_{k + 1}_parted")
-        axes.set_title("\n".join(textwrap.wrap(panel.caption, 38)), fontsize=7)
-        axes.tick_params(labelsize=6)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("optimizer step", fontsize=7)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "parity"}):
-        written = io.StringIO()
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    return written.getvalue()
-
-
-def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    finite = [(x, y) for x, y in points if math.isfinite(y)]
-    return [x for x, _ in finite], [y for _, y in finite]

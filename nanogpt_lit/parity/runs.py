@@ -18,8 +18,7 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.data.interleave import interleave, with_batches
-from nanogpt_lit.data.sampler import Position
+from nanogpt_lit.data.sampler import StreamPosition, interleave, with_batches
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings
@@ -27,7 +26,7 @@ from nanogpt_lit.loops.lightning import MixedPrecision, Observed, precision_plug
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity.record import CurveRecorder, Curves, Entry
+from nanogpt_lit.parity.record import Recorder
 from nanogpt_lit.run.observers import always
 from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.runtime.processes import rank
@@ -59,19 +58,8 @@ class Case:
         return self.module(self.gpt, self.optim, self.schedule, **self.module_options)
 
 
-@dataclass(frozen=True)
-class Run:
-    entries: list[Entry]
-    curves: Curves
-    seconds_per_step: float
-
-    @classmethod
-    def of(cls, recorder: CurveRecorder) -> "Run":
-        return cls(recorder.entries, recorder.curves, recorder.elapsed_s / recorder.settings.max_steps)
-
-
 def quiet() -> None:
-    """Leaves out what the frameworks say of themselves at every run."""
+    """Silence what the frameworks print of themselves at every run."""
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -79,7 +67,7 @@ def quiet() -> None:
 
 def loaders_of(case: Case, data: TokenDataModule, rank: int) -> tuple[DataLoader, DataLoader]:
     """The training and the validation loader of one process: its share of the one global order."""
-    data.position = Position(rank, case.processes)
+    data.position = StreamPosition(rank, case.processes)
     train, val = data.train_dataloader(), data.val_dataloader()
     if case.batches_per_epoch is not None:
         assert train.batch_sampler is not None
@@ -93,27 +81,27 @@ def loaders_to_deal_out(case: Case, data: TokenDataModule) -> tuple[DataLoader, 
     return interleave(train), interleave(val)
 
 
-def run_reference(case: Case, data: TokenDataModule) -> Run:
-    recorder = CurveRecorder(case.settings)
+def run_reference(case: Case, data: TokenDataModule) -> Recorder:
+    recorder = Recorder(case.settings)
     scaler = GradScaler(case.device, **case.scaler) if case.settings.precision == "16-mixed" else None
     module = case.make_module().to(case.device)
     reference.train(module, *loaders_of(case, data, rank()), case.settings, [*always(), recorder], scaler)
-    return Run.of(recorder)
+    return recorder
 
 
-def run_accelerate(case: Case, data: TokenDataModule) -> Run:
+def run_accelerate(case: Case, data: TokenDataModule) -> Recorder:
     # accelerate keeps its state for the whole process: it refuses a second Accelerator of another precision, and one of
     # another accumulation goes on with the loaders of the first.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    recorder = CurveRecorder(case.settings)
+    recorder = Recorder(case.settings)
     options = accelerate.accelerator_options(case.settings, case.device)
     if case.settings.precision == "16-mixed":
         options["kwargs_handlers"].append(GradScalerKwargs(**case.scaler))
     accelerator = HalfOnCpu(**options)
     loaders = loaders_to_deal_out(case, data)
     accelerate.train(accelerator, case.make_module(), *loaders, case.settings, [*always(), recorder])
-    return Run.of(recorder)
+    return recorder
 
 
 class HalfOnCpu(Accelerator):
@@ -128,13 +116,13 @@ class HalfOnCpu(Accelerator):
 
 
 @restored_process_settings()
-def run_lightning(case: Case, data: TokenDataModule) -> Run:
-    recorder = CurveRecorder(case.settings)
+def run_lightning(case: Case, data: TokenDataModule) -> Recorder:
+    recorder = Recorder(case.settings)
     trainer = Trainer(**trainer_options(case), callbacks=[Observed([*always(), recorder], case.settings.seed)])
     module = case.make_module()
     set_for_process(module, torch.device(case.device), case.settings.deterministic)  # as fit does
     trainer.fit(module, *loaders_of(case, data, rank()))
-    return Run.of(recorder)
+    return recorder
 
 
 def trainer_options(case: Case) -> dict[str, Any]:
@@ -172,7 +160,7 @@ def lightning_precision(precision: str, scaler: dict[str, Any], device: str = "c
     return plugin
 
 
-LOOPS: dict[str, Callable[[Case, TokenDataModule], Run]] = {
+LOOPS: dict[str, Callable[[Case, TokenDataModule], Recorder]] = {
     "lightning": run_lightning,
     "accelerate": run_accelerate,
     "reference": run_reference,

@@ -1,4 +1,4 @@
-"""What PyTorch's CUDA caching allocator takes from the GPU for a given sequence of allocations.
+"""PyTorch's CUDA caching allocator, simulated: what it takes from the GPU for a given sequence of allocations.
 
 A GPU must hold what is reserved, not what is allocated: blocks are cut from segments, segments are kept, and what is
 left between blocks may fit nothing. The rules are those of c10/cuda/CUDACachingAllocator.cpp with default settings, for
@@ -37,7 +37,7 @@ def rounded(size: int) -> int:
 
 
 def segment_size(block: int) -> int:
-    """How much is taken from the GPU when no free block will do."""
+    """Bytes taken from the GPU when no free block will do."""
     if block <= SMALL_BLOCK:
         return SMALL_SEGMENT
     if block < LARGE_BLOCK:
@@ -151,7 +151,7 @@ class ExpandableAllocator(CachingAllocator):
     def __init__(self) -> None:
         super().__init__()
         self._end = {small: _Block(0 if small else 2**50, 0, small, free=False) for small in (True, False)}
-        """Of each segment: what lies beyond it, and is never free."""
+        """The end of each segment, a block that is never free."""
 
     def _too_little_to_split(self, small: bool) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory a run can have."""
+"""The share of a GPU's memory that a run can have."""
 
 import re
 from dataclasses import dataclass, replace
@@ -27,11 +27,11 @@ class Budget:
     system: System | None = None
     desktop_on_gpu: bool = False
     measured_mib: int | None = None
-    """What the user found to be free, in place of all estimates."""
+    """Memory that the user found to be free, in place of all estimates."""
 
     @property
     def usable_mib(self) -> int:
-        """What PyTorch may reserve."""
+        """Memory that PyTorch may reserve."""
         if self.measured_mib is not None:
             return self.measured_mib
         others = OTHERS[self.system] + (DESKTOP[self.system] if self.desktop_on_gpu else 0)
@@ -52,7 +52,7 @@ def choose_budget(
     system: System | None = None,
     desktop_on_gpu: bool = False,
 ) -> Budget:
-    """What the options of `plan` say; without a GPU among them that of this machine, or else an RTX 2050."""
+    """The budget for the options of `plan`; without a GPU among them that of this machine, or else an RTX 2050."""
     chosen = gpu_named(gpu) if gpu is not None else gpu_here() or GPUS[0]
     if vram is not None:
         # Its speed is not known: that of an RTX 2050 still says what a technique costs against another.

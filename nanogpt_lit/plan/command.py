@@ -1,6 +1,6 @@
-"""From the settings of a run to its plan."""
+"""The plan of a run from its settings, and the largest batch, sequence and network that fit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -8,8 +8,7 @@ from typing import Any
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.prepare import stale_reason
-from nanogpt_lit.data.special_tokens import with_special_tokens
-from nanogpt_lit.data.tokenizer import parse_tokenizer, tokenizer_from_file
+from nanogpt_lit.data.tokenizer_files import parse_tokenizer, tokenizer_from_file, with_special_tokens
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.memory.ladder import Rung, ladder
@@ -18,7 +17,6 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.plan.budget import Budget
-from nanogpt_lit.plan.largest import largest
 from nanogpt_lit.plan.plan import Footprint, Plan, make_plan, measure
 from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.runtime.gpus import Gpu
@@ -36,7 +34,10 @@ FAMILY = {
 }
 
 QUICK_TOLERANCE = 0.1
-"""Of what is usable: nearer to it than this, a line through two shallow networks does not decide whether one fits."""
+"""Share of the usable memory: nearer to it than this, a line through two shallow networks does not decide what
+fits."""
+FURTHEST = 8
+"""A line through two small sizes may be wrong about the slope: so many times the larger of them is not gone beyond."""
 
 
 def plan_run(settings: Any, budget: Budget, lightning: bool = True) -> Plan:
@@ -50,7 +51,7 @@ def plan_run(settings: Any, budget: Budget, lightning: bool = True) -> Plan:
 
 
 def plan_rung(settings: Any, rung: Rung, gpu: Gpu, lightning: bool = True) -> Footprint:
-    """What one way to train the network of the YAML takes: a part of the time that a plan of all takes."""
+    """The footprint of one way to train the network of the YAML, in a part of the time that a whole plan takes."""
     of_yaml = network(settings)
     shape = step_shape(settings, of_yaml, lightning)
     return measure(partial(module, settings, of_yaml), rung, shape, gpu)
@@ -71,7 +72,7 @@ def own_rung(settings: Any) -> Rung:
 
 
 def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> list[dict[str, Any]]:
-    """What fits plan.budget with the memory techniques of the YAML, and with all that there are.
+    """The largest that fits plan.budget with the memory techniques of the YAML, and with all that there are.
 
     The largest batch_size and the longest block_size, each with all else as it is, the latter for a single sequence,
     and the largest network of GPT-2's family. "yaml" has the lines that a rung needs, none for the YAML's own; where
@@ -187,3 +188,38 @@ def vocab_size(settings: Any) -> int:
         f"data.tokenizer={data['tokenizer']} has as many tokens as the text has characters, and {shards_dir} has no "
         "shards yet; run `prepare` with the same YAML first, or give --model.gpt.vocab_size 100."
     )
+
+
+def largest(reserved_mib: Callable[[int], float], start: int, usable_mib: float, unit: int = 1) -> int | None:
+    """The largest multiple of `unit`, to within 3 percent, that needs no more than usable_mib; None where not even
+    `unit` does.
+
+    reserved_mib: of a size, growing with it   start: a size to begin with
+    Memory grows nearly in a line with the batch and the sequence: a line through two sizes leads to the third.
+    """
+    known: dict[int, float] = {}
+    fitting, too_large = 0, None
+    size = max(unit, start // unit * unit)
+    while True:
+        known[size] = reserved_mib(size)
+        if known[size] <= usable_mib:
+            fitting = size
+        else:
+            too_large = size
+        enough = max(unit, int(0.03 * fitting) // unit * unit)
+        if too_large is not None and too_large - fitting <= enough:
+            return fitting or None
+        if fitting == 0:
+            size = size // 2  # nothing is known of the line yet
+        elif len(known) == 1:
+            size = 2 * fitting
+        else:
+            other = min(known) if too_large is None else too_large
+            slope = (known[other] - known[fitting]) / (other - fitting)
+            size = fitting + int((usable_mib - known[fitting]) / slope) if slope > 0 else FURTHEST * fitting
+        # Each step is so large that it ends the search if it leads too far.
+        size = max(size // unit * unit, fitting + enough)
+        if too_large is not None:
+            size = min(size, max(fitting + enough, too_large - enough))
+        elif len(known) > 1:
+            size = min(size, FURTHEST * fitting)

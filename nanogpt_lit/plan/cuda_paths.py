@@ -1,4 +1,4 @@
-"""What PyTorch would do on a CUDA GPU, done by tensors that say they are on a CPU.
+"""CUDA's code paths for tensors that are on a CPU.
 
 A build of PyTorch without CUDA cannot run a backward pass on fake CUDA tensors, so the trace uses fake CPU ones. A few
 things then differ from the GPU and change memory: autocast's lists of operations, attention, dropout, softmax and RMS
@@ -121,12 +121,12 @@ def _in_autocast_dtype(operation: Any) -> Callable[..., Any]:
 
 
 def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
-    """CUDA keeps a mask of one byte an element, a CPU the noise as floats."""
+    """Dropout by CUDA's operation, which keeps a mask of one byte an element; a CPU keeps the noise as floats."""
     return torch.native_dropout(x, p, True)[0] if train and 0 < p < 1 else x
 
 
 def _softmax(operation: Any, in_one_kernel: Any) -> Callable[..., Tensor]:
-    """From float16 to float32 CUDA needs no float32 copy of the input."""
+    """CUDA's softmax, which needs no float32 copy of an input in float16."""
 
     def kernel(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
         if x.dtype == torch.float16 and dtype == torch.float32:
@@ -143,7 +143,7 @@ def _rms_norm(
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """CUDA has a kernel for it (_fused_rms_norm_cuda of layer_norm_kernel.cu), which keeps its input as it is; a
+    """RMS norm by CUDA's kernel (_fused_rms_norm_cuda of layer_norm_kernel.cu), which keeps its input as it is; a
     CPU multiplies step by step, and keeps what is 16-bit in float32."""
 
     @staticmethod

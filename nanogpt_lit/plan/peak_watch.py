@@ -20,28 +20,28 @@ from nanogpt_lit.runtime.gpus import GPUS, Gpu
 
 TOLERANCE = 0.05
 SETTLED_STEPS = 6
-"""By then the allocator has met all that repeats; before, less than planned says nothing."""
+"""Steps after which the allocator has met all that repeats; before, less memory than planned proves nothing."""
 
 
 class PeakWatch:
-    """Plans a run at its first micro-batch, and says once in a run if the GPU finds something else.
+    """Plan a run at its first micro-batch, and report once if the GPU measures something else.
 
-    Trains and touches nothing. A run that cannot be planned goes on without a plan.
+    Nothing is trained or changed. A run that cannot be planned goes on without a plan.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: Optimizer, shape: Callable[..., StepShape], say: Callable[[str], None]
+        self, module: nn.Module, optimizer: Optimizer, shape: Callable[..., StepShape], report: Callable[[str], None]
     ) -> None:
-        """module: a LightningModule of ours; its like is built, fake, from its hyperparameters   shape: of the run,
-        given a batch_size, a block_size and a vocab_size   say: where a line goes"""
+        """module: a LightningModule of ours; its like is built, without content, from its hyperparameters
+        shape: makes the run's StepShape of a batch_size, a block_size and a vocab_size   report: takes a line"""
         self.is_planned = False
         """Whether `plan` was called, with success or without."""
         self.planned_mib: float | None = None
         """What PyTorch is expected to reserve at most; None where the run cannot be planned."""
         self._footprint: Footprint | None = None
-        self._module, self._optimizer, self._shape, self._say = module, optimizer, shape, say
+        self._module, self._optimizer, self._shape, self._report = module, optimizer, shape, report
         self._steps = 0
-        self._has_said = self._has_said_time = False
+        self._has_reported = self._has_reported_time = False
 
     def plan(self, tokens: int) -> None:
         """tokens: of the micro-batch. Takes seconds of a CPU."""
@@ -53,40 +53,40 @@ class PeakWatch:
             self._footprint = replace(footprint, timeline=(), events=[])  # which are large, and done with
         except Exception as error:  # a run is worth more than its plan
             reason = " ".join(str(error).split())[:200]
-            self._say(f"memory/planned_mib is left out, because planning failed: {type(error).__name__}: {reason}")
+            self._report(f"memory/planned_mib is left out, because planning failed: {type(error).__name__}: {reason}")
 
     def end_step(self) -> None:
         self._steps += 1
 
     def compare_time(self, step_s: float, steps: int) -> None:
-        """Says once what the first steps make of the estimate. step_s: of each of the last `steps`"""
+        """Report once the measured time of a step beside the estimate. step_s: seconds of each of the last `steps`"""
         warmed_up = self._steps > steps
         here = gpu_here()
-        if self._footprint is None or self._has_said_time or not warmed_up or self._has_fallen_back():
+        if self._footprint is None or self._has_reported_time or not warmed_up or self._has_fallen_back():
             return
-        self._has_said_time = True
+        self._has_reported_time = True
         if here is not None and here.name in {gpu.name for gpu in GPUS}:  # of another nothing was estimated
             planned_s = dict.fromkeys(f"{s:.3g}" for s in (self._footprint.step_s, self._footprint.longest_step_s))
-            self._say(f"time: {step_s:.3g} s per step, {' to '.join(planned_s)} were planned")
+            self._report(f"time: {step_s:.3g} s per step, {' to '.join(planned_s)} were planned")
 
     def compare(self, allocated_mib: float, reserved_mib: float) -> None:
-        """Says so when the peaks so far are not those that were planned."""
+        """Report once when the peaks so far are not those that were planned."""
         footprint, planned_mib = self._footprint, self.planned_mib
-        if footprint is None or planned_mib is None or self._has_said or self._has_fallen_back():
+        if footprint is None or planned_mib is None or self._has_reported or self._has_fallen_back():
             return
         excess = reserved_mib / planned_mib - 1
         # A validation may be far away.
         has_settled = self._steps >= SETTLED_STEPS and footprint.fullest_phase != "validation"
         if excess > TOLERANCE or (excess < -TOLERANCE and has_settled):
-            self._has_said = True
+            self._has_reported = True
             name, measured, planned = self._at_fault(footprint, allocated_mib, reserved_mib - allocated_mib)
-            self._say(
+            self._report(
                 f"memory: PyTorch reserved {reserved_mib:,.0f} MiB, {planned_mib:,.0f} were planned ({excess:+.0%}); "
                 f"most of the difference is in {name}: {measured:,.0f} for {planned:,.0f} MiB"
             )
 
     def _has_fallen_back(self) -> bool:
-        """Whether memory has ended before, and steps are done in another way since than was planned."""
+        """True once memory has run out, and steps are done in another way than was planned."""
         return bool(getattr(self._module, "fallback", None))
 
     def _at_fault(self, footprint: Footprint, allocated_mib: float, gaps_mib: float) -> tuple[str, float, float]:
@@ -131,7 +131,7 @@ def plan_module(module: Any, shape: Callable[..., StepShape], tokens: int, gpu: 
 
 
 def on_gpu_mib(tensors: list[Any]) -> float:
-    """What tensors hold on a GPU; a storage that several share counts once."""
+    """MiB that tensors hold on a GPU; a storage that several share counts once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in tensors
@@ -141,6 +141,6 @@ def on_gpu_mib(tensors: list[Any]) -> float:
 
 
 def expandable_segments() -> bool:
-    """Whether the environment asks PyTorch's allocator for them."""
+    """True where the environment asks PyTorch's allocator for expandable segments."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     return any("expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", "") for name in names)

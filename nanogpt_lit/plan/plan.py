@@ -1,4 +1,4 @@
-"""Whether a run fits a GPU, where its memory goes, and the cheapest way to make it fit."""
+"""The plan of a run: does it fit a GPU, where does its memory go, and what is the cheapest way to make it fit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,8 +13,7 @@ from nanogpt_lit.plan.allocator import MIB, Event, Usage, replay
 from nanogpt_lit.plan.budget import Budget
 from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.roofline import Roofline
-from nanogpt_lit.plan.steady import long_run
-from nanogpt_lit.plan.step import StepShape, trace_steps
+from nanogpt_lit.plan.step import StepShape, long_run, trace_steps
 from nanogpt_lit.plan.trace import CATEGORIES, Moment
 from nanogpt_lit.runtime.collector import no_collector
 from nanogpt_lit.runtime.gpus import Gpu
@@ -29,7 +28,7 @@ Build = Callable[[MemoryConfig], nn.Module]
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one way of training takes. Memory in MiB."""
+    """Memory and time of one way of training. Memory in MiB."""
 
     allocated_mib: float
     """Peak of what tensors and kernels hold, in the allocator's blocks: torch.cuda.max_memory_allocated()."""
@@ -37,7 +36,7 @@ class Footprint:
     """Peak of what the allocator takes from the GPU: torch.cuda.max_memory_reserved(). This must fit."""
     host_memory_mib: float
     page_locked_mib: float
-    """Of host_memory_mib, what the GPU copies by itself. Windows and WSL2 lock about half of the memory they have."""
+    """The part of host_memory_mib that the GPU copies by itself. Windows and WSL2 lock about half of their memory."""
     categories_mib: dict[str, float]
     """allocated_mib by what it is for, at the fullest moment."""
     phases_mib: dict[str, float]
@@ -70,12 +69,12 @@ class PlannedRung:
     slowdown: float
     """Estimated time per optimizer step against the plain step's."""
     same_bits: bool
-    """As the plain step."""
+    """The trained weights are those of the plain step, to the bit."""
     changes_numerics: bool
     """Rounds more than another order of summing does."""
     fits: bool
     yaml: tuple[str, ...]
-    """What to put into the YAML to have it."""
+    """Lines to put into the YAML to have it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Plan:
     own: PlannedRung
     """The YAML as it is."""
     price_of_determinism: tuple[float, float]
-    """Of trainer.deterministic=true: MiB more that are reserved, and the time against that without it."""
+    """(MiB more that are reserved, time against that without it) with trainer.deterministic=true."""
     ladder: tuple[PlannedRung, ...]
 
     @property
@@ -167,7 +166,7 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
 
 @no_collector()  # which would look through the events, a hundred thousand objects, again and again
 def measure(build: Build, rung: Rung, shape: StepShape, gpu: Gpu) -> Footprint:
-    """Traces one rung."""
+    """Trace one rung."""
     shape = replace(shape, batch_size=rung.batch_size, accumulate_grad_batches=rung.accumulate_grad_batches)
     roofline = Roofline(Kernels(gpu, shape.deterministic), shape.tf32)
     trace = trace_steps(lambda: build(rung.memory), shape, gpu, roofline)

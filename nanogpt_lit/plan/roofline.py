@@ -1,4 +1,4 @@
-"""How long a GPU would take for the operations of a trace: an estimate.
+"""Estimate of the time that a GPU takes for the operations of a trace.
 
 Each operation takes as long as its arithmetic or its traffic, whichever is longer, at a share of the GPU's peaks that
 well-tuned kernels reach; launching it takes its time too, and many small operations are bound by that. Ratios between
@@ -17,7 +17,7 @@ from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.trace import GPU, HOST, name_of, tensors_in
 
 MATRIX_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.65, 0.45, 0.80
-"""Of the peaks: large matrix products, FlashAttention, and streaming through memory."""
+"""Shares of the peaks that are reached: large matrix products, FlashAttention, and streaming through memory."""
 LAUNCH_S = 8e-6
 WORK, WORK_AT_LOWEST_CLOCK = "work", "work at the lowest clock"
 HOST_BANDWIDTH = 14.4e9

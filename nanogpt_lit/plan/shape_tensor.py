@@ -20,13 +20,13 @@ META = torch.device("meta")
 
 
 class ShapeTensor(Tensor):
-    """Has the memory of `content`, a tensor on "meta", and none of its own. To all others it lies on `fake_device`."""
+    """A tensor with the memory of `content`, on "meta", and none of its own. To others it is on `fake_device`."""
 
     content: Tensor
     fake_device: torch.device
     """As FakeTensor names it."""
     signature: tuple[Any, ...]
-    """What the shapes of results depend on."""
+    """(shape, strides, dtype, device): all that the shapes of results depend on."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -56,7 +56,7 @@ class ShapeTensor(Tensor):
 
 
 class ShapeMode(TorchDispatchMode):
-    """Makes every tensor that is created inside its `with` block a ShapeTensor."""
+    """Make every tensor that is created inside its `with` block a ShapeTensor."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -69,7 +69,7 @@ class ShapeMode(TorchDispatchMode):
 
 
 _results: dict[tuple[Any, ...], tuple[type, tuple[Any, ...]]] = {}
-"""What operations make, by what they are given: signatures in place of tensors. One of several results, or a list."""
+"""Results of operations by their arguments, with signatures in place of tensors: one, several, or a list."""
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,14 +106,14 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class _How(NamedTuple):
-    """What an operation does, from its schema."""
+    """The effect of an operation, from its schema."""
 
     written: tuple[tuple[int, str], ...] | None
-    """Where it only writes into its arguments: those that it returns."""
+    """(index, name) of the arguments that it returns, where it only writes into its arguments."""
     views: bool
-    """Whether its results are views of its first argument, and no other is a tensor."""
+    """Its results are views of its first argument, and no other is a tensor."""
     makes_new: bool
-    """Whether its results share memory with nothing, and depend on the signatures of tensors."""
+    """Its results share memory with nothing, and depend on the signatures of tensors."""
 
 
 @cache
@@ -151,7 +151,7 @@ def _like(signature: tuple[Any, ...]) -> ShapeTensor:
 
 
 def _is_new(leaf: Any, given: Any) -> bool:
-    """Whether _like makes a tensor like this one: it has all of its storage, which is no other's."""
+    """True for a tensor that _like can make again: it has all of its storage, which is no other's."""
     if not isinstance(leaf, ShapeTensor):
         return True
     storage = leaf.untyped_storage()

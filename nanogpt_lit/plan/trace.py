@@ -1,4 +1,4 @@
-"""Where a program's tensors go: every allocation and release on the GPU, with what it was for.
+"""The memory of a program's tensors: every allocation and release on the GPU, with what it was for.
 
 A `MemoryTrace` is a dispatch mode. It sees each operation that PyTorch runs, forward, backward and in the optimizer,
 and follows the storages of the results until they are freed. Under ShapeMode, or PyTorch's FakeTensorMode, nothing
@@ -79,7 +79,7 @@ class MemoryTrace(TorchDispatchMode):
     timeline: list[Moment] | None = None
     """Every moment since this was set to a list."""
     parameters: int = 0
-    """Of the modules that were labelled, a tied one counted once."""
+    """Number of parameters of the modules that were labelled, a tied one counted once."""
     host_bytes: int = 0
     host_peak_bytes: int = 0
     page_locked_bytes: int = 0
@@ -116,7 +116,7 @@ class MemoryTrace(TorchDispatchMode):
     # What a tensor is for.
 
     def label(self, tensors: Any, category: str) -> None:
-        """Counts these tensors, of any nesting, under a category from now on; new ones are followed from here."""
+        """Count these tensors, of any nesting, under a category from now on; new ones are followed from here."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 self._follow(tensor, category)
@@ -127,7 +127,7 @@ class MemoryTrace(TorchDispatchMode):
                     block.category = category
 
     def label_module(self, module: nn.Module) -> None:
-        """Weights, and gradients from the moment they are made."""
+        """Label a module's weights, and its gradients from the moment they are made."""
         for parameter in module.parameters():
             self.parameters += parameter.numel()
             self._weights.add(parameter.untyped_storage()._cdata)
@@ -170,7 +170,7 @@ class MemoryTrace(TorchDispatchMode):
         return result
 
     def _adds_gradients(self, args: tuple[Any, ...]) -> bool:
-        """Whether autograd adds up the gradients of what was used twice, such as a tied embedding.
+        """True where autograd adds up the gradients of what was used twice, such as a tied embedding.
 
         It does so in place where it holds the only reference and the first gradient has not been transposed, as that
         of a linear layer has; but under a dispatch mode it takes new memory. Fake gradients have no values that another
@@ -221,7 +221,7 @@ class MemoryTrace(TorchDispatchMode):
             self._release(serial, block.bytes, block.category)
 
     def _note_page_lock(self, tensor: Tensor) -> None:
-        """Of a tensor on the host that a GPU would copy asynchronously."""
+        """Count a tensor on the host as page-locked: a GPU would copy it asynchronously."""
         block = self._live[tensor.untyped_storage()._cdata]
         if not block.page_locked:
             block.page_locked = True
@@ -267,7 +267,7 @@ class MemoryTrace(TorchDispatchMode):
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Those among the arguments or the results of an operation: it takes lists of them, and no deeper nesting."""
+    """The tensors among the arguments or the results of an operation, lists of them included."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, tuple | list):
@@ -277,5 +277,5 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 @cache
 def name_of(func: Any) -> str:
-    """An operation's, without its library and its overload."""
+    """The name of an operation, without its library and its overload."""
     return func._schema.name.partition("::")[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt_lit.checkpoint import sharded_format
+from nanogpt_lit.checkpoint import lightning_format
 from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.gpt.sampling import printable
@@ -67,7 +67,7 @@ def closing_table(run: RunObservers, folder: Path, checkpoints: Mapping[str, Pat
     rows += [(f"{name} checkpoint", f"{path}{held_step(path)}") for name, path in files.items()]
     rows.append(("curves", f"tensorboard --logdir {Path(relative_to_here(folder)).parent}"))
     for path in list(files.values())[:1]:
-        if path.is_file() or sharded_format.recognises(path):  # of a folder of another kind no command can write
+        if path.is_file() or lightning_format.is_sharded(path):  # of a folder of another kind no command can write
             rows.append(("write more", f"python -m nanogpt_lit generate --ckpt {path}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.load_together import load_together
+from nanogpt_lit.checkpoint.newest import load_together
 from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError

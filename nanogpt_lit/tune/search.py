@@ -21,7 +21,7 @@ UNITS = (1, 2, 4)
 """Length of a run in each round, as a multiple of the first round's."""
 SECOND_ROUND = KEPT + 4
 MIN_STEPS = 20
-"""Least steps of the YAML's own candidate in the shortest run: fewer say nothing."""
+"""Least steps of the YAML's own candidate in the shortest run: fewer prove nothing."""
 FASTER = 0.97
 """A micro-batch must need less than this share of the time: it changes the YAML for nothing else."""
 FULL = 0.97
@@ -82,9 +82,12 @@ def search(
     clock: Callable[[], float],
     fits: Callable[[Candidate], bool] = lambda candidate: True,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> Found:
-    """fits: whether a candidate's micro-batch fits the memory   seed: of the runs that choose; others decide
+    """Measure candidates in three rounds.
+
+    fits: whether a candidate's micro-batch fits the memory   seed: of the runs that choose; others decide
+    report: takes a line for each round and run
 
     Raises UserError where the budget is too short to tell anything.
     """
@@ -124,7 +127,7 @@ def search(
         given_s = min(length * left_s / slowdown / (here + later), found.run_s)
         if given_s < found.step_s(own):  # stopped, or out of time
             break
-        say(f"round {round}: {len(candidates) * len(seeds)} runs of {given_s:.3g} s")
+        report(f"round {round}: {len(candidates) * len(seeds)} runs of {given_s:.3g} s")
         began_s = clock()
         for each in seeds:
             for candidate in candidates:
@@ -137,7 +140,7 @@ def search(
                     found.elapsed_s = clock() - started_s
                     return found
                 found.runs.append(Run(candidate, round, each, given_s, steps, *result))
-                say(f"  {candidate}: {result[0]:.4f} after {steps:,} steps")
+                report(f"  {candidate}: {result[0]:.4f} after {steps:,} steps")
         slowdown = (clock() - began_s) / (given_s * len(candidates) * len(seeds))
     found.elapsed_s = clock() - started_s
     return found
@@ -181,7 +184,7 @@ class Decision:
 
 
 def decide(found: Found) -> Decision | None:
-    """What follows from the measurements; None where there are too few to propose anything."""
+    """The decision that follows from the measurements; None where there are too few to propose anything."""
     final = {(run.candidate, run.seed): run for run in found.runs if run.round == len(UNITS)}
     pairs = [
         (run, final[found.own, run.seed])
@@ -203,7 +206,7 @@ def decide(found: Found) -> Decision | None:
 
 
 def surely_better(gains: Sequence[float]) -> bool | None:
-    """Whether the mean is above zero by more than its error, with 95 %; None for a single pair."""
+    """True where the mean is above zero by more than its error, with 95 %; None for a single pair."""
     if len(gains) < 2:
         return None
     if any(math.isinf(gain) for gain in gains):

@@ -101,7 +101,10 @@ SPEED_STEPS = 4
 
 
 class Trials:
-    """settings: the sections of the YAML, completed   own: what they say   asked: whether to stop, after each step"""
+    """Short runs of candidates.
+
+    settings: the sections of the YAML, completed   own: their candidate   asked: after each step, whether to stop
+    """
 
     def __init__(
         self, settings: Any, own: Candidate, device: str, clock: Callable[[], float], asked: Callable[[], bool]

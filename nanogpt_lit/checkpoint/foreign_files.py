@@ -1,12 +1,17 @@
-"""Files and folders of others that convert does not read, known by how they begin."""
+"""Files that others write: torch.save's, read where they are whole and hold nothing that could run; and those that
+convert does not read, known by how they begin."""
 
 import json
+import pickletools
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from nanogpt_lit.checkpoint import llm_c_format
+import torch
+
 from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, LONGEST_HEADER
-from nanogpt_lit.checkpoint.torch_file import is_zip, words_of
+from nanogpt_lit.errors import UserError
 
 BEGINNINGS = {
     b"GGUF": "a GGUF file of llama.cpp, whose weights may be rounded; give what it was made from",
@@ -19,19 +24,65 @@ BEGINNINGS = {
     b"\x93NUMPY": "an array of NumPy; weights come as safetensors or as a file of torch",
     b"\x80": "a pickle, which could run code when it is read; save the weights as safetensors",
 }
+LLM_C = {
+    20240520: "token shards of llm.c; data.source reads the folder they are in",
+    20240327: "llm.c's debug state, activations to compare with; give the model_*.bin beside it",
+    20240328: "llm.c's tokenizer; give a model_*.bin, whose tokenizer is GPT-2's",
+    20240527: "llm.c's optimizer state (state_*.bin), which is of one process; give the model_*.bin beside it",
+    20240803: "llm.c's Llama 3; convert reads GPT-2's architecture",
+}
+"""By their first four bytes."""
 FOLDERS = {
     "lit_model.pth": "a checkpoint of LitGPT; `litgpt convert_from_litgpt` makes Hugging Face's weights of it",
     "consolidated.00.pth": "a Llama as Meta publishes it; convert reads GPT-2's architecture",
     "saved_model.pb": "a SavedModel of TensorFlow; save the model with transformers for PyTorch first",
     "encoder.json": "GPT-2 as OpenAI published it, for TensorFlow; take Hugging Face's folder, openai-community/gpt2",
 }
-
-
 UNKNOWN = "of none of the formats that `convert --help` lists, or only the beginning of a file"
 
 
+def read_torch_file(source: Path | BinaryIO) -> Any:
+    """The content of a file of torch.save, on the CPU. Errors for any other file are not one family: zip's, pickle's.
+
+    weights_only: the file may come from elsewhere, and an ordinary pickle can run code.
+    """
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        # torch wrote a checksum of every part, and does not look at it when it reads.
+        if (part := zipfile.ZipFile(file).testzip()) is not None:
+            raise RuntimeError(f"{part} differs from its checksum")
+        file.seek(0)
+        # The open file and not its name, by which torch would choose another reader.
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def is_zip(path: Path) -> bool:
+    """True for a zip archive, as files of torch.save are, whole or damaged."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # raised for some damage
+        return True
+
+
+def words_of(path: Path) -> set[str]:
+    """The texts in a file's pickle, such as the keys of its dictionaries; none where there is no pickle.
+
+    Builds nothing. Raises UserError, naming the file, for one that is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+            if name is None:
+                return set()
+            return {word for _, word, _ in pickletools.genops(archive.read(name)) if isinstance(word, str)}
+    except Exception as error:  # what the readers of zip and of pickle raise is not one family
+        raise UserError(f"{path} is a damaged file of torch.save ({type(error).__name__}).") from error
+
+
+# Files and folders that convert does not read.
+
+
 def known_as(path: Path) -> str | None:
-    """What a file or a folder is, with what to do about it; None for a file of ours and for a folder like any other."""
+    """The kind of a file or folder, with what to do about it; None for a file of ours and for any other folder."""
     if path.is_dir():
         return next((what for name, what in FOLDERS.items() if (path / name).exists()), None)
     with path.open("rb") as file:
@@ -43,7 +94,7 @@ def known_as(path: Path) -> str | None:
     for beginning, what in BEGINNINGS.items():
         if start.startswith(beginning):
             return what
-    return llm_c_format.OTHERS.get(int.from_bytes(start[:4], "little"), UNKNOWN)
+    return LLM_C.get(int.from_bytes(start[:4], "little"), UNKNOWN)
 
 
 def zip_of_others(path: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from nanogpt_lit.data.documents import TextDocument
-from nanogpt_lit.data.split import Split
+from nanogpt_lit.data.encoder import Split
 
 
 class Texts:
