@@ -12,7 +12,7 @@ RUN pip install --no-cache-dir -c /tmp/constraints.txt torch --index-url "$TORCH
 COPY pyproject.toml README.md LICENSE /src/
 COPY nanogpt_lit /src/nanogpt_lit
 COPY configs /src/configs
-RUN pip install --no-cache-dir -c /tmp/constraints.txt "/src[bpe,card,gguf,parquet,plot]" && rm -r /src
+RUN pip install --no-cache-dir -c /tmp/constraints.txt "/src[bpe,gguf,nvidia,parquet,plot]" && rm -r /src
 
 # Runs and shards go where the current folder is mounted, as a user without rights elsewhere.
 RUN useradd --create-home --uid 1000 trainer && mkdir /work && chown trainer /work

@@ -77,10 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     arguments = with_packaged_configs(arguments)
     if arguments[0] in ("fit", "fit-accelerate"):
-        from nanogpt_lit.runtime.supervised import stop_with_supervisor, supervised
-        from nanogpt_lit.supervise.supervisor import KEEP_ALIVE, keep_alive
+        from nanogpt_lit.runtime.launch import KEEP_ALIVE, stop_with_supervisor, supervised
 
         if KEEP_ALIVE in arguments:
+            from nanogpt_lit.supervise.supervisor import keep_alive
+
             return exit_code(lambda: keep_alive(arguments))
         if supervised():
             stop_with_supervisor()
@@ -104,7 +105,7 @@ def command_of(name: str) -> Callable[[list[str]], int]:
 
 def exit_code(command: Callable[[], int]) -> int:
     """Runs a command; what the user can mend becomes one sentence and 2 instead of a traceback."""
-    from nanogpt_lit.runtime.supervised import report_error, supervised
+    from nanogpt_lit.runtime.launch import report_error, supervised
 
     if sys.flags.safe_path:  # what -P says to this process alone, the processes that it starts have to hear too
         os.environ["PYTHONSAFEPATH"] = "1"

@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.optim import AdamW
 
-from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPT, GPTConfig, config_of_checkpoint
-from nanogpt_lit.loops.compatibility import FSDP2, check_together, keys_of
+from nanogpt_lit.gpt.model import GPT, GPTConfig, check_same_network, config_of_checkpoint
+from nanogpt_lit.loops.compatibility import check_together, keys_of
+from nanogpt_lit.loops.trainer_section import shard
 from nanogpt_lit.memory.elastic import ElasticConfig
-from nanogpt_lit.memory.host_optimizer import HostAdamW, HostResidentAdamW
-from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
+from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques, optimizer_class
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
 
@@ -33,7 +31,7 @@ class LitNanoGPT(LightningModule):
         compile: Compile the network and its loss with torch.compile: slower to start (less so the next time: torch
             keeps what it compiled), and faster per step where it pays. Needs a C++ compiler, or Triton on a GPU.
             Checkpoints are the same with and without.
-        tf32: Let a GPU's products of float32 matrices round what they multiply to 10 bits, as cards since Ampere do
+        tf32: Let a GPU's products of float32 matrices round what they multiply to 10 bits, as GPUs since Ampere do
             several times as fast. The precision 16-mixed and bf16-mixed gain nothing by it.
     """
 
@@ -54,10 +52,9 @@ class LitNanoGPT(LightningModule):
         schedule = ScheduleConfig(**schedule) if isinstance(schedule, dict) else schedule
         memory = MemoryConfig(**memory) if isinstance(memory, dict) else memory
         elastic = ElasticConfig(**elastic) if isinstance(elastic, dict) else elastic
-        configs: dict[str, Any] = {"gpt": gpt, "optim": optim, "schedule": schedule, "memory": memory}
-        configs["elastic"] = elastic
-        plain = {"compile": compile, "tf32": tf32}
-        self.save_hyperparameters({name: asdict(config) for name, config in configs.items()} | plain)
+        configs = {"gpt": gpt, "optim": optim, "schedule": schedule, "memory": memory, "elastic": elastic}
+        kept: dict[str, Any] = {name: asdict(config) for name, config in configs.items()}  # type: ignore[call-overload]
+        self.save_hyperparameters(kept | {"compile": compile, "tf32": tf32})
         check_together(keys_of("model", self.hparams))
         self.tf32 = tf32
         self.optim_config = optim
@@ -65,7 +62,7 @@ class LitNanoGPT(LightningModule):
         self.memory_config = memory
         self.elastic_config = elastic
         self.gpt = GPT(gpt)
-        self.host_weights = apply_techniques(self.gpt, memory)
+        apply_techniques(self.gpt, memory)
         self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
         self.fallback: dict[str, Any] = {}
         """What a run came to need when its memory ended; see elastic.py."""
@@ -89,47 +86,14 @@ class LitNanoGPT(LightningModule):
         self.log("test/loss", self(*batch), batch_size=batch[0].size(0), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        adamw = HostAdamW if self.memory_config.optimizer_state == "host" else AdamW
-        if self.host_weights is not None:
-            adamw = HostResidentAdamW
-        optimizer = build_optimizer(self.named_parameters(), self.optim_config, adamw)
-        if self.host_weights is not None:
-            self.host_weights.follow(optimizer)
+        optimizer = build_optimizer(self.named_parameters(), self.optim_config, optimizer_class(self.memory_config))
         schedule = WarmupDecay(optimizer, self.schedule_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_model(self) -> None:
-        """Shards the network over the processes when Lightning's ModelParallelStrategy offers a device mesh.
-
-        FSDP2: each process keeps its share of every weight, gradient and optimizer state; a block is whole only while
-        it computes. Raises UserError for a mesh that divides single matrices.
-        """
-        if self.device_mesh is None:
-            return
-        # Not every build of torch has torch.distributed.
-        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
-        if isinstance(self.gpt, FSDPModule):
-            return  # Lightning asks before every fit, validate and test
-        sizes = {"trainer.strategy.tensor_parallel_size": self.device_mesh["tensor_parallel"].size()}
-        check_together({**keys_of("model", self.hparams), "trainer.strategy": FSDP2, **sizes})
-        mesh = self.device_mesh["data_parallel"]
-        for block in self.gpt.transformer.h:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.gpt, mesh=mesh)
-        for method in ("loss", "hidden"):  # what is called in place of forward
-            register_fsdp_forward_method(self.gpt, method)
-        self.loss = torch.compile(self.gpt.loss) if self.hparams["compile"] else self.gpt.loss
+        """Shards the network over the processes where Lightning's ModelParallelStrategy offers a device mesh."""
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = asdict(config_of_checkpoint(checkpoint["hyper_parameters"]["gpt"]))
-        differing = [
-            f"{name} is {saved[name]} there and {value} here"
-            for name, value in self.hparams["gpt"].items()
-            if saved[name] != value and name not in ("dropout", "document_start")
-        ]
-        if differing:
-            raise UserError(
-                f"The checkpoint holds another network: model.gpt.{', '.join(differing)}; "
-                "use the YAML that it was trained with."
-            )
+        check_same_network(checkpoint["hyper_parameters"]["gpt"], self.hparams["gpt"])

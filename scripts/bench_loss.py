@@ -23,8 +23,7 @@ from torch import Tensor
 from nanogpt_lit.gpt.loss import chunked_cross_entropy, cross_entropy
 from nanogpt_lit.parity.processes import peak_bytes
 from nanogpt_lit.runtime.machine import hardware
-from nanogpt_lit.runtime.matmul import set_matmul_backend
-from nanogpt_lit.runtime.process_settings import keep_freed_memory
+from nanogpt_lit.runtime.process_settings import keep_freed_memory, set_matmul_backend
 
 C, V = 768, 50257
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -117,13 +117,13 @@ def drive(step: Callable[[Batch], None], turns: Turns) -> None:
 def build(config: GPTConfig, options: dict[str, Any]) -> "LitNanoGPT":
     from nanogpt_lit.memory.techniques import MemoryConfig
     from nanogpt_lit.module import LitNanoGPT
-    from nanogpt_lit.runtime import matmul
+    from nanogpt_lit.runtime import process_settings
     from nanogpt_lit.runtime.process_settings import keep_freed_memory
 
     if options["heap"]:
         keep_freed_memory()  # as fit does on a CPU
     if not options["onednn"]:
-        matmul.onednn_is_exact = lambda: False  # type: ignore[assignment]
+        process_settings.onednn_is_exact = lambda: False  # type: ignore[assignment]
     return LitNanoGPT(
         config,
         AdamWConfig(implementation=options["optimizer"]),
@@ -210,7 +210,7 @@ def on(device: str, batch: Batch) -> Batch:
 
 def matmul_step(precision: str, device: str) -> Callable[[Batch], None]:
     """Products of square matrices into memory that is there, by the quicker library: what arithmetic could run at."""
-    from nanogpt_lit.runtime.matmul import set_matmul_backend
+    from nanogpt_lit.runtime.process_settings import set_matmul_backend
 
     if device == "cpu":
         set_matmul_backend(torch.device(device), tf32=False)

@@ -56,8 +56,8 @@ from nanogpt_lit.parity.known_differences import KNOWN_DIFFERENCES, effects_toge
 from nanogpt_lit.parity.record import Difference
 from nanogpt_lit.parity.report import markdown_table, page, picture
 from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
-from nanogpt_lit.run.observers import relative_to_here
-from nanogpt_lit.run.pieces import next_folder
+from nanogpt_lit.run.resume import next_folder
+from nanogpt_lit.run.terminal import relative_to_here
 from nanogpt_lit.runtime.machine import hardware
 
 OF_A_LAUNCHER = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")

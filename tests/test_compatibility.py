@@ -3,27 +3,27 @@
 import pytest
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops import strategies
+from nanogpt_lit.loops import trainer_section
 from nanogpt_lit.loops.compatibility import CLASHES, check_saves_whole_steps, check_together, keys_of
-from nanogpt_lit.loops.strategies import strategy_settings
+from nanogpt_lit.loops.trainer_section import strategy_settings
 
 FINE = {
     "trainer.strategy": "DDPStrategy", "trainer.accelerator": "cuda", "trainer.devices": 2,
     "trainer.precision": "16-mixed", "trainer.gradient_clip_val": 1.0, "trainer.enable_checkpointing": None,
     "trainer.strategy.tensor_parallel_size": 1, "trainer.strategy.start_method": "popen", "spike_factor": None,
-    "model.compile": False, "model.memory.weights": "card", "model.memory.optimizer_state": "host",
+    "model.compile": False, "model.memory.weights": "device", "model.memory.optimizer_state": "host",
     "model.optim.state_bits": 32, "model.optim.matrices": "adamw",
 }  # fmt: skip
 CLASHING = [
     ({"model.optim.state_bits": 8}, "model.optim.state_bits=8 does not go with model.memory.optimizer_state=host"),
     (
-        {"model.optim.state_bits": 8, "model.memory.optimizer_state": "card", "model.memory.weights": "streamed"},
+        {"model.optim.state_bits": 8, "model.memory.optimizer_state": "device", "model.memory.weights": "streamed"},
         "model.memory.weights=streamed",
     ),
     *(
         ({"model.optim.class_path": "torch.optim.SGD", "model.memory.optimizer_state": state,
           "model.memory.weights": weights, "trainer.devices": 1}, "model.optim.class_path=torch.optim.SGD does not go")
-        for state, weights in (("host", "card"), ("card", "streamed"))
+        for state, weights in (("host", "device"), ("device", "streamed"))
     ),
     ({"model.optim.class_path": None, "trainer.strategy.offload_optimizer": True}, "DeepSpeedCPUAdam"),
     ({"model.compile": True, "model.memory.weights": "host", "trainer.devices": 1}, "model.compile=true does not go"),
@@ -34,10 +34,11 @@ CLASHING = [
     ({"trainer.strategy.tensor_parallel_size": 2}, "tensor_parallel_size=2 would divide single matrices"),
     ({"trainer.strategy.start_method": "spawn"}, "set trainer.strategy=ddp"),
     ({"spike_factor": 2.0, "trainer.enable_checkpointing": False}, "spike_factor=2.0 does not go with"),
+    ({"early_stopping_patience": 3, "trainer.limit_val_batches": 0}, "early_stopping_patience=3 does not go with"),
     ({"spike_factor": 2.0, "trainer.strategy": None}, "set trainer.strategy=auto or ddp"),
     *(
         ({"trainer.strategy": "ModelParallelStrategy", "trainer.precision": "bf16-mixed", "trainer.accelerator": "cpu",
-          "model.memory.optimizer_state": "card", key: value}, f"{key}={value} does not go with")
+          "model.memory.optimizer_state": "device", key: value}, f"{key}={value} does not go with")
         for key, value in (
             ("model.memory.optimizer_state", "host"), ("model.memory.weights", "streamed"),
             ("model.optim.state_bits", 8), ("model.optim.matrices", "muon"),
@@ -66,10 +67,10 @@ def test_settings_that_go_together_and_those_that_are_not_known_pass():
 
 def test_a_strategy_whose_package_is_missing_says_so(monkeypatch):
     trainer = {"strategy": "deepspeed_stage_2", "precision": "16-mixed", "gradient_clip_val": 1.0}
-    monkeypatch.setattr(strategies, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainer_section, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="strategy=deepspeed_stage_2 needs the package deepspeed: pip install"):
         strategy_settings(trainer, "cuda")
-    monkeypatch.setattr(strategies, "find_spec", lambda name: object())
+    monkeypatch.setattr(trainer_section, "find_spec", lambda name: object())
     check_together(strategy_settings(trainer, "cuda"))
 
 

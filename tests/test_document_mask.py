@@ -17,7 +17,7 @@ from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.tokenizer import ByteTokenizer
 from nanogpt_lit.evaluate.likelihood import Scorer
-from nanogpt_lit.gpt.document_mask import Documents
+from nanogpt_lit.gpt.attention import Documents
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings

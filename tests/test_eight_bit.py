@@ -78,7 +78,7 @@ def test_its_ladder_moves_no_state_and_says_that_the_numerics_change():
     plain = Rung("mine", MemoryConfig(), 4, 1)
     rungs = list(ladder(own, 64, casts_weights=True))
     assert {rung.state_bits for rung in rungs} == {8}
-    assert {(rung.memory.optimizer_state, rung.memory.weights) for rung in rungs} == {("card", "card")}
+    assert {(rung.memory.optimizer_state, rung.memory.weights) for rung in rungs} == {("device", "device")}
     assert not any(rung.same_bits(plain) for rung in rungs)
 
 
@@ -87,8 +87,8 @@ def test_its_ladder_moves_no_state_and_says_that_the_numerics_change():
     [
         ({"state_bits": 4}, {}, "model.optim.state_bits=4 is not known; use 32 or 8"),
         ({"state_bits": 8, "matrices": "muon"}, {}, "matrices is muon; set model.optim.state_bits=32"),
-        ({"state_bits": 8}, {"optimizer_state": "host"}, "set model.memory.optimizer_state=card, or"),
-        ({"state_bits": 8}, {"weights": "streamed"}, "set model.memory.weights=card, or"),
+        ({"state_bits": 8}, {"optimizer_state": "host"}, "set model.memory.optimizer_state=device, or"),
+        ({"state_bits": 8}, {"weights": "streamed"}, "set model.memory.weights=device, or"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused(optim, memory, says):

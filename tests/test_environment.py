@@ -3,8 +3,8 @@
 import pytest
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.strategies import check_devices, check_started
-from nanogpt_lit.runtime.environment import was_requeued, whole_number
+from nanogpt_lit.loops.trainer_section import check_devices, check_started
+from nanogpt_lit.runtime.launch import was_requeued, whole_number
 
 
 def test_an_unset_and_an_empty_variable_hold_no_number():

@@ -4,7 +4,7 @@ from itertools import islice
 import pytest
 import torch
 
-from nanogpt_lit.gpt.cache import KeyValueCache
+from nanogpt_lit.gpt.attention import KeyValueCache
 from nanogpt_lit.gpt.generate import candidates, generate, sample
 from nanogpt_lit.gpt.model import GPT, GPTConfig
 

@@ -10,7 +10,7 @@ from trainings import training_of
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.run import metrics as metrics_module
 from nanogpt_lit.run.metrics import StepMetrics
-from nanogpt_lit.runtime.gpu_health import GpuHealth
+from nanogpt_lit.runtime.gpus import GpuHealth
 
 CUDA = torch.device("cuda", 1)
 

@@ -140,11 +140,11 @@ def count():
     return LitNanoGPT(GPT).gpt.parameter_count(non_embedding=False)
 
 
-@pytest.mark.parametrize("weights", ["card", "host"])
+@pytest.mark.parametrize("weights", ["device", "host"])
 def test_the_plan_counts_the_moments_as_page_locked_where_they_travel(weights):
     trace = traced(optimizer_state="host", weights=weights)
     rooms = 4 * 2**20 if weights == "host" else 0
-    if weights == "card":
+    if weights == "device":
         assert trace.page_locked_peak_bytes == 8 * count()
     else:  # the optimizer is at home; gradients and copies need room for a moment
         assert 0 < trace.page_locked_peak_bytes < rooms

@@ -114,7 +114,7 @@ def test_the_plan_sees_the_moments_leave_the_card(monkeypatch):
 
 
 def test_a_place_for_the_state_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match=r"model\.memory\.optimizer_state='disk' is not known; use card or host"):
+    with pytest.raises(ValueError, match=r"model\.memory\.optimizer_state='disk' is not known; use device or host"):
         MemoryConfig(optimizer_state="disk")
 
 

@@ -154,21 +154,21 @@ def test_block_inputs_leave_the_card_in_the_plan():
     gpt = GPTConfig(block_size=512, vocab_size=128, n_layer=5, n_head=5, n_embd=160)
     shape = StepShape(4, 512, 128, accumulate_grad_batches=2, precision="bf16-mixed")
     peaks = {}
-    for where in ("card", "host"):
+    for where in ("device", "host"):
         memory = MemoryConfig(recompute="full", block_inputs=where)
         trace = trace_steps(lambda memory=memory: LitNanoGPT(gpt, memory=memory), shape)
         peaks[where] = trace.peaks["backward"].bytes, trace.host_peak_bytes
     inputs = 4 * 512 * 160 * 4  # 1.25 MiB
     assert peaks["host"][1] == 5 * 2 * MIB  # page-locked memory comes in powers of two
     # All but the one that is computed with and those that are kept until they are copied.
-    assert peaks["card"][0] - peaks["host"][0] >= (5 - 1 - HELD) * inputs
+    assert peaks["device"][0] - peaks["host"][0] >= (5 - 1 - HELD) * inputs
 
 
 @pytest.mark.parametrize(
     ("memory", "sentence"),
     [
-        ({"weights": "disk"}, r"model\.memory\.weights='disk' is not known; use card, host or streamed"),
-        ({"block_inputs": "disk"}, r"model\.memory\.block_inputs='disk' is not known; use card or host"),
+        ({"weights": "disk"}, r"model\.memory\.weights='disk' is not known; use device, host or streamed"),
+        ({"block_inputs": "disk"}, r"model\.memory\.block_inputs='disk' is not known; use device or host"),
         ({"block_inputs": "host"}, r"block_inputs=host does nothing while recompute is none"),
     ],
 )

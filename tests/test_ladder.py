@@ -54,7 +54,7 @@ def test_only_the_order_of_sums_and_the_processor_change_bits():
     plain, *others = rungs()
     assert plain.same_bits(plain)
     for rung in others:
-        exact = rung.memory.loss_chunk_tokens is None and rung.batch_size == 4 and rung.memory.weights == "card"
+        exact = rung.memory.loss_chunk_tokens is None and rung.batch_size == 4 and rung.memory.weights == "device"
         assert rung.same_bits(plain) == exact
 
 
@@ -66,9 +66,9 @@ RECOMPUTE = [("none", 1), ("selective", 1), ("selective", 2), ("full", 1), ("ful
 SETTINGS = [
     MemoryConfig(chunk, recast, recompute, every, inputs, state, weights)
     for chunk, recast, (recompute, every), inputs, state, weights in itertools.product(
-        (None, 99), (False, True), RECOMPUTE, ("card", "host"), ("card", "host"), ("card", "host", "streamed")
+        (None, 99), (False, True), RECOMPUTE, ("device", "host"), ("device", "host"), ("device", "host", "streamed")
     )
-    if inputs == "card" or recompute == "full"
+    if inputs == "device" or recompute == "full"
 ]
 
 

@@ -13,24 +13,24 @@ from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.runtime import matmul
-from nanogpt_lit.runtime.matmul import by_mkl, restored_matmul_backend, set_matmul_backend
+from nanogpt_lit.runtime import process_settings
+from nanogpt_lit.runtime.process_settings import by_mkl, restored_matmul_backend, set_matmul_backend
 
-onednn_only = pytest.mark.skipif(not matmul.onednn_is_exact(), reason="MKL multiplies on this CPU")
+onednn_only = pytest.mark.skipif(not process_settings.onednn_is_exact(), reason="MKL multiplies on this CPU")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
 def as_in_a_new_process():
-    matmul.onednn_is_exact.cache_clear()
+    process_settings.onednn_is_exact.cache_clear()
     yield
-    matmul.onednn_is_exact.cache_clear()
+    process_settings.onednn_is_exact.cache_clear()
 
 
 @pytest.fixture
 def onednn(monkeypatch):
     """As on a CPU where oneDNN is exact, whatever this one is."""
-    monkeypatch.setattr(matmul, "onednn_is_exact", lambda: True)
+    monkeypatch.setattr(process_settings, "onednn_is_exact", lambda: True)
 
 
 def settings_of_process():
@@ -89,7 +89,7 @@ def test_one_without_avx512_stays_with_mkl(monkeypatch):
 
 def test_a_cpu_that_multiplies_by_onednn_allows_no_tf32_on_a_gpu(onednn):
     set_matmul_backend(CPU, tf32=True)
-    assert torch.backends.mkldnn.matmul.fp32_precision == matmul.ONEDNN
+    assert torch.backends.mkldnn.matmul.fp32_precision == process_settings.ONEDNN
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"
     assert not torch.backends.cuda.matmul.allow_tf32
 
@@ -166,13 +166,13 @@ def test_a_run_multiplies_by_onednn_and_leaves_the_process_as_it_was(loop, onedn
     monkeypatch.setattr(LitNanoGPT, "forward", watched)
     before = settings_of_process()
     assert loop(*small_run(text, tmp_path / "root")) == 0
-    assert seen == {(True, matmul.ONEDNN), (False, matmul.ONEDNN)}
+    assert seen == {(True, process_settings.ONEDNN), (False, process_settings.ONEDNN)}
     assert settings_of_process() == before
     if loop is fit:
         seen.clear()
         ckpt = tmp_path / "root" / "version_0" / "checkpoints" / "last.safetensors"
         assert main(["validate", *small_run(text, tmp_path / "root"), f"--ckpt_path={ckpt}"]) == 0
-        assert seen == {(False, matmul.ONEDNN)}
+        assert seen == {(False, process_settings.ONEDNN)}
         assert settings_of_process() == before
 
 
@@ -187,7 +187,7 @@ def test_the_plain_loop_puts_it_back_where_a_step_fails(onednn):
     module.register_forward_pre_hook(failing)
     with pytest.raises(MemoryError):
         reference.train(module, [batch()], [], LoopSettings(2))
-    assert during[0] == matmul.ONEDNN
+    assert during[0] == process_settings.ONEDNN
     assert settings_of_process() == before
 
 
@@ -205,9 +205,9 @@ def test_matrices_are_multiplied_by_onednn_and_the_tiles_of_attention_by_mkl(one
     set_matmul_backend(CPU, tf32=False)
     with Asked() as asked:
         module(*batch()).backward()
-    assert asked.libraries["mm"] == {matmul.ONEDNN}
+    assert asked.libraries["mm"] == {process_settings.ONEDNN}
     tiles = [libraries for name, libraries in asked.libraries.items() if "attention" in name]
-    assert tiles == [{matmul.MKL}] * 2  # forward and backward
+    assert tiles == [{process_settings.MKL}] * 2  # forward and backward
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -250,7 +250,7 @@ def test_a_backward_pass_that_fails_inside_attention_leaves_the_bits_of_the_next
     loss = module(*batch())
     with pytest.raises(MemoryError), Failing():
         loss.backward()
-    assert torch.backends.mkldnn.matmul.fp32_precision == matmul.ONEDNN
+    assert torch.backends.mkldnn.matmul.fp32_precision == process_settings.ONEDNN
     module.zero_grad()
     module(*batch()).backward()
     assert all(torch.equal(p.grad, before) for p, before in zip(module.parameters(), undisturbed, strict=True))
@@ -260,8 +260,8 @@ def test_single_tokens_are_generated_by_mkl(onednn):
     set_matmul_backend(CPU, tf32=False)
     with Asked() as asked:
         list(generate(network().gpt, torch.zeros(1, 1, dtype=torch.int64), 3, temperature=0))
-    assert asked.libraries["mm"] == {matmul.MKL}
-    assert torch.backends.mkldnn.matmul.fp32_precision == matmul.ONEDNN
+    assert asked.libraries["mm"] == {process_settings.MKL}
+    assert torch.backends.mkldnn.matmul.fp32_precision == process_settings.ONEDNN
 
 
 @onednn_only

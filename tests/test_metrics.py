@@ -2,12 +2,11 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from trainings import training_of
 
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.run import metrics as metrics_module
-from nanogpt_lit.run.metrics import StepMetrics, ValidationRecord, gradient_norm, perplexity
+from nanogpt_lit.run.metrics import StepMetrics, ValidationRecord, perplexity
 
 
 class Clock:
@@ -119,12 +118,3 @@ def test_the_best_validation_is_kept_with_its_step():
 
 def test_perplexity_of_a_run_that_blew_up_is_infinite_and_no_error():
     assert perplexity(1e6) == math.inf
-
-
-def test_gradient_norm_equals_what_clipping_reports():
-    parameters = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(2))]
-    for p in parameters[:2]:
-        p.grad = torch.randn_like(p)
-    norm = gradient_norm(parameters)
-    assert torch.equal(norm, nn.utils.clip_grad_norm_(parameters, math.inf))
-    assert norm.item() == pytest.approx(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters[:2])))

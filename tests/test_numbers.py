@@ -9,7 +9,7 @@ from small_runs import LOOPS, small_run
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.generate import sample
 from nanogpt_lit.loops.lightning import TextSamples
-from nanogpt_lit.untrusted.numbers import RANGES, check_numbers
+from nanogpt_lit.untrusted.config_values import RANGES, check_numbers
 
 
 def nested(key, value):

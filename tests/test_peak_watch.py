@@ -17,6 +17,7 @@ from nanogpt_lit.plan.plan import measure
 from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.run import metrics as metrics_module
 from nanogpt_lit.run.metrics import StepMetrics
+from nanogpt_lit.runtime import gpus
 from nanogpt_lit.runtime.gpus import GPUS
 
 CARD = torch.device("cuda")
@@ -34,7 +35,7 @@ class Run:
         self.peaks = (0.0, 0.0)
         monkeypatch.setattr(metrics_module, "peaks_mib", lambda device: self.peaks)
         monkeypatch.setattr(metrics_module, "peak_flops_of", lambda *_: None)
-        monkeypatch.setattr(metrics_module, "GpuHealth", lambda device: SimpleNamespace(curves=dict))
+        monkeypatch.setattr(gpus, "GpuHealth", lambda device: SimpleNamespace(curves=dict))
         # The network is on the processor here; weights that the test asks for are told to be on the card.
         monkeypatch.setattr(peak_watch, "on_gpu_mib", lambda tensors: self.on_card.get(len(tensors) > 0, 0.0))
         self.on_card = {}
@@ -181,7 +182,7 @@ def test_planning_draws_no_random_number_and_leaves_the_network_alone(run):
 def test_without_a_card_or_among_several_processes_nothing_is_planned(device, processes, monkeypatch):
     monkeypatch.setattr(peak_watch, "measure", lambda *a: pytest.fail("planned"))
     monkeypatch.setattr(metrics_module, "peak_flops_of", lambda *_: None)
-    monkeypatch.setattr(metrics_module, "GpuHealth", lambda device: None)
+    monkeypatch.setattr(gpus, "GpuHealth", lambda device: SimpleNamespace(curves=dict))
     metrics = StepMetrics(lambda *_: None, 1)
     metrics.on_train_start(training_of(LitNanoGPT(GPT), device=device, processes=processes))
     metrics.on_batch_end(torch.tensor(0.5), tokens=4 * 32)

@@ -69,7 +69,7 @@ def test_the_medium_one_is_exact_below_its_limit_where_the_header_says_how():
     """Weights and gradients on the card, as the header says, and by how much that misses what `plan` counts on."""
     settings = settings_of("rtx2050_medium")
     own = own_rung(settings)
-    exact = replace(own, memory=replace(own.memory, weights="card", optimizer_state="host"))
+    exact = replace(own, memory=replace(own.memory, weights="device", optimizer_state="host"))
     reserved_mib = plan_rung(settings, exact, gpu_named("rtx2050")).reserved_mib
     assert reserved_mib <= LARGEST_MIB["rtx2050_medium"]
     text = (CONFIGS / "rtx2050_medium.yaml").read_text(encoding="utf-8")

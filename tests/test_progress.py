@@ -4,7 +4,7 @@ from datetime import datetime
 import pytest
 from small_runs import fit, small_run
 
-from nanogpt_lit.run.progress import Progress, arrival
+from nanogpt_lit.run.terminal import Progress, arrival
 from nanogpt_lit.runtime.clock import Sleeps
 
 

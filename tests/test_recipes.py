@@ -10,10 +10,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.gpt.cache import KeyValueCache
+from nanogpt_lit.gpt.attention import KeyValueCache, Rotary
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.model import GPT, GPTConfig
-from nanogpt_lit.gpt.rotary import Rotary
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.module import LitNanoGPT

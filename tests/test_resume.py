@@ -18,9 +18,15 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.loops.lightning_run import BestEffortLogger
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
-from nanogpt_lit.run.pieces import changed_settings, claim_folder, config_file, latest_config
-from nanogpt_lit.run.resume import choose_again, chosen_settings
-from nanogpt_lit.runtime.supervised import resume_command
+from nanogpt_lit.run.resume import (
+    changed_settings,
+    choose_again,
+    chosen_settings,
+    claim_folder,
+    config_file,
+    latest_config,
+)
+from nanogpt_lit.runtime.launch import resume_command
 
 LAST = "checkpoints/last.safetensors"
 
@@ -175,6 +181,10 @@ def test_runs_that_start_at_the_same_moment_have_folders_of_their_own(tmp_path):
     loggers = [BestEffortLogger(tmp_path / "runs", name="") for _ in range(3)]
     assert [logger.version for logger in loggers] == ["version_0", "version_1", "version_2"]
     assert [Path(logger.log_dir).is_dir() for logger in loggers] == [True] * 3
+
+
+def test_an_old_name_of_the_same_value_is_no_change():
+    assert changed_settings({"weights": "card"}, {"weights": "device"}) == []
 
 
 def test_a_null_that_is_left_out_of_a_list_is_no_change_and_another_value_is_one():

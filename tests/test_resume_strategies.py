@@ -11,7 +11,7 @@ from small_runs import LOOPS, accelerate, different, fit, on_two_processes, smal
 from nanogpt_lit.checkpoint.foreign_files import read_torch_file
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
-from nanogpt_lit.runtime import supervised
+from nanogpt_lit.runtime import launch
 
 LAST = "checkpoints/last.safetensors"
 FSDP2 = "--trainer.strategy=ModelParallelStrategy", "--trainer.devices=1"
@@ -71,7 +71,7 @@ def test_a_strategy_whose_checkpoints_no_start_finds_is_refused_before_anything_
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(supervised, "stop_with_supervisor", lambda: None)
+    monkeypatch.setattr(launch, "stop_with_supervisor", lambda: None)
     assert fit(*small_run(text, tmp_path / "root", *SHARDED), *option) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {who} goes on from the newest checkpoint")
     assert not (tmp_path / "root").exists()

@@ -1,6 +1,6 @@
 """What the terminal is shown of a network's text."""
 
-from nanogpt_lit.gpt.sampling import printable
+from nanogpt_lit.gpt.generate import printable
 
 
 def test_escape_sequences_do_not_reach_the_terminal():

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.loops.compatibility import check_together
-from nanogpt_lit.loops.strategies import strategy_settings
+from nanogpt_lit.loops.trainer_section import strategy_settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale_out.md"
 STEPS, BATCH_SIZE, BLOCK_SIZE = 5, 2, 16

@@ -22,7 +22,7 @@ from nanogpt_lit.data.shards import MANIFEST, TokenShards
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, BytePairTokenizer
 from nanogpt_lit.data.tokenizer_files import read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.loops.accelerate_environment import check_environment, launched_processes
-from nanogpt_lit.untrusted.config_paths import check_paths, file_inside
+from nanogpt_lit.untrusted.config_values import check_paths, file_inside
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = sorted([*(REPOSITORY / "nanogpt_lit").rglob("*.py"), *(REPOSITORY / "scripts").rglob("*.py")])

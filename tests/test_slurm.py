@@ -9,7 +9,7 @@ from small_runs import LOOPS, different, small_run
 
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.module import LitNanoGPT
-from nanogpt_lit.runtime.environment import requeue
+from nanogpt_lit.runtime.launch import requeue
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="SLURM is POSIX's")
 LAST = "checkpoints/last.safetensors"

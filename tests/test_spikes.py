@@ -10,10 +10,9 @@ from trainings import training_of
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
-from nanogpt_lit.run import spikes
-from nanogpt_lit.run.guards import NotFinite
+from nanogpt_lit.run import guards
+from nanogpt_lit.run.guards import NotFinite, SpikeGuard
 from nanogpt_lit.run.resume import capture
-from nanogpt_lit.run.spikes import SpikeGuard
 
 LAST = "checkpoints/last.safetensors"
 OPTIONS = ["--spike_factor=2", "--model.schedule.warmup_steps=0"]
@@ -22,7 +21,7 @@ OPTIONS = ["--spike_factor=2", "--model.schedule.warmup_steps=0"]
 @pytest.fixture
 def jumping(monkeypatch):
     """jumping(ns) makes the loss of the n-th training forwards ten times as large, and with it their gradients."""
-    monkeypatch.setattr(spikes, "RECENT", 4)
+    monkeypatch.setattr(guards, "RECENT", 4)
     forward = LitNanoGPT.forward
 
     def arrange(ns, dies_at=None):
@@ -96,7 +95,7 @@ def state_of(training, step):
 
 
 def guard_of(folder, training, monkeypatch):
-    monkeypatch.setattr(spikes, "RECENT", 4)
+    monkeypatch.setattr(guards, "RECENT", 4)
     guard = SpikeGuard(2.0, folder)
     guard.on_train_start(training)
     return guard

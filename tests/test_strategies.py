@@ -29,7 +29,7 @@ from nanogpt_lit.accelerate_config.into_accelerate import into_accelerate
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import Block
-from nanogpt_lit.loops.strategies import SHORT_NAMES, STRATEGIES
+from nanogpt_lit.loops.trainer_section import SHORT_NAMES, STRATEGIES
 from nanogpt_lit.runtime.precision import OF_ACCELERATE
 
 THREE_NODES = {

@@ -23,11 +23,11 @@ posix = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 BEGINNING = """
 import os, signal, sys, time
 from pathlib import Path
-from nanogpt_lit.runtime.supervised import Position, report_error, stop_with_supervisor
+from nanogpt_lit.runtime.launch import TokensReport, report_error, stop_with_supervisor
 here = Path({folder!r})
 start = len(list(here.glob("start_*")))
 (here / f"start_{{start}}").write_text(" ".join(sys.argv[1:]))
-position = Position()
+position = TokensReport()
 def fail(error, code=1):
     report_error(error)
     sys.exit(code)

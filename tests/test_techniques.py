@@ -249,3 +249,7 @@ def test_impossible_settings_are_refused_by_key_and_value(fields, message):
 def test_the_module_keeps_its_techniques_in_what_it_saves():
     module = LitNanoGPT(SMALL, memory=ALL["all"])
     assert MemoryConfig(**module.hparams["memory"]) == ALL["all"]
+
+
+def test_card_is_an_older_name_of_device():
+    assert MemoryConfig(weights="card", optimizer_state="card", block_inputs="card") == MemoryConfig()

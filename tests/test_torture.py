@@ -45,8 +45,8 @@ for module in resume, lightning_run:
     module.random_state_of = lambda *_: None
 """,
     "it went on from another": """
-from nanogpt_lit.cli import settings
-settings.newest_run = lambda root: None
+from nanogpt_lit.cli import resumed
+resumed.newest_run = lambda *_: None
 """,
 }
 RUN = f"""

@@ -23,9 +23,8 @@ from nanogpt_lit.loops.compatibility import (
     WITHOUT_EFFECT,
     check_together,
 )
-from nanogpt_lit.loops.strategies import SHORT_NAMES, named_strategy
-from nanogpt_lit.loops.trainer_section import asked_processes
-from nanogpt_lit.runtime.environment import whole_number
+from nanogpt_lit.loops.trainer_section import SHORT_NAMES, asked_processes, named_strategy
+from nanogpt_lit.runtime.launch import whole_number
 from nanogpt_lit.runtime.precision import IN_ACCELERATE, full_precision_name
 
 # What accelerate config writes whatever the answers are.

@@ -24,7 +24,7 @@ from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.runtime.durable import durable_folder
-from nanogpt_lit.untrusted.config_paths import plainly_named
+from nanogpt_lit.untrusted.config_values import plainly_named
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -16,7 +16,7 @@ import torch
 
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import DTYPES
-from nanogpt_lit.untrusted.config_paths import file_inside
+from nanogpt_lit.untrusted.config_values import file_inside
 
 SCALER = "MixedPrecision"
 """Lightning files a scaler under the class name of its precision plugin."""

@@ -41,7 +41,7 @@ class RunState:
     elastic: Mapping[str, Any] = field(default_factory=dict)
     """Micro-batches that did not fit, and how the run went on: see memory/elastic.py. Empty while everything fits."""
     spikes: Mapping[str, Any] = field(default_factory=dict)
-    """The recent losses that a jump is measured by: see run/spikes.py. Empty unless it is guarded against."""
+    """The recent losses that a jump is measured by: see run/guards.py. Empty unless it is guarded against."""
     lightning: Mapping[str, Any] | None = None
     """The rest of Lightning's checkpoint: its callbacks' states and its counters. None from the other loops."""
 

@@ -41,7 +41,7 @@ def generate(arguments: list[str]) -> int:
         raise UserError(f"--seed={options.seed} is more than 64 bits hold; 1337 works.")
 
     from nanogpt_lit.checkpoint.convert import load_network
-    from nanogpt_lit.gpt.sampling import continue_text, printable
+    from nanogpt_lit.gpt.generate import continue_text, printable
     from nanogpt_lit.runtime.machine import chosen_device
 
     gpt, tokenizer = load_network(options.ckpt, chosen_device(options.device))

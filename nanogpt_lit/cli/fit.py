@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 
 from nanogpt_lit.checkpoint.run_lock import RunLock
-from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print, writes_run_files
+from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.compatibility import DDP, FSDP2, SINGLE
 from nanogpt_lit.loops.lightning import Ended, precision_plugin
@@ -24,12 +24,11 @@ from nanogpt_lit.loops.lightning_run import (
     run_folder,
     with_writer,
 )
-from nanogpt_lit.loops.strategies import named_strategy
+from nanogpt_lit.loops.trainer_section import named_strategy, writes_run_files
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.metrics import perplexity
-from nanogpt_lit.run.observers import relative_to_here
-from nanogpt_lit.run.report import closing_table, opening_lines
 from nanogpt_lit.run.stops import Stopped, print_stopped
+from nanogpt_lit.run.terminal import closing_table, opening_lines, relative_to_here
 from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.runtime.processes import has_group
 

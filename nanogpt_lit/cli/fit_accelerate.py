@@ -33,12 +33,11 @@ from nanogpt_lit.loops.trainer_section import (
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.curves import TensorBoardCurves
 from nanogpt_lit.run.metrics import say
-from nanogpt_lit.run.observers import RunObservers, relative_to_here
-from nanogpt_lit.run.pieces import claim_folder, keep_config, tidied
-from nanogpt_lit.run.report import closing_table, opening_lines
-from nanogpt_lit.run.resume import batches_done, check_network
+from nanogpt_lit.run.observers import RunObservers
+from nanogpt_lit.run.resume import batches_done, check_network, claim_folder, keep_config, tidied
 from nanogpt_lit.run.stops import print_stopped
-from nanogpt_lit.runtime.environment import requeue_signal
+from nanogpt_lit.run.terminal import closing_table, opening_lines, relative_to_here
+from nanogpt_lit.runtime.launch import requeue_signal
 from nanogpt_lit.runtime.machine import device_type
 from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.processes import broadcast

@@ -1,4 +1,4 @@
-"""The command line's parser: Lightning's, with mistakes told in one sentence."""
+"""The command line's parser: Lightning's, with mistakes reported in one sentence each."""
 
 import difflib
 import re
@@ -16,8 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from nanogpt_lit.errors import UserError, shown
 from nanogpt_lit.runtime.precision import OTHER_NAMES
 from nanogpt_lit.untrusted.allowlist import TRUST, limit_imports, refusal, split_trusted
-from nanogpt_lit.untrusted.config_paths import check_arguments, check_paths
-from nanogpt_lit.untrusted.numbers import check_numbers
+from nanogpt_lit.untrusted.config_values import check_arguments, check_numbers, check_paths
 from nanogpt_lit.untrusted.yaml_file import check_yaml, read_yaml_file
 
 WORDS = {

@@ -1,58 +1,54 @@
-"""What a run is told: a YAML and the command line through one parser, completed by what text and machine decide."""
+"""The settings of a run: a YAML and the command line through one parser, completed by what text and machine decide."""
 
 import logging
 import warnings
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from nanogpt_lit.checkpoint.newest import CKPT, Newest, latest_of, newest_run, step_in
-from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of, validations_of
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.parser import Parser
 from nanogpt_lit.data.datamodule import ORDER_FIELDS, TokenDataModule
 from nanogpt_lit.data.shards import val_tokens_per_byte
 from nanogpt_lit.data.tokenizer_files import parse_tokenizer
-from nanogpt_lit.errors import NothingToDo, UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.compatibility import (
-    DDP,
-    FSDP2,
-    SINGLE,
     check_loggers,
     check_saves_whole_steps,
     check_together,
     keys_of,
 )
-from nanogpt_lit.loops.strategies import check_devices, check_started, complete_sizes, named_strategy, strategy_settings
-from nanogpt_lit.loops.trainer_section import asked_processes, text_samples
+from nanogpt_lit.loops.trainer_section import (
+    asked_processes,
+    check_devices,
+    check_started,
+    complete_sizes,
+    strategy_settings,
+    text_samples,
+)
 from nanogpt_lit.memory.elastic import ElasticConfig
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig, short_of_peak
-from nanogpt_lit.run.checkpoints import EVERY_MINUTES, SaveTimes
-from nanogpt_lit.run.early_stopping import check_patience
-from nanogpt_lit.run.pieces import changed_settings, latest_config, rate_change
-from nanogpt_lit.run.samples import SampleConfig
-from nanogpt_lit.run.spikes import check_spike_factor
+from nanogpt_lit.run.curves import SampleConfig
+from nanogpt_lit.run.observers import RunConfig
 from nanogpt_lit.run.stops import seconds_of
 from nanogpt_lit.runtime.durable import check_writable
-from nanogpt_lit.runtime.environment import was_requeued
+from nanogpt_lit.runtime.launch import is_first, launched_processes, was_requeued
 from nanogpt_lit.runtime.machine import device_type, slow_precision, unused_gpu, usable_precision
 from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.process_settings import keep_freed_memory
-from nanogpt_lit.runtime.processes import is_first, launched_processes
-from nanogpt_lit.runtime.supervised import supervised
 
 if TYPE_CHECKING:
     from nanogpt_lit.checkpoint.network import Described
     from nanogpt_lit.cli.fine_tuning import Beginning
+    from nanogpt_lit.cli.resumed import Resumed
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -80,7 +76,7 @@ class SettingsCLI(LightningCLI):
         self.lock = lock
         # Field docstrings become --help.
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        self.resumed: Newest | None = None
+        self.resumed: Resumed | None = None
         self.beginning: Beginning | None = None
         self._chose_shards_dir = False
         super().__init__(
@@ -105,46 +101,7 @@ class SettingsCLI(LightningCLI):
         return {name: inherited[name] | {"weights_only"} for name in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--resume",
-            type=Literal["auto"] | None,
-            default=None,
-            help="auto: go on with the newest run below trainer.default_root_dir, from its newest whole checkpoint; "
-            "without one, start. A job that SLURM has queued again does so by itself.",
-        )
-        parser.add_argument(
-            "--init_from",
-            type=str | None,
-            default=None,
-            help="Fine-tune: begin at step 0 with the weights, the network and the tokenizer of any model that convert "
-            "reads, or of hf:OWNER/NAME[@REVISION]. (ckpt_path goes on with a run, its step, schedule and best.)",
-        )
-        parser.add_argument(
-            "--spike_factor",
-            type=float | None,
-            default=None,
-            help="When the loss of a step is above this many times the median of the 64 before, go back to the last "
-            "checkpoint and leave out the samples since; 2 is usual.",
-        )
-        parser.add_argument(
-            "--early_stopping_patience",
-            type=int | None,
-            default=None,
-            help="End the run after so many validations in a row without a better loss; best is kept. 3 is usual when "
-            "a model is fine-tuned on a few megabytes.",
-        )
-        parser.add_argument(
-            "--checkpoint_every_minutes",
-            type=float | None,
-            default=EVERY_MINUTES,
-            help="Save last after so many minutes without a checkpoint, whether or not the run validates.",
-        )
-        parser.add_argument(
-            "--checkpoint_every_steps",
-            type=int | None,
-            default=None,
-            help="Save last after every so many optimizer steps, besides after each validation and at the end.",
-        )
+        parser.add_class_arguments(RunConfig, None)
         parser.link_arguments("data.block_size", "model.gpt.block_size")
         parser.link_arguments("trainer.max_steps", "model.schedule.total_steps")
 
@@ -172,33 +129,11 @@ class SettingsCLI(LightningCLI):
         settings = self.settings
         if settings.trainer.callbacks is not None and not isinstance(settings.trainer.callbacks, list):
             settings.trainer.callbacks = [settings.trainer.callbacks]  # one may stand alone
-        # What checks itself at construction is built here first, so that a mistake is named before the data is made.
-        GPTConfig(**settings.model.gpt)
-        MemoryConfig(**settings.model.memory)
-        ElasticConfig(**settings.model.elastic)
-        AdamWConfig(**settings.model.optim)
-        schedule = ScheduleConfig(**settings.model.schedule)
-        if self.subcommand in (None, "fit"):
-            if is_first():  # the others write nothing
-                check_writable("trainer.default_root_dir", Path(settings.trainer.default_root_dir))
-            if sentence := short_of_peak(schedule):
-                rank_zero_print(sentence)
-            check_loggers(vars(settings.trainer))
-            check_saves_whole_steps(vars(settings.trainer))
-            seconds_of(settings.trainer.max_time)
-            self._guard_against_spikes()
-            if (patience := settings.get("early_stopping_patience")) is not None:
-                check_patience(patience, validates=settings.trainer.limit_val_batches != 0)
-            self._plan_saves()
+        self._check_values()
         if sentence := unused_gpu():
             rank_zero_print(sentence)
         self.device = device_type(settings.trainer.accelerator)
         self._find_resumed()
-        if settings.get("ckpt_path") is not None and is_first():  # whose file is the one that counts
-            if writes_run_files(settings.trainer):
-                step_of(Path(settings.ckpt_path))  # raises where it is none, before anything is built
-            if self.subcommand in (None, "fit") and resumable(settings.trainer) is not None:
-                self._check_goes_on(Path(settings.ckpt_path), settings.trainer.max_steps)
         self.find_beginning()
         if self.beginning is not None and settings.get("ckpt_path") is None:
             rank_zero_print(str(self.beginning))
@@ -208,21 +143,53 @@ class SettingsCLI(LightningCLI):
         complete_sizes(settings.trainer)
         if self.subcommand is not None:  # the accelerate loop asks accelerate itself
             check_started(vars(settings.trainer))
-        precision = full_precision_name(settings.trainer.precision)
-        settings.trainer.precision = usable_precision(precision, self.device)
-        if settings.trainer.precision != precision:
-            rank_zero_print(f"precision: {precision} needs a GPU and there is none, training in 32-true")
-        if sentence := slow_precision(settings.trainer.precision, self.device):
+        self._choose_precision()
+        self._follow(self.prepare_data())
+
+    def _check_values(self) -> None:
+        """Build what checks itself at construction, so that a mistake is named before the data is made."""
+        settings, trainer = self.settings, self.settings.trainer
+        GPTConfig(**settings.model.gpt)
+        MemoryConfig(**settings.model.memory)
+        ElasticConfig(**settings.model.elastic)
+        AdamWConfig(**settings.model.optim)
+        schedule = ScheduleConfig(**settings.model.schedule)
+        self.run_config = RunConfig(**{field.name: settings[field.name] for field in fields(RunConfig)})
+        if self.subcommand not in (None, "fit"):
+            return
+        if is_first():  # the others write nothing
+            check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
+        if sentence := short_of_peak(schedule):
             rank_zero_print(sentence)
-        datamodule = self.prepare_data()
-        if settings.model.gpt.vocab_size is None:
-            settings.model.gpt.vocab_size = datamodule.vocab_size
-        datamodule.check_vocabulary(settings.model.gpt.vocab_size)
-        settings.model.gpt.document_start = datamodule.document_start
+        check_loggers(vars(trainer))
+        check_saves_whole_steps(vars(trainer))
+        seconds_of(trainer.max_time)
+        if trainer.limit_val_batches == 0 and trainer.enable_checkpointing is not False:
+            rank_zero_print(
+                "checkpoints: trainer.limit_val_batches=0 validates nothing, so there is no best; last is saved "
+                f"{self.run_config.save_times()}"
+            )
+
+    def _choose_precision(self) -> None:
+        trainer = self.settings.trainer
+        asked = full_precision_name(trainer.precision)
+        trainer.precision = usable_precision(asked, self.device)
+        if trainer.precision != asked:
+            rank_zero_print(f"precision: {asked} needs a GPU and there is none, training in 32-true")
+        if sentence := slow_precision(trainer.precision, self.device):
+            rank_zero_print(sentence)
+
+    def _follow(self, data: TokenDataModule) -> None:
+        """Set what the data decides about the network, and check that the run goes with it."""
+        gpt = self.settings.model.gpt
+        if gpt.vocab_size is None:
+            gpt.vocab_size = data.vocab_size
+        data.check_vocabulary(gpt.vocab_size)
+        gpt.document_start = data.document_start
         if self.beginning is not None:
-            self.beginning.check_tokenizer(datamodule.tokenizer)
+            self.beginning.check_tokenizer(data.tokenizer)
         if self.resumed is not None:
-            self._check_not_ended(self.resumed.path, datamodule.text)
+            self.resumed.check_not_ended(self.run_config.early_stopping_patience, data.text)
 
     def _check_together(self) -> None:
         """Raises UserError for settings that do not go together: Lightning would say so after the data is made, or with
@@ -232,31 +199,15 @@ class SettingsCLI(LightningCLI):
         processes = asked_processes(vars(trainer)) or launched_processes()
         if processes == 1 and trainer.devices in ("auto", -1, "-1") and self.device == "cuda":
             processes = torch.cuda.device_count()
-        check_together(
-            {
-                **strategy_settings(vars(trainer), self.device),
-                **keys_of("model", self.settings.model.as_dict()),
-                "trainer.devices": processes,
-            }
-        )
-
-    def _guard_against_spikes(self) -> None:
-        factor, trainer = self.settings.get("spike_factor"), self.settings.trainer
-        if factor is None:
-            return
-        strategy = named_strategy(trainer.strategy)
-        saves = {"trainer.enable_checkpointing": trainer.enable_checkpointing, "trainer.strategy": strategy}
-        check_together({"spike_factor": factor, **saves})
-        check_spike_factor(factor)
-
-    def _plan_saves(self) -> None:
-        settings = self.settings
-        self.save_times = SaveTimes(settings.checkpoint_every_minutes, settings.checkpoint_every_steps)
-        if settings.trainer.limit_val_batches == 0 and settings.trainer.enable_checkpointing is not False:
-            rank_zero_print(
-                "checkpoints: trainer.limit_val_batches=0 validates nothing, so there is no best; last is saved "
-                f"{self.save_times}"
-            )
+        settings = {
+            **strategy_settings(vars(trainer), self.device),
+            **keys_of("model", self.settings.model.as_dict()),
+            "trainer.devices": processes,
+        }
+        if self.subcommand in (None, "fit"):
+            settings |= vars(self.run_config)
+            settings |= {f"trainer.{name}": trainer[name] for name in ("enable_checkpointing", "limit_val_batches")}
+        check_together(settings)
 
     def features(self, data: TokenDataModule) -> dict[str, Any]:
         """What the settings say of a run's observers (run/observers.py), whichever loop drives it.
@@ -269,81 +220,38 @@ class SettingsCLI(LightningCLI):
         return {
             "log_every_n_steps": trainer.log_every_n_steps,
             "max_time_s": seconds_of(trainer.max_time),
-            "save_times": self.save_times,
+            "run_config": self.run_config,
             "samples": samples,
             "tokenizer": lambda: data.tokenizer,
-            "spike_factor": self.settings.get("spike_factor"),
             "shows_progress": trainer.enable_progress_bar is not False,
-            "early_stopping_patience": self.settings.get("early_stopping_patience"),
             "text": data.text,
             "tokens_per_byte": val_tokens_per_byte(data.folder, data.tokenizer),
         }
 
     def _find_resumed(self) -> None:
         """resume=auto: the checkpoint to go on from, as ckpt_path, and the run that it belongs to."""
-        settings = self.settings
-        if was_requeued() and settings.get("ckpt_path") is None and self.subcommand in (None, "fit"):
+        settings, is_fit = self.settings, self.subcommand in (None, "fit")
+        if was_requeued() and settings.get("ckpt_path") is None and is_fit:
             settings.resume = "auto"
-        if settings.get("resume") is None or self.subcommand not in (None, "fit"):
+        if settings.get("resume") is None and settings.get("ckpt_path") is None:
             return
-        if settings.get("ckpt_path") is not None:
-            raise UserError(
-                f"resume=auto looks for a checkpoint and ckpt_path={settings.ckpt_path} names one; leave one out."
-            )
-        suffix = resumable(settings.trainer)
-        if suffix is None:
-            who = "fit --keep-alive" if supervised() else "a job queued again" if was_requeued() else "resume=auto"
-            raise UserError(
-                f"{who} goes on from the newest checkpoint that is whole, and those of trainer.strategy="
-                f"{strategy_name(settings.trainer.strategy)} are folders or files that only its own engine reads; set "
-                "trainer.strategy=ddp, or ModelParallelStrategy with save_distributed_checkpoint=false, or start fit "
-                "alone with ckpt_path."
-            )
-        if not is_first():
-            return  # the first process decides, and tells the others: they may have no disk in common
-        root = Path(settings.trainer.default_root_dir)
-        run = newest_run(root, suffix)
-        if run is None and (other := newest_run(root, CKPT if suffix == SUFFIX else SUFFIX)) is not None:
-            raise UserError(
-                f"the checkpoints in {other} are of another trainer.strategy; `python -m nanogpt_lit convert` makes a "
-                f"file{SUFFIX} of a {CKPT}, or set another trainer.default_root_dir."
-            )
-        if run is None:
-            rank_zero_print(f"resume: no checkpoint in {root}, starting from the beginning")
-            return
-        if self.lock is not None:  # before its data or its checkpoints are looked at
-            self.lock.acquire(run)
-        self.resumed = latest_of(run, suffix)
-        for remark in self.resumed.remarks:
-            rank_zero_print(remark)
-        rank_zero_print(f"resume: going on from {self.resumed.path}, step {self.resumed.step:,}")
-        settings.ckpt_path = str(self.resumed.path)
+        from nanogpt_lit.cli.resumed import check_goes_on, check_resumable, find_resumed  # late, for a new run has none
 
-    def _check_goes_on(self, checkpoint: Path, max_steps: int) -> None:
-        """Raises NothingToDo where the run that is gone on with has all its steps."""
-        step = step_in(checkpoint)
-        if not 0 < max_steps <= step:
+        if is_fit and settings.get("resume") is not None:
+            suffix, root = check_resumable(settings), Path(settings.trainer.default_root_dir)
+            # The first process decides, and tells the others: they may have no disk in common.
+            self.resumed = find_resumed(root, suffix, self.lock) if is_first() else None
+            if self.resumed is None:
+                rank_zero_print(f"resume: no checkpoint in {root}, starting from the beginning")
+            else:
+                for remark in self.resumed.remarks:
+                    rank_zero_print(remark)
+                rank_zero_print(f"resume: going on from {self.resumed.path}, step {self.resumed.step:,}")
+                settings.ckpt_path = str(self.resumed.path)
+        if settings.get("ckpt_path") is None or not is_first():  # whose file is the one that counts
             return
-        sentence = (
-            f"{checkpoint} holds step {step:,}, and the run is complete with trainer.max_steps={max_steps}. To go on "
-            f"with it, raise that: --trainer.max_steps {2 * step} would train as much again."
-        )
-        # A checkpoint that the user names may be of another run; and processes that are started already end together.
-        if self.resumed is not None and launched_processes() == 1:
-            raise NothingToDo(sentence)
-        rank_zero_print(sentence)
-
-    def _check_not_ended(self, checkpoint: Path, text: str) -> None:
-        """Raises NothingToDo where the run that is gone on with has ended early."""
-        patience = self.settings.get("early_stopping_patience")
-        if patience is None or checkpoint.suffix != SUFFIX or launched_processes() > 1:
-            return
-        validations = validations_of(checkpoint)
-        if validations.get("since_best", 0) >= patience and validations.get("text") in (None, text):
-            raise NothingToDo(
-                f"{checkpoint} is complete: the run ended early, after {patience} validations in a row without a "
-                "better loss. To go on with it, raise early_stopping_patience, or leave it out."
-            )
+        if sentence := check_goes_on(settings, is_fit, found=self.resumed is not None):
+            rank_zero_print(sentence)
 
     def find_beginning(self) -> None:
         """init_from: the model to fine-tune, which brings its network and tokenizer.
@@ -368,15 +276,10 @@ class SettingsCLI(LightningCLI):
         self.beginning = None  # its weights need not be held twice
 
     def say_what_changed(self) -> None:
-        """The command line wins over the checkpoint; the user should see where."""
-        if self.resumed is None:
-            return
-        before, remarks = latest_config(self.resumed.run_folder)
-        changes = changed_settings(before, yaml.safe_load(self.kept_settings())) if before is not None else []
-        for line in (*remarks, *changes):
-            rank_zero_print(f"resume: {line}")
-        if before is not None and (rate := rate_change(before, self.settings.as_dict(), self.resumed.step)):
-            rank_zero_print(f"resume: {rate}")
+        """Print what is set otherwise than in the run that is gone on with."""
+        if self.resumed is not None:
+            for line in self.resumed.changes(self.settings, self.kept_settings()):
+                rank_zero_print(f"resume: {line}")
 
     def kept_settings(self) -> str:
         """The configuration that a run keeps in its folder, YAML.
@@ -440,26 +343,6 @@ def quiet_lightning() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # that of the run that goes on
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def resumable(trainer: Namespace) -> str | None:
-    """The suffix of the files that resume=auto goes on from; None where only the strategy's engine reads its own."""
-    if writes_run_files(trainer):
-        return SUFFIX
-    if named_strategy(trainer.strategy) != FSDP2:
-        return None
-    arguments = Namespace() if isinstance(trainer.strategy, str) else trainer.strategy.get("init_args") or Namespace()
-    whole = isinstance(trainer.strategy, str) or arguments.get("save_distributed_checkpoint") is False
-    return CKPT if whole else None
-
-
-def strategy_name(strategy: str | Namespace) -> str:
-    return strategy if isinstance(strategy, str) else str(strategy.get("class_path")).rpartition(".")[2]
-
-
-def writes_run_files(trainer: Namespace) -> bool:
-    """Whether checkpoints are in the format of every loop; a sharded strategy writes them its own way."""
-    return named_strategy(trainer.strategy) in (SINGLE, DDP)
 
 
 @rank_zero_only

@@ -19,7 +19,7 @@ import numpy as np
 from nanogpt_lit.data.shard_file import ShardFile, is_llmc
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.untrusted.config_paths import file_inside
+from nanogpt_lit.untrusted.config_values import file_inside
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1

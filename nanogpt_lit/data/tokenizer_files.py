@@ -21,7 +21,7 @@ from nanogpt_lit.data.tokenizer import (
     gpt2_tokenizer,
 )
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.untrusted.config_paths import file_inside
+from nanogpt_lit.untrusted.config_values import file_inside
 
 WHAT_WORKS = "gpt2, byte, char, bpe:N (bpe:32000 trains one on the source) or the path of a .tiktoken file"
 META = "meta.pkl"

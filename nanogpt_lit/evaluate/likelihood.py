@@ -17,7 +17,7 @@ from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
 from nanogpt_lit.gpt.model import GPT
-from nanogpt_lit.run.pieces import latest_config
+from nanogpt_lit.run.resume import latest_config
 
 TOKENS_AT_ONCE = 4096
 """Tokens of a forward pass; their logits are held LOGITS_AT_ONCE at a time."""

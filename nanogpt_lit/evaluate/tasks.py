@@ -15,7 +15,7 @@ from typing import Any
 from nanogpt_lit.data.documents import opened
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.evaluate.likelihood import Scorer
-from nanogpt_lit.gpt.sampling import continue_text
+from nanogpt_lit.gpt.generate import continue_text
 
 ROWS_AT_ONCE = 64
 

@@ -1,12 +1,16 @@
-"""Attention by PyTorch's kernels, on a CPU by the arithmetic that is fastest there."""
+"""Attention, and what it looks at: the keys of tokens already read, positions as rotations, documents kept apart.
 
-from typing import Any
+PyTorch's kernels compute it, on a CPU with the arithmetic that is fastest there.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanogpt_lit.runtime.matmul import ONEDNN, by_mkl
+from nanogpt_lit.runtime.process_settings import ONEDNN, by_mkl
 
 _MKLDNN: Any = torch.backends.mkldnn
 
@@ -55,3 +59,113 @@ class _InTiles(torch.autograd.Function):
                 dy, q, k, v, y, logsumexp, 0.0, ctx.is_causal, attn_mask=mask
             )
         return *gradients, None, None
+
+
+# Keys and values of the tokens already read, so that each new token costs one column of attention.
+
+
+class LayerCache:
+    """One layer's keys and values, (B, H, block_size, D) each, allocated once by the first append."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.length = 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, H, T, D) behind what is there; views of everything stored, (B, H, length, D).
+
+        A prompt goes in whole into an empty cache, then single tokens follow: attention's causal mask is aligned to
+        the first key, so several queries behind older keys would look at the wrong ones.
+        """
+        B, H, T, D = k.shape
+        assert T == 1 or self.length == 0
+        # Allocated here and not in the constructor: k already has the dtype and device that attention computes in,
+        # which under autocast is not that of the parameters.
+        if self.keys is None or self.values is None:
+            self.keys = k.new_empty(B, H, self.block_size, D)
+            self.values = v.new_empty(B, H, self.block_size, D)
+        start, self.length = self.length, self.length + T
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class KeyValueCache:
+    """A LayerCache per layer of a GPT: 2 * n_layer * B * block_size * n_embd numbers.
+
+    It is written in place, so it serves inference only, under torch.no_grad.
+    """
+
+    def __init__(self, n_layer: int, block_size: int) -> None:
+        self.layers = [LayerCache(block_size) for _ in range(n_layer)]
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far, which is also the position of the next one."""
+        return self.layers[0].length
+
+    def clear(self) -> None:
+        """Forget the tokens, keep the memory."""
+        for layer in self.layers:
+            layer.length = 0
+
+
+# Positions as rotations of queries and keys: Su et al., RoFormer (arXiv:2104.09864).
+
+BASE = 10_000.0
+"""The paper's: the slowest pair of channels turns once in 2 pi * BASE tokens."""
+
+
+class Rotary(nn.Module):
+    """Turns each head's channels by angles that grow with the position, so that a product of a query and a key sees
+    only how far apart they are.
+
+    Channel i is paired with channel i + D / 2, as in GPT-NeoX and Llama; the paper pairs neighbours, which is the same
+    network with its channels in another order. There is nothing to learn and nothing in the state_dict.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, block_size: int, D: int) -> None:
+        super().__init__()
+        angles = torch.outer(torch.arange(block_size).float(), BASE ** (-torch.arange(0, D, 2).float() / D))
+        # A buffer goes where the network goes; it is made again with the network, so no checkpoint need hold it.
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D / 2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """x: (B, H, T, D), queries or keys of the positions from start on; the dtype stays."""
+        end = start + x.size(2)
+        cos, sin = self.cos[start:end], self.sin[start:end]  # (T, D / 2)
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return turned.type_as(x)  # computed in float32 also where autocast hands in 16 bits
+
+
+# Documents side by side in one sequence, each read as if it were alone.
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the tokens of sequences stand in their documents, and which tokens each may attend to."""
+
+    positions: Tensor
+    """(B, T) int64: 0 for the first token of a document, and for the first of a sequence."""
+    mask: Tensor
+    """(B, 1, T, T), added to attention's logits: 0 for the tokens so far of the same document, -inf for all others.
+
+    It holds B * T * T numbers of the dtype that attention computes in, once for all layers."""
+
+    @classmethod
+    def of(cls, tokens: Tensor, first: int, dtype: torch.dtype) -> Self:
+        """tokens: (B, T) int64   first: the id that each document begins with   dtype: of the weights"""
+        if torch.is_autocast_enabled(tokens.device.type):
+            dtype = torch.get_autocast_dtype(tokens.device.type)
+        index = torch.arange(tokens.size(1), device=tokens.device)  # (T,)
+        starts = (index * (tokens == first)).cummax(dim=1).values  # (B, T): where the document of each token begins
+        is_seen = (index >= starts[:, :, None]) & (index <= index[:, None])  # (B, T, T): [b, i, j], whether i sees j
+        mask = torch.zeros(is_seen.shape, dtype=dtype, device=tokens.device)
+        return cls(index - starts, mask.masked_fill_(~is_seen, -torch.inf).unsqueeze(1))

@@ -5,7 +5,7 @@ Shapes: B batch, T time, C channels (n_embd), V vocabulary, H heads, D = C / H c
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.attention import attention
-from nanogpt_lit.gpt.cache import KeyValueCache, LayerCache
-from nanogpt_lit.gpt.document_mask import Documents
+from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache, Rotary, attention
 from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
-from nanogpt_lit.gpt.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -103,6 +100,21 @@ def config_of_checkpoint(saved: Mapping[str, Any]) -> GPTConfig:
             "know; use the version that wrote it."
         )
     return GPTConfig(**saved)
+
+
+def check_same_network(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises UserError where a checkpoint holds another network. saved, here: fields of GPTConfig"""
+    before = asdict(config_of_checkpoint(saved))
+    differing = [
+        f"{name} is {before[name]} there and {value} here"
+        for name, value in here.items()
+        if before[name] != value and name not in ("dropout", "document_start")
+    ]
+    if differing:
+        raise UserError(
+            f"The checkpoint holds another network: model.gpt.{', '.join(differing)}; "
+            "use the YAML that it was trained with."
+        )
 
 
 class GPT(nn.Module):

@@ -7,7 +7,7 @@ without a word either way. Here a contradiction is an error that names both side
 from collections.abc import Mapping
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.environment import whole_number
+from nanogpt_lit.runtime.launch import whole_number
 from nanogpt_lit.runtime.precision import IN_ACCELERATE, OF_ACCELERATE
 
 NO_OTHER_ENGINE = (

@@ -45,7 +45,7 @@ CLASHES = (
         Clash(
             {"model.optim.state_bits": (8,), f"model.memory.{name}": ON_HOST},
             "8-bit moments stay on the GPU",
-            f"model.memory.{name}=card, or model.optim.state_bits=32",
+            f"model.memory.{name}=device, or model.optim.state_bits=32",
         )
         for name in ("optimizer_state", "weights")
     ),
@@ -53,7 +53,7 @@ CLASHES = (
         Clash(
             {"model.optim.class_path": lambda path: path is not None, f"model.memory.{name}": ON_HOST},
             "only AdamW and Muon keep their state in host memory",
-            f"model.memory.{name}=card, or model.optim.class_path=null",
+            f"model.memory.{name}=device, or model.optim.class_path=null",
         )
         for name in ("optimizer_state", "weights")
     ),
@@ -70,7 +70,7 @@ CLASHES = (
     Clash(
         {"model.memory.weights": ON_HOST, "trainer.accelerator": ("cuda",), "trainer.devices": lambda n: (n or 1) > 1},
         "DDP exchanges gradients between GPUs, and these are in host memory",
-        "trainer.devices=1, or model.memory.weights=card",
+        "trainer.devices=1, or model.memory.weights=device",
     ),
     # strategies
     Clash(
@@ -100,8 +100,8 @@ CLASHES = (
             f"{key}={works}, or trainer.strategy=ddp",
         )
         for key, values, works in (
-            ("model.memory.optimizer_state", ON_HOST, "card"),
-            ("model.memory.weights", ON_HOST, "card"),
+            ("model.memory.optimizer_state", ON_HOST, "device"),
+            ("model.memory.weights", ON_HOST, "device"),
             ("model.optim.state_bits", (8,), "32"),
             ("model.optim.matrices", ("muon",), "adamw"),
         )
@@ -110,6 +110,11 @@ CLASHES = (
         {"trainer.strategy.start_method": lambda method: method != "popen"},
         "trains in copies of this process, which hand back no checkpoints and no curves",
         "trainer.strategy=ddp, whose start_method is popen",
+    ),
+    Clash(
+        {"early_stopping_patience": lambda patience: patience is not None, "trainer.limit_val_batches": (0,)},
+        "it counts validations, and the run makes none",
+        "early_stopping_patience=null",
     ),
     # going back to a checkpoint
     *(

@@ -1,4 +1,4 @@
-"""What a loop needs of a module, and the moments at which it tells its observers where it is: the same for every loop.
+"""The contract between a loop, its module and its observers, the same for every loop.
 
 A module is anything with `forward(tokens, targets) -> mean loss` and `configure_optimizers()`. A loop holds what a
 framework's users expect to read: batches, accumulation, backward, clipping, step, schedule, validation. All else that a
@@ -68,7 +68,7 @@ class LoopSettings:
 
 @dataclass
 class Training:
-    """What a loop trains, and how far it is. The loop keeps it up to date; an observer may read all of it."""
+    """The objects that a loop trains, and how far it is. The loop keeps them up to date; observers may read them."""
 
     module: nn.Module
     optimizer: Optimizer
@@ -77,7 +77,7 @@ class Training:
     """None unless gradients are scaled."""
     settings: LoopSettings
     device: torch.device
-    """That the module computes on."""
+    """Where the module computes."""
     rank: int = 0
     processes: int = 1
     step: int = 0
@@ -99,22 +99,23 @@ class Training:
 
 
 class Observer:
-    """Told of the moments of a run, at some of which it may change the course of it. Each may be overridden."""
+    """Listener to the moments of a run, at some of which it may change the run's course. Any may be overridden."""
 
     def on_train_start(self, training: Training) -> None:
-        """Before the first batch. May put another state, step and random state into `training`: to go on with a run."""
+        """Called before the first batch. May put another state, step and random state into `training`, to go on with a
+        run."""
 
     def on_batch_end(self, loss: Tensor, tokens: int) -> None:
         """loss: the mean of this process's micro-batch, not divided by the accumulation   tokens: in it"""
 
     def on_before_step(self, grad_norm: Tensor) -> None:
-        """The gradients are whole and clipped. Without gradients, the step leaves all as it is: may take them away.
+        """Called when the gradients are complete and clipped. May take them away: without any, a step changes nothing.
 
         grad_norm: before clipping
         """
 
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        """Before the validation that may follow. May put weights and moments back to what they were.
+        """Called before the validation that may follow. May put weights and moments back to what they were.
 
         step: optimizer steps so far, skipped ones too   lr: that it was taken with   grad_norm: before clipping
         """
@@ -125,18 +126,18 @@ class Observer:
         """loss: the mean over all that was read, on all processes"""
 
     def between_steps(self, step: int) -> bool:
-        """After a step and its validation, the last one's excepted. Returns whether the run is to end here."""
+        """Called after each step and its validation, except the last. Returns whether to end the run here."""
         return False
 
     def on_train_end(self) -> None:
-        """After the last step, or where an observer has asked for the end."""
+        """Called after the last step, or where an observer has asked for the end."""
 
     def on_exit(self) -> None:
-        """However the run ends, also by an error: give back what was taken. Called without a start if that failed."""
+        """Called however the run ends, by an error too, even one before its start: gives back what was taken."""
 
 
 class Observers(Observer):
-    """Several as one, told in their order; those that do not listen to a moment are not called at it."""
+    """Several observers as one, called in their order; one that does not listen to a moment is not called at it."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers
@@ -144,7 +145,7 @@ class Observers(Observer):
         self._step_end, self._between_steps = self.listeners("on_step_end"), self.listeners("between_steps")
 
     def listeners(self, moment: str) -> list[Callable[..., Any]]:
-        """What to call at a moment."""
+        """The observers' methods to call at a moment."""
         listening = (o for o in self._observers if getattr(type(o), moment) is not getattr(Observer, moment))
         return [getattr(observer, moment) for observer in listening]
 
@@ -190,7 +191,7 @@ class Observers(Observer):
 
 @contextmanager
 def running(training: Training, observers: Sequence[Observer]) -> Iterator[Observers]:
-    """The time of a run: its process settings are made, the observers are told of its start and of its end."""
+    """Context of a run: sets up the process, tells the observers of the start and the end, and puts all back."""
     observer = Observers(observers)
     with restored_process_settings():
         try:
@@ -226,7 +227,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def autocast_for(settings: LoopSettings, device: torch.device) -> torch.autocast:
-    """Raises UserError for a precision that needs another framework.
+    """Autocast at the settings' precision. Raises UserError for one that needs another framework.
 
     Without a cache of casted weights, as Lightning has it: with it, the gradients of a weight that a forward uses twice
     (a head that takes the loss in chunks) are summed in 16 bits; without it, in float32.
@@ -264,7 +265,7 @@ def scaler_beside(parameters: list[nn.Parameter], scaler: GradScaler, device: to
 
 
 def seed_dropout(seed: int | None, rank: int = 0) -> None:
-    """Called just before the first batch of every loop; each process gets masks of its own.
+    """Seed dropout, just before the first batch of every loop; each process gets masks of its own.
 
     Frameworks may draw random numbers while they set up (a sanity check, a loader's iterator, a hook of the user's),
     and each draws its own count: without a common start the first dropout masks already differ.
@@ -287,12 +288,12 @@ class MeanLoss:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """As both frameworks do: a GPU copies pinned memory while this process goes on."""
+    """Copy a tensor to the device; a GPU copies pinned memory while this process goes on, as in both frameworks."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def with_last(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Each batch, and whether the loader ends with it. Raises UserError for a loader that has none."""
+    """Yield each batch, and whether the loader ends with it. Raises UserError for a loader that has none."""
     batches = iter(loader)
     batch = next(batches, None)
     if batch is None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Training, clipping_order, running, scaler_beside
-from nanogpt_lit.run.samples import SampleConfig
+from nanogpt_lit.run.curves import SampleConfig
 from nanogpt_lit.runtime.process_settings import RandomState
 
 
@@ -28,7 +28,7 @@ class Ended(Exception):  # noqa: N818 - it is no error
 
 
 class Observed(Callback):
-    """Tells observers what the Trainer does, and raises what `ended` says where one of them asks for the end.
+    """Callback that calls observers at the Trainer's moments, and raises `ended()` where one of them asks for the end.
 
     The user's own callbacks and loggers work beside it, as with any callback.
     seed: of dropout
@@ -117,7 +117,7 @@ class Observed(Callback):
 class TextSamples(Callback):
     """Lets the model write after each validation, into TensorBoard's TEXT tab.
 
-    A YAML's callback that holds the settings; run/samples.py is what writes.
+    A YAML's callback that holds the settings; run/curves.py is what writes.
 
     Args:
         prompt: What the text begins with; empty begins a new document.
@@ -158,12 +158,12 @@ def training_of(trainer: Trainer, module: LightningModule, seed: int | None = No
 
 
 class MeasuredClipping(LightningPrecision):
-    """Keeps the norm that clipping computes anyway, and tells of it before the step."""
+    """Precision plugin that passes the norm of the gradients, which clipping computes anyway, to its listeners."""
 
     grad_norm: Tensor | None = None
     """Global norm of the gradients before clipping, at the last optimizer step."""
     listeners: Sequence[Callable[[Tensor], None]] = ()
-    """Called with it before the step."""
+    """Called with the norm before the step."""
 
     def clip_gradients(
         self,

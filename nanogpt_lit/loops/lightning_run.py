@@ -28,8 +28,15 @@ from nanogpt_lit.loops.lightning import Observed
 from nanogpt_lit.run.curves import BestEffortWriter, Curves, code_block
 from nanogpt_lit.run.metrics import say
 from nanogpt_lit.run.observers import RunObservers
-from nanogpt_lit.run.pieces import claim_folder, keep_config, tidied
-from nanogpt_lit.run.resume import batches_done, choose_again, chosen_settings, random_state_of
+from nanogpt_lit.run.resume import (
+    batches_done,
+    choose_again,
+    chosen_settings,
+    claim_folder,
+    keep_config,
+    random_state_of,
+    tidied,
+)
 from nanogpt_lit.run.stops import ignored_signals
 from nanogpt_lit.runtime.durable import durable_file
 from nanogpt_lit.runtime.process_settings import random_state
@@ -195,7 +202,7 @@ class RunFileIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         self.saver.wait()
         state = load_together(Path(path))
-        assert state is not None, "every process was told the path"
+        assert state is not None, "every process was given the path"
         return to_lightning(state)
 
     def teardown(self) -> None:

@@ -29,14 +29,11 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.memory.ladder import chunk_tokens, next_technique
-from nanogpt_lit.memory.micro_batch import MicroBatch, catch_oom, loss_of, share_of
-from nanogpt_lit.memory.oom import advice, free_unused, limit_device_memory
-from nanogpt_lit.memory.techniques import MemoryConfig, change_techniques
+from nanogpt_lit.memory.micro_batch import MicroBatch, loss_of, share_of
+from nanogpt_lit.memory.oom import catch_oom, free_unused, limit_device_memory
+from nanogpt_lit.memory.techniques import FREE_OF_COST, MemoryConfig, change_techniques
 from nanogpt_lit.runtime.process_settings import RandomState, random_state, set_random_state
 
-FREE_OF_COST = ("loss_chunk_tokens", "recast_weights")
-"""The fields of MemoryConfig that save memory and take no time."""
 SEQUENCES = ("sequences", "validation_sequences")
 """What module.fallback calls the number of sequences at a time, with gradients and without."""
 
@@ -56,7 +53,7 @@ class ElasticConfig:
         if self.budget_mib is not None and self.budget_mib < 1:
             raise UserError(
                 f"model.elastic.budget_mib={self.budget_mib} must be at least 1; 3200 leaves room for a desktop on a "
-                "4 GiB card, null sets no limit."
+                "4 GiB GPU, null sets no limit."
             )
 
 
@@ -132,10 +129,10 @@ class ElasticLoss:
 
     def _validate(self, batch: MicroBatch) -> Tensor:
         while True:
-            mean, said = catch_oom(self._mean, batch)
-            if said is None:
+            mean, reported = catch_oom(self._mean, batch)
+            if reported is None:
                 return mean
-            self._need_less("validation", said, batch)
+            self._need_less("validation", reported, batch)
 
     def _mean(self, batch: MicroBatch) -> Tensor:
         first, *others = (self._part(*piece) for piece in batch.pieces(self._sequences("validation")))
@@ -148,13 +145,13 @@ class ElasticLoss:
             self._random = random_state(batch.tokens.device) if draws else None
         while True:
             if SEQUENCES[0] in self._module.fallback:
-                batch.value, said = catch_oom(self._forward_in_pieces, batch)
+                batch.value, reported = catch_oom(self._forward_in_pieces, batch)
             else:
-                batch.pending, said = catch_oom(self.loss, batch.tokens, batch.targets)
+                batch.pending, reported = catch_oom(self.loss, batch.tokens, batch.targets)
                 batch.value = batch.pending.detach() if batch.pending is not None else None
-            if said is None:
+            if reported is None:
                 return loss_of(batch, backward=partial(self._backward, batch))
-            self._do_again(self.window, "forward", said, batch)
+            self._do_again(self.window, "forward", reported, batch)
 
     def _forward_in_pieces(self, batch: MicroBatch) -> Tensor:
         """The value of the loss. Of several pieces, the last alone is left for the loop's backward."""
@@ -178,9 +175,9 @@ class ElasticLoss:
             for p, gradient in zip(self._module.parameters(), batch.gradients, strict=True):
                 p.grad = gradient
             batch.gradients = None
-        _, said = catch_oom(batch.differentiate_pending)
-        if said is not None:
-            self._do_again([*self.window, batch], "backward", said, batch)
+        _, reported = catch_oom(batch.differentiate_pending)
+        if reported is not None:
+            self._do_again([*self.window, batch], "backward", reported, batch)
         self.window.append(batch)
 
     def _part(self, tokens: Tensor, targets: Tensor, share: Tensor | None) -> Tensor:
@@ -192,13 +189,13 @@ class ElasticLoss:
 
     # Once memory has ended.
 
-    def _do_again(self, batches: list[MicroBatch], phase: str, said: str | None, at: MicroBatch) -> None:
+    def _do_again(self, batches: list[MicroBatch], phase: str, reported: str | None, at: MicroBatch) -> None:
         """Do the step's micro-batches again until they fit. at: the one in which memory ended"""
-        while said is not None:
+        while reported is not None:
             at.pending = at.gradients = None
             self._drop_gradients()
-            self._need_less(phase, said, at)
-            _, said = catch_oom(self._replay, batches, at.tokens.device)
+            self._need_less(phase, reported, at)
+            _, reported = catch_oom(self._replay, batches, at.tokens.device)
 
     def _replay(self, batches: list[MicroBatch], device: torch.device) -> None:
         if self._random is not None:
@@ -209,9 +206,13 @@ class ElasticLoss:
                     part = self._part(*piece)
                 batch.differentiate(part, batch.d_loss)
 
-    def _need_less(self, phase: str, said: str, at: MicroBatch) -> None:
+    def _need_less(self, phase: str, reported: str, at: MicroBatch) -> None:
         """Take the next of the two ways, and say so. Raises UserError when there is none."""
-        changes: dict[str, Any] = self._free_of_cost(at)
+        from nanogpt_lit.memory.ladder import advice, free_of_cost  # late, for few runs come here
+
+        changes: dict[str, Any] = {}
+        if not self._module.hparams["compile"]:  # its graph would be compiled anew, where memory has just ended
+            changes = free_of_cost(self._memory, at.casts_weights, at.tokens.numel())
         size = at.tokens.size(0)
         sequences = min(size, self._sequences(phase) or size)
         if changes:
@@ -221,23 +222,10 @@ class ElasticLoss:
             step = f"{size} sequences of a micro-batch are computed {changes[_key(phase)]} at a time from here on"
         else:
             where = f"{phase} of one sequence of {at.tokens.size(1)} tokens"
-            raise UserError(advice(self._module, at.casts_weights, where, said, self._memory))
+            raise UserError(advice(self._module, at.casts_weights, where, reported, self._memory))
         free_unused()
         self.fall_back(changes)
-        self._say(f"out of memory in {phase} ({said}): {step}; what did not fit is done again")
-
-    def _free_of_cost(self, at: MicroBatch) -> dict[str, Any]:
-        """The fields of MemoryConfig that need less and cost no time, as far as they are not in force."""
-        if self._module.hparams["compile"]:  # its graph would be compiled anew, where memory has just ended
-            return {}
-        memory = self._memory
-        idle = vars(memory).keys() - FREE_OF_COST | (set() if at.casts_weights else {"recast_weights"})
-        while (found := next_technique(memory, idle)) is not None:
-            memory = found[1]
-        changes = {key: value for key, value in vars(memory).items() if value != getattr(self._memory, key)}
-        if "loss_chunk_tokens" in changes:
-            changes["loss_chunk_tokens"] = chunk_tokens(at.tokens.numel())
-        return changes
+        self._say(f"out of memory in {phase} ({reported}): {step}; what did not fit is done again")
 
     def fall_back(self, changes: Mapping[str, Any]) -> None:
         """Need less from here on: module.fallback, of this run or of the one that it goes on from.

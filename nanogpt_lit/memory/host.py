@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
+from nanogpt_lit.gpt.attention import LayerCache
+from nanogpt_lit.memory.techniques import RecomputedBlock
+
 
 def host_of(tensor: Tensor) -> torch.device:
     """Host memory, seen from a tensor on the device."""
@@ -70,7 +73,7 @@ def page_lock(tensor: Tensor, device: torch.device) -> None:
 CUDA_ERROR_MEMORY_ALLOCATION = 2
 """Of cudaHostRegister: the system locks no more. Other errors are of one tensor, such as a page that two share."""
 page_lock_notes: list[Callable[[Tensor], None]] = []
-"""Of memory traces, which count what a GPU would have page-locked."""
+"""Callbacks of memory traces, which count what a GPU would have page-locked."""
 _refusals: list[str] = []
 
 
@@ -185,3 +188,11 @@ def _bring_back(away: Tensor | _Away) -> Tensor:
     away.left.hold_computation()
     arriving.copy(away.at_host, tensor, after=Mark.now(away.device)).hold_computation()
     return tensor
+
+
+class HostInputBlock(RecomputedBlock):
+    """Recomputed, with its input kept in host memory until backward."""
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        with saved_on_host():
+            return super().forward(x, cache, mask)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.adamw import AdamW, adamw
 
 from nanogpt_lit.errors import UserError
@@ -38,12 +39,12 @@ class _Slice:
 
     @property
     def here(self) -> slice:
-        """In the bucket."""
+        """Its place in the bucket."""
         return slice(self.offset, self.offset + self.stop - self.start)
 
     @property
     def there(self) -> slice:
-        """In the parameter, and whatever has its shape."""
+        """Its place in the parameter, and in whatever has that shape."""
         return slice(self.start, self.stop)
 
 
@@ -97,7 +98,7 @@ class HostAdamW(AdamW):
                 if not p.is_contiguous():
                     raise UserError(
                         f"model.memory.optimizer_state=host takes contiguous parameters and met one of strides "
-                        f"{p.stride()}; card takes any."
+                        f"{p.stride()}; device takes any."
                     )
                 # A fused kernel reads the count where it runs; the others read it in Python.
                 device = p.device if group["fused"] else torch.device("cpu")
@@ -185,7 +186,7 @@ class HostAdamW(AdamW):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's. The moments in it are the optimizer's own, in host memory."""
+        """AdamW's state_dict. The moments in it are the optimizer's own, in host memory."""
         self._left.wait()
         state_dict = super().state_dict()
         for index, p in enumerate(self._parameters()):
@@ -194,7 +195,7 @@ class HostAdamW(AdamW):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes AdamW's too. No moment touches the GPU."""
+        """Load a state_dict of this or of AdamW. No moment touches the GPU."""
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         moments = {index: [state.get(name) for name in MOMENTS] for index, state in state_dict["state"].items()}
         counts = {index: {"step": state["step"]} for index, state in state_dict["state"].items()}
@@ -228,3 +229,5 @@ class HostResidentAdamW(HostAdamW):
                 [self._moments[s.parameter][which].view(-1)[s.there] for s in bucket.slices] for which in (0, 1)
             )
             self._update(bucket, exp_avgs, exp_avg_sqs)
+            # A fused kernel leaves no trace on the weights, whose copies on the GPU are to be made anew.
+            increment_version([s.parameter for s in bucket.slices])

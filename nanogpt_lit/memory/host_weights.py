@@ -7,7 +7,7 @@ the gradient leaves the GPU as it is made. A copy is kept on the GPU until the w
 parameter), or streamed: fetched when it is used, in forward and in backward, the next one while this one is used.
 
 What stays the same to the bit: losses, activations and every gradient but that of the token embedding, which the
-processor sums in its own order. The global norm and the update are computed by the CPU's kernels: the same bits
+CPU sums in its own order. The global norm and the update are computed by the CPU's kernels: the same bits
 as a run on the CPU, and up to rounding those of a GPU.
 """
 
@@ -17,30 +17,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from nanogpt_lit.gpt.loss import ChunkedCrossEntropy, chunked_cross_entropy, cross_entropy
 from nanogpt_lit.memory.host import Mark, empty_on_host, lanes, page_lock
-
-Version = tuple[int, int]
+from nanogpt_lit.memory.techniques import recomputed
 
 
 @dataclass
 class _Copy:
     tensor: Tensor
-    version: Version
+    version: int
     """Of the weight that it was made of."""
     arrived: Mark = field(default_factory=Mark)
     """When this copy, or the latest one made of it, is on the GPU."""
 
-    def is_of(self, version: Version, dtype: torch.dtype, device: torch.device) -> bool:
+    def is_of(self, version: int, dtype: torch.dtype, device: torch.device) -> bool:
         return (self.version, self.tensor.dtype, self.tensor.device) == (version, dtype, device)
 
 
 class HostWeights:
-    """The copies on the GPU of one network's weights."""
+    """Copies of one network's weights on the GPU."""
 
     def __init__(self) -> None:
-        self._steps = 0
         self._kept: dict[nn.Parameter, _Copy] = {}  # on the GPU
         self._cast: dict[nn.Parameter, _Copy] = {}  # in host memory, in the dtype that is computed in
         self._ahead: tuple[nn.Parameter, _Copy] | None = None  # on its way to the GPU
@@ -53,14 +51,6 @@ class HostWeights:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
-
-    def follow(self, optimizer: Optimizer) -> None:
-        """Copies are made anew after each of its steps: a fused one leaves no trace on the weights themselves."""
-        optimizer.register_step_post_hook(lambda *_: self.renew())
-
-    def renew(self) -> None:
-        """The weights have changed."""
-        self._steps += 1
 
     def fetch(self, weight: nn.Parameter, device: torch.device, keep: bool) -> Tensor:
         """The weight on the device, in the dtype that autocast computes with; gradients go to the weight.
@@ -77,19 +67,16 @@ class HostWeights:
         """copy, on the GPU and of any dtype, as a stage of the graph: its gradient is sent to the weight."""
         arrival = _Arrival()
         at_host = _HostEnd.apply(weight, copy.dtype, arrival)
-        return _CardEnd.apply(at_host, copy, arrival)
-
-    def _version(self, weight: nn.Parameter) -> Version:
-        return self._steps, weight._version
+        return _DeviceEnd.apply(at_host, copy, arrival)
 
     def _keep(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
         copy = self._kept.get(weight)
-        if copy is None or not copy.is_of(self._version(weight), dtype, device):
+        if copy is None or not copy.is_of(weight._version, dtype, device):
             alike = copy is not None and (copy.tensor.dtype, copy.tensor.device) == (dtype, device)
             into = copy.tensor if copy is not None and alike else torch.empty(weight.shape, dtype=dtype, device=device)
             arriving, _ = lanes(device)
             arriving.send(empty_on_host(into).copy_(weight.detach()), into).hold_computation()
-            self._kept[weight] = copy = _Copy(into, self._version(weight))
+            self._kept[weight] = copy = _Copy(into, weight._version)
         return copy.tensor
 
     def _stream(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -108,13 +95,13 @@ class HostWeights:
         if self._ahead is None:
             return None
         (expected, copy), self._ahead = self._ahead, None
-        if expected is weight and copy.is_of(self._version(weight), dtype, device):
+        if expected is weight and copy.is_of(weight._version, dtype, device):
             return copy
         copy.arrived.hold_computation()  # or its place on the GPU would be given away while it is written to
         return None
 
     def _depart(self, weight: nn.Parameter, dtype: torch.dtype, device: torch.device) -> _Copy:
-        version = self._version(weight)
+        version = weight._version
         if dtype == weight.dtype:
             page_lock(weight, device)
             return self._send(weight.detach(), version, torch.empty(weight.shape, dtype=dtype, device=device))
@@ -131,7 +118,7 @@ class HostWeights:
         return copy
 
     @staticmethod
-    def _send(source: Tensor, version: Version, into: Tensor) -> _Copy:
+    def _send(source: Tensor, version: int, into: Tensor) -> _Copy:
         arriving, _ = lanes(into.device)
         return _Copy(into, version, arriving.copy(source, into, after=Mark.now(into.device)))
 
@@ -165,7 +152,7 @@ class _HostEnd(torch.autograd.Function):
         return d_weight.to(ctx.dtype), None, None
 
 
-class _CardEnd(torch.autograd.Function):
+class _DeviceEnd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, at_host: Tensor, copy: Tensor, arrival: _Arrival) -> Tensor:
         ctx.arrival = arrival
@@ -200,6 +187,17 @@ class HostLinear(_HostResident, nn.Linear):
         return F.linear(x, self.fetch(self.weight, x.device), bias)
 
 
+class RefetchLinear(HostLinear):
+    """Keeps its input for backward, and fetches its weight from host memory again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return recomputed(super().forward, x)
+
+
 class HostLayerNorm(_HostResident, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.fetch(self.bias, x.device)
@@ -227,3 +225,45 @@ def keep_on_host(module: nn.Module, host: HostWeights, keep: bool) -> None:
                 if hasattr(weight, "fake_device") and not weight.is_meta:  # in a trace: see memory/host.py
                     on_host = nn.Parameter(weight.detach().to("meta"), weight.requires_grad)
                     part.register_parameter(name, resident.setdefault(weight, on_host))
+
+
+# The loss with a head whose weight is in host memory.
+
+
+class HostHead:
+    """cross_entropy or, given chunk_tokens, chunked_cross_entropy: the same bits."""
+
+    def __init__(self, host: HostWeights, chunk_tokens: int | None) -> None:
+        self.host = host
+        self.chunk_tokens = chunk_tokens
+
+    def __call__(self, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+        assert isinstance(head_weight, nn.Parameter)
+        if self.chunk_tokens is None:
+            return cross_entropy(hidden, self.host.fetch(head_weight, hidden.device, keep=False), targets)
+        with torch.no_grad():
+            copy = self.host.fetch(head_weight, hidden.device, keep=False)
+        if not torch.is_grad_enabled():
+            return chunked_cross_entropy(hidden, copy, targets, self.chunk_tokens)
+        device_type = hidden.device.type
+        states = hidden.to(copy.dtype) if torch.is_autocast_enabled(device_type) else hidden
+        # Its gradient comes in float32, and autograd wants the dtype of what it is the gradient of: that is not the
+        # copy, but a tensor without memory of its own.
+        for_gradient = copy.new_empty((), dtype=head_weight.dtype).expand(copy.shape)
+        for_gradient = self.host.bind(head_weight, for_gradient)
+        with torch.autocast(device_type, enabled=False):
+            return _WithCopy.apply(states.flatten(0, 1), for_gradient, targets.flatten(), self.chunk_tokens, copy)
+
+
+class _WithCopy(ChunkedCrossEntropy):
+    """Computes with a copy of the head's weight, and gives the gradient to another tensor."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, states: Tensor, for_gradient: Tensor, targets: Tensor, chunk_tokens: int, copy: Tensor
+    ) -> Tensor:
+        return ChunkedCrossEntropy.forward(ctx, states, copy, targets, chunk_tokens)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return *ChunkedCrossEntropy.backward(ctx, d_loss), None

@@ -1,11 +1,18 @@
 """The ways to need less memory, from none to all, and what each costs."""
 
 import json
+import traceback
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nanogpt_lit.memory.techniques import MemoryConfig
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from nanogpt_lit.memory.oom import CPU_ALLOCATOR
+from nanogpt_lit.memory.techniques import FREE_OF_COST, PLACES, MemoryConfig
 
 CHUNK_TOKENS = 256
 RECOMPUTE = ("none", "selective", "full")
@@ -48,12 +55,12 @@ class Rung:
             self.state_bits == other.state_bits
             and self.batch_size == other.batch_size
             and self.memory.loss_chunk_tokens == other.memory.loss_chunk_tokens
-            and (self.memory.weights == "card") == (other.memory.weights == "card")
+            and (self.memory.weights == "device") == (other.memory.weights == "device")
         )
 
     def last_resort(self, own: "Rung") -> bool:
         """Whether it is of use only where nothing else fits: it keeps the GPU waiting."""
-        return self.memory.weights not in ("card", own.memory.weights) or self.batch_size < own.batch_size
+        return self.memory.weights not in ("device", own.memory.weights) or self.batch_size < own.batch_size
 
     def yaml(self, own: "Rung") -> list[str]:
         """The lines that turn the user's own YAML into this; none when it is the same."""
@@ -97,7 +104,7 @@ def ladder(own: Rung, block_size: int, casts_weights: bool) -> Iterator[Rung]:
 
 
 def chunk_tokens(tokens: int) -> int:
-    """Of a micro-batch of so many tokens: a chunk as large would save little."""
+    """Tokens per chunk of the loss for a micro-batch of so many: a chunk as large would save little."""
     return min(CHUNK_TOKENS, max(1, tokens // 4))
 
 
@@ -134,7 +141,7 @@ def at_least(memory: MemoryConfig, other: MemoryConfig) -> bool:
 def levels(memory: MemoryConfig) -> tuple[Any, ...]:
     """How far each kind of technique goes."""
     recompute = RECOMPUTE.index(memory.recompute)
-    weights = ("card", "host", "streamed").index(memory.weights)
+    weights = ("device", "host", "streamed").index(memory.weights)
     return (
         memory.loss_chunk_tokens is not None,
         # What is computed again keeps no copies of weights.
@@ -146,5 +153,63 @@ def levels(memory: MemoryConfig) -> tuple[Any, ...]:
     )
 
 
+def free_of_cost(memory: MemoryConfig, casts_weights: bool, tokens: int) -> dict[str, Any]:
+    """The fields that need less and cost no time, as far as they are not in force. tokens: of a micro-batch"""
+    idle = vars(memory).keys() - FREE_OF_COST | (set() if casts_weights else {"recast_weights"})
+    less = memory
+    while (found := next_technique(less, idle)) is not None:
+        less = found[1]
+    changes = {key: value for key, value in vars(less).items() if value != getattr(memory, key)}
+    return changes | ({"loss_chunk_tokens": chunk_tokens(tokens)} if "loss_chunk_tokens" in changes else {})
+
+
 def _scalar(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+# What to say of a run whose memory has ended.
+
+
+def phase_of(error: BaseException) -> str:
+    """The innermost part of a step that the error's traceback goes through."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if isinstance(frame.f_locals.get("self"), Optimizer):
+            return "the optimizer"
+        if frame.f_code is torch.autograd.backward.__code__:
+            return "backward"
+        if frame.f_code is nn.Module._call_impl.__code__:
+            return "forward"
+    return "training"
+
+
+def advice(module: Any, casts_weights: bool, phase: str, reported: str, in_force: MemoryConfig | None = None) -> str:
+    """One sentence: where memory ended, and the next technique of the ladder, with its lines for the YAML.
+
+    in_force: where the run uses techniques that its YAML does not have
+    """
+    own: MemoryConfig = module.memory_config
+    memory = in_force or own
+    ended = f"memory ended in {phase} ({reported})"
+    kept = [f"model.memory.{name}={where}" for name in PLACES if (where := getattr(memory, name)) != "device"]
+    if CPU_ALLOCATOR in reported and kept:
+        return f"host {ended}; close other programs, or set =device what can be of {', '.join(kept)}."
+    idle = useless(module, casts_weights, on_cpu=CPU_ALLOCATOR in reported or "MPS" in reported)
+    if phase == "the optimizer":
+        idle |= vars(memory).keys() - {"optimizer_state", "weights"}
+    found = next_technique(memory, idle)
+    if found is None:
+        return f"{ended}, and no technique is left; set a smaller data.block_size or model.gpt, or take a larger GPU."
+    name, less = found
+    lines = "\n".join(f"    {line}" for line in yaml_lines(less, own))
+    return f"{ended}; what needs less is {name}, with these lines in the YAML:\n\n{lines}\n"
+
+
+def useless(module: Any, casts_weights: bool, on_cpu: bool) -> set[str]:
+    """The fields of model.memory that do nothing in a run, or are refused in it."""
+    fields = set() if casts_weights else {"recast_weights"}
+    if on_cpu:  # where host memory is all there is
+        return {*fields, *PLACES}
+    if not module.optim_config.state_moves or module.device_mesh is not None:
+        return {*fields, "optimizer_state", "weights"}
+    has_others = dist.is_available() and dist.is_initialized()  # DDP exchanges gradients between GPUs
+    return {*fields, "weights"} if has_others or module.hparams["compile"] else fields

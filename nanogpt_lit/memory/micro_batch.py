@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
-from nanogpt_lit.memory.oom import oom_message
 
 Piece = tuple[Tensor, Tensor, Tensor | None]
 
@@ -20,11 +19,11 @@ class MicroBatch:
     autocast_dtype: torch.dtype | None
     """What the loop's autocast casts to; None without one."""
     value: Tensor | None = None
-    """Of the loss, without a graph."""
+    """The loss, without a graph."""
     pending: Tensor | None = None
     """The part of the loss that is still to be differentiated; it holds the activations."""
     gradients: list[Tensor | None] | None = None
-    """Of the parameters, from the other parts."""
+    """The parameters' gradients of the other parts."""
     d_loss: Tensor | None = None
     """The gradient that the loop's backward gave the loss: its loss scale over its accumulation."""
 
@@ -34,7 +33,7 @@ class MicroBatch:
         return self.autocast_dtype is not None
 
     def autocast(self) -> Any:
-        """As in the loop's forward, wherever this is called."""
+        """Autocast as in the loop's forward, wherever this is called."""
         kind, on = self.tokens.device.type, self.casts_weights
         return torch.autocast(kind, dtype=self.autocast_dtype, enabled=on, cache_enabled=False)
 
@@ -102,17 +101,3 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         ctx.call()
         return None, None
-
-
-def catch_oom(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
-    """(action's result, None), or (None, what an allocator says). Other errors pass.
-
-    The error itself ends here: its traceback holds the frames, and these the tensors, that are to be freed.
-    """
-    try:
-        return action(*arguments), None
-    except Exception as error:
-        said = oom_message(error)
-        if said is None:
-            raise
-        return None, said

@@ -1,20 +1,15 @@
-"""Out of memory: which errors say so, what to tell when a run ends of it, and a limit at which it comes in time."""
+"""Out of memory: which errors report it, and a limit at which they come in time."""
 
 import gc
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.optim import Optimizer
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.memory.ladder import next_technique, yaml_lines
-from nanogpt_lit.memory.techniques import MemoryConfig
 
 MIB = 2**20
 
@@ -27,8 +22,6 @@ WORDS = (
     f"{CPU_ALLOCATOR}: can't allocate memory",  # elsewhere
     "MPS backend out of memory",
 )
-ON_HOST = ("optimizer_state", "weights", "block_inputs")
-"""The fields of MemoryConfig that move something from the device to host memory."""
 
 
 def oom_message(error: BaseException) -> str | None:
@@ -44,6 +37,20 @@ def oom_message(error: BaseException) -> str | None:
     ):
         return ". ".join(" ".join(str(error).split()).split(". ")[:2]).removesuffix(".")
     return None
+
+
+def catch_oom(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """(action's result, None), or (None, what an allocator says). Other errors pass.
+
+    The error itself ends here: its traceback holds the frames, and these the tensors, that are to be freed.
+    """
+    try:
+        return action(*arguments), None
+    except Exception as error:
+        reported = oom_message(error)
+        if reported is None:
+            raise
+        return None, reported
 
 
 def free_unused() -> None:
@@ -80,9 +87,6 @@ def limit_device_memory(device: torch.device, budget_mib: int | None, system: st
     return lambda: torch.cuda.set_per_process_memory_fraction(before, device)
 
 
-# What a run is told that ends of it.
-
-
 @contextmanager
 def oom_explained(module: nn.Module, casts_weights: bool) -> Iterator[None]:
     """Turn an allocator's error that ends a run into one sentence and the lines of YAML that need less.
@@ -92,52 +96,9 @@ def oom_explained(module: nn.Module, casts_weights: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = oom_message(error)
-        if said is None:
+        reported = oom_message(error)
+        if reported is None:
             raise
-        raise UserError(advice(module, casts_weights, phase_of(error), said)) from error
+        from nanogpt_lit.memory.ladder import advice, phase_of  # late, for few runs come here
 
-
-def phase_of(error: BaseException) -> str:
-    """The innermost part of a step that the error's traceback goes through."""
-    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if isinstance(frame.f_locals.get("self"), Optimizer):
-            return "the optimizer"
-        if frame.f_code is torch.autograd.backward.__code__:
-            return "backward"
-        if frame.f_code is nn.Module._call_impl.__code__:
-            return "forward"
-    return "training"
-
-
-def advice(module: Any, casts_weights: bool, phase: str, said: str, in_force: MemoryConfig | None = None) -> str:
-    """One sentence: where memory ended, and the next technique of the ladder, with its lines for the YAML.
-
-    in_force: where the run uses techniques that its YAML does not have
-    """
-    own: MemoryConfig = module.memory_config
-    memory = in_force or own
-    ended = f"memory ended in {phase} ({said})"
-    kept = [f"model.memory.{name}={where}" for name in ON_HOST if (where := getattr(memory, name)) != "card"]
-    if CPU_ALLOCATOR in said and kept:
-        return f"host {ended}; close other programs, or set =card what can be of {', '.join(kept)}."
-    idle = useless(module, casts_weights, on_cpu=CPU_ALLOCATOR in said or "MPS" in said)
-    if phase == "the optimizer":
-        idle |= vars(memory).keys() - {"optimizer_state", "weights"}
-    found = next_technique(memory, idle)
-    if found is None:
-        return f"{ended}, and no technique is left; set a smaller data.block_size or model.gpt, or take a larger GPU."
-    name, less = found
-    lines = "\n".join(f"    {line}" for line in yaml_lines(less, own))
-    return f"{ended}; what needs less is {name}, with these lines in the YAML:\n\n{lines}\n"
-
-
-def useless(module: Any, casts_weights: bool, on_cpu: bool) -> set[str]:
-    """The fields of model.memory that do nothing in a run, or are refused in it."""
-    fields = set() if casts_weights else {"recast_weights"}
-    if on_cpu:  # where host memory is all there is
-        return {*fields, *ON_HOST}
-    if not module.optim_config.state_moves or module.device_mesh is not None:
-        return {*fields, "optimizer_state", "weights"}
-    has_others = dist.is_available() and dist.is_initialized()  # DDP exchanges gradients between GPUs
-    return {*fields, "weights"} if has_others or module.hparams["compile"] else fields
+        raise UserError(advice(module, casts_weights, phase_of(error), reported)) from error

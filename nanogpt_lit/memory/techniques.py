@@ -7,15 +7,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.cache import LayerCache
+from nanogpt_lit.gpt.attention import LayerCache
 from nanogpt_lit.gpt.loss import chunked_cross_entropy, cross_entropy
 from nanogpt_lit.gpt.model import GPT, Block
-from nanogpt_lit.memory.host import saved_on_host
-from nanogpt_lit.memory.host_head import HostHead
-from nanogpt_lit.memory.host_weights import HostLinear, HostWeights, keep_on_host
+
+PLACES = ("optimizer_state", "weights", "block_inputs")
+"""The fields of MemoryConfig that may move something from the device to host memory."""
+OLD_NAMES = {"card": "device"}
+"""Values of those that YAMLs and checkpoints of before may have."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,24 @@ class MemoryConfig:
     recompute_every: int = 1
     """Recompute in every k-th block only, beginning with the first."""
 
-    block_inputs: Literal["card", "host"] = "card"
-    """host: what recompute=full keeps, the input of each block, waits for backward in host memory. Same bits."""
+    block_inputs: Literal["device", "host", "card"] = "device"
+    """host: what recompute=full keeps, the input of each block, waits for backward in host memory. Same bits.
+    (card, here and below, is an older name of device.)"""
 
-    optimizer_state: Literal["card", "host"] = "card"
+    optimizer_state: Literal["device", "host", "card"] = "device"
     """host: the optimizer's moments, 8 bytes a parameter, live in host memory and visit the GPU at the step, where the
     same kernels work on them. Same bits."""
 
-    weights: Literal["card", "host", "streamed"] = "card"
+    weights: Literal["device", "host", "streamed", "card"] = "device"
     """host: the float32 weights, their gradients and the optimizer, 16 bytes a parameter, live in host memory; the GPU
     keeps the 16-bit copy of the weights that it computes with. streamed: not even that; each matrix is fetched when it
     is used. Either makes optimizer_state and recast_weights idle. Same bits but for what the CPU then rounds in
     place of the GPU: AdamW, the norm of the gradients, and the sum of those of the token embedding."""
 
     def __post_init__(self) -> None:
+        for name in PLACES:
+            place = getattr(self, name)
+            object.__setattr__(self, name, OLD_NAMES.get(place, place))
         if self.loss_chunk_tokens is not None and self.loss_chunk_tokens < 1:
             raise UserError(
                 f"model.memory.loss_chunk_tokens={self.loss_chunk_tokens} must be at least 1; 256 is a good start, "
@@ -66,27 +73,32 @@ class MemoryConfig:
                 f"model.memory.recompute_every={self.recompute_every} does nothing while recompute is none; "
                 "set model.memory.recompute to selective or full."
             )
-        if self.block_inputs not in ("card", "host"):
-            raise UserError(f"model.memory.block_inputs={self.block_inputs!r} is not known; use card or host.")
+        if self.block_inputs not in ("device", "host"):
+            raise UserError(f"model.memory.block_inputs={self.block_inputs!r} is not known; use device or host.")
         if self.block_inputs == "host" and self.recompute != "full":
             raise UserError(
                 f"model.memory.block_inputs=host does nothing while recompute is {self.recompute}, which keeps more "
                 "than the inputs of blocks; set model.memory.recompute=full."
             )
-        if self.optimizer_state not in ("card", "host"):
-            raise UserError(f"model.memory.optimizer_state={self.optimizer_state!r} is not known; use card or host.")
-        if self.weights not in ("card", "host", "streamed"):
-            raise UserError(f"model.memory.weights={self.weights!r} is not known; use card, host or streamed.")
+        if self.optimizer_state not in ("device", "host"):
+            raise UserError(f"model.memory.optimizer_state={self.optimizer_state!r} is not known; use device or host.")
+        if self.weights not in ("device", "host", "streamed"):
+            raise UserError(f"model.memory.weights={self.weights!r} is not known; use device, host or streamed.")
 
 
-def apply_techniques(gpt: GPT, memory: MemoryConfig) -> HostWeights | None:
+FREE_OF_COST = ("loss_chunk_tokens", "recast_weights")
+"""The fields of MemoryConfig that save memory and take no time."""
+
+
+def apply_techniques(gpt: GPT, memory: MemoryConfig) -> None:
     """Make gpt use them from now on. Its parameters, their names and its state_dict stay what they are.
-
-    Returns what has to know of every change to the weights, where they are in host memory.
 
     A module takes another class, as under PyTorch's fully_shard: to wrap it in another module would rename its
     parameters.
     """
+    if memory.block_inputs == "host" or memory.weights != "device":  # late, for only few runs have it
+        from nanogpt_lit.memory.host import HostInputBlock
+        from nanogpt_lit.memory.host_weights import HostHead, HostWeights, RefetchLinear, keep_on_host
     if memory.loss_chunk_tokens is not None:
         gpt.cross_entropy = partial(chunked_cross_entropy, chunk_tokens=memory.loss_chunk_tokens)
     for layer, block in enumerate(gpt.transformer.h):
@@ -95,7 +107,7 @@ def apply_techniques(gpt: GPT, memory: MemoryConfig) -> HostWeights | None:
         # What is recomputed keeps no copies of weights anyway.
         recast: list[nn.Linear] = []
         if recompute == "full":
-            block.__class__ = HostInputBlock if memory.block_inputs == "host" else RecomputedBlock
+            block.__class__ = RecomputedBlock if memory.block_inputs == "device" else HostInputBlock
         elif recompute == "selective":
             block.__class__ = SelectiveBlock
             recast = [block.attn.c_proj]
@@ -104,16 +116,14 @@ def apply_techniques(gpt: GPT, memory: MemoryConfig) -> HostWeights | None:
         if memory.weights == "streamed":
             for linear in recast:
                 linear.__class__ = RefetchLinear
-        elif memory.recast_weights and memory.weights == "card":
+        elif memory.recast_weights and memory.weights == "device":
             for linear in recast:
                 linear.__class__ = RecastLinear
-    if memory.weights == "card":
-        return None
-    host = HostWeights()
-    keep_on_host(gpt, host, keep=memory.weights == "host")
-    keep_on_host(gpt.lm_head, host, keep=False)  # it is used once a micro-batch, and large
-    gpt.cross_entropy = HostHead(host, memory.loss_chunk_tokens)
-    return host
+    if memory.weights != "device":
+        host = HostWeights()
+        keep_on_host(gpt, host, keep=memory.weights == "host")
+        keep_on_host(gpt.lm_head, host, keep=False)  # it is used once a micro-batch, and large
+        gpt.cross_entropy = HostHead(host, memory.loss_chunk_tokens)
 
 
 def change_techniques(gpt: GPT, memory: MemoryConfig) -> None:
@@ -121,7 +131,7 @@ def change_techniques(gpt: GPT, memory: MemoryConfig) -> None:
 
     Where they are in host memory, the loss alone can change.
     """
-    if isinstance(gpt.cross_entropy, HostHead):
+    if hasattr(gpt.cross_entropy, "chunk_tokens"):  # a HostHead
         gpt.cross_entropy.chunk_tokens = memory.loss_chunk_tokens
         return
     for block in gpt.transformer.h:
@@ -131,6 +141,15 @@ def change_techniques(gpt: GPT, memory: MemoryConfig) -> None:
                 part.__class__ = nn.Linear
     gpt.cross_entropy = cross_entropy
     apply_techniques(gpt, memory)
+
+
+def optimizer_class(memory: MemoryConfig) -> type[AdamW]:
+    """AdamW, or the one that keeps its state where `memory` wants it."""
+    if memory.weights == "device" and memory.optimizer_state == "device":
+        return AdamW
+    from nanogpt_lit.memory.host_optimizer import HostAdamW, HostResidentAdamW
+
+    return HostAdamW if memory.weights == "device" else HostResidentAdamW
 
 
 def recomputed(function: Callable[..., Any], *args: Tensor, with_dropout: bool = False, **shared: Any) -> Any:
@@ -151,14 +170,6 @@ class RecomputedBlock(Block):
         if not torch.is_grad_enabled():
             return super().forward(x, cache, mask)
         return recomputed(super().forward, x, with_dropout=self.attn.dropout > 0, mask=mask)
-
-
-class HostInputBlock(RecomputedBlock):
-    """Keeps not even that on the GPU."""
-
-    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
-        with saved_on_host():
-            return super().forward(x, cache, mask)
 
 
 class SelectiveBlock(Block):
@@ -193,14 +204,3 @@ class RecastLinear(nn.Linear):
         if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type)):
             return super().forward(x)
         return recomputed(super().forward, x.to(torch.get_autocast_dtype(device_type)))
-
-
-class RefetchLinear(HostLinear):
-    """Keeps its input for backward, and fetches its weight from host memory again."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return recomputed(super().forward, x)

@@ -8,7 +8,6 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.optim.muon import MuonBesideAdamW
 from nanogpt_lit.untrusted.allowlist import imported_class
 
 
@@ -125,6 +124,8 @@ def build_optimizer(
     )
     if config.matrices == "adamw":
         return optimizer
+    from nanogpt_lit.optim.muon import MuonBesideAdamW  # late, for AdamW does without
+
     return MuonBesideAdamW(
         matrices,
         optimizer,

@@ -19,7 +19,7 @@ EVERY_MINUTES = 15.0
 
 
 class Checkpoints(Observer):
-    """Saves between two steps, after all others have seen the step and its validation.
+    """Observer that saves between two steps, after all others have seen the step and its validation.
 
     folder: where they are   metrics: whose validations tell the best   times: by default every 15 minutes
     state: what is saved, where the framework does not do it itself (`Training.save`); all processes ask for it together
@@ -52,7 +52,7 @@ class Checkpoints(Observer):
         return self.folder / f"{name}{self._suffix}"
 
     def files(self) -> dict[str, Path]:
-        """Those that are there: "best", "last"."""
+        """The checkpoints that exist, by name: "best", "last"."""
         if self._saver is not None:
             self._saver.wait()
         found = {name: self.path(name) for name in ("best", "last")}
@@ -112,7 +112,7 @@ class Checkpoints(Observer):
 
 
 class SaveTimes:
-    """Asked after each step. Of several processes all ask, and get the same answer.
+    """Times at which `last` is saved besides; several processes all ask after each step, and get the same answer.
 
     every_minutes, every_steps: None for no such saves
     """
@@ -135,7 +135,7 @@ class SaveTimes:
         """None where a process is alone."""
 
     def due(self, step: int) -> bool:
-        """Of several processes all ask, and get the same answer."""
+        """Whether to save after this step."""
         if self.every_steps is not None and step % self.every_steps == 0:
             return True
         if self.every_minutes is None:

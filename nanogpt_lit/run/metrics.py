@@ -2,22 +2,21 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.runtime.clock import awake_s
-from nanogpt_lit.runtime.gpu_health import GpuHealth
+from nanogpt_lit.runtime.launch import TokensReport
 from nanogpt_lit.runtime.machine import peak_flops_of
 from nanogpt_lit.runtime.processes import mean_of_processes
-from nanogpt_lit.runtime.supervised import Position
 
 if TYPE_CHECKING:
     from nanogpt_lit.plan.peak_watch import PeakWatch
@@ -58,8 +57,9 @@ class StepMetrics(Observer):
         self._tokens_per_byte = tokens_per_byte
         self._log, self._every, self._rollbacks, self._plans = log, log_every_n_steps, rollbacks, plans
         self._window_loss: Tensor | None = None
-        self._position = Position()
+        self._report = TokensReport()
         self._peak_watch: PeakWatch | None = None
+        self._gpu_curves: Callable[[], dict[str, float]] = dict
         self._clock = clock
         self._began_s: float | None = None
         self._counting_since_s: float | None = None
@@ -86,7 +86,10 @@ class StepMetrics(Observer):
         )
         self._flops_per_token = gpt.flops_per_token(gpt.config.block_size) if isinstance(gpt, GPT) else 0
         self._peak_flops = peak_flops_of(device, settings.precision, training.processes)
-        self._gpu_health = GpuHealth(device)
+        if device.type == "cuda":
+            from nanogpt_lit.runtime.gpus import GpuHealth  # late, as is the plan: a run on a CPU has neither
+
+            self._gpu_curves = GpuHealth(device).curves
         if self._plans and device.type == "cuda" and training.processes == 1:
             # What several processes exchange and shard is in no plan.
             self._peak_watch = peak_watch_of(training)
@@ -104,8 +107,8 @@ class StepMetrics(Observer):
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
         window_loss, self._window_loss = self._window_loss, None
         self._interval_steps += 1
-        if self._position.is_read:
-            self._position.write(self.tokens)
+        if self._report.is_read:
+            self._report.write(self.tokens)
         if self._peak_watch is not None:
             self._peak_watch.end_step()
         if step % self._every == 0 or step in (1, self._max_steps):
@@ -114,10 +117,10 @@ class StepMetrics(Observer):
 
     def _log_step(self, step: int, lr: float, grad_norm: Tensor, window_loss: Tensor) -> None:
         """Waits for the device. Where there are several processes, all come here together: the loss is theirs."""
-        gpu_health = self._gpu_health.curves()  # before the wait: the GPU is still at work
+        gpu_curves = self._gpu_curves()  # before the wait: the GPU is still at work
         self.logged_loss = float(mean_of_processes(window_loss))
         values = self.curves(loss=self.logged_loss, lr=lr, grad_norm=float(grad_norm))
-        self._log(values | gpu_health, step)
+        self._log(values | gpu_curves, step)
 
     def curves(self, *, loss: float, lr: float, grad_norm: float) -> dict[str, float]:
         """The values of a step that is logged, by their tags."""
@@ -172,7 +175,7 @@ class StepMetrics(Observer):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The time of the block is none of training."""
+        """Leave the time of the block out of the speed of training."""
         self._pause()
         yield
         self._start()
@@ -206,7 +209,7 @@ def validation_curves(loss: float, tokens_per_byte: float | None = None) -> dict
 
 
 def peak_watch_of(training: Training) -> "PeakWatch":
-    """Given what the loop knows of the step that is planned."""
+    """A PeakWatch with what the loop knows of the step that it plans."""
     from nanogpt_lit.plan.peak_watch import PeakWatch  # late, for a run without a GPU plans nothing
     from nanogpt_lit.plan.step import StepShape
 
@@ -228,7 +231,7 @@ def say(line: str) -> None:
 
 
 def peaks_mib(device: torch.device) -> tuple[float, float]:
-    """Of the memory that PyTorch has allocated on a CUDA GPU, and of what it has reserved there."""
+    """Peak MiB that PyTorch has allocated on a CUDA GPU, and that it has reserved there."""
     return torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
 
 
@@ -280,8 +283,3 @@ def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
     As `eval` measures it, but that end-of-text counts here as a token like any other.
     """
     return loss / math.log(2) * tokens_per_byte
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm that clip_grad_norm_ would report, without clipping."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

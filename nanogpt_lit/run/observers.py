@@ -1,31 +1,68 @@
 """All that a run does beside training, and the order in which it is done: the same list under every loop."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.memory.elastic import ElasticLoss, start_elastic, stop_elastic
-from nanogpt_lit.run.checkpoints import Checkpoints, SaveTimes
-from nanogpt_lit.run.curves import Curves
-from nanogpt_lit.run.early_stopping import EarlyStopping
-from nanogpt_lit.run.guards import FiniteGuard
+from nanogpt_lit.run.checkpoints import EVERY_MINUTES, Checkpoints, SaveTimes
+from nanogpt_lit.run.curves import Curves, SampleConfig, Samples
+from nanogpt_lit.run.guards import EarlyStopping, FiniteGuard, SpikeGuard
 from nanogpt_lit.run.metrics import StepMetrics, say
-from nanogpt_lit.run.progress import ProgressLine
 from nanogpt_lit.run.resume import Resume, capture
-from nanogpt_lit.run.samples import SampleConfig, Samples
-from nanogpt_lit.run.spikes import SpikeGuard
 from nanogpt_lit.run.stops import Stopped, Stops
+from nanogpt_lit.run.terminal import ProgressLine, relative_to_here
 from nanogpt_lit.runtime.clock import awake_s
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run does beside training."""
+
+    resume: Literal["auto"] | None = None
+    """auto: go on with the newest run below trainer.default_root_dir, from its newest whole checkpoint; without one,
+    start. A job that SLURM has queued again does so by itself."""
+
+    init_from: str | None = None
+    """Fine-tune: begin at step 0 with the weights, the network and the tokenizer of any model that convert reads, or of
+    hf:OWNER/NAME[@REVISION]. (ckpt_path goes on with a run, its step, schedule and best.)"""
+
+    spike_factor: float | None = None
+    """When the loss of a step is above this many times the median of the 64 before, go back to the last checkpoint and
+    leave out the samples since; 2 is usual."""
+
+    early_stopping_patience: int | None = None
+    """End the run after so many validations in a row without a better loss; best is kept. 3 is usual when a model is
+    fine-tuned on a few megabytes."""
+
+    checkpoint_every_minutes: float | None = EVERY_MINUTES
+    """Save last after so many minutes without a checkpoint, whether or not the run validates."""
+
+    checkpoint_every_steps: int | None = None
+    """Save last after every so many optimizer steps, besides after each validation and at the end."""
+
+    def __post_init__(self) -> None:
+        factor, patience = self.spike_factor, self.early_stopping_patience
+        if factor is not None and not factor > 1:
+            raise UserError(f"spike_factor={factor} must be above 1; 2 goes back at twice the median of recent steps.")
+        if patience is not None and patience < 1:
+            raise UserError(f"early_stopping_patience={patience} must be at least 1 validation; 3 is usual.")
+        self.save_times()  # which check themselves
+
+    def save_times(self) -> SaveTimes:
+        return SaveTimes(self.checkpoint_every_minutes, self.checkpoint_every_steps)
+
+
 class ElasticSteps(Observer):
-    """Lets the steps of a run survive an out-of-memory (memory/elastic.py)."""
+    """Observer that lets the steps of a run survive an out-of-memory (memory/elastic.py)."""
 
     _training: Training | None = None
     _window: list[Any] | None = None
@@ -55,14 +92,16 @@ class RunObservers:
     """The observers of a run that keeps a folder, each feature once.
 
     curves: where they go, on the first process   folder: the run's, where the stop file is looked for
-    max_time_s, requeue_by: see Stops   checkpoints: their folder, None keeps none   suffix, saver, after_validations,
-    save_times: see Checkpoints   data_state: what a checkpoint keeps of the data   samples: None writes none
+    max_time_s, requeue_by: see Stops   checkpoints: their folder, None keeps none
+    suffix, saver, after_validations: see Checkpoints   data_state: what a checkpoint keeps of the data
+    samples: None writes none
     text, tokens_per_byte: see StepMetrics
     start: the checkpoint that the run goes on from, unless the loop reads it itself, as Lightning's Trainer
     """
 
     def __init__(
         self,
+        run_config: RunConfig = RunConfig(),
         *,
         curves: Curves | None = None,
         log_every_n_steps: int = 50,
@@ -73,13 +112,10 @@ class RunObservers:
         suffix: str = SUFFIX,
         saver: BestEffortSaver | None = None,
         after_validations: bool = True,
-        save_times: SaveTimes | None = None,
         data_state: Callable[[], Mapping[str, Any]] = dict,
         samples: SampleConfig | None = None,
         tokenizer: Callable[[], Any] | None = None,
-        spike_factor: float | None = None,
         shows_progress: bool = False,
-        early_stopping_patience: int | None = None,
         text: str | None = None,
         tokens_per_byte: float | None = None,
         start: RunState | None = None,
@@ -89,16 +125,16 @@ class RunObservers:
         self.checkpoints: Checkpoints | None = None
         self.samples: Samples | None = None
         self.spikes: SpikeGuard | None = None
-        if spike_factor is not None:
-            self.spikes = SpikeGuard(spike_factor, checkpoints, self.last_checkpoint)
+        if run_config.spike_factor is not None:
+            self.spikes = SpikeGuard(run_config.spike_factor, checkpoints, self.last_checkpoint)
         spikes = self.spikes
         rollbacks = None if spikes is None else lambda: spikes.rollbacks
         self.metrics = StepMetrics(
             self.curves.add, log_every_n_steps, rollbacks, text=text, tokens_per_byte=tokens_per_byte
         )
         self.early_stopping: EarlyStopping | None = None
-        if early_stopping_patience is not None:
-            self.early_stopping = EarlyStopping(early_stopping_patience, self.metrics)
+        if run_config.early_stopping_patience is not None:
+            self.early_stopping = EarlyStopping(run_config.early_stopping_patience, self.metrics)
         if samples is not None and tokenizer is not None:
             self.samples = Samples(samples, tokenizer, self.curves, self.metrics)
         if checkpoints is not None:
@@ -108,7 +144,14 @@ class RunObservers:
                 return capture(training, data_state(), self.metrics, spikes)
 
             self.checkpoints = Checkpoints(
-                checkpoints, self.metrics, state, saver, save_times, suffix, after_validations, self.stops.signalled
+                checkpoints,
+                self.metrics,
+                state,
+                saver,
+                run_config.save_times(),
+                suffix,
+                after_validations,
+                self.stops.signalled,
             )
         self._resume = None
         if start is not None:
@@ -133,7 +176,7 @@ class RunObservers:
         return [feature for feature in features if feature is not None]
 
     def restore(self, state: RunState) -> None:
-        """What was counted by earlier processes of the run."""
+        """Take over what earlier processes of the run have counted."""
         self.metrics.load_state_dict(
             {"tokens": state.tokens, "trained_s": state.trained_s, "validations": dict(state.validations)}
         )
@@ -151,7 +194,7 @@ class RunObservers:
         return None if path is None else relative_to_here(path)
 
     def stopped(self) -> Stopped | None:
-        """What to say of a run that was asked to end; None of one that has ended by itself."""
+        """The exception of a run that was asked to end; None where it has ended by itself."""
         if self.stops.reason is None:
             return None
         saved = None
@@ -163,9 +206,3 @@ class RunObservers:
 def always() -> list[Observer]:
     """The observers that every run has, also one that keeps nothing."""
     return [ElasticSteps(), FiniteGuard()]
-
-
-def relative_to_here(path: Path) -> str:
-    """The path as a user would type it: relative when it is below the current folder."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)

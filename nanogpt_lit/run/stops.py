@@ -18,9 +18,8 @@ from typing import Any, Self
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Observer, Training
-from nanogpt_lit.runtime.environment import requeue
+from nanogpt_lit.runtime.launch import requeue, resume_command
 from nanogpt_lit.runtime.processes import Agreement, rank
-from nanogpt_lit.runtime.supervised import resume_command
 
 STOP_FILE = "stop"
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "ACCELERATE_MIXED_PRECISION")
@@ -100,7 +99,7 @@ def safe_path() -> list[str]:
 
 
 class Stops(Observer):
-    """Listens while it is entered, or else from the start of a training to its end.
+    """Observer that ends a run when it is asked to. It listens while it is entered, or else during a training.
 
     A second Ctrl-C ends the process at once; what was saved stays.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Until the block ends, what refers to itself in a cycle is not freed."""
+    """Pause Python's garbage collector: what refers to itself in a cycle is freed after the block."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

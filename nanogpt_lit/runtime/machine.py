@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.gpus import peak_flops
 from nanogpt_lit.runtime.precision import PRECISIONS
 
 GPUS = ("cuda", "mps")
@@ -134,6 +133,8 @@ def peak_flops_of(device: torch.device, precision: str, processes: int) -> float
     """FLOP/s of all processes' devices at best, taken to be alike; None where runtime/gpus.py does not know."""
     if device.type != "cuda":
         return None
+    from nanogpt_lit.runtime.gpus import peak_flops  # late, for a run on a CPU needs nothing of GPUs
+
     one = peak_flops(torch.cuda.get_device_name(device), precision, torch.backends.cuda.matmul.fp32_precision == "tf32")
     return one and one * processes
 

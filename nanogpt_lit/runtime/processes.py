@@ -1,7 +1,5 @@
 """The processes that train together, if there are several."""
 
-import os
-from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -9,24 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-
-RANKS = (
-    "RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK",
-)  # fmt: skip
-"""The variables in which torchrun, Lightning, srun and mpirun tell a process which one it is."""
-
-
-def is_first(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the first of its run, before the processes know each other."""
-    return launched_processes(environ) == 1 or all(environ.get(name, "0") in ("", "0") for name in RANKS)
-
-
-SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
-def launched_processes(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of processes that a launcher has started, this one included; 1 without a launcher."""
-    return max((int(environ[name]) for name in SIZES if environ.get(name, "").isdecimal()), default=1)
 
 
 def are_several() -> bool:
@@ -43,7 +23,7 @@ def has_group() -> bool:
 
 
 def mean_of_processes(loss: Tensor) -> Tensor:
-    """All processes have to ask for it together."""
+    """Average a loss over the processes. All of them have to call it together."""
     if not are_several():
         return loss
     total = loss.clone()
@@ -52,7 +32,7 @@ def mean_of_processes(loss: Tensor) -> Tensor:
 
 
 def gathered(mine: T) -> list[T]:
-    """What each process hands in, by rank. All have to ask together."""
+    """Gather one object per process, by rank. All processes have to call it together."""
     if not are_several():
         return [mine]
     all_of_them: list[T] = [mine] * dist.get_world_size()
@@ -61,7 +41,7 @@ def gathered(mine: T) -> list[T]:
 
 
 def broadcast(mine: T) -> T:
-    """What the first process hands in. All have to ask together."""
+    """Hand the first process's object to all. All processes have to call it together."""
     if not are_several():
         return mine
     its = [mine]
@@ -70,7 +50,7 @@ def broadcast(mine: T) -> T:
 
 
 class Agreement:
-    """The largest of a number that every process hands in."""
+    """Agreement of all processes on the largest of the numbers that they hand in."""
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None

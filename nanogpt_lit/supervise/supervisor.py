@@ -17,9 +17,8 @@ from types import FrameType
 from typing import Any
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.supervised import COMMAND, ERROR, FOLDER, TOKENS
+from nanogpt_lit.runtime.launch import COMMAND, ERROR, FOLDER, KEEP_ALIVE, TOKENS
 
-KEEP_ALIVE = "--keep-alive"
 MISTAKE = 2
 """The exit code of what only the user can mend."""
 STOPPED = (130, 143, 129, 0xC000013A)
@@ -148,7 +147,7 @@ class Supervisor:
         for name in (TOKENS, ERROR):
             (folder / name).unlink(missing_ok=True)
         # A group of its own: a terminal sends Ctrl-C to a whole group, and with ours it would get each signal twice,
-        # the second of which aborts. Its standard input ends when we do (runtime/supervised.py).
+        # the second of which aborts. Its standard input ends when we do (runtime/launch.py).
         apart: dict[str, Any] = {"process_group": 0}
         if sys.platform == "win32":
             apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}

@@ -1,25 +1,121 @@
-"""One line that says where the run is and when it will be done."""
+"""What a run shows in a terminal, the same from every loop: opening lines, one line of progress, a table at the end."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from typing import TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of
+from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import Observer, Training
-from nanogpt_lit.run.metrics import StepMetrics
+from nanogpt_lit.run.metrics import StepMetrics, perplexity
 from nanogpt_lit.runtime.clock import Sleeps, awake_s
+from nanogpt_lit.runtime.machine import device_name
+from nanogpt_lit.runtime.process_settings import Deterministic, repeatability
+
+if TYPE_CHECKING:
+    from nanogpt_lit.run.observers import RunObservers
+
+
+def opening_lines(
+    *,
+    gpt: GPT,
+    precision: str,
+    processes: int,
+    device: torch.device,
+    accumulate_grad_batches: int,
+    batch_size: int,
+    run_folder: str,
+    seed: int | None,
+    deterministic: Deterministic,
+) -> str:
+    """What will run: the network, the size of a step, where it is kept, and whether it can be repeated."""
+    batches_per_step, T = accumulate_grad_batches * processes, gpt.config.block_size
+    tokens_per_step = batches_per_step * batch_size * T
+    return (
+        f"network: {gpt.parameter_count(non_embedding=False):,} parameters, {precision} on "
+        f"{processes} x {device_name(device)}\n"
+        f"step: {batches_per_step} x {batch_size} x {T} = {tokens_per_step:,} tokens\n"
+        f"run: {run_folder}, seed {seed}\n"
+        f"repeatable: {repeatability(device, processes, deterministic)}"
+    )
+
+
+def closing_table(run: "RunObservers", folder: Path, checkpoints: Mapping[str, Path] | None = None) -> str:
+    """Steps, tokens, time, losses, a sample, and where everything is.
+
+    checkpoints: in place of the run's own, what each is and its file; those that are not there are left out
+    """
+    metrics, validations = run.metrics, run.metrics.validations
+    time = str(timedelta(seconds=round(run.elapsed_s)))
+    if metrics.earlier_s:
+        time += f", {timedelta(seconds=round(metrics.trained_s))} in all pieces of the run"
+    if checkpoints is None:
+        checkpoints = run.checkpoints.files() if run.checkpoints is not None else {}
+    rows = [
+        ("steps", f"{metrics.step:,}"),
+        ("tokens", f"{metrics.tokens:,}"),
+        ("time", time),
+    ]
+    if validations.latest is not None and validations.best is not None:
+        loss = validations.latest[1]
+        rows.append(("validation loss", f"{loss:.4f}, perplexity {perplexity(loss):.2f}"))
+        best_step, best = validations.best
+        rows.append(("best", f"{best:.4f} at step {best_step:,}"))
+    if run.early_stopping is not None and run.early_stopping.has_ended:
+        rows.append(("ended early", run.early_stopping.sentence()))
+    files = {name: Path(relative_to_here(path)) for name, path in checkpoints.items() if path.exists()}
+    rows += [(f"{name} checkpoint", f"{path}{held_step(path)}") for name, path in files.items()]
+    rows.append(("curves", f"tensorboard --logdir {Path(relative_to_here(folder)).parent}"))
+    for path in list(files.values())[:1]:
+        if path.is_file() or is_sharded(path):  # of a folder of another kind no command can write
+            rows.append(("write more", f"python -m nanogpt_lit generate --ckpt {path}"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    if run.samples is not None and run.samples.latest is not None:
+        from nanogpt_lit.gpt.generate import printable  # late, as where samples are written
+
+        lines = ["", *("  | " + line for line in printable(run.samples.latest).splitlines()), "", *lines]
+    return "\n".join(lines)
+
+
+def is_sharded(folder: Path) -> bool:
+    from nanogpt_lit.checkpoint import lightning_format  # late, for most checkpoints are files
+
+    return lightning_format.is_sharded(folder)
+
+
+def held_step(checkpoint: Path) -> str:
+    """The step that a file itself names: the disk may not have taken a later one."""
+    if checkpoint.suffix != SUFFIX:
+        return ""
+    try:
+        return f" (step {step_of(checkpoint):,})"
+    except (ValueError, OSError):
+        return " (damaged)"
+
+
+def relative_to_here(path: Path) -> str:
+    """The path as a user would type it: relative when it is below the current folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+# While it goes.
 
 LINE_EVERY_S = 10.0
 BAR_EVERY_S = 0.1
 CALENDAR_S = 10 * 365.25 * 24 * 3600
-"""Beyond ten years no date is told; datetime ends at the year 9999."""
+"""Beyond ten years no date is shown; datetime ends at the year 9999."""
 
 
 class ProgressLine(Observer):
-    """Shows the progress of a run on its first process."""
+    """Observer that shows the progress of a run on its first process."""
 
     def __init__(self, metrics: StepMetrics) -> None:
         self._metrics = metrics

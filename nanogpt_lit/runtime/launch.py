@@ -1,0 +1,142 @@
+"""What started this process: a launcher of several, SLURM, or the supervisor of `fit --keep-alive`.
+
+Each is recognised by environment variables. A fit reports to its supervisor through two files in a folder that the
+environment names: its output goes to the terminal as always, and a supervisor that read it would take the progress line
+away.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+from nanogpt_lit.errors import UserError
+
+RANKS = (
+    "RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK",
+)  # fmt: skip
+"""The variables in which torchrun, Lightning, srun and mpirun tell a process which one it is."""
+SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Those in which they tell it how many there are."""
+KEEP_ALIVE = "--keep-alive"
+"""The option of fit that starts it under a supervisor."""
+FOLDER, COMMAND = "NANOGPT_LIT_SUPERVISED", "NANOGPT_LIT_KEPT_ALIVE_BY"
+"""The supervisor's variables: the folder of reports, and its own command, a list in JSON."""
+TOKENS, ERROR = "tokens", "error"
+"""The files of the folder: tokens trained on so far, and the error that ended the process."""
+
+
+def is_first(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of its run, before the processes know each other."""
+    return launched_processes(environ) == 1 or all(environ.get(name, "0") in ("", "0") for name in RANKS)
+
+
+def launched_processes(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of processes that a launcher has started, this one included; 1 without a launcher."""
+    return max((int(environ[name]) for name in SIZES if environ.get(name, "").isdecimal()), default=1)
+
+
+def whole_number(name: str, environ: Mapping[str, str], least: int = 0) -> int | None:
+    """The number that a variable holds; None where it is unset or empty. Raises UserError for anything else."""
+    text = environ.get(name, "").strip()
+    if not text:
+        return None
+    # Nothing that is counted here has more digits, and int() refuses thousands of them in its own words.
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) < least:
+        raise UserError(f"{name}={text[:40]} in the environment is not a whole number from {least} up; unset it.")
+    return int(text)
+
+
+def requeue_signal() -> int | None:
+    """What `#SBATCH --signal=USR1@120` sends to such a job; None where this is none."""
+    return getattr(signal, "SIGUSR1", None) if "SLURM_JOB_ID" in os.environ else None
+
+
+def was_requeued() -> bool:
+    return bool(whole_number("SLURM_RESTART_COUNT", os.environ))
+
+
+def requeue() -> str:
+    """Queues this job again; SLURM then ends it here. Returns what came of it."""
+    job = os.environ["SLURM_JOB_ID"]
+    if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) is not None:
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = " ".join(str(getattr(error, "stderr", None) or error).split())
+        return f"job {job} could not be queued again ({reason}); `sbatch` it with --resume auto"
+    return f"job {job} is queued again"
+
+
+def resume_command(program: Sequence[str], arguments: Sequence[str]) -> str:
+    """What to type to go on with a run, quoted for the shell. program, arguments: that it was started with
+
+    A run that is kept alive is gone on with by the command that keeps it alive.
+    """
+    if COMMAND in os.environ:
+        words = json.loads(os.environ[COMMAND])
+    else:
+        words = [*program, *without(arguments, ("--resume", "--ckpt_path")), "--resume", "auto"]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The arguments without these options and their values."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in options:
+            next(words, None)
+        elif word.partition("=")[0] not in options:
+            kept.append(word)
+    return kept
+
+
+def supervised() -> bool:
+    return FOLDER in os.environ
+
+
+def report_error(error: BaseException) -> None:
+    """Leaves the error for the supervisor; of several processes of one run, the first has the cause."""
+    with suppress(OSError), Path(os.environ[FOLDER], ERROR).open("x", encoding="utf-8", errors="replace") as file:
+        file.write(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+class TokensReport:
+    """Leaves, after every optimizer step, how far the run is. A killed process can no longer say it."""
+
+    def __init__(self) -> None:
+        self._file: FileIO | None = None
+        if supervised():
+            self._file = FileIO(Path(os.environ[FOLDER], TOKENS), "w")
+        self.is_read = self._file is not None
+        """Whether there is a supervisor to read it."""
+
+    def write(self, tokens: int) -> None:
+        """Costs microseconds: the page stays in memory, and survives the process."""
+        assert self._file is not None, "nobody reads it"
+        self._file.seek(0)
+        self._file.write(b"%20d" % tokens)
+
+
+def stop_with_supervisor() -> None:
+    """Ends this process as SIGTERM does once its supervisor is gone; otherwise two would write one run after a restart.
+
+    The supervisor holds the other end of standard input.
+    """
+
+    def wait() -> None:
+        # Not sys.stdin, whose lock a waiting thread would hold when the interpreter ends.
+        with suppress(OSError):
+            while os.read(0, 1):
+                pass
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
