@@ -36,7 +36,8 @@ from nanogpt_lit.memory import host_optimizer
 from nanogpt_lit.memory.elastic import ElasticConfig, ElasticLoss, start_elastic, stop_elastic
 from nanogpt_lit.memory.host_optimizer import HostAdamW
 from nanogpt_lit.memory.ladder import advice, at_least, levels
-from nanogpt_lit.memory.oom import catch_oom, limit_device_memory, oom_explained
+from nanogpt_lit.memory.micro_batch import catch_oom
+from nanogpt_lit.memory.oom import limit_device_memory, oom_explained
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.optim import muon
 from nanogpt_lit.run.observers import always

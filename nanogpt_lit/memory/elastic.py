@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.memory.micro_batch import MicroBatch, loss_of, share_of
-from nanogpt_lit.memory.oom import catch_oom, free_unused, limit_device_memory
+from nanogpt_lit.memory.micro_batch import MicroBatch, catch_oom, loss_of, share_of
+from nanogpt_lit.memory.oom import free_unused, limit_device_memory
 from nanogpt_lit.memory.techniques import FREE_OF_COST, MemoryConfig, change_techniques
 from nanogpt_lit.runtime.process_settings import RandomState, random_state, set_random_state
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
+from nanogpt_lit.memory.oom import oom_message
 
 Piece = tuple[Tensor, Tensor, Tensor | None]
 
@@ -101,3 +102,17 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         ctx.call()
         return None, None
+
+
+def catch_oom(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """(action's result, None), or (None, what an allocator says). Other errors pass.
+
+    The error itself ends here: its traceback holds the frames, and these the tensors, that are to be freed.
+    """
+    try:
+        return action(*arguments), None
+    except Exception as error:
+        reported = oom_message(error)
+        if reported is None:
+            raise
+        return None, reported

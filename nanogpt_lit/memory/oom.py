@@ -4,7 +4,6 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -37,20 +36,6 @@ def oom_message(error: BaseException) -> str | None:
     ):
         return ". ".join(" ".join(str(error).split()).split(". ")[:2]).removesuffix(".")
     return None
-
-
-def catch_oom(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
-    """(action's result, None), or (None, what an allocator says). Other errors pass.
-
-    The error itself ends here: its traceback holds the frames, and these the tensors, that are to be freed.
-    """
-    try:
-        return action(*arguments), None
-    except Exception as error:
-        reported = oom_message(error)
-        if reported is None:
-            raise
-        return None, reported
 
 
 def free_unused() -> None:
