@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nanogpt_lit.data.bpe import train_ranks
 from nanogpt_lit.data.encoder import Split, check_val_fraction, encode_documents
-from nanogpt_lit.data.shard_writer import ShardSeries, check_replaceable, discard, has_leftovers, publish, recover
+from nanogpt_lit.data.shard_writer import ShardSeries, check_replaceable, discard, has_leftovers, old_folder, recover
 from nanogpt_lit.data.shards import MANIFEST, MANIFEST_FORMAT, TokenShards, read_manifest
 from nanogpt_lit.data.sources import FilesSource, Source, open_source
 from nanogpt_lit.data.tokenizer import (
@@ -39,7 +39,7 @@ from nanogpt_lit.data.tokenizer_files import (
     with_special_tokens,
 )
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.durable import partial_of, write_durably
+from nanogpt_lit.runtime.durable import durable_folder
 
 SAMPLE_CHARS = 1 << 20  # text that is encoded to see how large the shards will be
 ROOM_MARGIN = 1.2  # the rest of the text may be denser, and every document has its end-of-text
@@ -164,9 +164,7 @@ def _prepare(
 ) -> None:
     tokenizer = make_tokenizer(config, source, split, show_progress)
     check_room(folder, source, tokenizer)
-    partial = partial_of(folder)
-    partial.mkdir()
-    try:
+    with durable_folder(folder, keep_as=old_folder(folder)) as partial:
         splits = _write_shards(source, split, tokenizer, partial, show_progress)
         manifest = {
             "format": MANIFEST_FORMAT,
@@ -177,13 +175,9 @@ def _prepare(
             "skipped": len(source.skipped),
             "splits": splits,
         }
-        for name, text in tokenizer.files().items():
-            write_durably(partial / name, text)
-        write_durably(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        publish(partial, folder)
-    except BaseException:
-        discard(partial)
-        raise
+        for name, text in (*tokenizer.files().items(), (MANIFEST, json.dumps(manifest, indent=1) + "\n")):
+            (partial / name).write_bytes(text.encode())  # no translation of line ends
+    discard(old_folder(folder))
 
 
 def make_tokenizer(config: PrepareConfig, source: Source, split: Split, show_progress: bool = False) -> Tokenizer:

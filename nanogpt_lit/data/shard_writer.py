@@ -1,10 +1,10 @@
 """A folder of shards is written: each split in files of SHARD_TOKENS, and the folder appears whole or not at all.
 
-FOLDER.partial is being written; FOLDER.old is the previous one between the two renames that put the new one in place.
+FOLDER.partial is being written; FOLDER.old is the previous one between the two renames that put the new one in place
+(runtime/durable.py), and what a process that was killed there left behind.
 """
 
 import hashlib
-import os
 import re
 import shutil
 from contextlib import suppress
@@ -18,7 +18,7 @@ from nanogpt_lit.data.shard_file import HEADER, HEADER_BYTES, MAGIC, VERSION, to
 from nanogpt_lit.data.shards import MANIFEST
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, TOKENIZER_RANKS
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.durable import partial_of, sync_folder
+from nanogpt_lit.runtime.durable import partial_of
 
 SHARD_TOKENS = 100_000_000
 NAMES = {MANIFEST, TOKENIZER_JSON, TOKENIZER_RANKS}
@@ -56,11 +56,9 @@ class ShardWriter:
         self.n_tokens += tokens.size
 
     def close(self) -> None:
-        """Complete the shard and bring it to the disk."""
+        """Complete the shard. Its folder is brought to the disk as a whole."""
         self.file.seek(0)
         self.file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.n_tokens, self.vocab_size))
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
 
 
@@ -148,16 +146,6 @@ def check_replaceable(folder: Path) -> None:
             f"data.shards_dir={folder} holds files that this program did not write ({(foreign or names)[0]}); "
             "name another folder, or empty this one."
         )
-
-
-def publish(partial: Path, folder: Path) -> None:
-    """Put `partial`, whose files are on the disk, in the place of `folder`."""
-    sync_folder(partial)
-    if folder.exists():
-        folder.replace(old_folder(folder))
-    partial.replace(folder)
-    sync_folder(folder.parent)
-    discard(old_folder(folder))
 
 
 def discard(folder: Path) -> None:

@@ -39,8 +39,11 @@ def durable_file(path: Path, keep_as: Path | None = None) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def durable_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write files into, which takes its name, free until then, once all of them are on the disk."""
+def durable_folder(folder: Path, keep_as: Path | None = None) -> Iterator[Path]:
+    """A folder to write files into, which takes its name once all of them are on the disk.
+
+    keep_as: the name that a folder of this name takes first; without it, the name has to be free
+    """
     partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
     partial.mkdir(parents=True)
@@ -50,6 +53,8 @@ def durable_folder(folder: Path) -> Iterator[Path]:
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
         sync_folder(partial)
+        if keep_as is not None and folder.exists():
+            folder.replace(keep_as)
         partial.replace(folder)
         sync_folder(folder.parent)
     except BaseException:
