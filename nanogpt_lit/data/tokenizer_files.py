@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nanogpt_lit.data.bpe import parse_ranks
 from nanogpt_lit.data.shards import read_manifest, ready_format
@@ -95,8 +95,11 @@ def tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
         raise UserError(f"the tokenizer's files lack {error}; prepare the data again.") from error
 
 
-def read_tokenizer_files(folder: Path) -> dict[str, str]:
-    """The tokenizer files in a folder of prepared shards. Raises UserError without a tokenizer.json there."""
+def read_tokenizer_files(folder: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The tokenizer files in a folder of prepared shards, compared with its manifest where one is given.
+
+    Raises UserError without a tokenizer.json there, and for other files than those of the manifest.
+    """
     try:
         files = {TOKENIZER_JSON: _read_exactly(file_inside(folder, TOKENIZER_JSON))}
         ranks = file_inside(folder, TOKENIZER_RANKS)
@@ -104,6 +107,8 @@ def read_tokenizer_files(folder: Path) -> dict[str, str]:
             files[TOKENIZER_RANKS] = _read_exactly(ranks)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder} holds no readable {TOKENIZER_JSON}: {error}.") from error
+    if manifest is not None and files_sha256(files) != manifest.get("tokenizer", {}).get("sha256"):
+        raise UserError(f"the tokenizer in {folder} is not the one its shards were made with; prepare the data again.")
     return files
 
 
@@ -190,10 +195,7 @@ def tokenizer_of_shards(folder: Path, named: str) -> Tokenizer:
     Raises UserError where the two contradict each other, or the folder's files do.
     """
     if ready_format(folder) not in ("nanogpt", "llm.c"):
-        files = read_tokenizer_files(folder)
-        if files_sha256(files) != read_manifest(folder).get("tokenizer", {}).get("sha256"):
-            raise UserError(f"the tokenizer in {folder} is not the one its shards were made with; prepare again.")
-        return tokenizer_from_files(files)
+        return tokenizer_from_files(read_tokenizer_files(folder, read_manifest(folder)))
     kind, argument = parse_tokenizer(named)
     if (characters := characters_of(folder)) is not None:
         if kind in ("char", "gpt2"):  # the default too
