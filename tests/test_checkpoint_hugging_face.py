@@ -162,6 +162,7 @@ def test_generation_begins_and_ends_as_here_and_the_card_says_what_the_model_is(
     save_run(source, replace(load_run(source), step=1500, validations={"latest": (1500, 2.0), "best": (1400, 1.5)}))
     (tmp_path / "run/config.yaml").write_text("init_from: hf:a/b@c\ndata: {source: my_texts, val_fraction: 0.1}\n")
     convert(source, tmp_path / "hf", to="hf")
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1  # who may read one, may read all
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert model.generation_config.eos_token_id == model.generation_config.bos_token_id == 256
     card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")

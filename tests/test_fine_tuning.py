@@ -20,8 +20,11 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.cli.fine_tuning import option_of
+from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.data.tokenizer import CharTokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_file
+from nanogpt_lit.loops import reference
+from nanogpt_lit.loops.trainer_section import loop_settings
 
 WIDE = ["--model.gpt.n_embd=16", "--model.gpt.vocab_size=301"]
 SHAPE = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}
@@ -84,6 +87,19 @@ def test_both_loops_end_with_the_same_bits_and_a_resume_goes_on_with_the_run_and
         assert not different(
             tmp_path / name / "checkpoints/last.safetensors", tmp_path / "version_1/checkpoints/last.safetensors"
         )
+
+
+def test_the_plain_loop_ends_with_the_same_weights(text, tmp_path, start):
+    options = own_run(text, tmp_path, f"--init_from={start}")
+    assert fit(*options) == 0
+    cli = SettingsCLI(options)
+    cli.complete_settings()
+    module, data = cli.build()
+    data.setup()
+    settings = loop_settings(vars(cli.settings.trainer), val_batches=len(data.val_dataloader()), seed=cli.seed)
+    reference.train(module, data.train_dataloader(), data.val_dataloader(), settings)
+    last = load_run(tmp_path / "version_0/checkpoints/last.safetensors")
+    assert all(torch.equal(tensor, last.weights[name]) for name, tensor in module.state_dict().items())
 
 
 def test_it_begins_from_a_folder_of_hugging_face_too(text, tmp_path):

@@ -198,6 +198,8 @@ def write(folder: Path, state: RunState, source: Path) -> list[str]:
         ):
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (partial / CARD).write_text(model_card(state, tokenizer, source), encoding="utf-8")
+        # safetensors makes a file that nobody else may read, whatever the umask says.
+        (partial / WEIGHTS[0]).chmod((partial / CARD).stat().st_mode)
     return notes
 
 
