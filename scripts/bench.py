@@ -49,6 +49,7 @@ class Shape:
 SIZES = {
     "1M": Shape(1, 4, 256, 257),  # where a loop's own cost shows most
     "10M": Shape(6, 6, 384, 257),
+    "10M, long": Shape(6, 6, 384, 257, 1024, 1),
     "30M": Shape(6, 6, 384, 50304),
     "124M": Shape(12, 12, 768, 50304),
 }

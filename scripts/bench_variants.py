@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from nanogpt_lit.module import LitNanoGPT
 
 FOR_EVER = 10**6
-OURS = {"chunk": 512, "optimizer": "fused", "compile": False, "recast": False, "heap": True, "onednn": True}
+OURS = {
+    "chunk": 512, "optimizer": "fused", "compile": False, "recast": False, "heap": True, "onednn": True, "apart": False,
+}  # fmt: skip
 """What the option names below change."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "loss at once": {"chunk": None},
@@ -42,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "heap as it comes": {"heap": False},
     "products by MKL": {"onednn": False},
     "recast": {"recast": True},
+    "documents apart": {"apart": True},
 }
 OTHERS = ("nanogpt", "nanogpt compiled", "lightning", "plain", "transformers", "transformers trainer", "matmul")
 MATMUL_SIDE = 2048
@@ -125,7 +129,7 @@ def build(config: GPTConfig, options: dict[str, Any]) -> "LitNanoGPT":
     if not options["onednn"]:
         process_settings.onednn_is_exact = lambda: False  # type: ignore[assignment]
     return LitNanoGPT(
-        config,
+        replace(config, document_start=0) if options["apart"] else config,  # the price is the same for any id
         AdamWConfig(implementation=options["optimizer"]),
         ScheduleConfig(warmup_steps=10, total_steps=FOR_EVER),
         compile=options["compile"],
