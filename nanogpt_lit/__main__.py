@@ -43,7 +43,7 @@ OTHER_NAMES = {
     "train": "fit", "finetune": "fit", "resume": "fit", "evaluate": "eval",
     "sample": "generate", "export": "convert", "tokenize": "prepare", "memory": "plan", "check": "doctor",
 }  # fmt: skip
-"""What other programs call them."""
+"""Names that other programs give them."""
 
 HELP = "\n".join(
     [
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def unknown(word: str) -> str:
-    """What to say of a command that there is not."""
+    """Say that there is no such command, and which may be meant."""
     if meant := OTHER_NAMES.get(word.lower()) or next(iter(get_close_matches(word, COMMANDS, n=1)), None):
         return f"there is no command {word!r}; did you mean {meant}? There are {', '.join(COMMANDS)}."
     return f"there is no command {word!r}; there are {', '.join(COMMANDS)}."

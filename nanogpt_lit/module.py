@@ -65,7 +65,7 @@ class LitNanoGPT(LightningModule):
         apply_techniques(self.gpt, memory)
         self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
         self.fallback: dict[str, Any] = {}
-        """What a run came to need when its memory ended; see elastic.py."""
+        """The fallbacks that a run came to need when its memory ended; see memory/elastic.py."""
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, a scalar in float32. tokens, targets: (B, T) int64.

@@ -21,13 +21,13 @@ from nanogpt_lit.runtime.durable import write_durably
 
 POSITIONS = "transformer.wpe.weight"
 ONES_OWN = ("dropout", "block_size", "document_start")
-"""What a fine-tuned network need not have in common with the one it begins from."""
+"""Fields that a fine-tuned network need not have in common with the one it begins from."""
 
 
 @dataclass(frozen=True)
 class Beginning:
     source: str
-    """With its revision, where it is a model of the hub."""
+    """The path or name, with its revision where it is a model of the hub."""
     what: str
     stored: StoredNetwork
     known: int
@@ -60,7 +60,7 @@ class Beginning:
         settings.data.tokenizer = option_of(self.tokenizer, Path(settings.trainer.default_root_dir))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises UserError where the shards were made with another one than the model."""
+        """Check the shards' tokenizer. Raises UserError where they were made with another one than the model."""
         if tokenizer.sha256 != self.tokenizer.sha256:
             raise UserError(
                 f"init_from={self.source} was trained with another tokenizer than this text has ({tokenizer.name}); a "
@@ -89,7 +89,7 @@ class Beginning:
 
 
 def option_of(tokenizer: Tokenizer, folder: Path) -> str:
-    """What data.tokenizer calls it; one of byte pairs is written into the folder, in a file of that name."""
+    """The value of data.tokenizer for it; one of byte pairs is written into the folder, in a file of that name."""
     if tokenizer.kind != "bpe":
         return tokenizer.kind
     assert isinstance(tokenizer, BytePairTokenizer)

@@ -61,7 +61,7 @@ class Parser(LightningArgumentParser):
     _is_parsing = False
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
-        """Raises UserError for settings that name a place they may not."""
+        """Parse and check settings. Raises UserError for those that name a place they may not."""
         if Parser._is_parsing:  # the parser of a command, called by that of all commands, which knows whom to trust
             return super().parse_args(args, *more, **options)
         trusted, args = split_trusted(sys.argv[1:] if args is None else args)
@@ -80,7 +80,7 @@ class Parser(LightningArgumentParser):
         return config
 
     def instantiate(self, *arguments: Any, **options: Any) -> Namespace:
-        """Raises UserError for a class of the configuration that cannot be made of what the configuration gives it."""
+        """Build the classes. Raises UserError for one that cannot be made of what the configuration gives it."""
         try:
             return super().instantiate(*arguments, **options)
         except (ValueError, ImportError, MisconfigurationException) as error:
@@ -114,7 +114,7 @@ class Parser(LightningArgumentParser):
 
 
 def sentence(message: str, options: list[str]) -> str:
-    """What jsonargparse says in many lines. options: those that there are"""
+    """Say in one sentence what jsonargparse says in many lines. options: those that there are"""
     message = " ".join(message.split())
     keys, _, denied = message.partition("Importing '")
     if denied:
@@ -158,7 +158,7 @@ def installable(reason: str) -> str:
 
 
 def accepted(reasons: str) -> list[str]:
-    """What jsonargparse names as accepted: the values themselves where it lists them, else the kinds of values."""
+    """List what jsonargparse names as accepted: the values where it lists them, else the kinds of values."""
     reasons = reasons.partition("Subtypes:")[2].partition(" Errors:")[0] or reasons  # else each would be named twice
     found = []
     for literal, kind in re.findall(r"Literal\[([^\]]*)\]|<class '([\w.]+)'>", reasons):

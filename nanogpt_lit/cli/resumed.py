@@ -22,7 +22,7 @@ class Resumed(Newest):
     """The checkpoint that a run goes on from by itself."""
 
     def check_not_ended(self, patience: int | None, text: str) -> None:
-        """Raises NothingToDo where the run has ended early. text: what identifies its text"""
+        """Check that the run has not ended early, or raise NothingToDo. text: what identifies its text"""
         if patience is None or self.path.suffix != SUFFIX or launched_processes() > 1:
             return
         validations = validations_of(self.path)
@@ -57,7 +57,7 @@ def resumable(trainer: Namespace) -> str | None:
 
 
 def check_resumable(settings: Namespace) -> str:
-    """As resumable. Raises UserError where resume=auto has nothing to look for, or cannot find it by itself."""
+    """Return `resumable`. Raises UserError where resume=auto has nothing to look for, or cannot find it by itself."""
     if settings.get("ckpt_path") is not None:
         raise UserError(
             f"resume=auto looks for a checkpoint and ckpt_path={settings.ckpt_path} names one; leave one out."

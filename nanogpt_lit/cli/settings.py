@@ -210,7 +210,7 @@ class SettingsCLI(LightningCLI):
         check_together(settings)
 
     def features(self, data: TokenDataModule) -> dict[str, Any]:
-        """What the settings say of a run's observers (run/observers.py), whichever loop drives it.
+        """Arguments of a run's observers (run/observers.py), whichever loop drives it.
 
         Raises UserError for a sample that cannot be written.
         """
@@ -306,7 +306,7 @@ class SettingsCLI(LightningCLI):
         return TokenDataModule(**settings.data)
 
     def described(self) -> "Described":
-        """What the settings say of a run. Raises UserError where a tokenizer that is made from text is not made yet."""
+        """Describe a run by its settings. Raises UserError where a tokenizer that is made from text is not made yet."""
         from nanogpt_lit.checkpoint.network import Described, chosen_tokenizer  # convert alone asks for it
 
         settings = self.settings

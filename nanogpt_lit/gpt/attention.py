@@ -150,7 +150,7 @@ class Rotary(nn.Module):
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the tokens of sequences stand in their documents, and which tokens each may attend to."""
+    """Places of the tokens of sequences in their documents, and the tokens that each may attend to."""
 
     positions: Tensor
     """(B, T) int64: 0 for the first token of a document, and for the first of a sequence."""

@@ -148,7 +148,7 @@ def sample(
 def candidates(
     logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What may be drawn from logits (B, V): weights (B, K), summing to at most 1, and the ids (B, K) they belong to."""
+    """Candidates to draw from logits (B, V): weights (B, K), summing to at most 1, and the ids (B, K) of each."""
     V = logits.size(-1)
     if top_p == 1.0:
         top_p = None  # all of it; a rounded sum that reaches 1 early would cut the tail

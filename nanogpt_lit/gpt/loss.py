@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 """A target with this value is not predicted and not counted; it is the default of PyTorch and Hugging Face."""
 
 FLOAT16_SCALE = 256.0
-"""What gradients of logits are multiplied by before they are rounded to float16.
+"""Factor of the gradients of logits before they are rounded to float16.
 
 They lie in [-1, 1] and most are probabilities of wrong tokens, about 1 / V = 2e-5 at first and less later. float16 gets
 coarse below 6e-5 and ends at 6e-8 and 65504. Times 256, all from 2e-10 on are kept, and the gradient of a state,

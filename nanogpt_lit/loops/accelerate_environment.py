@@ -1,4 +1,4 @@
-"""What `accelerate launch`, torchrun and mpirun ask for, held against the YAML.
+"""Checks of what `accelerate launch`, torchrun and mpirun ask for against the YAML.
 
 They speak through environment variables, some of which win over the arguments of Accelerator and some of which lose,
 without a word either way. Here a contradiction is an error that names both sides.
@@ -14,7 +14,7 @@ NO_OTHER_ENGINE = (
     "this loop runs one device or DDP; run `accelerate config` again for distributed_type: NO or MULTI_GPU"
 )
 HEARD = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"}
-"""Besides those that are held against the YAML; the last two change no number."""
+"""Variables that are heard besides those that are held against the YAML; the last two change no number."""
 PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables of torchrun and of three kinds of mpirun."""
 YES = ("1", "true", "yes", "on", "y", "t")
@@ -23,7 +23,7 @@ YES = ("1", "true", "yes", "on", "y", "t")
 def check_environment(
     precision: str, accumulate_grad_batches: int, device: str, environ: Mapping[str, str]
 ) -> str | None:
-    """Raises UserError where the environment contradicts the YAML; a sentence where it yields to it.
+    """Check the environment against the YAML: UserError where they contradict, a sentence where it yields.
 
     precision: of the YAML, before any fallback   device: that will be used
     """

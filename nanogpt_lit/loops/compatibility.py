@@ -24,10 +24,10 @@ class Clash:
     class's name, trainer.accelerator the device that it comes to, trainer.devices the number of processes."""
     why: str
     works: str
-    """What to set instead."""
+    """Settings that work instead."""
 
     def holds(self, settings: Mapping[str, Any]) -> bool:
-        """Whether the settings clash. One that is not among them clashes with nothing."""
+        """Tell whether the settings clash. One that is not among them clashes with nothing."""
         return all(
             key in settings and (values(settings[key]) if callable(values) else settings[key] in values)
             for key, values in self.when.items()
@@ -132,7 +132,7 @@ CLASHES = (
 
 
 def check_together(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for the first clash among the settings, which are named as in the YAML: `model.compile`."""
+    """Check settings, named as in the YAML: `model.compile`. Raises UserError for the first clash among them."""
     for clash in CLASHES:
         if clash.holds(settings):
             raise UserError(clash.sentence(settings))
@@ -167,7 +167,7 @@ LOGGER_PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogge
 
 
 def check_loggers(trainer: Mapping[str, Any]) -> None:
-    """Raises UserError for a logger whose package is not there; it would say so once the data is made."""
+    """Check that loggers' packages are there, or raise UserError; they would say so once the data is made."""
     for logger in trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]:
         name = str(logger.get("class_path")).rpartition(".")[2] if hasattr(logger, "get") else ""
         package = LOGGER_PACKAGES.get(name)

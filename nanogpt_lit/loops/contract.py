@@ -47,7 +47,7 @@ class LoopSettings:
     limit_val_batches: int | None = None
     """Validation batches to read; None reads all."""
     seed: int | None = None
-    """Of dropout; None goes on with the random state as it is."""
+    """Seed of dropout; None goes on with the random state as it is."""
     deterministic: Deterministic = None
     """Whether a GPU, which otherwise adds up in no fixed order, repeats the run to the bit."""
 
@@ -74,10 +74,10 @@ class Training:
     optimizer: Optimizer
     schedule: LRScheduler
     scaler: GradScaler | None
-    """None unless gradients are scaled."""
+    """The scaler of gradients; None unless they are scaled."""
     settings: LoopSettings
     device: torch.device
-    """Where the module computes."""
+    """The device that the module computes on."""
     rank: int = 0
     processes: int = 1
     step: int = 0
@@ -87,7 +87,7 @@ class Training:
     is_stopped: bool = False
     """Whether an observer has asked for the end."""
     random: RandomState | None = None
-    """Where dropout goes on from; None begins at the seed."""
+    """The state that dropout goes on from; None begins at the seed."""
     save: Callable[[Path], None] | None = None
     """Writes a checkpoint, where the framework has to do it; None where this object holds all that there is to save."""
     zeroes_after_forward: bool = False
@@ -221,7 +221,7 @@ def clipping_order(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes. Its parameters may be elsewhere: see model.memory.weights."""
+    """The device that a module computes on. Its parameters may be elsewhere: see model.memory.weights."""
     device = getattr(module, "device", None)  # a LightningModule's own, which follows module.to()
     return device if isinstance(device, torch.device) else next(module.parameters()).device
 

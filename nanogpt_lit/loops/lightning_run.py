@@ -174,7 +174,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def checkpoints_folder(trainer: Trainer) -> Path:
-    """Where a ModelCheckpoint without a folder of its own keeps them. Every process has to ask."""
+    """The folder of a ModelCheckpoint without one of its own. Every process has to ask."""
     folder = Path(trainer.default_root_dir)
     if trainer.loggers:
         logger = trainer.loggers[0]
@@ -247,7 +247,7 @@ def check_trigger(callback: ModelCheckpoint, accumulate_grad_batches: int) -> No
 
 
 def requeue_signal(trainer: Trainer) -> int | None:
-    """What SLURM sends before it stops the job; None outside of it."""
+    """The signal that SLURM sends before it stops the job; None outside of it."""
     environment = trainer._accelerator_connector.cluster_environment  # in no public place
     return (
         environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
@@ -258,7 +258,7 @@ def requeue_signal(trainer: Trainer) -> int | None:
 
 
 class LoggerCurves(Curves):
-    """Into every logger of the Trainer."""
+    """Curves that go to every logger of the Trainer."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer

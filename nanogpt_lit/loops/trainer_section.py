@@ -71,7 +71,7 @@ def writes_run_files(trainer: Namespace) -> bool:
 
 
 def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """What compatibility.py asks of the trainer section. device: "cuda", "mps" or "cpu"
+    """Collect what compatibility.py asks of the trainer section. device: "cuda", "mps" or "cpu"
 
     Raises UserError for a short name that is not known, and for a package that is missing.
     """
@@ -204,7 +204,7 @@ def loop_settings(trainer: Mapping[str, Any], val_batches: int, seed: int | None
 
 
 def text_samples(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """What the YAML says of the text samples: prompt, tokens, temperature, seed."""
+    """Settings of the text samples in the YAML: prompt, tokens, temperature, seed."""
     of_samples = (c for c in trainer["callbacks"] or [] if c["class_path"].endswith(TEXT_SAMPLES))
     return {key: value for c in of_samples for key, value in vars(c["init_args"]).items()}
 

@@ -35,7 +35,7 @@ from nanogpt_lit.memory.techniques import FREE_OF_COST, MemoryConfig, change_tec
 from nanogpt_lit.runtime.process_settings import RandomState, random_state, set_random_state
 
 SEQUENCES = ("sequences", "validation_sequences")
-"""What module.fallback calls the number of sequences at a time, with gradients and without."""
+"""Keys of module.fallback for the number of sequences at a time, with gradients and without."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class ElasticLoss:
         return copy.deepcopy(self.loss, memo)
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Raises UserError when one sequence at a time does not fit."""
+        """Compute the loss. Raises UserError when one sequence at a time does not fit."""
         if not self._is_on:
             return self.loss(tokens, targets)
         kind = tokens.device.type
@@ -245,7 +245,7 @@ class ElasticLoss:
         self._module.fallback = {**self._module.fallback, **changes}
 
     def _sequences(self, phase: str) -> int | None:
-        """At a time; None: all of a micro-batch."""
+        """The number of sequences at a time; None: all of a micro-batch."""
         return self._module.fallback.get(_key(phase))
 
 

@@ -71,7 +71,7 @@ def page_lock(tensor: Tensor, device: torch.device) -> None:
 
 
 CUDA_ERROR_MEMORY_ALLOCATION = 2
-"""Of cudaHostRegister: the system locks no more. Other errors are of one tensor, such as a page that two share."""
+"""Error of cudaHostRegister: the system locks no more. Others are of one tensor, as of a page that two share."""
 page_lock_notes: list[Callable[[Tensor], None]] = []
 """Callbacks of memory traces, which count what a GPU would have page-locked."""
 _refusals: list[str] = []
@@ -127,7 +127,7 @@ HELD = 2
 
 @cache
 def lanes(device: torch.device) -> tuple[Lane, Lane]:
-    """What arrives on the device, and what leaves it: a bus carries both at once."""
+    """The lanes of what arrives on the device, and of what leaves it: a bus carries both at once."""
     return Lane(device), Lane(device)
 
 

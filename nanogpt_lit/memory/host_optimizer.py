@@ -218,7 +218,7 @@ class HostAdamW(AdamW):
 
 
 class HostResidentAdamW(HostAdamW):
-    """The same for parameters and gradients that are in host memory themselves: nothing travels.
+    """HostAdamW for parameters and gradients that are in host memory themselves: nothing travels.
 
     Not torch.optim.AdamW, whose state Lightning would move to the GPU when it loads a checkpoint.
     """

@@ -27,7 +27,7 @@ from nanogpt_lit.memory.techniques import recomputed
 class _Copy:
     tensor: Tensor
     version: int
-    """Of the weight that it was made of."""
+    """The version of the weight that it was made of."""
     arrived: Mark = field(default_factory=Mark)
     """When this copy, or the latest one made of it, is on the GPU."""
 

@@ -16,7 +16,7 @@ from nanogpt_lit.memory.techniques import FREE_OF_COST, PLACES, MemoryConfig
 
 CHUNK_TOKENS = 256
 RECOMPUTE = ("none", "selective", "full")
-"""From weak to strong."""
+"""Kinds of recomputation, from weak to strong."""
 
 # Each adds to those before it: what it does, and the fields of MemoryConfig that do it.
 TECHNIQUES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -49,7 +49,7 @@ class Rung:
         return replace(self, name="") == replace(other, name="")
 
     def same_bits(self, other: "Rung") -> bool:
-        """Whether both train to the same bits. All is exact but the order in which the loss is summed, and the
+        """Tell whether both train to the same bits. All is exact but the order in which the loss is summed, and the
         arithmetic of the CPU where the weights live with it."""
         return (
             self.state_bits == other.state_bits
@@ -72,7 +72,7 @@ class Rung:
 
 
 def ladder(own: Rung, block_size: int, casts_weights: bool) -> Iterator[Rung]:
-    """From the plain step upwards; the user's own setting is among them.
+    """Yield the rungs from the plain step upwards; the user's own setting is among them.
 
     casts_weights: whether autocast copies the weights to 16 bits
     """
@@ -134,12 +134,12 @@ def next_technique(memory: MemoryConfig, idle: Collection[str] = ()) -> tuple[st
 
 
 def at_least(memory: MemoryConfig, other: MemoryConfig) -> bool:
-    """Whether memory has every technique of other, or a stronger one of its kind."""
+    """Tell whether memory has every technique of other, or a stronger one of its kind."""
     return all(a >= b for a, b in zip(levels(memory), levels(other), strict=True))
 
 
 def levels(memory: MemoryConfig) -> tuple[Any, ...]:
-    """How far each kind of technique goes."""
+    """Rank how far each kind of technique goes."""
     recompute = RECOMPUTE.index(memory.recompute)
     weights = ("device", "host", "streamed").index(memory.weights)
     return (

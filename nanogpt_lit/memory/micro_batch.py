@@ -18,7 +18,7 @@ class MicroBatch:
     tokens: Tensor  # (B, T)
     targets: Tensor  # (B, T)
     autocast_dtype: torch.dtype | None
-    """What the loop's autocast casts to; None without one."""
+    """The dtype that the loop's autocast casts to; None without one."""
     value: Tensor | None = None
     """The loss, without a graph."""
     pending: Tensor | None = None
@@ -62,7 +62,7 @@ class MicroBatch:
 
 
 def share_of(loss: Tensor, share: Tensor | None) -> Tensor:
-    """What a piece adds to the mean; nothing when all its targets are ignored, and its own mean is NaN."""
+    """Weigh a piece's loss in the mean: nothing when all its targets are ignored, and its own mean is NaN."""
     return loss if share is None else torch.where(share == 0, 0.0, loss * share)
 
 

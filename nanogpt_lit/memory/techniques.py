@@ -1,4 +1,4 @@
-"""What makes training cost less memory: each technique is a field of MemoryConfig, `model.memory` in the YAML."""
+"""Techniques that make training cost less memory, each a field of MemoryConfig, `model.memory` in the YAML."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -95,7 +95,7 @@ def param_groups(
 
 
 def block_matrices(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
-    """What Muon is for: matrices between hidden states. Embeddings and the head are not, their rows are tokens."""
+    """Matrices between hidden states, which Muon is for. Embeddings and the head are not: their rows are tokens."""
     return [p for name, p in named_parameters if ".h." in name and name.endswith("weight") and ".ln_" not in name]
 
 

@@ -43,7 +43,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def _has_bfloat16(matrices: Tensor) -> bool:
-    """Whether they lie on a GPU that computes with it."""
+    """Tell whether they lie on a GPU that computes with bfloat16."""
     if hasattr(matrices, "fake_device"):  # in a memory trace, whose GPU is "cpu" (memory/host.py) and one since Ampere
         return matrices.device.type == "cpu"
     return matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -123,7 +123,7 @@ class SaveTimes:
         every_steps: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises UserError for one that is not above zero."""
+        """Set the times. Raises UserError for one that is not above zero."""
         for name, every in (("minutes", every_minutes), ("steps", every_steps)):
             if every is not None and not every > 0:
                 raise UserError(f"checkpoint_every_{name}={every} must be above 0; null leaves it out.")
@@ -132,10 +132,10 @@ class SaveTimes:
         self._clock = clock
         self._saved_s = clock()
         self.agreement: Agreement | None = Agreement()
-        """None where a process is alone."""
+        """The processes' agreement; None where a process is alone."""
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step."""
+        """Decide whether to save after this step."""
         if self.every_steps is not None and step % self.every_steps == 0:
             return True
         if self.every_minutes is None:

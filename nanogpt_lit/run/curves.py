@@ -1,4 +1,4 @@
-"""Where the curves and texts of a run go: TensorBoard, on a disk that may be full.
+"""The curves and texts of a run, written for TensorBoard on a disk that may be full.
 
 Training is worth more than some points of them.
 """
@@ -27,10 +27,10 @@ class Curves:
         """Points of curves, by their tags."""
 
     def add_text(self, tag: str, text: str, step: int) -> None:
-        """Into the TEXT tab."""
+        """Show a text in the TEXT tab."""
 
     def flush(self) -> None:
-        """To the disk: before a checkpoint, or the curves of a run that is killed would end before it."""
+        """Write all to the disk: before a checkpoint, or the curves of a run that is killed would end before it."""
 
     def close(self) -> None: ...
 
@@ -56,7 +56,7 @@ class TensorBoardCurves(Curves):
 
 
 def code_block(text: str) -> str:
-    """For TensorBoard's TEXT tab, which reads Markdown: it then leaves line breaks and signs alone."""
+    """Indent a text for TensorBoard's TEXT tab, whose Markdown then leaves line breaks and signs alone."""
     return "\n".join("    " + line for line in text.splitlines())
 
 
@@ -139,13 +139,13 @@ def tell(line: str) -> None:
 @dataclass(frozen=True)
 class SampleConfig:
     prompt: str = ""
-    """What the text begins with; empty begins a new document."""
+    """The beginning of the text; empty begins a new document."""
     tokens: int = 300
-    """How many tokens to write."""
+    """Number of tokens to write."""
     temperature: float = 0.8
     """0 writes the likeliest token each time; higher is bolder."""
     seed: int = 1337
-    """The same each time, so that samples of different steps can be compared."""
+    """Seed, the same each time, so that samples of different steps can be compared."""
 
     def __post_init__(self) -> None:
         for name, value, least in (

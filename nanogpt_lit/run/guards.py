@@ -73,7 +73,7 @@ class FiniteGuard(Observer):
 
 
 def give_up(sentence: str, checkpoint: str | None) -> NoReturn:
-    """Raises NotFinite, naming the checkpoint to go on from."""
+    """Raise NotFinite, naming the checkpoint to go on from."""
     kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was saved before."
     raise NotFinite(f"{sentence} {kept}")
 
@@ -94,7 +94,7 @@ class SpikeGuard(Observer):
     ) -> None:
         self.factor = factor
         self.rollbacks = 0
-        """How often the run went back, over all its processes."""
+        """Number of times that the run went back, over all its processes."""
         self._folder, self._last_checkpoint = folder, last_checkpoint
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._window: Tensor | None = None

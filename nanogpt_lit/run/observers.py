@@ -1,4 +1,4 @@
-"""All that a run does beside training, and the order in which it is done: the same list under every loop."""
+"""Everything that a run does beside training, in its order: the same list under every loop."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,7 +185,7 @@ class RunObservers:
 
     @property
     def elapsed_s(self) -> float:
-        """Of this process of the run, without what the machine slept."""
+        """Seconds of this process of the run, without what the machine slept."""
         return awake_s() - self._started_s
 
     def last_checkpoint(self) -> str | None:

@@ -94,7 +94,7 @@ def restore(training: Training, state: RunState) -> None:
 
 
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay", "momentum")
-"""What an optimizer keeps beside its state, and the user may have set anew."""
+"""Settings that an optimizer keeps beside its state, and that the user may have set anew."""
 
 
 def chosen_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ def choose_again(optimizer: Optimizer, schedule: LRScheduler, chosen: list[dict[
 
 
 def check_network(module: nn.Module, state: RunState) -> None:
-    """Raises UserError when the checkpoint holds another network, in the words of a LightningModule's own hook."""
+    """Check the network by a LightningModule's own hook. Raises UserError when the checkpoint holds another."""
     if hasattr(module, "on_load_checkpoint"):
         module.on_load_checkpoint({"hyper_parameters": state.hyper_parameters})  # type: ignore[operator]
 
@@ -185,7 +185,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def rate_change(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> str | None:
-    """What another trainer.max_steps does to the learning rate from `step` on; None where it is the same."""
+    """Describe what another trainer.max_steps does to the learning rate from `step` on; None where it is the same."""
     try:
         (was, old_steps), (rate, steps) = (planned_rate(settings, step) for settings in (before, now))
         end = planned_rate(now, steps - 1)[0]
@@ -226,7 +226,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def meaning(value: Any) -> Any:
-    """What the value means: a null key of a callback is as good as one left out, an old name as the new one."""
+    """Normalise a value: a null key of a callback is as good as one left out, an old name as the new one."""
     if isinstance(value, Mapping):
         return {key: meaning(its) for key, its in value.items() if its is not None}
     if isinstance(value, list):

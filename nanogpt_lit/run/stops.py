@@ -31,7 +31,7 @@ SAME_KEYSTROKE_S = 1.0
 
 
 class Reason(Enum):
-    """What a run is asked to stop by: its name, and the exit code. The later ones outrank the earlier ones."""
+    """Reasons to stop a run, each with its name and exit code. The later ones outrank the earlier ones."""
 
     MAX_TIME = ("trainer.max_time", 0)
     STOP_FILE = ("the stop file", 0)
@@ -88,7 +88,7 @@ def print_stopped(stopped: Stopped, arguments: Sequence[str]) -> None:
 
 
 def go_on_line(arguments: Sequence[str]) -> str:
-    """What to type to go on with a run that was stopped."""
+    """The line with the command that goes on with a run that was stopped."""
     by = ", by what has started it," if any(name in os.environ for name in LAUNCHED) else ""
     python = [sys.orig_argv[0], *safe_path(), "-m", "nanogpt_lit"]
     return f"go on{by} with: {resume_command(python, arguments)}"
@@ -117,9 +117,9 @@ class Stops(Observer):
         requeue_by: int | None = None,
     ) -> None:
         self.reason: Reason | None = None
-        """What all processes have agreed to stop by."""
+        """The reason that all processes have agreed to stop by."""
         self.step = 0
-        """After which one."""
+        """The step after which they stop."""
         self._folder = folder
         self._max_time_s = max_time_s
         self._clock = clock
@@ -162,7 +162,7 @@ class Stops(Observer):
         self._signalled = reason
 
     def signalled(self) -> bool:
-        """Whether a signal has come to this process."""
+        """Tell whether a signal has come to this process."""
         return self._signalled is not None
 
     def _announcement(self, reason: Reason) -> str:
@@ -171,7 +171,7 @@ class Stops(Observer):
         return ""
 
     def between_steps(self, step: int = 0) -> bool:
-        """Whether to stop here. Each process asks after each step, and all get the same answer."""
+        """Decide whether to stop here. Each process asks after each step, and all get the same answer."""
         asking = [] if self._signalled is None else [self._signalled]
         if self._folder is not None and (self._folder / STOP_FILE).is_file():
             asking.append(Reason.STOP_FILE)

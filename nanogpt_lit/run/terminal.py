@@ -1,4 +1,4 @@
-"""What a run shows in a terminal, the same from every loop: opening lines, one line of progress, a table at the end."""
+"""The lines of a run in a terminal, the same from every loop: opening lines, one of progress, a table at the end."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ def opening_lines(
     seed: int | None,
     deterministic: Deterministic,
 ) -> str:
-    """What will run: the network, the size of a step, where it is kept, and whether it can be repeated."""
+    """Describe what will run: the network, the size of a step, where it is kept, and whether it can be repeated."""
     batches_per_step, T = accumulate_grad_batches * processes, gpt.config.block_size
     tokens_per_step = batches_per_step * batch_size * T
     return (

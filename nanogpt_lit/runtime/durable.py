@@ -10,7 +10,7 @@ from typing import BinaryIO
 from nanogpt_lit.errors import UserError
 
 PARTIAL = ".partial"
-"""What is added to the name of a file or folder while it is being written."""
+"""Suffix of a file or folder while it is being written."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What started this process: a launcher of several, SLURM, or the supervisor of `fit --keep-alive`.
+"""The starters of this process: a launcher of several, SLURM, or the supervisor of `fit --keep-alive`.
 
 Each is recognised by environment variables. A fit reports to its supervisor through two files in a folder that the
 environment names: its output goes to the terminal as always, and a supervisor that read it would take the progress line
@@ -23,7 +23,7 @@ RANKS = (
 )  # fmt: skip
 """The variables in which torchrun, Lightning, srun and mpirun tell a process which one it is."""
 SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Those in which they tell it how many there are."""
+"""The variables in which they tell it how many there are."""
 KEEP_ALIVE = "--keep-alive"
 """The option of fit that starts it under a supervisor."""
 FOLDER, COMMAND = "NANOGPT_LIT_SUPERVISED", "NANOGPT_LIT_KEPT_ALIVE_BY"
@@ -54,7 +54,7 @@ def whole_number(name: str, environ: Mapping[str, str], least: int = 0) -> int |
 
 
 def requeue_signal() -> int | None:
-    """What `#SBATCH --signal=USR1@120` sends to such a job; None where this is none."""
+    """The signal that `#SBATCH --signal=USR1@120` sends to a job; None where this is none."""
     return getattr(signal, "SIGUSR1", None) if "SLURM_JOB_ID" in os.environ else None
 
 
@@ -76,7 +76,7 @@ def requeue() -> str:
 
 
 def resume_command(program: Sequence[str], arguments: Sequence[str]) -> str:
-    """What to type to go on with a run, quoted for the shell. program, arguments: that it was started with
+    """The command that goes on with a run, quoted for the shell. program, arguments: that it was started with
 
     A run that is kept alive is gone on with by the command that keeps it alive.
     """

@@ -1,4 +1,4 @@
-"""What this machine can run, and what to say when that is less than the YAML asks for."""
+"""The abilities of this machine, and what to say when they are less than the YAML asks for."""
 
 import platform
 import shutil

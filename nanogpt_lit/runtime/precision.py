@@ -1,4 +1,4 @@
-"""What a Trainer's precision means: for the weights, for autocast, and in accelerate's words. The one table of it."""
+"""The one table of precisions: what each means for the weights, for autocast, and in accelerate's words."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What a run sets for its whole process, in every loop: matrix products, determinism, random state, the C heap.
+"""Settings of a whole process, made by every loop: matrix products, determinism, random state, the C heap.
 
 Products of float32 matrices on a CPU are computed by the faster of PyTorch's two libraries. It takes MKL, which on
 AMD's CPUs does without AVX-512. oneDNN's kernels use it: on a Zen 5 they are 2.2 times as fast, and as exact
@@ -32,7 +32,7 @@ Deterministic = bool | Literal["warn"] | None
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
-"""Those with which cuBLAS repeats itself (NVIDIA's cuBLAS documentation, "Results Reproducibility")."""
+"""Workspaces with which cuBLAS repeats itself (NVIDIA's documentation, "Results Reproducibility")."""
 _DETERMINISTIC: Any = torch.utils.deterministic
 
 
@@ -131,7 +131,7 @@ def onednn_is_exact() -> bool:
 
 
 def repeatability(device: torch.device, processes: int, deterministic: Deterministic) -> str:
-    """Whether another run of the same settings ends with the same bits, a sentence."""
+    """Say whether another run of the same settings ends with the same bits."""
     if device.type == "cpu":
         return f"to the bit on this CPU, with {torch.get_num_threads()} thread(s)"
     if device.type != "cuda":

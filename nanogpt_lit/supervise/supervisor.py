@@ -76,7 +76,7 @@ class End:
 
     @property
     def kind(self) -> tuple[str, int | None]:
-        """Equal for the same error at the same step. Sizes and addresses in a message differ from time to time."""
+        """Key of the same error at the same step. Sizes and addresses in a message differ from time to time."""
         return re.sub(r"0x[0-9a-fA-F]+|\d[\d.,]*", "#", self.error), self.tokens
 
     def __str__(self) -> str:

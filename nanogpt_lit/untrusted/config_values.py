@@ -1,4 +1,4 @@
-"""What the values of a configuration may be: where it reads and writes, and how large its numbers are.
+"""Limits of a configuration's values: where it reads and writes, and how large its numbers are.
 
 Files are those of this machine, below the folders that it names. Folders are the user's to choose
 (trainer.default_root_dir, data.shards_dir, a logger's save_dir). Names are added to them, and a name that climbs out
@@ -19,7 +19,7 @@ from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 PATH = re.compile(r"(\w+_)?(config|dir|dirpath|filename|path|root|source|tokenizer)|init_from")
 """Keys whose values are paths. Lightning opens those with fsspec, which knows dozens of schemes."""
 ADDRESS = re.compile(r"\w[\w+.-]+(://|::)")
-"""At least two characters: C: is a drive."""
+"""A scheme of at least two characters: C: is a drive."""
 NAMES = ("name", "version", "sub_dir", "filename")
 """Keys, of loggers, callbacks and profilers, that are joined to a folder."""
 FOLDERS = ("save_dir", "dirpath")

@@ -1,4 +1,4 @@
-"""What a pickle says, without doing what it says: its instructions are followed on names, and nothing is imported."""
+"""Reading of a pickle without doing what it says: instructions are followed on names, and nothing is imported."""
 
 import pickletools
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ MARK = object()
 
 @dataclass(frozen=True)
 class Name:
-    """Of a class or a function, which is neither looked for nor called."""
+    """Name of a class or a function, which is neither looked for nor called."""
 
     module: str
     name: str
@@ -17,21 +17,21 @@ class Name:
 
 @dataclass(eq=False)
 class Made:
-    """What a class or a function would have made of its arguments."""
+    """Stand-in for what a class or a function would have made of its arguments."""
 
     by: Name
     arguments: tuple[Any, ...]
     state: Any = field(default=None)
-    """What would have been put into it afterwards: mostly a dictionary of its fields."""
+    """The state that would have been put into it afterwards: mostly a dictionary of its fields."""
 
 
 def plain_pickle(content: bytes) -> Any:
-    """What a pickle of dictionaries, lists, numbers and text holds. Raises ValueError for any other instruction."""
+    """Read a pickle of dictionaries, lists, numbers and text. Raises ValueError for any other instruction."""
     return follow(content, of_objects=False)
 
 
 def pickled_tree(content: bytes) -> Any:
-    """The same of a pickle with objects in it, each of which is Made. Raises ValueError for an instruction that the
+    """Read a pickle with objects in it, each of which is Made. Raises ValueError for an instruction that the
     pickles of today's Python (protocols 2 to 5) have no need of."""
     return follow(content, of_objects=True)
 

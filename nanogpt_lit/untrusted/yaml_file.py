@@ -31,7 +31,7 @@ class TooMuch(yaml.YAMLError):
 
 
 def load_yaml_file(path: Path) -> Any:
-    """What the file holds, as plain values. Raises UserError as `read_yaml_file` does."""
+    """Load a file as plain values. Raises UserError as `read_yaml_file` does."""
     return yaml.safe_load(read_yaml_file(path))
 
 
@@ -64,7 +64,7 @@ def read_yaml_file(path: Path) -> str:
 
 
 def check_yaml(text: str) -> None:
-    """Raises TooMuch for what would cost memory or time, and YAMLError for what is no YAML. Builds nothing."""
+    """Check a text, building nothing. Raises TooMuch for what would cost memory or time, YAMLError for no YAML."""
     if len(text) > LARGEST:
         raise TooMuch(f"it is longer than {LARGEST:,} characters")
     sizes: dict[str, int] = {}  # of what an anchor names, in values
@@ -125,7 +125,7 @@ def _check_scalar(event: yaml.ScalarEvent, line: int) -> None:
 
 
 def reason(error: yaml.YAMLError, text: str) -> str:
-    """What the library says in several lines, in one, with the line of the file."""
+    """Say in one line, with the line of the file, what the library says in several."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None)
     if mark is None or problem is None:
