@@ -111,9 +111,9 @@ def test_writing_holds_no_second_copy_of_the_tensors(tmp_path):
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)
-TENSORS = st.lists(st.floats(width=32, allow_nan=False), max_size=3).map(torch.tensor)
+ANY_TENSOR = st.lists(st.floats(width=32, allow_nan=False), max_size=3).map(torch.tensor)
 STATES = st.recursive(
-    PLAIN | TENSORS,
+    PLAIN | ANY_TENSOR,
     lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.integers(), inner)
     | st.dictionaries(st.text() | st.sampled_from(["$tensor", "$tuple", "$pairs", "$number"]), inner),
     max_leaves=8,
