@@ -9,7 +9,15 @@ _PUBLIC = {
     "GPT": "nanogpt_lit.gpt.model",
     "GPTConfig": "nanogpt_lit.gpt.model",
     "LitNanoGPT": "nanogpt_lit.module",
+    "AdamWConfig": "nanogpt_lit.optim.adamw",
+    "ScheduleConfig": "nanogpt_lit.optim.schedule",
+    "MemoryConfig": "nanogpt_lit.memory.techniques",
+    "ElasticConfig": "nanogpt_lit.memory.elastic",
     "TokenDataModule": "nanogpt_lit.data.datamodule",
+    "trainer_options": "nanogpt_lit.loops.trainer_options",
+    "LoopSettings": "nanogpt_lit.loops.contract",
+    "Observer": "nanogpt_lit.loops.contract",
+    "Training": "nanogpt_lit.loops.contract",
 }
 __all__ = ["__version__", *_PUBLIC]
 
@@ -19,3 +27,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -39,12 +39,12 @@ ALLOWED: dict[str, set[str]] = {
     "parity": {"loops", "module", "gpt", "optim", "data", "run", "runtime", "cli"},
     "tune": {"cli", "module", "gpt", "optim", "memory", "data", "loops", "run", "plan", "runtime"},
     "__main__": {"cli", "runtime", "supervise"},
-    "__init__": {"module", "gpt", "data"},
+    "__init__": {"module", "gpt", "optim", "memory", "data", "loops"},
 }  # fmt: skip
 FRAMEWORKS = {
     "lightning": {
         "cli.fit", "cli.fit_accelerate", "cli.settings", "cli.parser", "module", "data.datamodule",
-        "loops.lightning", "loops.lightning_run", "parity.runs", "parity.known_differences",
+        "loops.lightning", "loops.lightning_run", "loops.trainer_options", "parity.runs", "parity.known_differences",
     },
     "accelerate": {"cli.fit_accelerate", "loops.accelerate", "parity.runs", "parity.known_differences"},
 }  # fmt: skip

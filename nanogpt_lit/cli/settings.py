@@ -24,6 +24,7 @@ from nanogpt_lit.loops.compatibility import (
     keys_of,
 )
 from nanogpt_lit.loops.trainer_section import (
+    TRAINER_DEFAULTS,
     asked_processes,
     check_devices,
     check_started,
@@ -50,19 +51,6 @@ if TYPE_CHECKING:
     from nanogpt_lit.cli.fine_tuning import Beginning
     from nanogpt_lit.cli.resumed import Resumed
 
-TRAINER_DEFAULTS = {
-    "default_root_dir": "runs",
-    "gradient_clip_val": 1.0,
-    "log_every_n_steps": 10,
-    # The order of samples is endless and already split by rank (data/sampler.py): there is no epoch to wait for, and
-    # Lightning's own sampler would replay or skip samples after a resume.
-    "use_distributed_sampler": False,
-    "check_val_every_n_epoch": None,
-    "val_check_interval": 1000,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-}
-
 
 class SettingsCLI(LightningCLI):
     """The settings of `LitNanoGPT`, `TokenDataModule` and a Trainer, and nothing built from them.
@@ -83,7 +71,7 @@ class SettingsCLI(LightningCLI):
             LitNanoGPT,
             TokenDataModule,
             save_config_callback=None,  # it would write without bringing the file to the disk
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults={"default_root_dir": "runs", **TRAINER_DEFAULTS},
             seed_everything_default=1337,
             parser_kwargs={"allow_abbrev": False},
             parser_class=Parser,

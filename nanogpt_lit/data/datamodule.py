@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
@@ -133,6 +134,23 @@ class TokenDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         self._shards = {split: self._open(split) for split in SPLITS}
+        if self.trainer is not None:
+            self._check_trainer(self.trainer, fits=stage == "fit")
+
+    def _check_trainer(self, trainer: Trainer, fits: bool) -> None:
+        """Raises UserError for a Trainer that would not end, or for a network that lacks tokens."""
+        network = getattr(trainer.lightning_module, "gpt", None)
+        if network is not None:
+            self.check_vocabulary(network.config.vocab_size)
+        if not fits:
+            return
+        if trainer.max_steps == -1 and not any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]:
+            raise UserError("Trainer has no max_steps, and the order of samples is endless; give it max_steps=1000.")
+        if trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches:
+            rank_zero_warn(
+                f"Trainer(check_val_every_n_epoch={trainer.check_val_every_n_epoch}) validates when an epoch ends, and "
+                "there is none: nothing is validated. Give it check_val_every_n_epoch=None and val_check_interval=1000."
+            )
 
     def _open(self, split: str) -> TokenShards:
         shards = TokenShards.open(self.folder, split)

@@ -20,6 +20,18 @@ from nanogpt_lit.runtime.precision import full_precision_name
 if TYPE_CHECKING:  # whose torch takes a second to import, and the section can be read without
     from nanogpt_lit.loops.contract import LoopSettings
 
+TRAINER_DEFAULTS = {
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    # The order of samples is endless and already split by rank (data/sampler.py): there is no epoch to wait for, and
+    # Lightning's own sampler would replay or skip samples after a resume.
+    "use_distributed_sampler": False,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1000,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+"""What `fit` sets otherwise than Lightning's Trainer, unless told."""
 STRATEGIES = (SINGLE, DDP, FSDP, FSDP2, DEEPSPEED)
 
 # Lightning's short names, and the arguments that they stand for.

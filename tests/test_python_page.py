@@ -1,0 +1,121 @@
+"""The programs of docs/python.md, beside `fit` with the same settings."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from small_runs import fit
+
+import nanogpt_lit
+from nanogpt_lit import GPTConfig, LitNanoGPT, TokenDataModule, trainer_options
+from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.errors import UserError
+
+PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+WITH_TRAINER, WITH_ACCELERATOR = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
+SAVE = "\nimport torch; torch.save(module.state_dict(), 'runs/mine.pt')"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("python_page")
+    (folder / "my_texts").mkdir()
+    (folder / "my_texts" / "a.txt").write_text(text.read_text())
+    (folder / "my_texts" / "b.txt").write_text(text.read_text().upper())
+    return folder
+
+
+def run(program, folder):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+
+
+def weights_of_fit(folder, *more):
+    root = folder / "fit"
+    options = [
+        f"--data.source={folder / 'my_texts'}", "--data.tokenizer=byte", f"--data.shards_dir={folder / 'runs/shards'}",
+        "--data.block_size=64", "--data.batch_size=8", "--model.gpt.n_layer=2", "--model.gpt.n_head=2",
+        "--model.gpt.n_embd=64", "--model.schedule.warmup_steps=5", "--trainer.max_steps=20",
+        "--trainer.accelerator=cpu", "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=20",
+        f"--trainer.default_root_dir={root}", *more,
+    ]  # fmt: skip
+    assert fit(*options) == 0
+    newest = max(root.glob("version_*"), key=lambda version: version.stat().st_mtime_ns)
+    return load_run(newest / "checkpoints" / "last.safetensors").weights
+
+
+def assert_same(weights, others):
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_trainer_of_ones_own_trains_to_the_bits_of_fit(folder):
+    run(WITH_TRAINER, folder)
+    expected = weights_of_fit(folder, "--trainer.precision=bf16-mixed", "--model.gpt.dropout=0.1")
+    assert_same(load_run(folder / "runs" / "mine.safetensors").weights, expected)
+
+
+def test_a_trainer_of_ones_own_resumes_to_the_bit(folder):
+    run(WITH_TRAINER, folder)
+    whole = load_run(folder / "runs" / "mine.safetensors").weights
+    run(WITH_TRAINER.replace("max_steps=20", "max_steps=10"), folder)
+    half = load_run(folder / "runs" / "mine.safetensors")
+    assert half.step == 10
+    resumed = WITH_TRAINER.replace(
+        "trainer.fit(module, data)", "trainer.fit(module, data, ckpt_path='runs/mine.safetensors')"
+    )
+    run(resumed, folder)
+    assert_same(load_run(folder / "runs" / "mine.safetensors").weights, whole)
+
+
+def test_an_accelerator_of_ones_own_trains_to_the_bits_of_fit(folder):
+    run(WITH_ACCELERATOR + SAVE, folder)
+    assert_same(torch.load(folder / "runs" / "mine.pt"), weights_of_fit(folder))
+
+
+def test_a_trainer_that_would_not_end_is_refused(folder):
+    data, module = small(folder)
+    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(UserError, match="the order of samples is endless; give it max_steps=1000"):
+        trainer.fit(module, data)
+
+
+def test_a_trainer_that_would_validate_nothing_warns(folder):
+    data, module = small(folder)
+    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.warns(UserWarning, match="check_val_every_n_epoch=None and val_check_interval"):
+        trainer.fit(module, data)
+
+
+def test_a_network_that_lacks_tokens_is_refused_before_the_first_step(folder):
+    data, module = small(folder, vocab_size=100)
+    trainer = Trainer(**trainer_options(accelerator="cpu", max_steps=1, logger=False))
+    with pytest.raises(UserError, match="vocab_size=100 is smaller than the 257"):
+        trainer.fit(module, data)
+
+
+def test_a_schedule_of_another_length_than_the_run_warns(folder):
+    data, module = small(folder)
+    trainer = Trainer(**trainer_options(accelerator="cpu", max_steps=2, logger=False))
+    with pytest.warns(UserWarning, match="total_steps=1000 and the Trainer max_steps=2"):
+        trainer.fit(module, data)
+
+
+def test_the_package_shows_what_it_exports():
+    assert set(nanogpt_lit.__all__) <= set(dir(nanogpt_lit))
+    assert all(getattr(nanogpt_lit, name).__doc__ for name in nanogpt_lit.__all__ if name != "__version__")
+
+
+def small(folder, vocab_size=257):
+    data = TokenDataModule(
+        str(folder / "my_texts"), tokenizer="byte", shards_dir=str(folder / "small"), block_size=16, batch_size=2
+    )
+    return data, LitNanoGPT(GPTConfig(block_size=16, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=8))
