@@ -24,9 +24,8 @@ MIB = 2**20
 LAGS = (0, 10_000, 1_000)
 """Launches that the device is behind Python. At 0 it has always finished; at 10,000 it is several steps behind."""
 ALLOCATORS = ("native", "expandable")
-STEPS = {"native": 4, "expandable": 10}
-"""What is reserved grows for a few steps, and a plan is of where it ends: with expandable segments rtx2050.yaml comes
-there in its ninth."""
+STEPS = 10
+"""As many as a plan is of: what is reserved grows for a few steps."""
 
 
 def main() -> int:
@@ -44,9 +43,8 @@ def main() -> int:
     text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "nanogpt_lit").rglob("*.py"))))
     quiet_lightning()
     rows: list[dict[str, Any]] = []
-    steps = max(STEPS[allocator] for allocator in options.allocators)
     for run in runs:
-        of_fit = arguments_of(run, options.work, text, steps)
+        of_fit = arguments_of(run, options.work, text)
         planned = outcome(plan, run, of_fit, log=options.work / "plan.log")
         rows.append({"name": run.name, "changed": run.changed, "plan": planned, "fits": [], "arguments": of_fit})
     # All runs at one lag before the next: what is written half-way is a whole column.
@@ -61,7 +59,7 @@ def main() -> int:
     return 0
 
 
-def arguments_of(run: Run, work: Path, text: Path, steps: int) -> list[str]:
+def arguments_of(run: Run, work: Path, text: Path) -> list[str]:
     """Of fit: a few steps of at most two micro-batches, a validation at their end, and nothing that is written."""
     own = [f"--config={run.config}", *map(all_fields, run.options), f"--data.source={text}", "--data.val_fraction=0.2"]
     settings = SettingsCLI(args=own).settings
@@ -69,9 +67,9 @@ def arguments_of(run: Run, work: Path, text: Path, steps: int) -> list[str]:
     shards = work / "shards" / settings.data.tokenizer.replace(":", "_")
     return [
         *own, f"--trainer.default_root_dir={work / 'runs'}", f"--data.shards_dir={shards}",
-        f"--trainer.max_steps={steps}", f"--trainer.accumulate_grad_batches={accumulate}",
-        f"--trainer.log_every_n_steps={steps}", "--trainer.limit_val_batches=2",
-        f"--trainer.val_check_interval={steps * accumulate}", "--model.schedule.warmup_steps=2",
+        f"--trainer.max_steps={STEPS}", f"--trainer.accumulate_grad_batches={accumulate}",
+        f"--trainer.log_every_n_steps={STEPS}", "--trainer.limit_val_batches=2",
+        f"--trainer.val_check_interval={STEPS * accumulate}", "--model.schedule.warmup_steps=2",
         "--trainer.callbacks=null", "--trainer.enable_checkpointing=false", "--trainer.logger=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.callbacks+=nanogpt_lit.loops.lightning.TextSamples", "--trainer.callbacks.tokens=1",
