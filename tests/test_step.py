@@ -273,6 +273,18 @@ def test_a_continued_trace_reserves_what_a_longer_trace_does(zeroes_after_forwar
     assert replay(continued).allocated == pytest.approx(replay(traced.events).allocated, rel=0.01)
 
 
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_a_plan_is_of_so_many_steps_that_more_reserve_nothing(implementation, monkeypatch):
+    """foreach takes more in its seventh step: on PyTorch's own allocator too (docs/fake_gpu.json)."""
+    gpt = GPTConfig(block_size=512, vocab_size=50304, n_layer=6, n_head=6, n_embd=384)
+    shape = StepShape(4, 512, 50304, 2, zeroes_after_forward=True)
+    optim = AdamWConfig(implementation=implementation)
+    trace = trace_steps(lambda: LitNanoGPT(gpt, optim=optim), shape)
+    planned = replay(long_run(trace, 2)).reserved
+    monkeypatch.setattr(traced_step, "MORE_STEPS", 40)
+    assert replay(long_run(trace, 2)).reserved == planned
+
+
 def totals(events):
     total = 0
     for event in events:
