@@ -144,7 +144,8 @@ class TokenDataModule(LightningDataModule):
             self.check_vocabulary(network.config.vocab_size)
         if not fits:
             return
-        if trainer.max_steps == -1 and not any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if trainer.max_steps == -1 and not any(isinstance(callback, Timer) for callback in callbacks):
             raise UserError("Trainer has no max_steps, and the order of samples is endless; give it max_steps=1000.")
         if trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches:
             rank_zero_warn(
