@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -273,6 +274,12 @@ doc_to_target: "{{answer}}"
 doc_to_choice: "{{choices}}"
 metric_list: [{metric: acc}, {metric: acc_norm}]
 """
+
+
+def test_without_the_harness_its_extra_is_named(run_folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["eval", "--ckpt", str(run_folder / "checkpoints/last.safetensors"), "--tasks=x"]) == 2
+    assert 'pip install "nanogpt_lit[eval]"' in capsys.readouterr().err
 
 
 @pytest.mark.long
