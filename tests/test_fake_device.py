@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +175,32 @@ def test_what_pytorch_calls_and_the_device_lacks_is_refused_by_name():
     ]  # fmt: skip
     assert [build.family(name) for name in ("cudnnCreate", "cusolverDnCreate", "cutlass_thing", "malloc")] == [None] * 4
     assert 'refuse("cudaGraphLaunch", 801)' in build.not_supported(["cudaGraphLaunch"])
+
+
+def test_the_readme_claims_of_the_plan_what_the_record_holds():
+    root = FOLDER.parents[1]
+    readme, page = ((root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/fake_gpu.md"))
+    record = json.loads((root / "docs" / "fake_gpu.json").read_text(encoding="utf-8"))
+    largest = {}
+    for part in ("fit", "expandable", "elsewhere"):
+        rows = record[part]["rows"]
+        assert record[part]["passed"] and all(run.as_planned(row) for row in rows)
+        largest[part] = max(
+            abs(fit["reserved_error_percent"])
+            for row in rows
+            for fit in row["fits"]
+            if abs(fit["reserved_mib"] - row["plan"][f"{fit['allocator']}_reserved_mib"]) > run.PAGE_MIB
+        )
+    for part in ("fit", "expandable"):
+        yamls = [row["name"] for row in record[part]["rows"] if row["name"].endswith(".yaml")]
+        others = len(record[part]["rows"]) - len(yamls)
+        assert f"{len(yamls)} YAMLs here and {others} configurations in none" in " ".join(readme.split())
+        assert all({fit["lag"] for fit in row["fits"]} == {0, 1_000, 10_000} for row in record[part]["rows"])
+
+    def up(percent):
+        return math.ceil(10 * percent) / 10
+
+    claimed = [float(number) for number in re.findall(r"within ([\d.]+) % or one page of 2 MiB", readme)]
+    assert claimed == [up(max(largest["fit"], largest["expandable"]))] * 2
+    told = {part: float(number) for part, number in re.findall(r"^\| .*\(`(\w+)`\) \| \d+ \| ([\d.]+) %", page, re.M)}
+    assert told == {part: up(percent) for part, percent in largest.items()}
