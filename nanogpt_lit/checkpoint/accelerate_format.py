@@ -60,8 +60,8 @@ def write_folder(folder: Path, state: RunState) -> None:
 
 
 def with_accelerates_names(state: RandomState, batches: int) -> dict[str, Any]:
-    """load_state restores all of them or, without a word, none: so those of Python and NumPy, from which nothing here
-    draws, are there too."""
+    """A random state as accelerate names it. load_state restores all generators or, without a word, none: so those of
+    Python and NumPy, from which nothing here draws, are there too."""
     names = {"cpu": "torch_manual_seed", "cuda": "torch_cuda_manual_seed"}
     return {
         "step": batches,

@@ -123,7 +123,7 @@ def add_shape(writer: Any, config: GPTConfig, name: str) -> None:
 
 
 def add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, merges: list[str], rows: int) -> None:
-    """rows: of the embedding; those beyond the tokenizer are padding"""
+    """Write the tokenizer. rows: of the embedding; those beyond the tokenizer are padding"""
     specials = tokenizer.specials if isinstance(tokenizer, BytePairTokenizer) else {EOT: tokenizer.eot}
     texts = [f"[PAD{n}]" for n in range(rows)]
     kinds = [types.UNUSED] * rows

@@ -88,12 +88,9 @@ def parse_vocab_bpe(text: str) -> Ranks:
 
 def dump_ranks(ranks: Ranks) -> str:
     """The text of a `.tiktoken` file, in the order of ranks."""
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=_by_rank))
-    return "".join(lines)
-
-
-def _by_rank(item: tuple[bytes, int]) -> int:
-    return item[1]
+    return "".join(
+        f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in sorted(ranks, key=ranks.__getitem__)
+    )
 
 
 def parse_ranks(text: str, name: str) -> Ranks:
@@ -151,10 +148,10 @@ def merges_of(ranks: Ranks) -> list[Merge]:
     Raises UserError for a token that no two others make: merges cannot reach it.
     """
     merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+    for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) == 1:
             continue
-        parts = _merged_below(token, rank, ranks)
+        parts = _merged_below(token, ranks[token], ranks)
         if len(parts) != 2:
             raise UserError(
                 f"the token {token!r} of the tokenizer is not made of two other tokens, so a list of merges cannot "
@@ -177,8 +174,8 @@ def _merged_below(token: bytes, limit: int, ranks: Ranks) -> list[bytes]:
     return parts
 
 
-_CHARACTER_OF = {byte: character for character, byte in byte_characters().items()}
 _BYTE_OF = byte_characters()
+_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
 
 
 def as_characters(token: bytes) -> str:

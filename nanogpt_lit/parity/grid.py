@@ -23,7 +23,10 @@ AXES: dict[str, tuple[Any, ...]] = {
     "ragged": ("no", "yes"),
     "processes": (1, 2),
 }
-"""overflow: the scaler skips its first steps and grows its scale later   ragged: the loader ends inside a window"""
+"""Values of each axis of the grid.
+
+overflow: the scaler skips its first steps and grows its scale later   ragged: the loader ends inside a window
+"""
 
 Point = dict[str, Any]
 
@@ -50,7 +53,7 @@ def pairs(point: Point) -> Iterator[tuple[Any, ...]]:
 
 
 def case_of(point: Point, base: Case, clip: float) -> Case:
-    """base: gives the network, the optimizer, the schedule and the seed   clip: what "on" means"""
+    """The case at a point. base: gives network, optimizer, schedule and seed   clip: what "on" means"""
     accumulate = point["accumulate"]
     precision, _, overflow = point["precision"].partition(" ")
     return replace(
@@ -91,7 +94,7 @@ class Outcome:
 
 
 def compare_loops(case: Case, data: TokenDataModule, turn: int = 0) -> Outcome:
-    """turn: which loop is the first, so that in a row of cases each is as often"""
+    """Run a case in each loop. turn: chooses the loop that is first, so that in a row of cases each is as often"""
     names = [*LOOPS]
     names = names[turn % len(names) :] + names[: turn % len(names)]
     runs = {name: LOOPS[name](case, data) for name in names}

@@ -45,7 +45,7 @@ def in_new_processes(
 
 
 def quick_start() -> str:
-    """forkserver: copies of one process that has imported everything save each the seconds of its own imports.
+    """The start method: forkserver, whose copies of one process that has imported everything save seconds of imports.
 
     Not beside a GPU, which no process can use after its parent has looked at it, nor outside Linux, whose system
     libraries may not survive the copy: spawn there.

@@ -41,7 +41,9 @@ FURTHEST = 8
 
 
 def plan_run(settings: Any, budget: Budget, lightning: bool = True) -> Plan:
-    """settings: the sections of the YAML, as fit reads them   lightning: whether its Trainer drives, or accelerate
+    """The plan of a run.
+
+    settings: the sections of the YAML, as fit reads them   lightning: whether its Trainer drives, or accelerate
 
     Raises UserError for settings that cannot be, and where the vocabulary is not known before the text is read.
     """

@@ -44,7 +44,7 @@ class PeakWatch:
         self._has_reported = self._has_reported_time = False
 
     def plan(self, tokens: int) -> None:
-        """tokens: of the micro-batch. Takes seconds of a CPU."""
+        """Plan the run for micro-batches of so many tokens. Takes seconds of a CPU."""
         self.is_planned = True
         try:
             footprint = plan_module(self._module, self._shape, tokens, gpu_here() or GPUS[0])

@@ -22,7 +22,7 @@ COLUMNS = 800
 
 
 def report(plan: Plan, title: str) -> str:
-    """title: what was planned, such as the name of the YAML"""
+    """The plan in lines for a terminal. title: what was planned, such as the name of the YAML"""
     return "\n".join(
         [*_head(plan, title), "", *_verdict(plan), "", *_categories(plan), "", *_ladder(plan), "", *_notes(plan)]
     )
@@ -145,7 +145,7 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def report_largest(found: list[dict[str, Any]], plan: Plan) -> str:
-    """found: what `command.largest_that_fits` returns"""
+    """The largest that fit, in lines for a terminal. found: what `command.largest_that_fits` returns"""
     usable = plan.budget.usable_mib
     lines = [f"the largest that fits {usable:,} MiB"]
     for of_rung in found:
