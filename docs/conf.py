@@ -15,6 +15,8 @@ myst_heading_anchors = 3
 smartquotes = False  # -- is the beginning of an option
 html_theme = "furo"
 html_title = "nanogpt_lit"
+html_static_path = html_css_files = ["site.css"]
+highlight_language = "none"  # of blocks that name no language: what a command prints
 html_show_copyright = html_show_sourcelink = html_copy_source = html_use_index = False
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # Lightning's own hooks are described on Lightning's site
@@ -64,8 +66,9 @@ def exports() -> str:
 
 def keys() -> str:
     """Markdown: each key of fit's parser with its default, the kind of its value and its help, section by section."""
-    from nanogpt_lit.cli.settings import SettingsCLI
+    from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 
+    quiet_lightning()
     sections: dict[str, list[str]] = {"model": [], "data": [], "": [], "trainer": []}  # in this order
     for action in SettingsCLI(args=[]).parser._actions:
         name, hint = action.dest, getattr(action, "_typehint", None)

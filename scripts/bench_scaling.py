@@ -46,27 +46,36 @@ def point(turns: dict[str, Any], of_step: float, of_matmul: float) -> dict[str, 
 
 LABELS = {
     "network": "channels of the network",
-    "block": "tokens of a block",
-    "batch": "blocks of a batch",
+    "block": "tokens per sequence",
+    "batch": "sequences per batch",
     "data": "tokens of the data",
 }
 
 
 def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.2 * len(curves), 3.2), sharey=True, layout="constrained")
-    for axis, (name, points) in zip(axes, curves.items(), strict=True):
+    figure = Figure(figsize=(3.2 * len(curves), 3.4), layout="constrained")
+    short = EngFormatter(sep="")  # 30,000,000 would lie over its neighbour
+    for axis, (name, points) in zip(figure.subplots(1, len(curves), sharey=True), curves.items(), strict=True):
         sizes = [p["size"] for p in points]
-        axis.loglog(sizes, [p["s"] for p in points], "o-", label="a step")
-        axis.loglog(sizes, [p["matmul_s"] for p in points], "--", color="gray", label="its arithmetic at matmul's rate")
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.loglog(sizes, [p["s"] for p in points], "o-", label="a step, measured")
+        axis.loglog(
+            sizes,
+            [p["matmul_s"] for p in points],
+            "--",
+            color="gray",
+            label="its arithmetic at the rate of large products",
+        )
+        axis.set_xticks(sizes, [short(size) if size >= 10_000 else f"{size}" for size in sizes])
         axis.minorticks_off()
         axis.set_xlabel(LABELS[name])
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+    figure.axes[0].set_ylabel("seconds per optimizer step")
+    figure.suptitle("How the cost of a step grows with one size, the others as they are", fontsize=11)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "scaling"}):
+        figure.savefig(path, metadata={"Date": None})

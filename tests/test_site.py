@@ -3,13 +3,17 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
+import tomllib
 
 import pytest
+from page_commands import ROOT, blocks_of, clone, commands_of, run_script, words_of
 
-ROOT = Path(__file__).parents[1]
+from nanogpt_lit.__main__ import main
+
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+OF_COMMANDS = ("first_steps", "own_text", "will_it_fit", "nothing_lost", "lightning", "accelerate")
+AZERBAIJANI = "metnler/metn.txt"
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +56,56 @@ def test_every_path_that_a_page_names_exists():
         text = page.read_text(encoding="utf-8")
         for path in re.findall(r"`((?:nanogpt_lit|configs|scripts|docs|tests)/[\w./]*)", text):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    folder = clone(tmp_path)
+    page = (DOCS / "own_text.md").read_text(encoding="utf-8")
+    (folder / AZERBAIJANI).parent.mkdir()
+    (folder / AZERBAIJANI).write_text(next(text for language, text in blocks_of(page) if language == "text"), "utf-8")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_COMMANDS)
+def test_the_commands_of_a_page_run_one_after_the_other(name, folder, capsys):
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    commands = [command for command in commands_of(page, in_line=False) if not command.startswith("pip install")]
+    assert commands
+    for command in commands:
+        assert command.startswith("python -m nanogpt_lit "), command
+        words = words_of(command)[2:]
+        if words[0].startswith("fit") and "--data.source" not in command:
+            words.append("--data.source=my_texts")  # README's test trains on the text that the YAML names
+        try:
+            code = main(words)
+        except SystemExit as exit:  # --print_config
+            code = exit.code
+        printed = capsys.readouterr()
+        assert code == 0, f"{command}\n{printed.out}\n{printed.err}"
+
+
+@pytest.mark.slow
+def test_the_azerbaijani_text_costs_the_tokens_that_the_page_says_and_comes_back_whole(folder):
+    page = (DOCS / "own_text.md").read_text(encoding="utf-8")
+    (script,) = (text for language, text in blocks_of(page) if language == "python")
+    printed = re.findall(r"^(\S+) +(\d+) tokens  True$", run_script(script, folder), flags=re.M)
+    assert len(printed) == 3
+    text = (folder / AZERBAIJANI).read_text(encoding="utf-8")
+    assert f"of {len(text)} characters" in page
+    for name, tokens in printed:
+        assert re.search(rf"^\| `{name}`.* \| {tokens} \| {len(text) / int(tokens):.1f} \|$", page, flags=re.M), name
+
+
+def test_every_installation_names_extras_that_exist_and_the_constraints():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for page in (ROOT / "README.md", *PAGES):
+        installs = [c for c in commands_of(page.read_text(encoding="utf-8")) if c.startswith("pip install")]
+        assert installs or page.name != "README.md"
+        for command in installs:
+            for named in re.findall(r"\.\[([\w,]+)\]", command):
+                assert set(named.split(",")) <= set(extras), f"{page.name}: {command}"
+            for file in re.findall(r"-c (\S+)", command):
+                assert (ROOT / file).is_file(), f"{page.name}: {command}"

@@ -111,6 +111,7 @@ def picture(outcomes: Sequence[tuple[Point, Outcome]]) -> str | None:
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ImportError:
         return None
     rows = math.ceil(len(outcomes) / PANELS_A_ROW)
@@ -134,7 +135,13 @@ def picture(outcomes: Sequence[tuple[Point, Outcome]]) -> str | None:
         axes.set_visible(False)
     for axes in grid[-1]:
         axes.set_xlabel("optimizer step", fontsize=7)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("loss", fontsize=7)
+    figure.suptitle("The same run in three loops: lines that lie over each other are the same losses", fontsize=10)
+    of_loops, names = grid[0, 0].get_legend_handles_labels()
+    what = [Line2D([], [], color="#555555"), Line2D([], [], color="#555555", marker="o", markersize=4, linestyle="")]
+    labels = [*names, "line: training loss", "dot: validation loss"]
+    figure.legend([*of_loops, *what], labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "parity"}):
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None})

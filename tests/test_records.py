@@ -1,0 +1,146 @@
+"""Pictures and numbers of README and docs against what they were made from: the plan, and the records beside them."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from test_planned_configs import CONFIGS, header
+
+from nanogpt_lit.__main__ import main
+from nanogpt_lit.plan.budget import choose_budget
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+
+
+def record(name):
+    return json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def words_of(picture):
+    return ["".join(text.itertext()) for text in ElementTree.parse(DOCS / picture).findall(".//{*}text")]
+
+
+# Planned memory. That the headers of the configurations say what is planned today: tests/test_planned_configs.py.
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if re.search(r"\| [\d,]+ MiB \|", text)])
+def test_a_table_of_planned_memory_says_what_the_configurations_say(page):
+    rows = re.findall(r"^\| `configs/(\w+)\.yaml`.*? \| ([\d,]+) MiB \| ([\d,]+) MiB \|", PAGES[page], flags=re.M)
+    assert len(rows) >= 4
+    for name, *said in rows:
+        text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+        assert "# Planned: {} MiB reserved on the card, {} MiB of host memory".format(*said) in " ".join(text.split())
+
+
+def test_the_picture_of_memory_draws_what_is_planned():
+    reserved, usable = header("rtx2050")[0], choose_budget("rtx2050").usable_mib
+    words = words_of("memory_rtx2050.svg")
+    assert f"reserved, {reserved:,.0f} MiB" in words
+    assert f"usable, {usable:,} MiB" in words
+    assert "configs/rtx2050.yaml: planned device memory during one optimizer step" in words
+
+
+LADDERS = {
+    name: re.findall(r"^[ \w>+'()-]+ +[\d,]+ +x \d\.\d\d  .*$", text, flags=re.M)
+    for name, text in PAGES.items()
+    if "\n   nothing  " in text
+}
+
+
+def test_every_ladder_that_is_shown_is_the_same_and_has_the_configured_rung():
+    shown = list(LADDERS.values())
+    assert len(shown[0]) == 8
+    assert all(ladder == shown[0] for ladder in shown)
+    (own,) = (line for line in shown[0] if "(yours)" in line)
+    assert [float(n.replace(",", "")) for n in re.findall(r"[\d,]{4,}", own)] == header("rtx2050")[:2]
+    for name in LADDERS:
+        needs = f"FITS: needs {header('rtx2050')[0]:,.0f} of {choose_budget('rtx2050').usable_mib:,} MiB."
+        assert needs in PAGES[name], name
+
+
+@pytest.mark.long
+def test_the_ladder_that_is_shown_is_what_plan_prints_today(capsys):
+    assert main(["plan", "--config", str(CONFIGS / "rtx2050.yaml"), "--gpu=rtx2050"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in next(iter(LADDERS.values())) if line not in printed] == []
+
+
+# What was measured.
+
+
+def test_the_picture_of_scaling_is_drawn_from_its_record(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench_scaling
+
+    monkeypatch.delitem(sys.modules, "bench_scaling")
+    bench_scaling.draw(record("scaling")["curves"], tmp_path / "again.svg")
+
+    def numbers(path):
+        return [float(n) for n in re.findall(r"(?<![\w#.])\d+\.\d+", path.read_text(encoding="utf-8"))]
+
+    # Other versions of matplotlib round coordinates otherwise; the header of the file names the version.
+    assert numbers(DOCS / "scaling.svg")[1:] == pytest.approx(numbers(tmp_path / "again.svg")[1:], abs=0.01)
+
+
+def test_the_picture_of_parity_has_the_cases_of_its_record_and_one_curve_for_three_loops():
+    drawn = {}
+    for group in ElementTree.parse(DOCS / "parity.svg").findall(".//{*}g"):
+        if match := re.fullmatch(r"(case_\d+)_(reference|lightning|accelerate)", group.get("id", "")):
+            drawn.setdefault(match[1], []).append(group.find("{*}path").get("d"))
+    assert record("parity")["identical"]
+    assert len(drawn) == len(record("parity")["cases"])
+    assert all(len(lines) == 3 and len(set(lines)) == 1 for lines in drawn.values())
+
+
+def test_the_tables_of_speed_say_what_their_records_hold():
+    page = PAGES["benchmarks.md"]
+    runs = {(run["size"], run["precision"]): run["variants"] for run in record("bench")["runs"]}
+    columns = [("30M", "32-true"), ("124M", "32-true"), ("30M", "bf16-mixed"), ("124M", "bf16-mixed")]
+    for title, name in (
+        ("our module in a plain loop", "plain"),
+        ("our module under Lightning's Trainer", "lightning"),
+        ("transformers' GPT-2 under its Trainer", "transformers trainer"),
+    ):
+        (row, *_) = re.findall(rf"^\| {re.escape(title)} \| (.+) \|$", page, flags=re.M)
+        for cell, column in zip(row.split(" | "), columns, strict=True):
+            measured = runs[column][name]
+            said = [float(n) for n in re.findall(r"[\d.]+", cell)]
+            assert said == [round(n, 2) for n in (measured["speed"], *measured["quartiles"])][: len(said)], (
+                title,
+                cell,
+            )
+    for title, name in (
+        ("our module in a plain loop", "plain"),
+        ("our module under Lightning's Trainer", "lightning"),
+        ("nanoGPT", "nanogpt"),
+    ):
+        shares = [f"{runs[column][name]['utilisation']:.0%}".replace("%", " %") for column in columns]
+        assert f"| {title} | {' | '.join(shares)} |" in page
+
+
+def test_what_the_pages_claim_of_the_fake_gpu_its_record_holds():
+    """Within 0.8 %, or one page of 2 MiB."""
+    rows = record("fake_gpu")["fit"]["rows"]
+    assert sum(".yaml" not in row["name"] for row in rows) == 12
+    for row in rows:
+        for fit in row["fits"]:
+            error_percent, reserved_mib = fit["reserved_error_percent"], fit["reserved_mib"]
+            assert abs(error_percent) <= 0.8 or abs(error_percent) / 100 * reserved_mib <= 2.01, row["name"]
+
+
+def test_what_the_pages_claim_of_torture_its_record_holds():
+    torture = record("torture")
+    assert torture["passed"] == torture["trials"] == 100
+    for name, text in PAGES.items():
+        for claim in re.findall(r"(\d+) of (\d+) ended with the same bits|Of (\d+), all (\d+) ended", text):
+            assert {n for n in claim if n} == {"100"}, name
+
+
+def test_every_picture_and_record_is_named_on_the_page_that_says_how_it_is_made():
+    for path in sorted([*DOCS.glob("*.json"), *DOCS.glob("*.svg"), *DOCS.glob("*.png")]):
+        assert f"`docs/{path.name}`" in PAGES["records.md"], path.name
