@@ -59,8 +59,9 @@ def exports() -> str:
     pages = []
     for name in nanogpt_lit.__all__:
         if not name.startswith("_"):
-            directive = "autoclass" if isinstance(getattr(nanogpt_lit, name), type) else "autofunction"
-            pages.append(f"## {name}\n\n```{{eval-rst}}\n.. {directive}:: nanogpt_lit.{name}\n   :members:\n```\n")
+            kind = "autoclass" if isinstance(getattr(nanogpt_lit, name), type) else "autofunction"
+            members = "\n   :members:" if kind == "autoclass" else ""
+            pages.append(f"## {name}\n\n```{{eval-rst}}\n.. {kind}:: nanogpt_lit.{name}{members}\n```\n")
     return "\n".join(pages)
 
 
