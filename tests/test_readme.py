@@ -64,11 +64,14 @@ def test_ci_calls_the_line_of_the_readme(tmp_path):
     assert line.endswith("&& pytest")
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
+MAP = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README + MAP))))
 def test_every_link_leads_to_a_file(target):
     assert (ROOT / target).exists()
 
 
 def test_every_room_on_the_map_exists():
-    for path in re.findall(r"`((?:nanogpt_lit|configs|scripts|docs)/[\w./]*)`", README):
+    for path in re.findall(r"`((?:nanogpt_lit|configs|scripts|docs)/[\w./]*)`", README + MAP):
         assert (ROOT / path).exists(), path
