@@ -1,5 +1,6 @@
 """`python -m nanogpt_lit COMMAND`. Light commands answer at once: torch is imported when there is work for it."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +63,9 @@ HELP = "\n".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, or 2 with one sentence for something the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # LANG=C and Windows' pipes hold few characters: no text ends a run
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if arguments else 2

@@ -2,9 +2,11 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import torch
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint import run_file
 from nanogpt_lit.checkpoint.run_file import save_run
+from nanogpt_lit.checkpoint.run_lock import HOLDER
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.prepare import PrepareConfig, prepare
 from nanogpt_lit.doctor import examination, machine
@@ -88,7 +91,7 @@ def test_a_sound_run_passes(sound_machine, a_run, capsys):
 
 def test_a_yaml_names_its_run(sound_machine, a_run, capsys):
     path = a_run / "run.yaml"
-    path.write_text(f"trainer: {{default_root_dir: '{a_run.as_posix()}'}}\n")
+    path.write_text(f"trainer: {{default_root_dir: '{a_run.as_posix()}', max_steps: 3}}\n")
     assert main(["doctor", "--config", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [f["level"] for f in found if f["check"] in ("shards", "checkpoint")] == ["ok"] * 3
@@ -132,6 +135,112 @@ def test_a_machine_without_a_card_is_examined_without_torch(tmp_path):
     without_programs = {**os.environ, "PATH": str(tmp_path)}
     examined = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=without_programs, capture_output=True)
     assert examined.returncode == 0, examined.stderr
+
+
+# Broken machines: each is told in a sentence, and everything else is still looked at.
+
+
+def variable(name, value):
+    return lambda a_run, monkeypatch: monkeypatch.setenv(name, value)
+
+
+def yaml_of(content):
+    return lambda a_run, monkeypatch: (a_run / "run.yaml").write_bytes(content)
+
+
+def disk_of_no_bytes(a_run, monkeypatch):
+    monkeypatch.setattr(examination.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+
+
+def a_clock_set_back(a_run, monkeypatch):
+    os.utime(a_run / "version_0/checkpoints/last.safetensors", (time.time() + 7200,) * 2)
+
+
+def a_dead_battery_of_the_clock(a_run, monkeypatch):
+    monkeypatch.setattr(machine.time, "time", lambda: 86_400.0)
+
+
+def a_killed_holder(a_run, monkeypatch):
+    (a_run / "version_0" / HOLDER).write_text(json.dumps({"pid": 2**22 + 1, "host": platform.node(), "since": "noon"}))
+
+
+def a_torn_holder(a_run, monkeypatch):
+    (a_run / "version_0" / HOLDER).write_bytes(bytes(90))
+
+
+def a_damaged_newest_checkpoint(a_run, monkeypatch):
+    flip(a_run / "version_0/checkpoints/last.safetensors", -1)
+
+
+def a_damaged_shard(a_run, monkeypatch):
+    flip(a_run / "shards/val_000000.bin", -1)
+
+
+def metadata_without_a_version(a_run, monkeypatch):
+    monkeypatch.setattr(machine, "version", lambda asked: None if asked == "numpy" else version(asked))
+
+
+def a_checkpoint_that_breaks_its_reader(a_run, monkeypatch):
+    monkeypatch.setattr(examination, "check_checkpoint", lambda path: 1 // 0)
+
+
+def numbers_of_proc_that_are_none(a_run, monkeypatch):
+    monkeypatch.setattr(machine, "content", lambda path: "0::/" if path.name == "cgroup" else "\N{SUPERSCRIPT TWO} x")
+
+
+def a_root_below_a_file(a_run, monkeypatch):
+    (a_run / "run.yaml").write_text(f"trainer: {{default_root_dir: '{(a_run / 'text.txt').as_posix()}/x'}}\n")
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (disk_of_no_bytes, "wrong  space       0.0 GB free"),
+        (a_damaged_newest_checkpoint, "wrong  checkpoint"),
+        (a_damaged_shard, "wrong  shards"),
+        (a_checkpoint_that_breaks_its_reader, "wrong  checkpoint  could not be looked at (ZeroDivisionError"),
+        (metadata_without_a_version, "wrong  numpy "),
+        (a_clock_set_back, "last.safetensors was saved 2.0 hours from now: a clock was set back"),
+        (a_dead_battery_of_the_clock, "look   clock       it is 1970-01-0"),
+        (a_killed_holder, "noon, which was killed: fit --resume auto goes on with it"),
+        (a_torn_holder, "training.json does not say who trains that run"),
+        (numbers_of_proc_that_are_none, "ok     cpu"),
+        (variable("OMP_NUM_THREADS", "\N{SUPERSCRIPT TWO}"), "is not a number of threads"),
+        (variable("WORLD_SIZE", "two"), "wrong  environment WORLD_SIZE=two in the environment is not a whole number"),
+        (variable("HOME", "/nowhere"), "look   environment HOME=/nowhere is not a folder"),
+        (variable("TMPDIR", "/nowhere"), "look   environment TMPDIR=/nowhere is not a folder"),
+        (yaml_of("trainer: {}".encode("utf-16")), "wrong  settings    "),
+        (yaml_of(b"trainer: {accelerator: gpu, max_steps: 3}"), "trainer.accelerator=gpu is not here"),
+        (yaml_of(b"trainer: {logger: WandbLogger, max_steps: 3}"), "needs the package wandb"),
+        (yaml_of(b"trainer: {max_stepz: 3}"), "did you mean trainer.max_steps"),
+        (yaml_of(b"data: {source: nowhere.txt}"), "wrong  source      data.source=nowhere.txt does not exist"),
+        (a_root_below_a_file, "Not a directory; name another folder"),
+    ],
+)
+def test_a_broken_machine_is_told_in_a_sentence_and_all_else_is_still_looked_at(
+    broken, said, sound_machine, a_run, monkeypatch, capsys
+):
+    monkeypatch.chdir(a_run)
+    (a_run / "run.yaml").write_text(f"trainer: {{default_root_dir: '{a_run.as_posix()}', max_steps: 3}}\n")
+    broken(a_run, monkeypatch)
+    main(["doctor", "--config", "run.yaml"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(said in line for line in lines), lines
+    checks = {line.split()[1] for line in lines}
+    assert checks >= {"cpu", "checkpoint", "shards"}, lines
+
+
+@pytest.mark.parametrize("name", ["yaml", "packaging"])
+def test_without_a_package_that_it_needs_itself_the_doctor_looks_at_the_rest(name, tmp_path):
+    (tmp_path / "run.yaml").write_text("trainer: {max_steps: 3}")
+    code = (
+        f"import sys; sys.modules['{name}'] = None; from nanogpt_lit.__main__ import main;"
+        "sys.exit(main(['doctor', '--config', 'run.yaml']))"
+    )
+    examined = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (examined.returncode, examined.stderr) == (1, "")
+    assert f"pip install --force-reinstall {name}" in examined.stdout
+    assert {"cpu", "gpu", "disk", "shards"} <= {line.split()[1] for line in examined.stdout.splitlines()}
 
 
 # Packages.

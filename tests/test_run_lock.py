@@ -187,6 +187,8 @@ def test_without_locks_a_dead_process_is_known_by_its_number_and_a_living_one_by
         b"[1]",
         b'{"pid": 1}',
         b'{"pid": "1", "host": 5, "since": null}',
+        f'{{"pid": 1{"0" * 30}, "host": "{platform.node()}", "since": ""}}'.encode(),
+        f'{{"pid": -1, "host": "{platform.node()}", "since": ""}}'.encode(),
         b"[" * 100_000,
     ],
 )

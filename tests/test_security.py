@@ -162,8 +162,7 @@ def test_every_command_reads_a_yaml_by_the_same_rule(command, mark, tmp_path, ca
 
 
 def test_the_accelerate_loop_reads_a_yaml_by_the_same_rule(mark, capsys):
-    with pytest.raises(SystemExit):
-        main(["fit-accelerate", "--trainer.callbacks=payload.Evil"])
+    assert main(["fit-accelerate", "--trainer.callbacks=payload.Evil"]) == 2
     assert not mark.exists()
     assert "--trust payload" in capsys.readouterr().err
 
@@ -191,8 +190,7 @@ def test_a_command_takes_the_word_of_its_own_line(mark, capsys):
     assert mark.exists()
     mark.unlink()
     del sys.modules["payload"]
-    with pytest.raises(SystemExit):
-        main(["fit", "--trainer.callbacks=payload.Evil", stopped_early])
+    assert main(["fit", "--trainer.callbacks=payload.Evil", stopped_early]) == 2
     assert not mark.exists()
 
 

@@ -159,7 +159,8 @@ def read_holder(folder: Path) -> Holder | None:
         holder = Holder(**json.loads((folder / HOLDER).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return holder if isinstance(holder.pid, int) and isinstance(holder.host, str) else None
+    known = isinstance(holder.host, str) and isinstance(holder.pid, int) and 0 < holder.pid < 2**31
+    return holder if known else None
 
 
 def is_running(holder: Holder) -> bool:

@@ -1,9 +1,11 @@
 """The commands that need no Trainer: their arguments, and what they print. They import torch late."""
 
 import argparse
+import io
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -246,13 +248,29 @@ def doctor(arguments: list[str]) -> int:
     from nanogpt_lit.doctor.examination import examine
 
     findings = []
-    for finding in examine(options.run, options.config, page_locked_mib):
+    for finding in examine(options.run, options.config, page_locked_mib, remarks_on):
         findings.append(finding)
         if not options.json:
             print(finding, flush=True)
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     return 1 if any(finding.level == "wrong" for finding in findings) else 0
+
+
+def remarks_on(config: Path) -> list[str]:
+    """Lines that fit prints about a YAML before it makes anything. Raises UserError as fit does."""
+    from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
+    from nanogpt_lit.errors import NothingToDo
+
+    quiet_lightning()
+    said = io.StringIO()
+    with redirect_stdout(said):
+        cli = SettingsCLI(args=[f"--config={config}", "--init_from=null"])  # which may be a gigabyte to fetch
+        try:
+            cli.check_settings()
+        except NothingToDo as done:
+            print(done)
+    return said.getvalue().splitlines()
 
 
 def page_locked_mib(config: Path) -> float:

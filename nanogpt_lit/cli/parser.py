@@ -109,8 +109,7 @@ class Parser(LightningArgumentParser):
         text = shown(sentence(message, [action.dest for action in parser._actions]))
         if len(text) > LONGEST_SENTENCE:
             text = f"{text[: LONGEST_SENTENCE // 2]} ... {text[-LONGEST_SENTENCE // 2 :]}"
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(text) from ex
 
 
 def sentence(message: str, options: list[str]) -> str:
@@ -120,7 +119,7 @@ def sentence(message: str, options: list[str]) -> str:
     if denied:
         key = (re.findall(r'Parser key "([\w.]+)"', keys) or [None])[-1]
         return refusal(denied.partition("'")[0], key)
-    if unknown := re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.-]+)", message):
+    if unknown := re.search(r"(?:accept option|Option) '([\w.]+)'|unrecognized arguments: --([\w.-]+)", message):
         key = unknown[1] or unknown[2]
         nearest = difflib.get_close_matches(key, options, n=1)
         return f"there is no option {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")

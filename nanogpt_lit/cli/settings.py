@@ -114,6 +114,11 @@ class SettingsCLI(LightningCLI):
 
     def complete_settings(self) -> None:
         """Fills in what the text and the machine decide. Raises UserError for settings that cannot be."""
+        self.check_settings()
+        self._follow(self.prepare_data())
+
+    def check_settings(self) -> None:
+        """Fills in what the machine decides. Raises UserError for what is wrong whatever the text; makes nothing."""
         settings = self.settings
         if settings.trainer.callbacks is not None and not isinstance(settings.trainer.callbacks, list):
             settings.trainer.callbacks = [settings.trainer.callbacks]  # one may stand alone
@@ -132,7 +137,6 @@ class SettingsCLI(LightningCLI):
         if self.subcommand is not None:  # the accelerate loop asks accelerate itself
             check_started(vars(settings.trainer))
         self._choose_precision()
-        self._follow(self.prepare_data())
 
     def _check_values(self) -> None:
         """Build what checks itself at construction, so that a mistake is named before the data is made."""

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.durable import PARTIAL
-from nanogpt_lit.untrusted.yaml_file import load_yaml_file
+from nanogpt_lit.runtime.durable import PARTIAL, check_writable
 
 SUFFIX = ".safetensors"
 """As in checkpoint/run_file.py, which imports torch."""
@@ -38,12 +37,15 @@ class Finding:
 
 
 def examine(
-    run: Path | None, config: Path | None, page_locked_mib: Callable[[Path], float] | None = None
+    run: Path | None,
+    config: Path | None,
+    page_locked_mib: Callable[[Path], float] | None = None,
+    remarks_on: Callable[[Path], list[str]] | None = None,
 ) -> Iterator[Finding]:
     """Examine this machine, and a run if one is named; a check that fails stops none of the others.
 
     run: a run's folder, or one of several runs   config: a YAML of fit, for the run that it has made or will make
-    page_locked_mib: plans the run of a YAML
+    page_locked_mib: plans the run of a YAML   remarks_on: what fit says of a YAML before it makes anything
     Raises UserError for a folder or file that is not there.
     """
     from nanogpt_lit.doctor import machine
@@ -56,9 +58,13 @@ def examine(
     if config is not None:
         try:
             settings = read_settings(config)
-        except UserError as error:
-            yield Finding("wrong", "settings", str(error).rstrip("."))
-    for name in ("packages", "cpu", "gpu", "sleep"):
+        except Exception as error:
+            yield failed("settings", error)
+        else:
+            yield from unless_it_fails("settings", lambda: check_settings(config, remarks_on))
+        if (source := setting(settings, "data", "source")) is not None:
+            yield from unless_it_fails("source", lambda: check_source(source))
+    for name in ("packages", "environment", "clock", "cpu", "gpu", "sleep"):
         yield from unless_it_fails(name, getattr(machine, f"check_{name}"))
     if config is not None and page_locked_mib is not None:
         yield from unless_it_fails("memory", lambda: machine.check_page_locks(lambda: page_locked_mib(config)))
@@ -75,10 +81,13 @@ def examine(
             except UserError as error:
                 text = f"{str(error).rstrip('.')}: fit passes it over when it resumes"
                 yield Finding("look", "settings", text)
+            except Exception as error:
+                yield failed("settings", error)
     for folder in sorted(folders):
         yield from unless_it_fails("shards", lambda folder=folder: check_shards(folder))  # type: ignore[misc]
     yield from unless_it_fails("checkpoint", lambda: check_checkpoints(root))
-    yield from unless_it_fails("run", lambda: check_strays(root))
+    for check in (check_times, check_holders, check_strays):
+        yield from unless_it_fails("run", lambda check=check: check(root))  # type: ignore[misc]
 
 
 def unless_it_fails(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
@@ -86,8 +95,25 @@ def unless_it_fails(name: str, check: Callable[[], Iterable[Finding]]) -> Iterat
     try:
         yield from check()
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        yield Finding("wrong", name, f"could not be looked at ({type(error).__name__}: {reason})")
+        yield failed(name, error)
+
+
+def failed(name: str, error: Exception) -> Finding:
+    """What a check ended by: a sentence of ours, a package that is not there, or anything else."""
+    if isinstance(error, UserError):
+        return Finding("wrong", name, str(error).rstrip("."))
+    reason = f"could not be looked at ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        reason += f": pip install --force-reinstall {error.name.partition('.')[0]}"
+    return Finding("wrong", name, reason)
+
+
+def check_settings(config: Path, remarks_on: Callable[[Path], list[str]] | None) -> Iterator[Finding]:
+    """Let fit look at a YAML as far as it does before it makes anything."""
+    if remarks_on is not None:
+        for line in remarks_on(config):
+            yield Finding("look", "settings", line.rstrip("."))
+        yield Finding("ok", "settings", f"fit takes {config}")
 
 
 def shards_of(settings: dict[str, Any], root: Path) -> Path:
@@ -97,6 +123,8 @@ def shards_of(settings: dict[str, Any], root: Path) -> Path:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """A YAML, as far as it says where a run is. Raises UserError for one that cannot be read."""
+    from nanogpt_lit.untrusted.yaml_file import load_yaml_file  # PyYAML may be what is missing
+
     settings = load_yaml_file(path)
     return settings if isinstance(settings, dict) else {}
 
@@ -115,6 +143,7 @@ def check_disk(folder: Path, checkpoint_bytes: int | None) -> Iterator[Finding]:
 
     checkpoint_bytes: the size of the run's; None before the first
     """
+    check_writable("trainer.default_root_dir", folder)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     size = checkpoint_bytes or GPT2_CHECKPOINT_BYTES
     whose = "one of this run's" if checkpoint_bytes else "one of GPT-2's"
@@ -122,7 +151,7 @@ def check_disk(folder: Path, checkpoint_bytes: int | None) -> Iterator[Finding]:
     text = f"{free / 1e9:,.1f} GB free in {there}"
     # A new one is written beside the one that it replaces, and that one beside its own predecessor.
     if free < 3 * size:
-        fails = checkpoint_bytes is not None and free < 1.1 * size
+        fails = free < (1.1 * size if checkpoint_bytes is not None else TRIED_BYTES)
         text += f", and a checkpoint like {whose} takes {size / 1e9:,.2f}: make room for three"
         yield Finding("wrong" if fails else "look", "space", text)
     else:
@@ -159,6 +188,7 @@ def check_shards(folder: Path) -> Iterator[Finding]:
 
     kind = ready_format(folder) if folder.is_dir() else None
     if kind is None:
+        check_writable("data.shards_dir", folder)
         yield Finding("look", "shards", f"none are in {folder} yet; fit prepares them")
         return
     try:
@@ -196,13 +226,21 @@ def tokens_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_source(source: str) -> Iterator[Finding]:
+    """Check whether there is text; that of the hub is not asked for. Raises UserError where there is none."""
+    from nanogpt_lit.data.sources import open_source
+
+    open_source(source)
+    yield Finding("ok", "source", source)
+
+
 def check_checkpoints(run: Path) -> Iterator[Finding]:
     """Compare each checkpoint with its checksums, and look for weights that are no numbers."""
     files = sorted(run.rglob(f"*{SUFFIX}"))
     if not files:
         yield Finding("look", "checkpoint", f"none is in {run} yet")
     for path in files:
-        yield check_checkpoint(path)
+        yield from unless_it_fails("checkpoint", lambda path=path: [check_checkpoint(path)])  # type: ignore[misc]
     for path in sorted(run.rglob(f"*{SUFFIX}{PARTIAL}")):
         if not path.is_dir():
             text = f"{path} is left of a write that was cut short, or under way; fit removes it"
@@ -236,6 +274,28 @@ def check_checkpoint(path: Path) -> Finding:
 def largest_checkpoint(run: Path) -> int | None:
     """The bytes of the largest; None without any."""
     return max((path.stat().st_size for path in run.rglob(f"*{SUFFIX}") if path.is_file()), default=None)
+
+
+def check_times(run: Path) -> Iterator[Finding]:
+    """Name checkpoints of the future."""
+    for path in sorted(run.rglob(f"*{SUFFIX}")):
+        if path.is_file() and (ahead_s := path.stat().st_mtime - time.time()) > 60:
+            text = f"{path} was saved {ahead_s / 3600:,.1f} hours from now: a clock was set back, set it right"
+            yield Finding("look", "clock", f"{text}; of several runs, fit goes on with the one that was saved last")
+
+
+def check_holders(run: Path) -> Iterator[Finding]:
+    """Name the runs that are being trained, and those that were when their process was killed."""
+    from nanogpt_lit.checkpoint.run_lock import HOLDER, is_running, read_holder
+
+    for path in sorted(run.rglob(HOLDER)):
+        if (holder := read_holder(path.parent)) is None:
+            yield Finding("look", "run", f"{path} does not say who trains that run; fit passes it over")
+        elif is_running(holder):
+            yield Finding("ok", "run", f"{path.parent} is trained by {holder}")
+        else:
+            text = f"{path.parent} was trained by {holder}, which was killed: fit --resume auto goes on with it"
+            yield Finding("look", "run", text)
 
 
 def check_strays(root: Path) -> Iterator[Finding]:

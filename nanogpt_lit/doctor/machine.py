@@ -7,15 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-
-from nanogpt_lit.doctor.examination import Finding
+from nanogpt_lit.doctor.examination import Finding, unless_it_fails
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.launch import RANKS, SIZES, whole_number
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 SHOWN = ("torch", "lightning", "accelerate")
 """Packages that get a line also when nothing is wrong with them."""
@@ -27,6 +31,7 @@ MALWARE = {"lightning": ("2.6.2", "2.6.3")}
 NVIDIA, DISPLAY_CLASS = "0x10de", "0x03"
 WINDOWS_LOCKS = 0.5
 """Share of the memory that Windows and WSL2 let be page-locked, about."""
+DAY_S = 86_400
 CROWDED = 0.25
 """Share of a GPU's memory in other hands that is worth a word."""
 WINDOWS_QUESTIONS = {
@@ -42,6 +47,9 @@ WINDOWS_QUESTIONS = {
 
 def check_packages() -> Iterator[Finding]:
     """Compare Python and the packages with this project's own metadata."""
+    from packaging.requirements import Requirement  # which may be what is missing
+    from packaging.specifiers import SpecifierSet
+
     found, asked = python_platform.python_version(), SpecifierSet(metadata("nanogpt_lit")["Requires-Python"] or "")
     if asked.contains(found, prereleases=True):
         yield Finding("ok", "python", f"{found}, {python_platform.system()} {python_platform.machine()}")
@@ -49,10 +57,10 @@ def check_packages() -> Iterator[Finding]:
         yield Finding("wrong", "python", f"{found} is not {asked}: make the virtual environment with another Python")
     for requirement in map(Requirement, requires("nanogpt_lit") or []):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield from check_package(requirement)
+            yield from unless_it_fails(requirement.name, lambda asked=requirement: check_package(asked))  # type: ignore[misc]
 
 
-def check_package(requirement: Requirement) -> Iterator[Finding]:
+def check_package(requirement: "Requirement") -> Iterator[Finding]:
     name, asked = requirement.name, requirement.specifier
     try:
         found = version(name)
@@ -72,12 +80,40 @@ def check_package(requirement: Requirement) -> Iterator[Finding]:
         yield Finding("ok", name, found)
 
 
+def check_environment(environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Look for variables that are no numbers where a launcher or a scheduler writes some, and folders that are gone."""
+    for name in (*SIZES, *RANKS, "SLURM_RESTART_COUNT"):
+        try:
+            whole_number(name, environ)
+        except UserError as error:
+            yield Finding("wrong", "environment", str(error).rstrip("."))
+    for name, use in (("HOME", "what is downloaded is not kept"), ("TMPDIR", "temporary files go elsewhere")):
+        if (folder := environ.get(name)) and not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            yield Finding("look", "environment", f"{name}={folder} is not a folder that can be written: {use}")
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        text = f"this system writes names of files in {encoding}, which lacks most characters: set PYTHONUTF8=1"
+        yield Finding("look", "environment", text)
+
+
+def check_clock() -> Iterator[Finding]:
+    """Compare this machine's clock with the date of this program, which was written before it runs."""
+    written_s = Path(__file__).stat().st_mtime
+    if time.time() < written_s - DAY_S:
+        now, written = (time.strftime("%Y-%m-%d", time.localtime(seconds)) for seconds in (time.time(), written_s))
+        text = f"it is {now} by this machine, and this program was written on {written}: set the date"
+        yield Finding("look", "clock", f"{text}; runs are told apart by the times of their checkpoints")
+
+
 def check_cpu(root: Path = Path("/")) -> Iterator[Finding]:
     """Compare the CPUs that torch counts with those that the container may use. root: where /proc and /sys are"""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = limit_of(root, "cpu.max", lambda text: int(text.split()[0]) / int(text.split()[1]))
     memory = limit_of(root, "memory.max", int)
-    threads = int(number) if (number := os.environ.get("OMP_NUM_THREADS", "")).isdigit() else cpus
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    is_number = re.fullmatch("[0-9]{1,6}", asked) is not None
+    if asked and not is_number:
+        yield Finding("look", "cpu", f"OMP_NUM_THREADS={asked} is not a number of threads: set it to {cpus}")
+    threads = int(asked) if is_number else cpus
     text = f"{cpus} core{'s' if cpus > 1 else ''}"
     if memory is not None:
         text += f", at most {memory / 2**30:.1f} GiB of memory"
@@ -99,8 +135,11 @@ def limit_of(root: Path, name: str, parse: Callable[[str], float]) -> float | No
     mounted = root / "sys/fs/cgroup"
     group = mounted / line.removeprefix("0::").strip("/")
     around = [mounted, *(folder for folder in (group, *group.parents) if mounted in folder.parents)]
-    texts = [content(folder / name) for folder in around]
-    return min((parse(text) for text in texts if text and not text.startswith("max")), default=None)
+    limits = []
+    for text in (content(folder / name) for folder in around):
+        with suppress(ValueError, IndexError, ZeroDivisionError):  # "max", or nothing that a limit is written as
+            limits.append(parse(text))
+    return min(limits, default=None)
 
 
 def check_gpu(root: Path = Path("/"), platform: str = sys.platform) -> Iterator[Finding]:
@@ -124,7 +163,7 @@ def check_gpu(root: Path = Path("/"), platform: str = sys.platform) -> Iterator[
         yield Finding("wrong", "gpu", f"nvidia-smi says: {said}; after an update of the driver a reboot mends it")
         return
     for line in answer.stdout.strip().splitlines():
-        name, driver, *memory = (part.strip() for part in line.split(","))
+        name, driver, *memory = (part.strip() for part in line.split(",")) if "," in line else (line, "unknown")
         text = f"{name}, driver {driver}"
         if len(memory) == 2 and all(mib.isdigit() for mib in memory):
             total, used = map(int, memory)
@@ -194,6 +233,8 @@ def advice(error: str) -> str:
         return f"{said}; the build is too new or too old for the GPU: pytorch.org/get-started/locally names others"
     if "unknown error" in error:
         return f"{said}; after sleep, `sudo rmmod nvidia_uvm && sudo modprobe nvidia_uvm` or a reboot mends it"
+    if "No CUDA GPUs" in error and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return f"{said}: CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides it; unset that"
     if "driver" in error:
         return f"{said}; update the driver, or take a build for an older CUDA from pytorch.org/get-started/locally"
     return f"{said}; a reboot may mend it"
