@@ -1,11 +1,32 @@
 """The exceptions that are shown as one sentence, without a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: names the key or file, its value, and what would work.
 
     The command line prints the sentence and exits with 2. Every other exception is a defect and keeps its traceback.
     """
+
+
+@contextmanager
+def refused_by(package: str) -> Iterator[None]:
+    """Tell as the user's mistake what a framework itself refuses, while it is built from settings and variables.
+
+    An error that any other code raises is a defect, and keeps its traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        if f"{frame.f_globals.get('__name__')}.".startswith(f"{package}."):
+            raise UserError(f"{' '.join(str(error).split())} ({package} says so)") from error
+        raise
 
 
 class NothingToDo(Exception):  # noqa: N818 - it is no error

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, refused_by
 from nanogpt_lit.loops.compatibility import DDP, FSDP2, SINGLE
 from nanogpt_lit.loops.lightning import Ended, precision_plugin
 from nanogpt_lit.loops.lightning_run import (
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     quiet_lightning()
     lock = RunLock()
     try:
-        with restored_process_settings():
+        with restored_process_settings(), refused_by("lightning.pytorch.callbacks"):
             NanoGPTCLI(args=arguments, lock=lock)
     except Stopped as stopped:
         print_stopped(stopped, arguments)
@@ -92,7 +92,8 @@ class NanoGPTCLI(SettingsCLI):
             kwargs["plugins"] = with_writer(kwargs.get("plugins", trainer.plugins), DurableFileIO())
         if self.subcommand != "fit":
             # Only a fit makes a run: the others leave no folder behind.
-            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+            with refused_by("lightning"):
+                return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
         if self.resumed is not None:
             self.say_what_changed()
             for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
@@ -120,7 +121,8 @@ class NanoGPTCLI(SettingsCLI):
             saves,
             **features,
         )
-        return super().instantiate_trainer(**kwargs, callbacks=[*(trainer.callbacks or []), self.lightning_run])
+        with refused_by("lightning"):
+            return super().instantiate_trainer(**kwargs, callbacks=[*(trainer.callbacks or []), self.lightning_run])
 
     def _run_subcommand(self, subcommand: str) -> None:
         with oom_explained(self.model, casts_weights="mixed" in str(self.trainer.precision)):

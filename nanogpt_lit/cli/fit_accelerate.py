@@ -18,6 +18,7 @@ from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import StreamPosition, interleave
+from nanogpt_lit.errors import refused_by
 from nanogpt_lit.loops.accelerate import accelerator_options, train
 from nanogpt_lit.loops.accelerate_environment import (
     check_environment,
@@ -78,7 +79,8 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     train_loader, val_loader = loaders(data, processes, 0)
     settings = loop_settings(vars(trainer), val_batches=len(val_loader) // processes, seed=cli.seed)
 
-    accelerator = Accelerator(**accelerator_options(settings, cli.device))
+    with refused_by("accelerate"):
+        accelerator = Accelerator(**accelerator_options(settings, cli.device))
     check_running(processes, accelerator.num_processes)
     start = load_together(Path(cli.settings.ckpt_path) if cli.settings.ckpt_path else None)
     if start is not None:  # before there is a folder

@@ -1,6 +1,7 @@
 """The settings of a run: a YAML and the command line through one parser, completed by what text and machine decide."""
 
 import logging
+import os
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -41,7 +42,7 @@ from nanogpt_lit.run.curves import SampleConfig
 from nanogpt_lit.run.observers import RunConfig
 from nanogpt_lit.run.stops import seconds_of
 from nanogpt_lit.runtime.durable import check_writable
-from nanogpt_lit.runtime.launch import is_first, launched_processes, was_requeued
+from nanogpt_lit.runtime.launch import RANKS, SIZES, is_first, launched_processes, was_requeued, whole_number
 from nanogpt_lit.runtime.machine import device_type, slow_precision, unused_gpu, usable_precision
 from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.process_settings import keep_freed_memory
@@ -67,6 +68,8 @@ class SettingsCLI(LightningCLI):
         self.resumed: Resumed | None = None
         self.beginning: Beginning | None = None
         self._chose_shards_dir = False
+        for name in (*SIZES, *RANKS):  # before Lightning and accelerate read them
+            whole_number(name, os.environ)
         super().__init__(
             LitNanoGPT,
             TokenDataModule,
@@ -141,6 +144,11 @@ class SettingsCLI(LightningCLI):
     def _check_values(self) -> None:
         """Build what checks itself at construction, so that a mistake is named before the data is made."""
         settings, trainer = self.settings, self.settings.trainer
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = TRAINER_DEFAULTS["default_root_dir"]
+        for name in ("gpt", "memory", "elastic", "optim", "schedule"):
+            if not isinstance(keys := settings.model[name], Namespace | dict):
+                raise UserError(f"model.{name}={keys} holds no keys; write them below it, or leave it out.")
         GPTConfig(**settings.model.gpt)
         MemoryConfig(**settings.model.memory)
         ElasticConfig(**settings.model.elastic)

@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE, TEXT_SAMPLES, check_together, keys_of
-from nanogpt_lit.runtime.launch import whole_number
+from nanogpt_lit.runtime.launch import RANKS, SIZES, whole_number
 from nanogpt_lit.runtime.precision import full_precision_name
 
 if TYPE_CHECKING:  # whose torch takes a second to import, and the section can be read without
@@ -114,8 +114,13 @@ def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]
 
 
 def check_started(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
-    """Raises UserError when torchrun or srun has started another number of processes than the section asks for."""
+    """Raises UserError for other processes than torchrun or srun has started, and other machines than anything has."""
     asked = asked_processes(trainer)
+    if trainer["num_nodes"] > 1 and not any(name in environ for name in (*SIZES, *RANKS)):
+        raise UserError(
+            f"trainer.num_nodes={trainer['num_nodes']} waits for other machines, and nothing says which one this is; "
+            "start fit by torchrun or srun, or set NODE_RANK, MASTER_ADDR and MASTER_PORT on each."
+        )
     for launcher, sign, count in (
         ("torchrun", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"),
         ("srun", "SLURM_STEP_ID", "SLURM_NTASKS"),

@@ -88,6 +88,10 @@ def _check_path(key: str, value: str) -> None:
     if address := ADDRESS.match(value):
         works = "a path without file://" if address[0] == "file://" else "download it first and name the file"
         raise UserError(f"{key}={value} is an address, and only files of this machine are opened; {works} works.")
+    try:
+        Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}={value} names the home of a user that is not here; ./{value} is a file.") from error
     if "\0" in value:
         raise UserError(f"{key}={value!r} holds a NUL, which no path may.")
 
@@ -142,6 +146,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
 }
 
 
+TRAINS_NOTHING = ("trainer.max_epochs", "trainer.limit_train_batches")
+
+
 def check_numbers(settings: Mapping[str, Any]) -> None:
     """Raises UserError for a number that no run can use. settings: of fit, as nested mappings"""
     for keys, value, _ in values_of(settings):
@@ -153,6 +160,8 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
         if isinstance(value, int) and abs(value) >= 2**63:
             raise UserError(f"{key}={value} is more than 64 bits hold; a smaller number works.")
         least, most = RANGES.get(key, (-math.inf, math.inf))
+        if value == 0 and key in TRAINS_NOTHING:
+            raise UserError(f"{key}=0 trains nothing; leave it out.")
         if value < least:
             raise UserError(f"{key}={value} must be at least {least:,}.")
         if value > most:
