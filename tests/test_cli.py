@@ -261,6 +261,15 @@ def refusal(capsys, *arguments):
         ("configs/x.yaml", "configs/x.yaml stands alone; an option goes before it, as in --config configs/x.yaml"),
         ("--data.source=\x1b[31m", r"data.source=\x1b[31m does not exist"),
         ("--data.block_size=sixteen", "data.block_size"),
+        (
+            "--data.source=~no-such-user/text.txt",
+            "~no-such-user/text.txt names the home of a user that is not here",
+        ),
+        ("--trainer.max_epochs=0", "trainer.max_epochs=0 trains nothing"),
+        ("--trainer.limit_train_batches=0", "trainer.limit_train_batches=0 trains nothing"),
+        ("--trainer.num_nodes=2", "trainer.num_nodes=2 waits for other machines"),
+        ("--model.memory=[]", "model.memory=[] holds no keys"),
+        ("--model.optim=null", "model.optim=None holds no keys"),
         ("--data.tokenizer=gpt5", "data.tokenizer=gpt5"),
         ("--data.source=nowhere.txt", "data.source=nowhere.txt does not exist"),
         ("--data.block_size=4096", "data.block_size=4096"),
@@ -277,6 +286,31 @@ def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option,
 def test_what_is_not_here_is_named_before_the_data_is_prepared(options, option, tmp_path, capsys):
     refusal(capsys, "fit", *options, option)
     assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "fit-accelerate"])
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "SLURM_NTASKS"])
+def test_a_variable_of_a_launcher_that_is_no_number_is_named(command, variable, options, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "x")
+    assert f"{variable}=x in the environment is not a whole number" in refusal(capsys, command, *options)
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "variable", "said"),
+    [
+        ("fit", "--trainer.barebones=true", ("X", ""), "disabled in barebones mode. (lightning says so)"),
+        ("fit", "--trainer.devices=1", ("SLURM_NTASKS", "2"), "`--ntasks-per-node=2` instead. (lightning says so)"),
+        ("fit", '--trainer.callbacks={"class_path": "EarlyStopping", "init_args": {"monitor": "nope"}}', ("X", ""),
+         "metric `nope` which is not available"),
+        ("fit-accelerate", "--trainer.devices=1", ("ACCELERATE_USE_CPU", "x"), "truth value x (accelerate says so)"),
+    ],
+)  # fmt: skip
+def test_what_a_framework_itself_refuses_is_one_sentence(command, option, variable, said, options, monkeypatch, capsys):
+    monkeypatch.setenv(*variable)
+    assert run(command, *options, option) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert said in error
 
 
 def test_an_unknown_key_in_the_yaml_is_refused_with_the_nearest_known_one(tmp_path, capsys):

@@ -17,6 +17,7 @@ from nanogpt_lit.cli.parser import Parser
 from nanogpt_lit.data.datamodule import ORDER_FIELDS, TokenDataModule
 from nanogpt_lit.data.shards import val_tokens_per_byte
 from nanogpt_lit.data.tokenizer_files import parse_tokenizer
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops.compatibility import (
     check_loggers,
