@@ -1,5 +1,6 @@
 """fit --init_from: another model's weights and tokenizer, and everything else of a run's own, in every loop."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ from nanogpt_lit.data.tokenizer_files import tokenizer_from_file
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.trainer_section import loop_settings
 
+ROOT = Path(__file__).parents[1]
 WIDE = ["--model.gpt.n_embd=16", "--model.gpt.vocab_size=301"]
 SHAPE = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}
 
@@ -265,3 +267,17 @@ def test_the_tokenizer_file_that_a_run_begins_with_says_the_same(tmp_path):
     assert path == Path(option_of(tokenizer, tmp_path / "root"))
     assert json.loads(path.with_suffix(".json").read_text())["specials"]["<|user|>"] == 301
     assert tokenizer_from_file(path).sha256 == tokenizer.sha256
+
+
+def test_the_recorded_curve_is_of_the_recipe_as_it_is_and_does_not_turn_up():
+    """Half an hour of a CPU, by scripts/finetune_curve.py."""
+    spec = importlib.util.spec_from_file_location("finetune_curve", ROOT / "scripts/finetune_curve.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    record = json.loads((ROOT / "docs/finetune.json").read_text())
+    assert record["recipe"] == script.recipe(), "docs/finetune.json is of an earlier recipe"
+    steps, losses = zip(*record["validation"], strict=True)
+    assert list(steps) == list(range(20, record["recipe"]["max_steps"] + 1, 20))
+    assert sorted([record["before"], *losses], reverse=True) == [record["before"], *losses]
+    told = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert all(f"{loss:.3f}" in told for loss in (record["before"], losses[0], losses[-1]))
