@@ -313,6 +313,12 @@ def test_what_a_framework_itself_refuses_is_one_sentence(command, option, variab
     assert said in error
 
 
+def test_a_root_that_is_null_is_that_which_is_not_set(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("fit", *options, "--trainer.default_root_dir=null", "--trainer.max_steps=1") == 0
+    assert (tmp_path / "runs/version_0/checkpoints/last.safetensors").is_file()
+
+
 def test_an_unknown_key_in_the_yaml_is_refused_with_the_nearest_known_one(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("trainer:\n  max_steps: 3\nmodel:\n  gpt:\n    n_layers: 3\n")
     sentence = refusal(capsys, "fit", "--config", str(tmp_path / "run.yaml"))

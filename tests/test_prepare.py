@@ -1,6 +1,7 @@
 """Prepared folders against a naive loop over the same documents, and against kills at every step."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -203,6 +204,15 @@ def test_bad_input_is_refused_and_nothing_is_left(tmp_path: Path, data: bytes | 
     with pytest.raises(ValueError, match=said):
         run(PrepareConfig(str(path), "byte", val_fraction=0.1), tmp_path / "shards")
     assert {found.name for found in tmp_path.iterdir()} <= {path.name, ".shards.lock"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links take a privilege there")
+def test_a_folder_that_cannot_be_made_is_refused_by_its_key(tmp_path: Path, jsonl: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, said in (("loop", "loop: Too many levels of symbolic links"), ("text.jsonl/x", "Not a directory")):
+        (tmp_path / "text.jsonl").touch()
+        with pytest.raises(ValueError, match=rf"data\.shards_dir=.*{said}"):
+            run(PrepareConfig(str(jsonl), "byte"), tmp_path / name)
 
 
 def test_a_wrong_configuration_is_refused_at_construction() -> None:

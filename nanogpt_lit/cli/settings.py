@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from nanogpt_lit.cli.fine_tuning import Beginning
     from nanogpt_lit.cli.resumed import Resumed
 
+ROOT = "runs"
+"""trainer.default_root_dir where it is not set, or null."""
+
 
 class SettingsCLI(LightningCLI):
     """The settings of `LitNanoGPT`, `TokenDataModule` and a Trainer, and nothing built from them.
@@ -75,7 +78,7 @@ class SettingsCLI(LightningCLI):
             LitNanoGPT,
             TokenDataModule,
             save_config_callback=None,  # it would write without bringing the file to the disk
-            trainer_defaults={"default_root_dir": "runs", **TRAINER_DEFAULTS},
+            trainer_defaults={"default_root_dir": ROOT, **TRAINER_DEFAULTS},
             seed_everything_default=1337,
             parser_kwargs={"allow_abbrev": False},
             parser_class=Parser,
@@ -146,7 +149,7 @@ class SettingsCLI(LightningCLI):
         """Build what checks itself at construction, so that a mistake is named before the data is made."""
         settings, trainer = self.settings, self.settings.trainer
         if trainer.default_root_dir is None:
-            trainer.default_root_dir = TRAINER_DEFAULTS["default_root_dir"]
+            trainer.default_root_dir = ROOT
         for name in ("gpt", "memory", "elastic", "optim", "schedule"):
             if not isinstance(keys := settings.model[name], Namespace | dict):
                 raise UserError(f"model.{name}={keys} holds no keys; write them below it, or leave it out.")

@@ -5,6 +5,7 @@ what they were made from. It is written as FOLDER.partial and renamed when compl
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from nanogpt_lit.data.tokenizer_files import (
     with_special_tokens,
 )
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.durable import durable_folder
+from nanogpt_lit.runtime.durable import check_writable, durable_folder
 
 SAMPLE_CHARS = 1 << 20  # text that is encoded to see how large the shards will be
 ROOM_MARGIN = 1.2  # the rest of the text may be denser, and every document has its end-of-text
@@ -110,11 +111,12 @@ def prepare(config: PrepareConfig, folder: Path, *, show_progress: bool = True) 
     Safe against interruption at any moment and against other processes doing the same: one works, the others wait.
     Raises UserError for anything that is wrong with the source, the tokenizer, the folder or the disk.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))  # Path.resolve raises for links that lead to each other
     source = config.open_source()
     request = config.request(source)
     if _stale_reason(request, folder) is None and not has_leftovers(folder):
         return read_manifest(folder)
+    check_writable("data.shards_dir", folder)
     if isinstance(source, FilesSource) and folder.is_relative_to(source.root.resolve()):
         raise UserError(f"data.shards_dir={folder} lies inside data.source={config.source}; shards are not text.")
     split = Split.plan(source, config.val_fraction)
