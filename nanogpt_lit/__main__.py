@@ -38,6 +38,10 @@ COMMANDS = {
     ),
     "convert": ("nanogpt_lit.cli.commands:convert", "a checkpoint from and to the formats of others"),
     "eval": ("nanogpt_lit.evaluate.command:evaluate", "loss, bits per byte, HellaSwag and lm-eval's tasks"),
+    "parity": (
+        "nanogpt_lit.parity.command:compare",
+        "Lightning, accelerate and a plain loop on the same module: the same bits?",
+    ),
     "generate": ("nanogpt_lit.cli.commands:generate", "text from a checkpoint, streamed as it is made"),
 }
 OTHER_NAMES = {

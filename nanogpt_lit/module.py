@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nanogpt_lit.gpt.model import GPT, GPTConfig, check_same_network, config_of_checkpoint
@@ -14,7 +13,7 @@ from nanogpt_lit.loops.trainer_section import shard
 from nanogpt_lit.memory.elastic import ElasticConfig
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques, optimizer_class
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
-from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay, other_length
+from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
 
 
 class LitNanoGPT(LightningModule):
@@ -95,10 +94,6 @@ class LitNanoGPT(LightningModule):
         """Shards the network over the processes where Lightning's ModelParallelStrategy offers a device mesh."""
         if self.device_mesh is not None:
             shard(self, self.device_mesh)
-
-    def on_fit_start(self) -> None:
-        if sentence := other_length(self.schedule_config, self.trainer.max_steps):
-            rank_zero_warn(sentence)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_network(checkpoint["hyper_parameters"]["gpt"], self.hparams["gpt"])

@@ -1,6 +1,5 @@
 """Three loops, the same bits; and the comparison sees every bit."""
 
-import importlib.util
 import itertools
 import json
 import math
@@ -14,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt_lit.__main__ import exit_code
+from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.model import GPTConfig
@@ -23,7 +22,7 @@ from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity import grid
+from nanogpt_lit.parity import command, grid
 from nanogpt_lit.parity.grid import AXES, compare_loops, every_combination, every_pair, of_all_ranks, pairs
 from nanogpt_lit.parity.known_differences import KNOWN_DIFFERENCES, Effect, effects
 from nanogpt_lit.parity.processes import run_together
@@ -261,14 +260,6 @@ def test_the_short_grid_has_every_pair_of_values_and_the_long_one_every_combinat
     assert {pair for point in short for pair in pairs(point)} == of_all
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("parity_script", ROOT / "scripts" / "parity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def options(tmp_path, data):
     return [
@@ -281,16 +272,16 @@ def options(tmp_path, data):
 ONE_POINT = ["--accumulate=4", "--dropout=0.1", "--optimizer=fused", "--ragged=yes", "--clip=on"]
 
 
-def run(script, *arguments):
+def run(*arguments):
     """The exit code, as the command line would have it."""
     try:
-        return exit_code(lambda: script.main(list(arguments)))
+        return main(["parity", *arguments])
     except SystemExit as exit:
         return exit.code
 
 
-def test_the_script_compares_reports_and_leaves_with_0(script, options, tmp_path, capsys):
-    assert run(script, *options, *ONE_POINT, "--precision=16-mixed overflow", "--skip-memory") == 0
+def test_the_command_compares_reports_and_leaves_with_0(options, tmp_path, capsys):
+    assert run(*options, *ONE_POINT, "--precision=16-mixed overflow", "--skip-memory") == 0
     report = json.loads((tmp_path / "parity_0" / "report.json").read_text())
     assert report["identical"]
     rows = [(row["precision"], row["processes"], row["skipped_steps"] > 0) for row in report["cases"]]
@@ -327,7 +318,7 @@ def assert_readable(html, picture, cases):
     assert not re.search(r"src=|href=\"(?!#)", html)  # needs nothing else
 
 
-def test_on_a_gpu_the_script_compares_loops_that_are_strict_and_not_only_warned(script, options, monkeypatch):
+def test_on_a_gpu_the_command_compares_loops_that_are_strict_and_not_only_warned(options, monkeypatch):
     """With a warning alone, attention's backward pass adds up in no fixed order, and a loop differs from itself."""
     compared = []
 
@@ -336,20 +327,20 @@ def test_on_a_gpu_the_script_compares_loops_that_are_strict_and_not_only_warned(
         sys.exit(0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(script, "hardware", lambda *_: "")  # asks CUDA for a name
-    monkeypatch.setattr(script, "compare_all", compare_all)
-    assert run(script, *options, "--on=cuda", "--trainer.accelerator=cpu") == 0
+    monkeypatch.setattr(command, "hardware", lambda *_: "")  # asks CUDA for a name
+    monkeypatch.setattr(command, "compare_all", compare_all)
+    assert run(*options, "--on=cuda", "--trainer.accelerator=cpu") == 0
     assert {(case.device, case.settings.deterministic) for case in compared} == {("cuda", True)}
     compared.clear()
-    assert run(script, *options) == 0
+    assert run(*options) == 0
     assert {(case.device, case.settings.deterministic) for case in compared} == {("cpu", None)}
 
 
-def test_the_script_names_the_first_difference_and_leaves_with_1(script, options, tmp_path, capsys, monkeypatch):
+def test_the_comparison_names_the_first_difference_and_leaves_with_1(options, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(accelerate, "clipping_order", lambda optimizer: [])  # clips nothing
     out = tmp_path / "elsewhere"
     alone = ["--processes=1", "--precision=32-true", "--skip-memory", f"--out={out}"]
-    assert run(script, *options, *ONE_POINT, *alone) == 1
+    assert run(*options, *ONE_POINT, *alone) == 1
     report = json.loads((out / "report.json").read_text())
     (row,) = report["cases"]
     assert row["lightning"] is None
@@ -362,12 +353,12 @@ def test_the_script_names_the_first_difference_and_leaves_with_1(script, options
     assert 'id="case_1_parted"' in html  # the mark at the step
 
 
-def test_explain_prints_a_table_of_every_known_difference(script, options, on_two, tmp_path, capsys, monkeypatch):
+def test_explain_prints_a_table_of_every_known_difference(options, on_two, tmp_path, capsys, monkeypatch):
     few = [known for known in KNOWN_DIFFERENCES if known.name in ("schedule on a skipped step", OF_TWO[0].name)]
-    monkeypatch.setattr(script, "KNOWN_DIFFERENCES", few)
+    monkeypatch.setattr(command, "KNOWN_DIFFERENCES", few)
     on_rank_0 = on_two[0][1]  # other processes need not be started again to be printed
-    monkeypatch.setattr(script, "effects_together", lambda *_: {OF_TWO[0].name: on_rank_0[0]})
-    assert run(script, *options, "--explain") == 0
+    monkeypatch.setattr(command, "effects_together", lambda *_: {OF_TWO[0].name: on_rank_0[0]})
+    assert run(*options, "--explain") == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {known.name}" for known in few]
     assert all(re.search(r"step \d: [a-z ]+ by \d\.\de-\d\d; weights at the end by", row) for row in rows[2:])
@@ -377,15 +368,15 @@ def test_explain_prints_a_table_of_every_known_difference(script, options, on_tw
 
 
 def test_two_orders_that_this_cpu_rounds_alike_are_explained_so_and_are_no_failure(
-    script, options, tmp_path, capsys, monkeypatch
+    options, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(script, "effects_together", lambda *_: {ORDER_OF_CLIPPING.name: Effect(None, 0.0)})
-    monkeypatch.setattr(script, "KNOWN_DIFFERENCES", [ORDER_OF_CLIPPING])
-    assert run(script, *options, "--explain") == 0
+    monkeypatch.setattr(command, "effects_together", lambda *_: {ORDER_OF_CLIPPING.name: Effect(None, 0.0)})
+    monkeypatch.setattr(command, "KNOWN_DIFFERENCES", [ORDER_OF_CLIPPING])
+    assert run(*options, "--explain") == 0
     assert "| rounded alike on this CPU |" in capsys.readouterr().out
-    monkeypatch.setattr(script, "effects_together", lambda *_: {OF_TWO[0].name: Effect(None, 0.0)})
-    monkeypatch.setattr(script, "KNOWN_DIFFERENCES", [OF_TWO[0]])
-    assert run(script, *options, "--explain") == 1
+    monkeypatch.setattr(command, "effects_together", lambda *_: {OF_TWO[0].name: Effect(None, 0.0)})
+    monkeypatch.setattr(command, "KNOWN_DIFFERENCES", [OF_TWO[0]])
+    assert run(*options, "--explain") == 1
 
 
 class Hoarder(LitNanoGPT):
@@ -404,18 +395,18 @@ def test_the_peak_memory_of_a_loop_is_what_its_own_process_grew_by(data, monkeyp
     assert 64 < growth < 64 + 128
 
 
-def test_a_large_network_is_made_small_unless_it_is_asked_for(script, options, tmp_path, capsys):
+def test_a_large_network_is_made_small_unless_it_is_asked_for(options, tmp_path, capsys):
     large = options[:2] + options[3:5]
     yaml = tmp_path / "mine.yaml"
     yaml.write_text("model: {gpt: {n_layer: 3, n_head: 3, n_embd: 96}}\ndata: {tokenizer: char, batch_size: 3}\n")
     few = [*large, f"--config={yaml}", "--precision=32-true", "--accumulate=1", "--processes=1", "--skip-memory"]
     few += ["--clip=on", "--dropout=0.1", "--optimizer=fused", "--ragged=yes", "--steps=1"]
-    assert run(script, *few, "--data.batch_size=3") == 0
+    assert run(*few, "--data.batch_size=3") == 0
     out = capsys.readouterr().out
     assert "small for the comparison: n_layer 3 -> 2, n_embd 96 -> 64, n_head 3 -> 2 (--full-size" in out
     assert "1 steps of 3 x 32 tokens per micro-batch, 2 layers of 64 channels, vocabulary " in out
     assert "(char)" in out
-    assert run(script, *few, "--full-size") == 0
+    assert run(*few, "--full-size") == 0
     out = capsys.readouterr().out
     assert "small for" not in out
     assert "1 steps of 3 x 32 tokens per micro-batch, 3 layers of 96 channels" in out
@@ -432,16 +423,16 @@ def test_a_large_network_is_made_small_unless_it_is_asked_for(script, options, t
         ("--data.block_size=160", "'val' has 1 windows of data.block_size=160, fewer than the 2 processes"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_starts_nothing(script, options, option, sentence, capsys, tmp_path):
-    assert run(script, *options, *ONE_POINT, option) == 2
+def test_a_mistake_is_one_sentence_and_starts_nothing(options, option, sentence, capsys, tmp_path):
+    assert run(*options, *ONE_POINT, option) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert sentence in line
     assert not list(tmp_path.glob("parity_*"))
 
 
-def test_explain_and_a_launcher_refuse_what_they_would_ignore(script, options, capsys, monkeypatch):
-    assert run(script, *options, "--explain", "--clip=on") == 2
+def test_explain_and_a_launcher_refuse_what_they_would_ignore(options, capsys, monkeypatch):
+    assert run(*options, "--explain", "--clip=on") == 2
     assert "--explain brings cases of its own; leave out --clip." in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert run(script, *options) == 2
+    assert run(*options) == 2
     assert "ACCELERATE_MIXED_PRECISION=no is set" in capsys.readouterr().err

@@ -58,17 +58,6 @@ def short_of_peak(config: ScheduleConfig) -> str | None:
     )
 
 
-def other_length(config: ScheduleConfig, max_steps: int) -> str | None:
-    """A sentence where the learning rate is scheduled for more or fewer steps than a run has."""
-    if max_steps in (-1, config.total_steps):
-        return None
-    return (
-        f"ScheduleConfig has total_steps={config.total_steps} and the Trainer max_steps={max_steps}: the learning rate "
-        f"{'stays at its floor for the rest' if max_steps > config.total_steps else 'does not come to its floor'}; "
-        f"ScheduleConfig(total_steps={max_steps}) decays over the whole run."
-    )
-
-
 def warmup_decay(step: int, config: ScheduleConfig) -> float:
     """Learning rate of the given step (0 is the first) as a fraction of the peak, as in nanoGPT's train.py.
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +20,6 @@ def accelerate(options, before=None):
 
 LOOPS = {"lightning": None, "accelerate": accelerate}
 CHANGES = [("lightning", "lightning"), ("lightning", "accelerate"), ("accelerate", "lightning")]
-
-
-def script(name):
-    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-    return __import__(name).main
 
 
 class Stop:
@@ -92,7 +85,7 @@ def test_plain_pytorch_accelerate_and_lightning_are_identical(text, tmp_path):
 
 
 def parity(grid):
-    return command(grid, program=script("parity"))
+    return command(grid, program=lambda words: main(["parity", *words]))
 
 
 def test_the_device_computes_what_a_cpu_does(text, tmp_path):
