@@ -150,8 +150,9 @@ class TokenDataModule(LightningDataModule):
         schedule = getattr(trainer.lightning_module, "schedule_config", None)
         if schedule is not None and trainer.max_steps not in (-1, schedule.total_steps):
             rank_zero_warn(
-                f"ScheduleConfig has total_steps={schedule.total_steps} and the Trainer max_steps={trainer.max_steps}: the "
-                f"learning rate is made for another run; ScheduleConfig(total_steps={trainer.max_steps}) decays over this."
+                f"ScheduleConfig has total_steps={schedule.total_steps} and the Trainer max_steps={trainer.max_steps}: "
+                "the learning rate is made for a run of another length. "
+                f"ScheduleConfig(total_steps={trainer.max_steps}) decays over this one."
             )
         if trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches:
             rank_zero_warn(
