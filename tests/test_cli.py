@@ -268,8 +268,8 @@ def refusal(capsys, *arguments):
         ("--trainer.max_epochs=0", "trainer.max_epochs=0 trains nothing"),
         ("--trainer.limit_train_batches=0", "trainer.limit_train_batches=0 trains nothing"),
         ("--trainer.num_nodes=2", "trainer.num_nodes=2 waits for other machines"),
-        ("--model.memory=[]", "model.memory=[] holds no keys"),
-        ("--model.optim=null", "model.optim=None holds no keys"),
+        ("--model.memory=[]", "model.memory=[] does not work; what does: keys below it"),
+        ("--model.optim=null", "model.optim=null does not work; what does: keys below it"),
         ("--data.tokenizer=gpt5", "data.tokenizer=gpt5"),
         ("--data.source=nowhere.txt", "data.source=nowhere.txt does not exist"),
         ("--data.block_size=4096", "data.block_size=4096"),
@@ -279,6 +279,12 @@ def refusal(capsys, *arguments):
 def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option, sentence, capsys, tmp_path):
     assert sentence in refusal(capsys, "fit", *options, option)
     assert not list((tmp_path / "root").glob("version_*"))
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [("memory", "[]", "[]"), ("optim", "null", "None")])
+def test_a_section_of_a_yaml_without_keys_is_refused(key, value, said, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(f"model: {{{key}: {value}}}")
+    assert f"model.{key}={said} holds no keys" in refusal(capsys, "fit", f"--config={tmp_path / 'a.yaml'}")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")

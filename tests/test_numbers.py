@@ -9,7 +9,7 @@ from small_runs import LOOPS, small_run
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.generate import sample
 from nanogpt_lit.loops.lightning import TextSamples
-from nanogpt_lit.untrusted.config_values import RANGES, check_numbers
+from nanogpt_lit.untrusted.config_values import RANGES, TRAINS_NOTHING, check_numbers
 
 
 def nested(key, value):
@@ -24,7 +24,8 @@ def test_a_number_outside_its_range_is_refused_by_its_key_and_the_ends_of_the_ra
     for end, outside, said in ((least, least - 1, "must be at least"), (most, most + 1, "must be at most")):
         if math.isinf(end):
             continue
-        check_numbers(nested(key, end))
+        if end or key not in TRAINS_NOTHING:
+            check_numbers(nested(key, end))
         with pytest.raises(UserError, match=f"{key}={outside} {said}"):
             check_numbers(nested(key, outside))
 

@@ -213,7 +213,7 @@ def test_every_command_of_the_page_is_one_that_we_understand(capsys, monkeypatch
     assert len(commands) >= 7
     for command in commands:
         arguments = command[command.index("nanogpt_lit") + 1 :]
-        if arguments[0] == "fit":
+        if arguments[0] in ("fit", "fit-accelerate"):
             trainer = SettingsCLI(args=arguments[1:]).settings.trainer
             check_together(strategy_settings(vars(trainer), "cuda"))
         else:

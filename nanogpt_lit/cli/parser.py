@@ -70,6 +70,8 @@ class Parser(LightningArgumentParser):
         Parser._is_parsing = True
         try:
             config = super().parse_args(args, *more, **options)
+        except Mistake as mistake:
+            raise UserError(str(mistake)) from mistake.__cause__
         except ImportError as error:  # a class_path where no class is expected is refused past jsonargparse's own net
             raise UserError(sentence(str(error), [])) from error
         finally:
@@ -109,7 +111,11 @@ class Parser(LightningArgumentParser):
         text = shown(sentence(message, [action.dest for action in parser._actions]))
         if len(text) > LONGEST_SENTENCE:
             text = f"{text[: LONGEST_SENTENCE // 2]} ... {text[-LONGEST_SENTENCE // 2 :]}"
-        raise UserError(text) from ex
+        raise Mistake(text) from ex
+
+
+class Mistake(SystemExit):
+    """What the parser ends with: jsonargparse tries one type after the other, and would take any Exception for a no."""
 
 
 def sentence(message: str, options: list[str]) -> str:
