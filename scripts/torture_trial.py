@@ -183,11 +183,11 @@ class Trial:
         left = 1 - (before.step if before is not None else 0) / STEPS
         moment_s, refused = None, False
         if kind == TWO_WRITERS:
-            refused = self._refused(piece, running)
+            refused, output = self._one_of_two(piece, running)
         elif kind not in (*FROM_WITHIN, "none"):
             moment_s = self._strike(kind, running, output, left)
-        codes = wait(running)
-        said = output.read_text(encoding="utf-8", errors="replace")
+        codes = [0] if kind == TWO_WRITERS else wait(running)
+        said = read(output)
         full = kind in ("disk full", FULL_TO_THE_END)
         struck = refused or ("could not be saved at step" in said if full else bool(codes[0] or any(codes)))
         self.result.pieces.append(
@@ -199,20 +199,31 @@ class Trial:
         if kind == MOVED_CLOCK:
             self._move_clock()
 
-    def _refused(self, piece: Piece, running: "list[Forked | subprocess.Popen[bytes]]") -> bool:
-        """Starts the run a second time while it is trained. Whether that was refused; it may have come too late."""
+    def _one_of_two(self, piece: Piece, running: "list[Forked | subprocess.Popen[bytes]]") -> tuple[bool, Path]:
+        """Starts the run a second time beside the first. Returns whether one was refused, and what the other said.
+
+        Of two that start at the same moment, either may be the writer; and the second may come when the first has ended.
+        """
         while all(process.poll() is None for process in running) and not list(self._folder.glob(f"*/*/*{SUFFIX}")):
             time.sleep(0.01)  # before its first checkpoint, a run is not one that could be gone on with
         output = Path(f"{piece.output}_second")
         second = start_all(replace(piece, loop=self._draw.choice(["fit", "accelerate"]), output=str(output)), 1)
         self._groups += [process.pid for process in second]
-        (code,) = wait(second)
-        said = output.read_text(encoding="utf-8", errors="replace")
-        if code == 2 and "is being trained by process" in said:
-            return True
-        if code != 0 or "the run is complete" not in said:
-            raise Failed(f"a second writer was not refused but ended with {code}: {said[-2000:]}")
-        return False
+        outputs = [Path(piece.output), output]
+        ends = [
+            (wait(processes)[0], read(output)) for processes, output in zip((running, second), outputs, strict=True)
+        ]
+        refused = [code == 2 and "is being trained by process" in said for code, said in ends]
+        for (code, said), one_refused in zip(ends, refused, strict=True):
+            if code != 0 and not one_refused:
+                raise Failed(f"two writers: one ended with {code}: {said[-2000:]}")
+        if all(refused):
+            raise Failed("two writers: each was refused because of the other")
+        if not any(refused) and not any("the run is complete" in said for _, said in ends):
+            raise Failed(f"two writers: both trained: {ends[1][1][-2000:]}")
+        # Of two that found a run to go on with, the one that had nothing left to do says less.
+        trained = max((k for k in (0, 1) if not refused[k]), key=lambda k: "\nrun: " in ends[k][1])
+        return any(refused), outputs[trained]
 
     def _within(self, kind: str) -> Within | None:
         if kind == "killed at a call":
@@ -291,7 +302,8 @@ class Trial:
         for path, step in re.findall(r"^(?:last|best) checkpoint +(\S+) \(step ([\d,]+)\)$", said, re.MULTILINE):
             if whole_step(Path(path)) != int(step.replace(",", "")):
                 raise Failed(f"{path} was said to hold step {step}, and holds {whole_step(Path(path))}")
-        if after is not None and f"last checkpoint  {after.path.with_stem('last')}" not in said:
+        named = re.findall(r"^(?:last|best) checkpoint +(\S+)", said, re.MULTILINE)
+        if after is not None and not {str(after.path), str(after.path.with_stem("last"))} & set(named):
             raise Failed(f"the checkpoint that is there was not named: {said[-2000:]}")
 
     # What happens to its files between two processes.
@@ -362,6 +374,10 @@ class Trial:
             if time.monotonic() > deadline_s:
                 raise Failed(f"a process of the ended run is left, in group {left[0]}")
             time.sleep(0.1)
+
+
+def read(output: Path) -> str:
+    return output.read_text(encoding="utf-8", errors="replace")
 
 
 def whole_step(path: Path) -> int | None:
