@@ -122,6 +122,9 @@ def exit_code(command: Callable[[], int]) -> int:
     except NothingToDo as done:
         print(done, flush=True)
         return 0
+    except BrokenPipeError:  # what reads the output, `head` perhaps, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        return 0
     except BaseException as error:
         if supervised():
             report_error(error)

@@ -202,7 +202,7 @@ class Trial:
     def _one_of_two(self, piece: Piece, running: "list[Forked | subprocess.Popen[bytes]]") -> tuple[bool, Path]:
         """Starts the run a second time beside the first. Returns whether one was refused, and what the other said.
 
-        Of two that start at the same moment, either may be the writer; and the second may come when the first has ended.
+        Of two that start at the same moment either may be the writer, and the second may come when the first has ended.
         """
         while all(process.poll() is None for process in running) and not list(self._folder.glob(f"*/*/*{SUFFIX}")):
             time.sleep(0.01)  # before its first checkpoint, a run is not one that could be gone on with

@@ -281,6 +281,33 @@ def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option,
     assert not list((tmp_path / "root").glob("version_*"))
 
 
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["convert", "a.pt"], "the following arguments are required: TO; `python -m nanogpt_lit convert --help` lists"),
+        (["generate", "--cpkt=a"], "the following arguments are required: --ckpt"),
+        (["eval", "--ckpt=a", "--picturee=b"], "unrecognized arguments: --picturee=b"),
+        (["plan", "--os=beos"], "argument --os: invalid choice: 'beos'"),
+        (["init-config", "a", "b", "c"], "unrecognized arguments: c"),
+        (["parity", "--steps=0"], "argument --steps: 0 should be a whole number, at least 1."),
+    ],
+)
+def test_a_wrong_option_of_any_command_is_refused_in_one_sentence(command, sentence, capsys):
+    assert sentence in refusal(capsys, *command)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of a shell")
+def test_a_reader_that_has_read_enough_ends_a_command_without_an_error():
+    command = f"{sys.executable} -m nanogpt_lit accelerate-config --help | head -c 1"
+    program = (
+        "from nanogpt_lit.__main__ import exit_code; exit_code(lambda: [print('x' * 999) for _ in range(9999)] and 0)"
+    )
+    for shown in (command, f'{sys.executable} -c "{program}" | head -c 1'):
+        answer = subprocess.run(["bash", "-o", "pipefail", "-c", shown], capture_output=True, text=True)
+        assert not answer.stderr
+        assert answer.returncode == 0
+
+
 @pytest.mark.parametrize(("key", "value", "said"), [("memory", "[]", "[]"), ("optim", "null", "None")])
 def test_a_section_of_a_yaml_without_keys_is_refused(key, value, said, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(f"model: {{{key}: {value}}}")

@@ -8,15 +8,24 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from nanogpt_lit.errors import UserError
 
 
-def parser_of(command: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+class OptionParser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, as those of any other command."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = "" if message.endswith(".") else f"; `{self.prog} --help` lists what there is."
+        raise UserError(message + hint)
+
+
+def parser_of(command: str, description: str, usage: str | None = None) -> OptionParser:
     """usage: what follows the command; None lists its options"""
     prog = f"python -m nanogpt_lit {command}"
     usage = None if usage is None else f"{prog} {usage}"
-    return argparse.ArgumentParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    return OptionParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
 
 
 def generate(arguments: list[str]) -> int:

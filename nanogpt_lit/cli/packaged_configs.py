@@ -1,9 +1,9 @@
 """The configurations that come with the package: found by their names, and copied out to be changed."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from nanogpt_lit.cli.commands import parser_of
 from nanogpt_lit.errors import UserError
 
 NAMED_BY = ("--config", "-c", "--from")
@@ -35,11 +35,10 @@ def with_packaged_configs(arguments: Sequence[str]) -> list[str]:
 
 def init_config(arguments: list[str]) -> int:
     """`init-config NAME [FILE]`: write a copy of a packaged configuration, to be changed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt_lit init-config",
-        description="Write a copy of a configuration that comes with the package, to be changed. Without a NAME, list "
-        "them: --config takes the same names.",
-        allow_abbrev=False,
+    parser = parser_of(
+        "init-config",
+        "Write a copy of a configuration that comes with the package, to be changed. Without a NAME, list them: "
+        "--config takes the same names.",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="of a packaged configuration, such as rtx2050")
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="where to write it (NAME.yaml)")

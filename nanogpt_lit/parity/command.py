@@ -19,15 +19,15 @@ the options.
 import argparse
 import json
 import os
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import quantiles
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from nanogpt_lit.cli.commands import OptionParser
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.loops.contract import LoopSettings
@@ -61,15 +61,9 @@ from nanogpt_lit.runtime.machine import hardware
 OF_A_LAUNCHER = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def compare(arguments: list[str]) -> int:
     """`parity`; arguments begin with the command. Returns the exit code."""
-    parser = Parser(
+    parser = OptionParser(
         "python -m nanogpt_lit parity",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
