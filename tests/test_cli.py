@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import BOTTLES
+from small_runs import BOTTLES, fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nanogpt_lit.__main__
@@ -294,6 +295,15 @@ def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option,
 )
 def test_a_wrong_option_of_any_command_is_refused_in_one_sentence(command, sentence, capsys):
     assert sentence in refusal(capsys, *command)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="quotes of a shell that is not Windows'")
+def test_the_commands_that_a_run_ends_with_can_be_copied_from_a_folder_with_a_space(text, tmp_path, capsys):
+    assert fit(*small_run(text, tmp_path / "my runs"), "--trainer.max_steps=2") == 0
+    shown = capsys.readouterr().out
+    for name in ("curves", "write more"):
+        (command,) = re.findall(rf"^{name} +(.+)$", shown, flags=re.M)
+        assert Path(shlex.split(command)[-1]).exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of a shell")

@@ -15,6 +15,7 @@ from nanogpt_lit.gpt.model import GPT
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.run.metrics import StepMetrics, perplexity
 from nanogpt_lit.runtime.clock import Sleeps, awake_s
+from nanogpt_lit.runtime.launch import as_typed
 from nanogpt_lit.runtime.machine import device_name
 from nanogpt_lit.runtime.process_settings import Deterministic, repeatability
 
@@ -71,10 +72,10 @@ def closing_table(run: "RunObservers", folder: Path, checkpoints: Mapping[str, P
         rows.append(("ended early", run.early_stopping.sentence()))
     files = {name: Path(relative_to_here(path)) for name, path in checkpoints.items() if path.exists()}
     rows += [(f"{name} checkpoint", f"{path}{held_step(path)}") for name, path in files.items()]
-    rows.append(("curves", f"tensorboard --logdir {Path(relative_to_here(folder)).parent}"))
+    rows.append(("curves", as_typed(["tensorboard", "--logdir", str(Path(relative_to_here(folder)).parent)])))
     for path in list(files.values())[:1]:
         if path.is_file() or is_sharded(path):  # of a folder of another kind no command can write
-            rows.append(("write more", f"python -m nanogpt_lit generate --ckpt {path}"))
+            rows.append(("write more", as_typed(["python", "-m", "nanogpt_lit", "generate", "--ckpt", str(path)])))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     if run.samples is not None and run.samples.latest is not None:

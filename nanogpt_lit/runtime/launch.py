@@ -84,6 +84,11 @@ def resume_command(program: Sequence[str], arguments: Sequence[str]) -> str:
         words = json.loads(os.environ[COMMAND])
     else:
         words = [*program, *without(arguments, ("--resume", "--ckpt_path")), "--resume", "auto"]
+    return as_typed(words)
+
+
+def as_typed(words: Sequence[str]) -> str:
+    """A command line, quoted for the shell of this system."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 

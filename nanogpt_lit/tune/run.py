@@ -1,7 +1,6 @@
 """One `tune`: from a YAML to a better one, with the result in words and as a picture."""
 
 import math
-import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from nanogpt_lit.plan.command import own_rung, plan_rung
 from nanogpt_lit.run.stops import Reason, Stops
 from nanogpt_lit.runtime.clock import awake_s
 from nanogpt_lit.runtime.durable import write_durably
+from nanogpt_lit.runtime.launch import as_typed
 from nanogpt_lit.runtime.machine import hardware
 from nanogpt_lit.tune.search import HORIZON, UNITS, Decision, Found, decide, search
 from nanogpt_lit.tune.trials import OWN, RECIPES, Candidate, Trials, model_section, recipe_of
@@ -71,7 +71,7 @@ def run(config: Path, settings_of_fit: Sequence[str], budget_s: float, out: Path
     if decision is None:
         print("tune was stopped before it had anything to compare; nothing is written.")
         return code
-    command = shlex.join(["python", "-m", "nanogpt_lit", "tune", "--config", config.as_posix(), *settings_of_fit])
+    command = as_typed(["python", "-m", "nanogpt_lit", "tune", "--config", config.as_posix(), *settings_of_fit])
     changed = changes(settings, found, decision)
     lines = screen(found, decision, changed)
     header = [f"{command} --budget {budget_s:g}s", f"{datetime.now():%Y-%m-%d}, {hardware()}", "", *lines]
