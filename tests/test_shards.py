@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -358,6 +359,19 @@ def test_a_file_that_shrank_after_opening_is_an_error_not_a_crash(tmp_path):
         file.truncate(HEADER_BYTES + 20)
     with pytest.raises(ValueError, match="truncated"):
         shards.read(0, 50)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows lets nobody cut a file that is mapped")
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_not_a_crash(tmp_path):
+    write_ours(tmp_path, 500, np.arange(10_000) % 500)
+    program = (
+        "import os, sys; from pathlib import Path; from nanogpt_lit.data.shards import TokenShards; "
+        "shards = TokenShards.open(Path(sys.argv[1]), 'train'); shards.read(0, 9_000); "
+        "os.truncate(shards.files[0].path, 600); shards.read(0, 9_000)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert answer.returncode == 1  # -7 once, of SIGBUS
+    assert "is 600 bytes, but 10,000 uint16 tokens" in answer.stderr
 
 
 # Size ----------------------------------------------------------------------------------------------------------------

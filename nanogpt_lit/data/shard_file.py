@@ -18,6 +18,7 @@ github.com/karpathy/llm.c. nanoGPT: bare uint16 tokens, no header at all (data/*
 import codecs
 import struct
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Self
 
@@ -69,9 +70,9 @@ class ShardFile:
         if size == 0:
             raise UserError(f"{path} is empty; write the shards again.")
         if head.startswith(MAGIC):
-            return cls._ours(path, head)._checked(size)
+            return cls._ours(path, head).check_size(size)
         if is_llmc(head):
-            return cls._llmc(path, head)._checked(size)
+            return cls._llmc(path, head).check_size(size)
         other = _looks_like(head)
         if other:
             raise UserError(f"{path} looks like {other}, not like token shards; point data.source at the text itself.")
@@ -80,7 +81,7 @@ class ShardFile:
                 f"{path} has neither our header nor llm.c's; nanoGPT's bare uint16 tokens are read from files named "
                 "train.bin and val.bin."
             )
-        return cls._bare(path, head, size)._checked(size)
+        return cls._bare(path, head, size).check_size(size)
 
     @classmethod
     def _ours(cls, path: Path, head: bytes) -> Self:
@@ -119,7 +120,8 @@ class ShardFile:
             )
         return cls(path, np.dtype("<u2"), 0, size // 2, None)
 
-    def _checked(self, size: int) -> Self:
+    def check_size(self, size: int) -> Self:
+        """Raises UserError where the file has not the bytes that its header says. size: what it has"""
         expected = self.offset + self.n_tokens * self.dtype.itemsize
         if size != expected:
             raise UserError(
@@ -130,11 +132,15 @@ class ShardFile:
             raise UserError(f"{self.path} holds no tokens; write the shards again.")
         return self
 
-    def map(self) -> np.ndarray:
-        """The tokens, memory-mapped read-only. The size is checked again: touching a missing page would be fatal."""
-        self._checked(self.path.stat().st_size)
-        # A plain ndarray: np.memmap's own slicing costs several times as much.
-        return np.asarray(np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=(self.n_tokens,)))
+    def map(self) -> tuple[np.ndarray, mmap]:
+        """The tokens, memory-mapped read-only, and the mapping, whose size() tells when the file has changed.
+
+        The size is checked again: touching a page that is no longer there would end the process.
+        """
+        self.check_size(self.path.stat().st_size)
+        with self.path.open("rb") as file:
+            mapping = mmap(file.fileno(), 0, access=ACCESS_READ)
+        return np.frombuffer(mapping, self.dtype, self.n_tokens, self.offset), mapping
 
     def largest_token(self) -> int:
         """The largest id in the file, in one pass and bounded memory."""

@@ -11,6 +11,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from mmap import mmap
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -94,7 +95,7 @@ class TokenShards:
         self.vocab_size = sizes.pop() if sizes else None
         # Ids at or above it never leave `read`. Foreign files do not name theirs: check_vocabulary sets it.
         self.vocab_limit = self.vocab_size
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[int, tuple[np.ndarray, mmap]] = {}
         self._windows_mapped = 0
 
     @classmethod
@@ -167,7 +168,10 @@ class TokenShards:
         while filled < len(window):
             if k not in self._maps:
                 self._maps[k] = self.files[k].map()
-            piece = self._maps[k][position : position + len(window) - filled]
+            tokens, mapping = self._maps[k]
+            if mapping.size() != len(mapping):  # cut in place while it is read: a page that is gone ends the process
+                self.files[k].check_size(mapping.size())
+            piece = tokens[position : position + len(window) - filled]
             window[filled : filled + len(piece)] = piece
             filled, k, position = filled + len(piece), k + 1, 0
 
