@@ -266,12 +266,15 @@ def test_a_finished_run_says_that_it_is_complete_and_a_longer_one_what_the_rate_
     assert loop(*small_run(text, tmp_path), "--trainer.max_steps=4") == 0
     folder = tmp_path / LOOPS[loop]
     before = (folder / LAST).stat()
+    cut_short = folder / f"{LAST}.partial"
+    cut_short.write_bytes(b"half")
     capsys.readouterr()
     assert loop(*small_run(text, tmp_path), "--trainer.max_steps=4", "--resume=auto") == 0
     said = capsys.readouterr().out
     assert f"{folder / LAST} holds step 4, and the run is complete with trainer.max_steps=4. " in said
     assert "--trainer.max_steps 8 would train as much again" in said
     assert (folder / LAST).stat().st_mtime_ns == before.st_mtime_ns
+    assert not cut_short.exists()
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert loop(*small_run(text, tmp_path), "--trainer.max_steps=6", "--resume=auto") == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "learning rate now" in line]

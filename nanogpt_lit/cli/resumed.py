@@ -14,6 +14,7 @@ from nanogpt_lit.errors import NothingToDo, UserError
 from nanogpt_lit.loops.compatibility import FSDP2
 from nanogpt_lit.loops.trainer_section import named_strategy, writes_run_files
 from nanogpt_lit.run.resume import changed_settings, latest_config, rate_change
+from nanogpt_lit.runtime.durable import sweep
 from nanogpt_lit.runtime.launch import launched_processes, supervised, was_requeued
 
 
@@ -89,7 +90,10 @@ def find_resumed(root: Path, suffix: str, lock: RunLock | None) -> Resumed | Non
         return None
     if lock is not None:
         lock.acquire(run)
-    return Resumed(**vars(latest_of(run, suffix)))
+    found = Resumed(**vars(latest_of(run, suffix)))
+    if lock is not None:
+        sweep(found.path.parent)  # also of a run that turns out to be complete
+    return found
 
 
 def check_goes_on(settings: Namespace, is_fit: bool, found: bool) -> str | None:
