@@ -178,7 +178,7 @@ def test_what_is_not_ours_is_never_replaced(tmp_path: Path, jsonl: Path) -> None
     (nanogpt / "train_0.bin").write_bytes(b"12")  # a name like ours, no manifest
     with pytest.raises(ValueError, match="did not write"):
         run(config, nanogpt)
-    with pytest.raises(ValueError, match=r"data\.shards_dir=.*train_0\.bin is a file"):
+    with pytest.raises(ValueError, match=r"data\.shards_dir=.*train_0\.bin is no folder"):
         run(config, nanogpt / "train_0.bin")
 
 
