@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import LOOPS, accelerate, different, fit, on_two_processes, small_run
+from small_runs import LOOPS, accelerate, curves, different, fit, on_two_processes, small_run
 
 from nanogpt_lit.checkpoint.foreign_files import read_torch_file
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.record import leaves, same
+from nanogpt_lit.run import guards
 from nanogpt_lit.runtime import launch
 
 LAST = "checkpoints/last.safetensors"
@@ -102,3 +103,28 @@ def test_machines_without_a_common_disk_go_on_from_the_checkpoint_of_the_first(l
     assert not list(Path(f"{tmp_path}/cut_1").rglob("*.safetensors"))
     assert on_two_processes(on_its_own, *cut, "--resume=auto") == [(0, []), (0, [])]
     assert not different(*(Path(f"{tmp_path}/{name}_0") / LOOPS[loop] / LAST for name in ("whole", "cut")))
+
+
+def with_a_jump(loop, *arguments):
+    """The loss of step 5, of two micro-batches, is ten times as large; step 4 was saved."""
+    guards.RECENT = 4
+    forward, calls = LitNanoGPT.forward, iter(range(1, 10**6))
+
+    def high(self, tokens, targets):
+        loss = forward(self, tokens, targets)
+        return loss * 10 if self.training and next(calls) in (9, 10) else loss
+
+    LitNanoGPT.forward = high  # in a process of its own
+    return loop(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", [fit, accelerate])
+def test_machines_without_a_common_disk_go_back_from_a_jump_together(loop, text, tmp_path):
+    ddp = ["--trainer.strategy=ddp", "--trainer.devices=2", "--spike_factor=2", "--model.schedule.warmup_steps=0"]
+    common, own = (small_run(text, tmp_path / name, *ddp) for name in ("common", "own"))
+    assert on_two_processes(partial(with_a_jump, loop), *common) == [(0, []), (0, [])]
+    assert on_two_processes(partial(with_a_jump, partial(on_a_disk_of_its_own, loop)), *own) == [(0, []), (0, [])]
+    folders = [tmp_path / "common" / LOOPS[loop], Path(f"{tmp_path}/own_0") / LOOPS[loop]]
+    assert [curves(folder)["train/rollbacks", 8] for folder in folders] == [1, 1]
+    assert not different(*(folder / LAST for folder in folders))
