@@ -128,3 +128,12 @@ def test_machines_without_a_common_disk_go_back_from_a_jump_together(loop, text,
     folders = [tmp_path / "common" / LOOPS[loop], Path(f"{tmp_path}/own_0") / LOOPS[loop]]
     assert [curves(folder)["train/rollbacks", 8] for folder in folders] == [1, 1]
     assert not different(*(folder / LAST for folder in folders))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", [fit, accelerate])
+def test_processes_that_find_their_run_complete_end_together(loop, text, tmp_path):
+    options = small_run(text, tmp_path, "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_steps=2")
+    for more in ([], ["--resume=auto"]):
+        assert on_two_processes(loop, *options, *more) == [(0, []), (0, [])]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [LOOPS[loop]]

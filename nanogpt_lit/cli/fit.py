@@ -150,6 +150,8 @@ class NanoGPTCLI(SettingsCLI):
         )
 
     def after_fit(self) -> None:
+        if not self.lightning_run.has_begun:
+            return  # there was nothing left to do, as was said
         users = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         files = {c.filename or "": Path(c.best_model_path) for c in users if c.best_model_path}
         run = self.lightning_run.run

@@ -41,6 +41,8 @@ class Observed(Callback):
         self._run = ExitStack()
         self._step_ended = False
         self._loss: Tensor | None = None
+        self.has_begun = False
+        """Whether it has trained: a Trainer that has all its steps already does not begin."""
         self._lr = 0.0
         self._grad_norm: Tensor | None = None
 
@@ -49,6 +51,7 @@ class Observed(Callback):
         return Ended()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.has_begun = True
         self._training = training_of(trainer, module, self.seed)
         self._training.random = self.random
         self._plugin = trainer.precision_plugin if isinstance(trainer.precision_plugin, MeasuredClipping) else None
