@@ -207,7 +207,8 @@ class Trial:
         while all(process.poll() is None for process in running) and not list(self._folder.glob(f"*/*/*{SUFFIX}")):
             time.sleep(0.01)  # before its first checkpoint, a run is not one that could be gone on with
         output = Path(f"{piece.output}_second")
-        second = start_all(replace(piece, loop=self._draw.choice(["fit", "accelerate"]), output=str(output)), 1)
+        loop = self._draw.choice(["fit", "accelerate"])
+        second = start_all(replace(piece, loop=loop, output=str(output)), self._processes)
         self._groups += [process.pid for process in second]
         outputs = [Path(piece.output), output]
         ends = [
