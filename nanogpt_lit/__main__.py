@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -64,6 +65,10 @@ HELP = "\n".join(
 )
 
 
+OUTPUT_CLOSED = 141
+"""The exit code where nobody reads the output any more: that of SIGPIPE, as a shell counts it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, or 2 with one sentence for something the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -122,10 +127,9 @@ def exit_code(command: Callable[[], int]) -> int:
     except NothingToDo as done:
         print(done, flush=True)
         return 0
-    except BrokenPipeError:  # what reads the output, `head` perhaps, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
-        return 0
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and is_output_closed():
+            return OUTPUT_CLOSED
         if supervised():
             report_error(error)
         # A reset connection is a process that died, of several say: no file that the user could look after.
@@ -134,6 +138,22 @@ def exit_code(command: Callable[[], int]) -> int:
             raise
         print(f"error: {shown(sentence(error))}", file=sys.stderr)
         return 2
+
+
+def is_output_closed() -> bool:
+    """Whether what read the output, `head` perhaps, has gone; nothing more is then written. Other pipes break too."""
+    if not hasattr(select, "poll"):  # Windows, whose pipes break with another error
+        return False
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # one that is no file
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or Python complains when it ends
+    return closed
 
 
 def sentence(error: BaseException) -> str:

@@ -307,15 +307,22 @@ def test_the_commands_that_a_run_ends_with_can_be_copied_from_a_folder_with_a_sp
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of a shell")
-def test_a_reader_that_has_read_enough_ends_a_command_without_an_error():
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_word_but_not_as_done():
     command = f"{sys.executable} -m nanogpt_lit accelerate-config --help | head -c 1"
     program = (
-        "from nanogpt_lit.__main__ import exit_code; exit_code(lambda: [print('x' * 999) for _ in range(9999)] and 0)"
+        "from nanogpt_lit.__main__ import exit_code; exit(exit_code(lambda: [print('x' * 999) for _ in range(9999)]))"
     )
-    for shown in (command, f'{sys.executable} -c "{program}" | head -c 1'):
+    for shown, code in ((command, 0), (f'{sys.executable} -c "{program}" | head -c 1', 141)):
         answer = subprocess.run(["bash", "-o", "pipefail", "-c", shown], capture_output=True, text=True)
-        assert not answer.stderr
-        assert answer.returncode == 0
+        assert (answer.returncode, answer.stderr) == (code, "")
+
+
+def test_another_pipe_that_breaks_is_not_taken_for_a_reader_that_has_gone(capsys):
+    def breaks():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert nanogpt_lit.__main__.exit_code(breaks) == 2
+    assert "Broken pipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [("memory", "[]", "[]"), ("optim", "null", "None")])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Trainer
-from small_runs import fit
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from small_runs import curves, fit
 
 import nanogpt_lit
 from nanogpt_lit import GPTConfig, LitNanoGPT, TokenDataModule, trainer_options
@@ -107,6 +108,18 @@ def test_a_schedule_of_another_length_than_the_run_warns(folder):
     trainer = Trainer(**trainer_options(accelerator="cpu", max_steps=2, logger=False))
     with pytest.warns(UserWarning, match="total_steps=1000 and the Trainer max_steps=2"):
         trainer.fit(module, data)
+
+
+def test_a_trainer_of_ones_own_draws_as_often_as_it_is_asked_to_and_keeps_its_plugins(folder):
+    data, module = small(folder)
+    writer = TorchCheckpointIO()
+    options = trainer_options(
+        accelerator="cpu", max_steps=3, log_every_n_steps=1, plugins=[writer], default_root_dir=folder / "often"
+    )
+    trainer = Trainer(**options)
+    trainer.fit(module, data)
+    assert [step for tag, step in curves(Path(trainer.log_dir)) if tag == "train/loss"] == [1, 2, 3]
+    assert trainer.strategy.checkpoint_io is writer
 
 
 def test_the_package_shows_what_it_exports():

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 from nanogpt_lit.loops.contract import Observer
 from nanogpt_lit.loops.lightning import precision_plugin
-from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO
+from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO, with_writer
 from nanogpt_lit.loops.trainer_section import TRAINER_DEFAULTS
 from nanogpt_lit.runtime.machine import device_type
 from nanogpt_lit.runtime.precision import full_precision_name
@@ -34,13 +34,14 @@ def trainer_options(
     """
     precision = full_precision_name(precision)
     plugin = precision_plugin(precision, device_type(accelerator))
-    run = LightningRun(seed=seed, observers=observers)
+    options = {**TRAINER_DEFAULTS, **options}
+    run = LightningRun(seed=seed, observers=observers, log_every_n_steps=options["log_every_n_steps"])
+    ours = [] if plugin is None else [plugin]
     return {
-        **TRAINER_DEFAULTS,
         **({"precision": precision} if plugin is None else {}),
         "accelerator": accelerator,
         "enable_checkpointing": False,  # Lightning's own, besides those of the run
         **options,
-        "plugins": [*([] if plugin is None else [plugin]), RunFileIO()],
+        "plugins": [*ours, *with_writer(options.get("plugins"), RunFileIO())],
         "callbacks": [*callbacks, run],  # which has drawn its random numbers before dropout is seeded
     }
