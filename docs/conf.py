@@ -67,11 +67,14 @@ def exports() -> str:
 
 def keys() -> str:
     """Markdown: each key of fit's parser with its default, the kind of its value and its help, section by section."""
+    from nanogpt_lit.cli.help import describe
     from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 
     quiet_lightning()
+    parser = SettingsCLI(args=[]).parser
+    describe(parser)
     sections: dict[str, list[str]] = {"model": [], "data": [], "": [], "trainer": []}  # in this order
-    for action in SettingsCLI(args=[]).parser._actions:
+    for action in parser._actions:
         name, hint = action.dest, getattr(action, "_typehint", None)
         if hint is None or name.endswith(".help") or name in ("config", "print_config"):
             continue

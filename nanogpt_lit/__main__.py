@@ -51,20 +51,6 @@ OTHER_NAMES = {
 }  # fmt: skip
 """Names that other programs give them."""
 
-HELP = "\n".join(
-    [
-        "usage: python -m nanogpt_lit COMMAND [--help] ...",
-        "",
-        "Train a GPT-2-class NanoGPT on a 4 GB laptop.",
-        "",
-        *(f"  {name:<19}{text}" for name, (_, text) in COMMANDS.items()),
-        "",
-        "Start with: python -m nanogpt_lit fit --config quickstart",
-        "(--config takes a file, or the name of one that init-config lists.)",
-    ]
-)
-
-
 OUTPUT_CLOSED = 141
 """The exit code where nobody reads the output any more: that of SIGPIPE, as a shell counts it."""
 
@@ -76,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # LANG=C and Windows' pipes hold few characters: no text ends a run
             stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP)
+        print(help_text())
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version", "version"):
         from nanogpt_lit import __version__
@@ -99,6 +85,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if supervised():
             stop_with_supervisor()
     return exit_code(lambda: command_of(arguments[0])(arguments))
+
+
+def help_text() -> str:
+    from nanogpt_lit.cli.commands import program
+
+    return "\n".join(
+        [
+            f"usage: {program()} COMMAND [--help] ...",
+            "",
+            "Train a GPT-2-class NanoGPT on a 4 GB laptop.",
+            "",
+            *(f"  {name:<19}{text}" for name, (_, text) in COMMANDS.items()),
+            "",
+            f"Start with: {program()} fit --config quickstart",
+            "(--config takes a file, or the name of one that init-config lists.)",
+        ]
+    )
 
 
 def unknown(word: str) -> str:

@@ -21,9 +21,14 @@ class OptionParser(argparse.ArgumentParser):
         raise UserError(message + hint)
 
 
+def program() -> str:
+    """This program as it was called."""
+    return "nanogpt-lit" if Path(sys.argv[0]).stem == "nanogpt-lit" else "python -m nanogpt_lit"
+
+
 def parser_of(command: str, description: str, usage: str | None = None) -> OptionParser:
     """usage: what follows the command; None lists its options"""
-    prog = f"python -m nanogpt_lit {command}"
+    prog = f"{program()} {command}"
     usage = None if usage is None else f"{prog} {usage}"
     return OptionParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
 
@@ -297,7 +302,7 @@ def prepare(arguments: list[str]) -> int:
     """`prepare --config FILE`: what fit does first, by itself."""
     if set(arguments[1:]) & {"-h", "--help"}:
         print(
-            "usage: python -m nanogpt_lit prepare --config FILE [--data.source TEXT] [--data.KEY VALUE ...]\n\n"
+            f"usage: {program()} prepare --config FILE [--data.source TEXT] [--data.KEY VALUE ...]\n\n"
             "Turns the text of data.source into token shards in data.shards_dir, as fit does when they are missing.\n"
             "Takes every option of fit, so that both read the same YAML; `fit --help` lists them."
         )

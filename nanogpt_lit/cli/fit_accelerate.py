@@ -7,6 +7,7 @@ is loops/accelerate.py.
 
 import os
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from lightning.pytorch.cli import LightningArgumentParser
@@ -46,6 +47,9 @@ from nanogpt_lit.runtime.processes import broadcast
 
 class AccelerateCLI(SettingsCLI):
     """The options of fit, with its --ckpt_path."""
+
+    def init_parser(self, **options: Any) -> LightningArgumentParser:
+        return super().init_parser(prog="fit-accelerate", **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from nanogpt_lit.errors import UserError, shown
 from nanogpt_lit.runtime.precision import OTHER_NAMES
-from nanogpt_lit.untrusted.allowlist import TRUST, limit_imports, refusal, split_trusted
+from nanogpt_lit.untrusted.allowlist import limit_imports, refusal, split_trusted
 from nanogpt_lit.untrusted.config_values import check_arguments, check_numbers, check_paths
 from nanogpt_lit.untrusted.yaml_file import check_yaml, read_yaml_file
 
@@ -59,12 +59,16 @@ class Parser(LightningArgumentParser):
     """
 
     _is_parsing = False
+    _helps_whole = False
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Parse and check settings. Raises UserError for those that name a place they may not."""
         if Parser._is_parsing:  # the parser of a command, called by that of all commands, which knows whom to trust
             return super().parse_args(args, *more, **options)
         trusted, args = split_trusted(sys.argv[1:] if args is None else args)
+        Parser._helps_whole = args[-2:] in (["--help", "all"], ["-h", "all"])
+        if Parser._helps_whole:
+            args = args[:-1]
         limit_imports(trusted)
         check_arguments(args)
         Parser._is_parsing = True
@@ -97,9 +101,10 @@ class Parser(LightningArgumentParser):
             raise
 
     def format_help(self, *more: Any, **options: Any) -> str:
-        trust = f"  {TRUST} PACKAGE       let the configuration name classes of PACKAGE, whose code then runs"
-        alive = "  --keep-alive            fit alone: start again, from the newest checkpoint, after a crash"
-        return f"{super().format_help(*more, **options)}\n{trust}\n{alive}\n"
+        from nanogpt_lit.cli import help  # late, for few ask for it
+
+        help.describe(self)
+        return f"{super().format_help(*more, **options)}\n{help.beside()}" if Parser._helps_whole else help.short(self)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         cause: BaseException | None = ex

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from nanogpt_lit.cli.commands import OptionParser
+from nanogpt_lit.cli.commands import OptionParser, program
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.loops.contract import LoopSettings
@@ -64,7 +64,7 @@ OF_A_LAUNCHER = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIEN
 def compare(arguments: list[str]) -> int:
     """`parity`; arguments begin with the command. Returns the exit code."""
     parser = OptionParser(
-        "python -m nanogpt_lit parity",
+        f"{program()} parity",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
