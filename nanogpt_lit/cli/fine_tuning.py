@@ -95,7 +95,7 @@ def option_of(tokenizer: Tokenizer, folder: Path) -> str:
     assert isinstance(tokenizer, BytePairTokenizer)
     files = tokenizer.files()
     path = folder / f"tokenizer_{tokenizer.sha256[:12]}.tiktoken"
-    described = {"name": tokenizer.name, "pattern": tokenizer.pattern, "specials": tokenizer.specials}
+    described = {name: getattr(tokenizer, name) for name in ("name", "pattern", "specials", "chat_template")}
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # every process of a run comes here
         if not path.is_file():

@@ -16,12 +16,12 @@ import numpy as np
 from nanogpt_lit.data.encoder import Side, TokenBatch
 from nanogpt_lit.data.shard_file import HEADER, HEADER_BYTES, MAGIC, VERSION, token_dtype
 from nanogpt_lit.data.shards import MANIFEST
-from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, TOKENIZER_RANKS
+from nanogpt_lit.data.tokenizer import TOKENIZER_FILES
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import partial_of
 
 SHARD_TOKENS = 100_000_000
-NAMES = {MANIFEST, TOKENIZER_JSON, TOKENIZER_RANKS}
+NAMES = {MANIFEST, *TOKENIZER_FILES}
 SHARD_NAME = re.compile(r"(train|val)_\d+\.bin")
 
 

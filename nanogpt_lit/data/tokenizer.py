@@ -27,6 +27,9 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_RANKS = "tokenizer.tiktoken"
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (TOKENIZER_JSON, TOKENIZER_RANKS, CHAT_TEMPLATE)
+"""All that a tokenizer may have."""
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # what an id beyond the tokenizer decodes to (padded vocabularies)
 
@@ -38,6 +41,8 @@ class Tokenizer(ABC):
     """Encodes text to ids below `vocab_size`. `eot`, the end-of-text id, is part of the vocabulary."""
 
     kind: ClassVar[str]
+    chat_template: str | None = None
+    """How a conversation is written as one text, in Jinja; `with_chat_template` sets it."""
 
     def __init__(self, name: str, token_bytes: Sequence[bytes], eot: int) -> None:
         self.name = name
@@ -79,7 +84,8 @@ class Tokenizer(ABC):
 
     def files(self) -> dict[str, str]:
         """File name to text; `tokenizer_from_files` turns it back into this tokenizer."""
-        return {TOKENIZER_JSON: json.dumps(self._description(), indent=1) + "\n"}
+        files = {TOKENIZER_JSON: json.dumps(self._description(), indent=1) + "\n"}
+        return files if self.chat_template is None else {**files, CHAT_TEMPLATE: self.chat_template}
 
     def _description(self) -> dict[str, Any]:
         return {"kind": self.kind, "name": self.name, "vocab_size": self.vocab_size, "eot": self.eot}

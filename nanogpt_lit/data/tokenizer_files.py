@@ -1,5 +1,6 @@
-"""Tokenizers by what data.tokenizer names, from their files, and with special tokens of one's own."""
+"""Tokenizers by what data.tokenizer names, from their files, and with special tokens or a chat template added."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,10 @@ from typing import Any, Literal
 from nanogpt_lit.data.bpe import parse_ranks
 from nanogpt_lit.data.shards import read_manifest, ready_format
 from nanogpt_lit.data.tokenizer import (
+    CHAT_TEMPLATE,
     EOT,
     GPT2_PATTERN,
+    TOKENIZER_FILES,
     TOKENIZER_JSON,
     TOKENIZER_RANKS,
     BytePairTokenizer,
@@ -19,6 +22,7 @@ from nanogpt_lit.data.tokenizer import (
     Tokenizer,
     files_sha256,
     gpt2_tokenizer,
+    without_surrogates,
 )
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.untrusted.config_values import file_inside
@@ -48,8 +52,8 @@ def parse_tokenizer(value: str) -> tuple[Literal["gpt2", "byte", "char", "bpe", 
     return "file", value
 
 
-def tokenizer_from_file(path: Path) -> BytePairTokenizer:
-    """A user's `.tiktoken` file; the pattern and specials of FILE.json beside it, else GPT-2's ways.
+def tokenizer_from_file(path: Path) -> Tokenizer:
+    """A user's `.tiktoken` file; the pattern, specials and chat_template of FILE.json beside it, else GPT-2's ways.
 
     Raises UserError when either is not what it should be.
     """
@@ -63,11 +67,18 @@ def tokenizer_from_file(path: Path) -> BytePairTokenizer:
     if not isinstance(described, dict):
         raise UserError(f"{beside} must hold an object with `pattern` and `specials`.")
     specials = described.get("specials", {EOT: max(ranks.values()) + 1})
-    return BytePairTokenizer(described.get("name", path.stem), ranks, described.get("pattern", GPT2_PATTERN), specials)
+    tokenizer = BytePairTokenizer(
+        described.get("name", path.stem), ranks, described.get("pattern", GPT2_PATTERN), specials
+    )
+    return with_chat_template(tokenizer, described.get("chat_template"))
 
 
 def tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
     """The tokenizer that `files()` described. Raises UserError when a file is missing or altered."""
+    return with_chat_template(_tokenizer_from_files(files), files.get(CHAT_TEMPLATE))
+
+
+def _tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
     try:
         described = json.loads(files[TOKENIZER_JSON])
     except (KeyError, ValueError, RecursionError) as error:
@@ -101,10 +112,8 @@ def read_tokenizer_files(folder: Path, manifest: Mapping[str, Any] | None = None
     Raises UserError without a tokenizer.json there, and for other files than those of the manifest.
     """
     try:
-        files = {TOKENIZER_JSON: _read_exactly(file_inside(folder, TOKENIZER_JSON))}
-        ranks = file_inside(folder, TOKENIZER_RANKS)
-        if ranks.is_file():
-            files[TOKENIZER_RANKS] = _read_exactly(ranks)
+        paths = {name: file_inside(folder, name) for name in TOKENIZER_FILES}
+        files = {name: _read_exactly(path) for name, path in paths.items() if name == TOKENIZER_JSON or path.is_file()}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder} holds no readable {TOKENIZER_JSON}: {error}.") from error
     if manifest is not None and files_sha256(files) != manifest.get("tokenizer", {}).get("sha256"):
@@ -116,7 +125,7 @@ def _read_exactly(path: Path) -> str:
     return path.read_bytes().decode()  # bytes: no translation of line ends, which would change the hash
 
 
-# Special tokens.
+# Special tokens and the chat template.
 
 
 def check_special_tokens(texts: Sequence[str], tokenizer: str) -> None:
@@ -142,19 +151,37 @@ def with_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer
 
     Raises UserError for a char tokenizer.
     """
-    match tokenizer:
-        case BytePairTokenizer():
-            ranks, pattern, specials = tokenizer.ranks, tokenizer.pattern, tokenizer.specials
-        case ByteTokenizer():
-            ranks, pattern, specials = {bytes([b]): b for b in range(256)}, GPT2_PATTERN, {EOT: tokenizer.eot}
-        case _:
-            check_special_tokens(texts, tokenizer.kind)
-            return tokenizer
-    new = [text for text in texts if text not in specials]
+    if isinstance(tokenizer, CharTokenizer):
+        check_special_tokens(texts, tokenizer.kind)
+        return tokenizer
+    pairs = _as_byte_pairs(tokenizer)
+    new = [text for text in texts if text not in pairs.specials]
     if not new:
         return tokenizer
-    behind = {text: tokenizer.vocab_size + n for n, text in enumerate(new)}
-    return BytePairTokenizer(f"{tokenizer.name}+{len(new)}", ranks, pattern, {**specials, **behind})
+    behind = {text: pairs.vocab_size + n for n, text in enumerate(new)}
+    name = f"{pairs.name}+{len(new)}"
+    grown = BytePairTokenizer(name, pairs.ranks, pairs.pattern, {**pairs.specials, **behind})
+    return with_chat_template(grown, tokenizer.chat_template)
+
+
+def with_chat_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    """The tokenizer with this chat template. Raises UserError for one that is no text."""
+    if template == tokenizer.chat_template:
+        return tokenizer
+    if not isinstance(template, str):
+        raise UserError(f"the tokenizer {tokenizer.name} has a chat template that is no text: {template!r:.40}.")
+    with_it = copy.copy(tokenizer) if isinstance(tokenizer, CharTokenizer) else _as_byte_pairs(tokenizer)
+    with_it.chat_template = without_surrogates(template)
+    return with_it
+
+
+def _as_byte_pairs(tokenizer: Tokenizer) -> BytePairTokenizer:
+    """A new tokenizer with the same ids; `gpt2` and `byte` are names of those that have nothing besides."""
+    if isinstance(tokenizer, BytePairTokenizer):
+        if tokenizer.kind == BytePairTokenizer.kind:
+            return copy.copy(tokenizer)
+        return BytePairTokenizer(tokenizer.name, tokenizer.ranks, tokenizer.pattern, tokenizer.specials)
+    return BytePairTokenizer(tokenizer.name, {bytes([b]): b for b in range(256)}, GPT2_PATTERN, {EOT: tokenizer.eot})
 
 
 # nanoGPT's meta.pkl, and the tokenizer of a folder of shards.
