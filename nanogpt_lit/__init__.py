@@ -6,8 +6,8 @@ from typing import Any
 __version__ = "0.2.0"
 
 _PUBLIC = {
-    "GPT": "nanogpt_lit.gpt.model",
-    "GPTConfig": "nanogpt_lit.gpt.model",
+    "GPT": "nanogpt_lit.gpt.gpt2",
+    "GPTConfig": "nanogpt_lit.gpt.gpt2",
     "LitNanoGPT": "nanogpt_lit.module",
     "AdamWConfig": "nanogpt_lit.optim.adamw",
     "ScheduleConfig": "nanogpt_lit.optim.schedule",

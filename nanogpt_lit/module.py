@@ -1,13 +1,15 @@
 """The one thing that every loop drives: tokens and targets in, the loss out, and the optimizer that goes with it."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from nanogpt_lit.gpt.model import GPT, GPTConfig, check_same_network, config_of_checkpoint
+from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.llama import LlamaConfig
+from nanogpt_lit.gpt.networks import build, check_same_network, config_of, described, section_of
 from nanogpt_lit.loops.compatibility import check_together, keys_of
 from nanogpt_lit.loops.trainer_section import shard
 from nanogpt_lit.memory.elastic import ElasticConfig
@@ -23,7 +25,7 @@ class LitNanoGPT(LightningModule):
     reads the Trainer, so that accelerate or plain PyTorch can drive the same object.
 
     Args:
-        gpt: The network.
+        gpt: The shape of a GPT-2.
         optim: The optimizer.
         schedule: The learning rate over the run.
         memory: Ways to need less memory. Checkpoints are the same with and without.
@@ -33,6 +35,8 @@ class LitNanoGPT(LightningModule):
             Checkpoints are the same with and without.
         tf32: Let a GPU's products of float32 matrices round what they multiply to 10 bits, as GPUs since Ampere do
             several times as fast. The precision 16-mixed and bf16-mixed gain nothing by it.
+        network: gpt2, or llama for the Llama family; the section of the other one is not read.
+        llama: The shape of a network of the Llama family.
     """
 
     def __init__(
@@ -44,24 +48,29 @@ class LitNanoGPT(LightningModule):
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008
         elastic: ElasticConfig = ElasticConfig(),  # noqa: B008
         tf32: bool = False,
+        network: Literal["gpt2", "llama"] = "gpt2",
+        llama: LlamaConfig = LlamaConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
         # load_from_checkpoint() hands back what is saved here: plain dicts, which torch.load accepts with weights_only.
-        gpt = config_of_checkpoint(gpt) if isinstance(gpt, dict) else gpt
+        section = section_of({"network": network})
+        shape = {"gpt": gpt, "llama": llama}[section]
+        if isinstance(shape, dict):
+            shape = config_of({"network": network, section: shape})
         optim = AdamWConfig(**optim) if isinstance(optim, dict) else optim
         schedule = ScheduleConfig(**schedule) if isinstance(schedule, dict) else schedule
         memory = MemoryConfig(**memory) if isinstance(memory, dict) else memory
         elastic = ElasticConfig(**elastic) if isinstance(elastic, dict) else elastic
-        configs = {"gpt": gpt, "optim": optim, "schedule": schedule, "memory": memory, "elastic": elastic}
+        configs = {"optim": optim, "schedule": schedule, "memory": memory, "elastic": elastic}
         kept: dict[str, Any] = {name: asdict(config) for name, config in configs.items()}  # type: ignore[call-overload]
-        self.save_hyperparameters(kept | {"compile": compile, "tf32": tf32})
+        self.save_hyperparameters(described(shape) | kept | {"compile": compile, "tf32": tf32})
         check_together(keys_of("model", self.hparams))
         self.tf32 = tf32
         self.optim_config = optim
         self.schedule_config = schedule
         self.memory_config = memory
         self.elastic_config = elastic
-        self.gpt = GPT(gpt)
+        self.gpt = build(shape)
         apply_techniques(self.gpt, memory)
         self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
         self.fallback: dict[str, Any] = {}
@@ -96,4 +105,4 @@ class LitNanoGPT(LightningModule):
             shard(self, self.device_mesh)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_same_network(checkpoint["hyper_parameters"]["gpt"], self.hparams["gpt"])
+        check_same_network(checkpoint["hyper_parameters"], self.hparams)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import Batch, LoopSettings, Observer
 from nanogpt_lit.module import LitNanoGPT

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.runtime.machine import hardware, peak_flops_of
 
 ROOT = Path(__file__).parents[1]

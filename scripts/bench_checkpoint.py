@@ -21,7 +21,7 @@ import torch
 from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings, Training, optimizer_and_schedule
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.run.resume import capture

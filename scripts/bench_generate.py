@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_lit.gpt.generate import generate
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.runtime.machine import hardware
 
 BUCKET_TOKENS = 100

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_runs import BOTTLES
 
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 
 
 def pytest_addoption(parser):

@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
-from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO

@@ -17,7 +17,7 @@ from nanogpt_lit.data.tokenizer import (
     CharTokenizer,
     gpt2_tokenizer,
 )
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 
 LANGUAGES = (
     "It's 1,234 o'clock, and they'd rather:\n\tdef f(x):\n    return x  # 3.14\n",

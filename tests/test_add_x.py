@@ -13,7 +13,7 @@ from nanogpt_lit.data import prepare
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.documents import TextDocument
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig

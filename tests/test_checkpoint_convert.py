@@ -18,7 +18,7 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.data.tokenizer import ByteTokenizer
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings, Observer, optimizer_and_schedule
 from nanogpt_lit.loops.lightning import MixedPrecision
 from nanogpt_lit.loops.reference import train

@@ -18,7 +18,7 @@ from torch import nn
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.loops.reference import train
 from nanogpt_lit.module import LitNanoGPT

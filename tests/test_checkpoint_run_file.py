@@ -13,7 +13,7 @@ from nanogpt_lit.checkpoint.convert import load_network
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.checkpoint.tensor_file import write_tensors
 from nanogpt_lit.data.tokenizer import CharTokenizer
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import leaves, same

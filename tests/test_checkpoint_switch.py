@@ -20,7 +20,7 @@ from nanogpt_lit.cli.settings import quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import StreamPosition, windows_in
 from nanogpt_lit.data.shards import TokenShards
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO

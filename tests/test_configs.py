@@ -7,7 +7,7 @@ import torch
 
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig

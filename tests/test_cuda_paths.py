@@ -123,7 +123,7 @@ import torch, torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 
 class Log(TorchDispatchMode):

@@ -19,7 +19,7 @@ from nanogpt_lit.data.tokenizer import ByteTokenizer
 from nanogpt_lit.evaluate.likelihood import Scorer
 from nanogpt_lit.gpt.attention import Documents
 from nanogpt_lit.gpt.generate import generate
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.optim.adamw import AdamWConfig

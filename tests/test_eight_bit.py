@@ -9,7 +9,7 @@ from small_runs import accelerate, different, fit, leaves, small_run
 from test_resume import LAST, crash
 
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT

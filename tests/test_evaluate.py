@@ -17,7 +17,7 @@ from nanogpt_lit.data.tokenizer import ByteTokenizer, CharTokenizer, gpt2_tokeni
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.evaluate.likelihood import Scorer
 from nanogpt_lit.evaluate.tasks import hellaswag, read_questions
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 
 ROWS = [
     {"ctx_a": "A man is", "ctx_b": "walking [step] his dog.", "activity_label": "Dogs", "label": 1,

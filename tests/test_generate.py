@@ -6,7 +6,7 @@ import torch
 
 from nanogpt_lit.gpt.attention import KeyValueCache
 from nanogpt_lit.gpt.generate import candidates, generate, sample
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 
 BLOCK, V = 16, 50
 PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

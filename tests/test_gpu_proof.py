@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.plan.budget import choose_budget, parse_mib
 
 ROOT = Path(__file__).parents[1]

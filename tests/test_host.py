@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.memory import host
 from nanogpt_lit.memory.host import HELD, Lane, Mark, empty_on_host, page_lock
 from nanogpt_lit.memory.techniques import MemoryConfig

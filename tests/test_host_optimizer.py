@@ -5,7 +5,7 @@ import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from torch.optim import AdamW
 
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.memory import host_optimizer
 from nanogpt_lit.memory.host_optimizer import HostAdamW
 from nanogpt_lit.memory.techniques import MemoryConfig

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops.contract import device_of, scaler_beside
 from nanogpt_lit.memory.host import HELD
 from nanogpt_lit.memory.host_weights import HostWeights

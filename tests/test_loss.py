@@ -8,8 +8,8 @@ from live_bytes import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.gpt.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
-from nanogpt_lit.gpt.model import GPT, GPTConfig
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 
 

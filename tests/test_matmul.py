@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.gpt.attention import attention
 from nanogpt_lit.gpt.generate import generate
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.module import LitNanoGPT

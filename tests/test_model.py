@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
-from nanogpt_lit.gpt.model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=24, vocab_size=97, n_layer=3, n_head=4, n_embd=32)
 

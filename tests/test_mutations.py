@@ -39,7 +39,7 @@ from nanogpt_lit.data.shards import MANIFEST, TokenShards, read_manifest
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, ByteTokenizer
 from nanogpt_lit.data.tokenizer_files import read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.parity.record import leaves, same
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.memory import host, host_optimizer, host_weights

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.memory.host_optimizer import HostAdamW, HostResidentAdamW
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer, param_groups
 from nanogpt_lit.optim.muon import COEFFICIENTS, MuonBesideAdamW, orthogonalised, together

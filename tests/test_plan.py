@@ -12,7 +12,7 @@ import yaml
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.plan import command as planning
 from nanogpt_lit.plan import plan as plan_module

@@ -7,7 +7,7 @@ import torch
 from small_runs import LOOPS, small_run
 from torch import nn
 
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.module import LitNanoGPT

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.attention import KeyValueCache, Rotary
 from nanogpt_lit.gpt.generate import generate
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.module import LitNanoGPT

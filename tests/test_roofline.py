@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.loss import add_product_
-from nanogpt_lit.gpt.model import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.plan.budget import gpu_named
 from nanogpt_lit.plan.cuda_paths import cuda_paths

@@ -206,7 +206,7 @@ def test_classes_of_lightning_and_ours_need_no_trust(parser):
         "class_path": "lightning.pytorch.strategies.FSDPStrategy",
         "init_args": {
             "mixed_precision": {"param_dtype": "torch.float16"},
-            "auto_wrap_policy": ["nanogpt_lit.gpt.model.Block"],
+            "auto_wrap_policy": ["nanogpt_lit.gpt.gpt2.Block"],
         },
     }
     ddp = {

@@ -28,7 +28,7 @@ from nanogpt_lit.accelerate_config.from_accelerate import to_trainer
 from nanogpt_lit.accelerate_config.into_accelerate import into_accelerate
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import Block
+from nanogpt_lit.gpt.gpt2 import Block
 from nanogpt_lit.loops.trainer_section import SHORT_NAMES, STRATEGIES
 from nanogpt_lit.runtime.precision import OF_ACCELERATE
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.tune.command import seconds_of_budget

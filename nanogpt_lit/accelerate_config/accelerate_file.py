@@ -18,7 +18,7 @@ DISTRIBUTED_TYPES = {
     SINGLE: ("NO",), DDP: ("MULTI_GPU", "MULTI_CPU"), FSDP: ("FSDP",), FSDP2: ("FSDP",), DEEPSPEED: ("DEEPSPEED",)
 }  # fmt: skip
 """distributed_type of each strategy; where there are two, on GPUs and on CPUs."""
-LAYER = "nanogpt_lit.gpt.model.Block"  # what FSDP gathers at a time
+LAYER = "nanogpt_lit.gpt.network.Block"  # what FSDP gathers at a time
 
 OURS = "fit-accelerate"
 FSDP_STATE_DICTS = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}

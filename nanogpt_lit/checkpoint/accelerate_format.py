@@ -20,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt_lit.checkpoint.foreign_files import read_torch_file
-from nanogpt_lit.checkpoint.network import Described, new_run, with_moments
+from nanogpt_lit.checkpoint.network import PREFIX, Described, new_run, with_moments
 from nanogpt_lit.checkpoint.run_file import check_counts, stored_once
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import flatten, unflatten
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.gpt.network import HEAD
+from nanogpt_lit.gpt.networks import config_of, network_class
 from nanogpt_lit.runtime.durable import durable_folder
 from nanogpt_lit.runtime.process_settings import RandomState
 
@@ -89,8 +91,11 @@ def read_folder(folder: Path, described: Described | None = None) -> RunState:
     scaler = read_pickle(folder / SCALER) if (folder / SCALER).is_file() else None
     try:
         batches, data = random_states[0]["step"], beside["data"]
-        if beside["hyper_parameters"].get("gpt", {}).get("tied_head") and "gpt.lm_head.weight" not in weights:
-            weights["gpt.lm_head.weight"] = weights["gpt.transformer.wte.weight"]
+        if "network" in beside["hyper_parameters"] or "gpt" in beside["hyper_parameters"]:  # or a user's own module
+            config = config_of(beside["hyper_parameters"])
+            if config.tied_head:  # save_state keeps a tied matrix once
+                embedding = PREFIX + network_class(config).EMBEDDING
+                weights.setdefault(PREFIX + HEAD, weights[embedding])
         since = (batches - beside.pop("batches")) * beside["processes"]
         beside["tokens"] += since * data.get("batch_size", 0) * data.get("block_size", 0)
         state = RunState(
@@ -116,7 +121,7 @@ def read_users_folder(folder: Path, described: Described) -> RunState:
     """The run of a loop of somebody's own, with LitNanoGPT and the optimizer of its configure_optimizers()."""
     weights = {PREFIXES.sub("", name): tensor for name, tensor in read_weights(folder).items()}
     optim, schedule = described.optim, described.schedule
-    begun = new_run(folder, weights, described.gpt, described.tokenizer, optim, schedule)
+    begun = new_run(folder, weights, described.network, described.tokenizer, optim, schedule)
     optimizer = read_pickle(folder / OPTIMIZER)
     random_states = list(read_random_states(folder))
     try:

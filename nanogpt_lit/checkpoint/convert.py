@@ -24,7 +24,8 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.gpt.network import Network
+from nanogpt_lit.gpt.networks import config_of
 from nanogpt_lit.runtime.durable import durable_file
 
 FORMATS = {"hf": "", "gguf": gguf_format.SUFFIX, "nanogpt": nanogpt_format.SUFFIX}
@@ -68,8 +69,8 @@ def convert(
     if dtype is not None and to != "gguf":
         raise UserError(f"--dtype={dtype} is for --to gguf; the other formats keep float32.")
     what, state = read(source, tokenizer, described)
-    gpt = state.hyper_parameters.get("gpt")
-    lines = [f"{source}: {what}" + (f"; {size(gpt)}" if gpt else "")]
+    is_ours = "gpt" in state.hyper_parameters or "network" in state.hyper_parameters
+    lines = [f"{source}: {what}" + (f"; {size(config_of(state.hyper_parameters))}" if is_ours else "")]
     match to:
         case "hf":
             notes = hugging_face_format.write(target, state, source)
@@ -137,7 +138,7 @@ def read_network(source: Path, tokenizer: str | None = None) -> tuple[str, Store
     return what, StoredNetwork(state.weights, state.hyper_parameters, state.data["tokenizer"])
 
 
-def load_network(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+def load_network(path: Path, device: str | torch.device = "cpu") -> tuple[Network, Tokenizer]:
     """The network of any model that `convert` reads, in eval mode, and the tokenizer that it was trained with."""
     path, _ = fetched(path.as_posix())
     _, stored = read_network(path)

@@ -17,7 +17,9 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import EOT, Tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.generate import generate
-from nanogpt_lit.gpt.model import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
+from nanogpt_lit.gpt.network import Network
+from nanogpt_lit.gpt.networks import config_of
 from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 RUN_YAML = "config.yaml"
@@ -27,17 +29,17 @@ DATA = ("source", "val_fraction", "documents", "special_tokens")
 TEXTS, TOKENS = 4, 256
 
 
-def check_expressible(path: Path, config: GPTConfig, name: str) -> None:
-    """Raises UserError for what GPT-2's architecture lacks, in whichever format."""
-    for key, only in (("positions", "learned"), ("qk_norm", False)):
-        if (value := getattr(config, key)) != only:
-            raise UserError(
-                f"{path} has model.gpt.{key}={value}, which {name} cannot express in GPT-2's architecture; a network "
-                f"trained with model.gpt.{key}={only} can go there."
-            )
+def gpt2_config(path: Path, gpt: Network, name: str) -> GPTConfig:
+    """The shape of a GPT-2. Raises UserError for another network, which the format called `name` cannot express."""
+    if not isinstance(gpt, GPT):
+        raise UserError(
+            f"{path} holds a network of the Llama family (model.network=llama), which {name} cannot express; --to hf "
+            "and --to gguf carry it."
+        )
+    return gpt.config
 
 
-def measured_effect(gpt: GPT, exported: GPT, tokenizer: Tokenizer) -> str:
+def measured_effect(gpt: Network, exported: Network, tokenizer: Tokenizer) -> str:
     """Both losses on text that the network writes itself, which needs no data and is what it is good at.
 
     exported: the network as the other program will compute it
@@ -53,7 +55,7 @@ def measured_effect(gpt: GPT, exported: GPT, tokenizer: Tokenizer) -> str:
 
 
 @torch.no_grad()
-def loss(gpt: GPT, text: Tensor) -> float:
+def loss(gpt: Network, text: Tensor) -> float:
     return float(F.cross_entropy(gpt.eval()(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten()))
 
 
@@ -63,9 +65,8 @@ def model_card(state: RunState, tokenizer: Tokenizer, source: Path) -> str:
     source: the checkpoint; beside its folder lies the YAML of a run of ours
     """
     settings = run_settings(source)
-    configs = {
-        name: state.hyper_parameters[name] for name in ("gpt", "optim", "schedule") if name in state.hyper_parameters
-    }
+    sections = ("network", "gpt", "llama", "optim", "schedule")
+    configs = {name: state.hyper_parameters[name] for name in sections if name in state.hyper_parameters}
     init_from = settings.get("init_from")
     fine_tuned = f"- fine-tuned from {init_from}\n" if init_from else ""
     lines = "\n".join(data_lines(state, tokenizer, settings))
@@ -81,7 +82,7 @@ tags:
 
 # {source.stem}
 
-A GPT-2-class network: {size(state.hyper_parameters["gpt"])}.
+A GPT-2-class network: {size(config_of(state.hyper_parameters))}.
 
 ## Data
 

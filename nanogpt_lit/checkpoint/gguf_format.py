@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.export import check_expressible, measured_effect
-from nanogpt_lit.checkpoint.network import TIED, network, network_of
+from nanogpt_lit.checkpoint.export import gpt2_config, measured_effect
+from nanogpt_lit.checkpoint.network import network, network_of
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.bpe import as_characters, merges_of
 from nanogpt_lit.data.tokenizer import EOT, GPT2_PATTERN, BytePairTokenizer, CharTokenizer, Tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.network import HEAD
 from nanogpt_lit.runtime.durable import durable_file, write_durably
 
 SUFFIX = ".gguf"
@@ -49,13 +50,7 @@ def write(target: Path, state: RunState, source: Path, dtype: str = "f32") -> li
     except ImportError as error:
         raise UserError('--to gguf needs the package gguf: `pip install "nanogpt_lit[gguf]"`.') from error
     gpt = network_of(source, state)
-    config = gpt.config
-    check_expressible(source, config, "llama.cpp")
-    if config.activation != "gelu":
-        raise UserError(
-            f"{source} has model.gpt.activation={config.activation}, which llama.cpp cannot express in GPT-2's "
-            "architecture; --to hf carries it."
-        )
+    config = gpt2_config(source, gpt, "llama.cpp")
     modelfile = target.parent / MODELFILE
     if modelfile.exists():
         raise UserError(
@@ -70,9 +65,9 @@ def write(target: Path, state: RunState, source: Path, dtype: str = "f32") -> li
         writer = gguf.GGUFWriter(Path(file.name), "gpt2")
         add_shape(writer, config, target.stem)
         writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{DTYPES[dtype]}"])
-        add_tokenizer(writer, gguf.TokenType, tokenizer, merges, gpt.transformer.wte.num_embeddings)
+        add_tokenizer(writer, gguf.TokenType, tokenizer, merges, gpt.embedding.num_embeddings)
         for name, tensor in gpt.state_dict().items():
-            if config.tied_head and name == TIED[0]:
+            if config.tied_head and name == HEAD:
                 continue
             is_matrix = tensor.dim() > 1 and "wpe" not in name
             as_kind = kind if is_matrix else gguf.GGMLQuantizationType.F32

@@ -14,15 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.export import check_expressible, model_card
+from nanogpt_lit.checkpoint.export import gpt2_config, model_card
 from nanogpt_lit.checkpoint.foreign_files import is_zip, read_torch_file
-from nanogpt_lit.checkpoint.network import TIED, chosen_tokenizer, network_of, new_run
+from nanogpt_lit.checkpoint.network import chosen_tokenizer, network_of, new_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.hugging_face_tokenizer import from_hugging_face, read_json, to_hugging_face
 from nanogpt_lit.data.tokenizer import EOT, Tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.network import HEAD
 from nanogpt_lit.runtime.durable import durable_folder
 from nanogpt_lit.untrusted.config_values import plainly_named
 
@@ -33,12 +34,11 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 BUFFERS = (".attn.bias", ".attn.masked_bias")
 """Masks that older versions of transformers saved."""
 ACTIVATIONS = {
-    "gelu_new": ("gelu", "tanh"),
-    "gelu_pytorch_tanh": ("gelu", "tanh"),
-    "gelu": ("gelu", "erf"),
-    "relu2": ("relu2", "tanh"),
+    "gelu_new": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu": "erf",
 }
-"""Names of transformers, and our activation and gelu; the first of a kind is the one that is written."""
+"""Names of transformers, and our gelu; the first of a kind is the one that is written."""
 AS_OURS = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -99,13 +99,11 @@ def config_of(described: Any, path: Path) -> GPTConfig:
         name = described.get("activation_function", "gelu_new")
         if name not in ACTIVATIONS:
             raise UserError(f"{path} has activation_function={name!r}; {', '.join(ACTIVATIONS)} can be read.")
-        activation, gelu = ACTIVATIONS[name]
         return GPTConfig(
             **sizes,
             dropout=float(described.get("resid_pdrop", 0.1)),
             tied_head=bool(described.get("tie_word_embeddings", True)),
-            activation=activation,  # type: ignore[arg-type]
-            gelu=gelu,  # type: ignore[arg-type]
+            gelu=ACTIVATIONS[name],  # type: ignore[arg-type]
         )
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{path} is not a GPT-2's: {error}.") from error
@@ -164,7 +162,7 @@ def their_names(weights: Mapping[str, Tensor], config: GPTConfig) -> dict[str, T
     """The weights for GPT2LMHeadModel: transposed, and with zeros for biases that are not there."""
     theirs = {}
     for name, tensor in weights.items():
-        if config.tied_head and name == TIED[0]:
+        if config.tied_head and name == HEAD:
             continue
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()
@@ -181,8 +179,7 @@ def write(folder: Path, state: RunState, source: Path) -> list[str]:
     Raises UserError for a network or a tokenizer that the folder cannot express.
     """
     gpt = network_of(source, state)
-    config = gpt.config
-    check_expressible(source, config, "Hugging Face's GPT2LMHeadModel")
+    config = gpt2_config(source, gpt, "Hugging Face's GPT2LMHeadModel")
     tokenizer = tokenizer_from_files(state.data["tokenizer"])
     described, tokenizer_json = their_config(config, tokenizer), to_hugging_face(tokenizer)
     notes = [] if config.bias else ["This network has no biases: the folder has zeros there, which is the same."]
@@ -204,11 +201,10 @@ def write(folder: Path, state: RunState, source: Path) -> list[str]:
 
 
 def their_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    kind = (config.activation, config.gelu if config.activation == "gelu" else "tanh")
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": next(name for name, ours in ACTIVATIONS.items() if ours == kind),
+        "activation_function": next(name for name, ours in ACTIVATIONS.items() if ours == config.gelu),
         "n_positions": config.block_size,
         "vocab_size": config.vocab_size,
         "n_layer": config.n_layer,

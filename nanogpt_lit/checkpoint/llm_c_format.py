@@ -11,7 +11,7 @@ from torch import Tensor
 from nanogpt_lit.checkpoint.network import chosen_tokenizer, new_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 
 MAGIC = 20240326
 HEADER = 256

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from nanogpt_lit.checkpoint.export import check_expressible, measured_effect
+from nanogpt_lit.checkpoint.export import gpt2_config, measured_effect
 from nanogpt_lit.checkpoint.foreign_files import read_torch_file
 from nanogpt_lit.checkpoint.network import chosen_tokenizer, network, network_of, new_run, with_moments
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
 from nanogpt_lit.runtime.durable import durable_file
@@ -110,13 +110,9 @@ def write(target: Path, state: RunState, source: Path) -> list[str]:
     Raises UserError for a network that nanoGPT lacks.
     """
     gpt = network_of(source, state)
-    config = gpt.config
-    check_expressible(source, config, "nanoGPT")
-    for key, only in (("tied_head", True), ("activation", "gelu")):
-        if (value := getattr(config, key)) != only:
-            raise UserError(
-                f"{source} has model.gpt.{key}={value}, and nanoGPT knows {only} alone; --to hf carries it."
-            )
+    config = gpt2_config(source, gpt, "nanoGPT")
+    if not config.tied_head:
+        raise UserError(f"{source} has model.gpt.tied_head=False, and nanoGPT ties the head; --to hf carries it.")
     notes = []
     tokenizer = tokenizer_from_files(state.data["tokenizer"])
     if tokenizer.kind != "gpt2":

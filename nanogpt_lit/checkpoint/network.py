@@ -13,7 +13,8 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_file
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPT, GPTConfig, config_of_checkpoint
+from nanogpt_lit.gpt.network import HEAD, Network, NetworkConfig
+from nanogpt_lit.gpt.networks import build, config_of, described
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
 
@@ -21,32 +22,31 @@ PREFIX = "gpt."
 """The prefix of the network's names in a module's state_dict()."""
 GPT2_SIZES = (50257, 50304)
 """GPT-2's vocabulary, and the one that nanoGPT pads it to."""
-TIED = "lm_head.weight", "transformer.wte.weight"
 
 
 def new_run(
     path: Path,
     weights: Mapping[str, Tensor],
-    config: GPTConfig,
+    config: NetworkConfig,
     tokenizer: Tokenizer,
     optim: AdamWConfig = AdamWConfig(),  # noqa: B008 - frozen
     schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
 ) -> RunState:
-    """A run at step 0 of the network with these weights, under GPT's own names and in any floating-point type.
+    """A run at step 0 of the network with these weights, under its own names and in any floating-point type.
 
     A tied head may be missing. Raises UserError, naming the file, where the weights are not those of the network.
     """
     gpt = network(path, weights, config)
-    if tokenizer.vocab_size > gpt.transformer.wte.num_embeddings:
+    if tokenizer.vocab_size > gpt.embedding.num_embeddings:
         raise UserError(
-            f"{path} has a vocabulary of {gpt.transformer.wte.num_embeddings:,} and the tokenizer {tokenizer.name} one "
+            f"{path} has a vocabulary of {gpt.embedding.num_embeddings:,} and the tokenizer {tokenizer.name} one "
             f"of {tokenizer.vocab_size:,}; name the tokenizer it was trained with by --tokenizer."
         )
     optimizer = build_optimizer(gpt.named_parameters(), optim)
     rate = WarmupDecay(optimizer, schedule)
     return RunState(
         weights={PREFIX + name: tensor for name, tensor in gpt.state_dict().items()},
-        hyper_parameters={"gpt": asdict(config), "optim": asdict(optim), "schedule": asdict(schedule)},
+        hyper_parameters={**described(config), "optim": asdict(optim), "schedule": asdict(schedule)},
         data={"tokenizer": tokenizer.files()},
         optimizer=optimizer.state_dict(),
         schedule=rate.state_dict(),
@@ -88,23 +88,21 @@ def with_moments(path: Path, begun: RunState, optim: AdamWConfig, saved: Any) ->
     return {**begun.optimizer, "state": state}
 
 
-def network(path: Path, weights: Mapping[str, Tensor], config: GPTConfig) -> GPT:
+def network(path: Path, weights: Mapping[str, Tensor], config: NetworkConfig) -> Network:
     """The network, in float32 and in eval mode."""
     # Before it is built: a number that lies must not make us build for hours.
     if config.n_layer > len(weights):
         raise UserError(f"{path} says n_layer={config.n_layer} and holds {len(weights)} tensors.")
     weights = dict(weights)
-    if config.tied_head:
-        head, embedding = (weights.get(name) for name in TIED)
-        if head is not None and embedding is not None and not torch.equal(head, embedding):
-            raise UserError(f"{path} says that {TIED[0]} is tied to {TIED[1]}, and the two differ.")
-        weights.pop(TIED[0], None)
-    elsewhere = {name: tensor.shape for name, tensor in weights.items()}
     with torch.device("meta"):
-        gpt = GPT(config)
-    expected = {
-        name: tensor.shape for name, tensor in gpt.state_dict().items() if not config.tied_head or name != TIED[0]
-    }
+        gpt = build(config)
+    if config.tied_head:
+        head, embedding = weights.get(HEAD), weights.get(gpt.EMBEDDING)
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
+            raise UserError(f"{path} says that {HEAD} is tied to {gpt.EMBEDDING}, and the two differ.")
+        weights.pop(HEAD, None)
+    elsewhere = {name: tensor.shape for name, tensor in weights.items()}
+    expected = {name: tensor.shape for name, tensor in gpt.state_dict().items() if not config.tied_head or name != HEAD}
     for name in sorted(expected.keys() | elsewhere.keys()):
         if name not in elsewhere:
             raise UserError(f"{path} lacks {name}, which the network that it describes has.")
@@ -121,17 +119,16 @@ def network(path: Path, weights: Mapping[str, Tensor], config: GPTConfig) -> GPT
             raise UserError(f"{path} has numbers in {name} that are not finite.")
     tensors = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     if config.tied_head:
-        tensors[TIED[0]] = tensors[TIED[1]]
+        tensors[HEAD] = tensors[gpt.EMBEDDING]
     gpt.load_state_dict(tensors, assign=True)
-    if config.tied_head:
-        gpt.lm_head.weight = gpt.transformer.wte.weight
+    gpt.tie()
     return gpt.eval()
 
 
-def network_of(path: Path, run: RunState | StoredNetwork) -> GPT:
+def network_of(path: Path, run: RunState | StoredNetwork) -> Network:
     """The network of a run. Raises UserError for the run of another module."""
     try:
-        config = config_of_checkpoint(run.hyper_parameters["gpt"])
+        config = config_of(run.hyper_parameters)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} holds another network than LitNanoGPT's, which only the formats of Lightning and accelerate carry."
@@ -160,17 +157,19 @@ def chosen_tokenizer(path: Path, vocab_size: int, named: str | None) -> Tokenize
     raise UserError(f"--tokenizer={named} is neither gpt2, nor byte, nor a .tiktoken file that exists.")
 
 
-def size(config: Mapping[str, Any]) -> str:
+def size(config: NetworkConfig) -> str:
     """The shape of a network in words."""
+    kv_heads = getattr(config, "n_kv_head", None)
+    shared = f" ({kv_heads} of keys and values)" if kv_heads else ""
     return (
-        f"{config['n_layer']} layers, {config['n_head']} heads, {config['n_embd']} channels, "
-        f"block {config['block_size']}, vocabulary {config['vocab_size']:,}"
+        f"{config.n_layer} layers, {config.n_head} heads{shared}, {config.n_embd} channels, block {config.block_size}, "
+        f"vocabulary {config.vocab_size:,}"
     )
 
 
 @dataclass(frozen=True)
 class Described:
-    gpt: GPTConfig
+    network: NetworkConfig
     optim: AdamWConfig
     schedule: ScheduleConfig
     tokenizer: Tokenizer

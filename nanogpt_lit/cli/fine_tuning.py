@@ -11,15 +11,17 @@ from jsonargparse import Namespace
 from torch import nn
 
 from nanogpt_lit.checkpoint.convert import fetched, read_network
-from nanogpt_lit.checkpoint.network import TIED, size
+from nanogpt_lit.checkpoint.network import size
 from nanogpt_lit.checkpoint.run_file import StoredNetwork
 from nanogpt_lit.data.tokenizer import BytePairTokenizer, Tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files, with_special_tokens
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import config_of_checkpoint
+from nanogpt_lit.gpt.network import HEAD
+from nanogpt_lit.gpt.networks import NETWORKS, config_of, described, section_of
 from nanogpt_lit.runtime.durable import write_durably
 
 POSITIONS = "transformer.wpe.weight"
+EMBEDDINGS = tuple(network.EMBEDDING for _, network in NETWORKS.values())
 ONES_OWN = ("dropout", "block_size", "document_start")
 """Fields that a fine-tuned network need not have in common with the one it begins from."""
 
@@ -46,17 +48,23 @@ class Beginning:
         """Sets the network and the tokenizer in settings of fit. Raises UserError for a block_size it has no positions
         for."""
         try:
-            saved = asdict(config_of_checkpoint(self.stored.hyper_parameters["gpt"]))
+            config = config_of(self.stored.hyper_parameters)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"init_from={self.source} holds another network than LitNanoGPT's.") from error
-        if settings.data.block_size > saved["block_size"]:
+        if settings.data.block_size > config.block_size:
             raise UserError(
-                f"data.block_size={settings.data.block_size} is longer than the {saved['block_size']} positions of "
-                f"init_from={self.source}; set data.block_size={saved['block_size']} or less."
+                f"data.block_size={settings.data.block_size} is longer than the {config.block_size} positions of "
+                f"init_from={self.source}; set data.block_size={config.block_size} or less."
             )
-        for name in saved.keys() - set(ONES_OWN):
-            settings.model.gpt[name] = saved[name]
-        settings.model.gpt.vocab_size = max(saved["vocab_size"], self.tokenizer.vocab_size)
+        before, settings.model.network = section_of(settings.model), described(config)["network"]
+        shape = settings.model[config.SECTION]
+        for name in ONES_OWN:  # which the YAML may have given below the other network
+            shape[name] = settings.model[before][name]
+        for name, value in asdict(config).items():
+            if name not in ONES_OWN:
+                shape[name] = value
+        assert config.vocab_size is not None
+        shape.vocab_size = max(config.vocab_size, self.tokenizer.vocab_size)
         settings.data.tokenizer = option_of(self.tokenizer, Path(settings.trainer.default_root_dir))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -77,14 +85,14 @@ class Beginning:
         for name, tensor in weights.items():
             if name.endswith(POSITIONS):
                 weights[name] = tensor[:block_size]
-            elif name.endswith(TIED) and self.tokenizer.vocab_size > self.known:
+            elif name.endswith((HEAD, *EMBEDDINGS)) and self.tokenizer.vocab_size > self.known:
                 learnt = tensor[: self.known]
                 new = learnt.mean(dim=0, keepdim=True).expand(self.tokenizer.vocab_size - self.known, -1)
                 weights[name] = torch.cat([learnt, new, tensor[self.tokenizer.vocab_size :]])
         module.load_state_dict(weights)
 
     def __str__(self) -> str:
-        shape = size(self.stored.hyper_parameters["gpt"])
+        shape = size(config_of(self.stored.hyper_parameters))
         return f"init: the weights and the tokenizer of {self.source}, {self.what}: {shape}"
 
 

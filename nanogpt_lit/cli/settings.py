@@ -18,7 +18,7 @@ from nanogpt_lit.data.datamodule import ORDER_FIELDS, TokenDataModule
 from nanogpt_lit.data.shards import val_tokens_per_byte
 from nanogpt_lit.data.tokenizer_files import parse_tokenizer
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.networks import NETWORKS, config_of, section_of
 from nanogpt_lit.loops.compatibility import (
     check_loggers,
     check_saves_whole_steps,
@@ -60,8 +60,8 @@ ROOT = "runs"
 class SettingsCLI(LightningCLI):
     """The settings of `LitNanoGPT`, `TokenDataModule` and a Trainer, and nothing built from them.
 
-    A number that would have to be written twice is written once: data.block_size gives model.gpt.block_size,
-    trainer.max_steps gives model.schedule.total_steps, and the tokenizer gives model.gpt.vocab_size.
+    A number that would have to be written twice is written once: data.block_size gives the network's block_size,
+    trainer.max_steps gives model.schedule.total_steps, and the tokenizer gives the network's vocab_size.
     """
 
     def __init__(self, args: list[str], run: bool = False, lock: RunLock | None = None) -> None:
@@ -97,7 +97,8 @@ class SettingsCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunConfig, None)
-        parser.link_arguments("data.block_size", "model.gpt.block_size")
+        for config, _ in NETWORKS.values():
+            parser.link_arguments("data.block_size", f"model.{config.SECTION}.block_size")
         parser.link_arguments("trainer.max_steps", "model.schedule.total_steps")
 
     def _parse_ckpt_path(self) -> None:
@@ -150,10 +151,10 @@ class SettingsCLI(LightningCLI):
         settings, trainer = self.settings, self.settings.trainer
         if trainer.default_root_dir is None:
             trainer.default_root_dir = ROOT
-        for name in ("gpt", "memory", "elastic", "optim", "schedule"):
+        for name in (section_of(settings.model), "memory", "elastic", "optim", "schedule"):
             if not isinstance(keys := settings.model[name], Namespace | dict):
                 raise UserError(f"model.{name}={keys} holds no keys; write them below it, or leave it out.")
-        GPTConfig(**settings.model.gpt)
+        config_of(settings.model)
         MemoryConfig(**settings.model.memory)
         ElasticConfig(**settings.model.elastic)
         AdamWConfig(**settings.model.optim)
@@ -185,7 +186,7 @@ class SettingsCLI(LightningCLI):
 
     def _follow(self, data: TokenDataModule) -> None:
         """Set what the data decides about the network, and check that the run goes with it."""
-        gpt = self.settings.model.gpt
+        gpt = self.settings.model[section_of(self.settings.model)]
         if gpt.vocab_size is None:
             gpt.vocab_size = data.vocab_size
         data.check_vocabulary(gpt.vocab_size)
@@ -318,9 +319,9 @@ class SettingsCLI(LightningCLI):
         name = settings.data.tokenizer
         made_of_text = parse_tokenizer(name)[0] in ("char", "bpe")
         tokenizer = data.tokenizer if made_of_text else chosen_tokenizer(Path(name), 0, name)
-        vocab_size = settings.model.gpt.vocab_size or tokenizer.vocab_size
+        vocab_size = settings.model[section_of(settings.model)].vocab_size or tokenizer.vocab_size
         return Described(
-            gpt=GPTConfig(**{**settings.model.gpt, "vocab_size": vocab_size}),
+            network=config_of(settings.model, vocab_size=vocab_size),
             optim=AdamWConfig(**settings.model.optim),
             schedule=ScheduleConfig(**settings.model.schedule),
             tokenizer=tokenizer,

@@ -16,7 +16,7 @@ from nanogpt_lit.data.sources import open_source
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
-from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.run.resume import latest_config
 
 TOKENS_AT_ONCE = 4096
@@ -62,7 +62,7 @@ class Continuation:
 class Scorer:
     """A network and its tokenizer, ready to score: gpt in eval mode, on the device where it computes, in its dtype."""
 
-    def __init__(self, gpt: GPT, tokenizer: Tokenizer) -> None:
+    def __init__(self, gpt: Network, tokenizer: Tokenizer) -> None:
         self.gpt = gpt
         self.tokenizer = tokenizer
         self.block_size = gpt.config.block_size

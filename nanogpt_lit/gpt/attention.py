@@ -1,4 +1,4 @@
-"""Attention, and what it looks at: the keys of tokens already read, positions as rotations, documents kept apart.
+"""Attention, and what it looks at: the keys of tokens already read, documents kept apart.
 
 PyTorch's kernels compute it, on a CPU with the arithmetic that is fastest there.
 """
@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanogpt_lit.runtime.process_settings import ONEDNN, by_mkl
 
@@ -18,23 +18,26 @@ SHORT = 128
 """Tokens up to which a CPU's attention is faster in float32 than in bfloat16, whose units take larger tiles."""
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, is_causal: bool = False, mask: Tensor | None = None
-) -> Tensor:
-    """F.scaled_dot_product_attention. q: (B, H, T, D)   k, v: (B, H, tokens so far, D)
+def attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, mask: Tensor | None = None) -> Tensor:
+    """F.scaled_dot_product_attention of each token to those so far. q: (B, H, T, D)   k, v: (B, K, tokens so far, D)
 
-    mask: (B, 1, T, T), added to the logits, in place of is_causal
+    K divides H: each head of keys and values serves H / K heads of queries.
+    A single query is the newest token and sees every key. Several are always as many as the keys.
+    mask: (B, 1, T, T), added to the logits, in place of the causal one
     """
     on_cpu = type(q) is Tensor and q.device.type == "cpu"
     if on_cpu and q.dtype == torch.bfloat16 and q.size(2) <= SHORT:
         with torch.autocast("cpu", enabled=False):
-            y = attention(q.float(), k.float(), v.float(), dropout_p=dropout_p, is_causal=is_causal, mask=mask)
-        return y.to(q.dtype)
+            return attention(q.float(), k.float(), v.float(), dropout_p=dropout_p, mask=mask).to(q.dtype)
     if mask is not None:
         mask = mask.to(q.dtype)
+    is_causal = mask is None and q.size(2) > 1
     in_float32 = on_cpu and q.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if in_float32 and dropout_p == 0 and not torch.compiler.is_compiling() and _MKLDNN.matmul.fp32_precision == ONEDNN:
         return _InTiles.apply(q, k, v, is_causal, mask)
+    if (shared := q.size(1) // k.size(1)) > 1:
+        # As many keys as queries: of PyTorch's kernels not all share them, and which one it takes, the GPU decides.
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
 
 
@@ -110,39 +113,6 @@ class KeyValueCache:
         """Forget the tokens, keep the memory."""
         for layer in self.layers:
             layer.length = 0
-
-
-# Positions as rotations of queries and keys: Su et al., RoFormer (arXiv:2104.09864).
-
-BASE = 10_000.0
-"""The paper's: the slowest pair of channels turns once in 2 pi * BASE tokens."""
-
-
-class Rotary(nn.Module):
-    """Turns each head's channels by angles that grow with the position, so that a product of a query and a key sees
-    only how far apart they are.
-
-    Channel i is paired with channel i + D / 2, as in GPT-NeoX and Llama; the paper pairs neighbours, which is the same
-    network with its channels in another order. There is nothing to learn and nothing in the state_dict.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, block_size: int, D: int) -> None:
-        super().__init__()
-        angles = torch.outer(torch.arange(block_size).float(), BASE ** (-torch.arange(0, D, 2).float() / D))
-        # A buffer goes where the network goes; it is made again with the network, so no checkpoint need hold it.
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D / 2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """x: (B, H, T, D), queries or keys of the positions from start on; the dtype stays."""
-        end = start + x.size(2)
-        cos, sin = self.cos[start:end], self.sin[start:end]  # (T, D / 2)
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return turned.type_as(x)  # computed in float32 also where autocast hands in 16 bits
 
 
 # Documents side by side in one sequence, each read as if it were alone.

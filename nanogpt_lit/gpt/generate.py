@@ -10,12 +10,12 @@ from torch import Tensor
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import KeyValueCache
-from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.runtime.process_settings import by_mkl
 
 
 def continue_text(
-    gpt: GPT,
+    gpt: Network,
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
@@ -60,7 +60,7 @@ def printable(text: str) -> str:
 
 
 def generate(
-    gpt: GPT,
+    gpt: Network,
     tokens: Tensor,
     max_new_tokens: int,
     *,

@@ -188,7 +188,7 @@ def shard(module: Any, mesh: Any) -> None:
         return  # Lightning asks before every fit, validate and test
     sizes = {"trainer.strategy.tensor_parallel_size": mesh["tensor_parallel"].size()}
     check_together({**keys_of("model", module.hparams), "trainer.strategy": FSDP2, **sizes})
-    for block in gpt.transformer.h:
+    for block in gpt.blocks:
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(gpt, mesh=mesh["data_parallel"])
     for method in ("loss", "hidden"):  # what is called in place of forward

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 from nanogpt_lit.gpt.attention import LayerCache
-from nanogpt_lit.memory.techniques import RecomputedBlock
+from nanogpt_lit.memory.techniques import Recomputed
 
 
 def host_of(tensor: Tensor) -> torch.device:
@@ -190,7 +190,7 @@ def _bring_back(away: Tensor | _Away) -> Tensor:
     return tensor
 
 
-class HostInputBlock(RecomputedBlock):
+class InputOnHost(Recomputed):
     """Recomputed, with its input kept in host memory until backward."""
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:

@@ -204,6 +204,11 @@ class HostLayerNorm(_HostResident, nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.fetch(self.weight, x.device), bias, self.eps)
 
 
+class HostRMSNorm(_HostResident, nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.fetch(self.weight, x.device), self.eps)
+
+
 class HostEmbedding(_HostResident, nn.Embedding):
     """The rows are looked up in host memory, in float32, and only they travel."""
 
@@ -211,7 +216,12 @@ class HostEmbedding(_HostResident, nn.Embedding):
         return super().forward(tokens.to(self.weight.device)).to(tokens.device)
 
 
-HOST_RESIDENT = {nn.Linear: HostLinear, nn.LayerNorm: HostLayerNorm, nn.Embedding: HostEmbedding}
+HOST_RESIDENT = {
+    nn.Linear: HostLinear,
+    nn.LayerNorm: HostLayerNorm,
+    nn.RMSNorm: HostRMSNorm,
+    nn.Embedding: HostEmbedding,
+}
 
 
 def keep_on_host(module: nn.Module, host: HostWeights, keep: bool) -> None:

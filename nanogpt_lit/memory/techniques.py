@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import LayerCache
 from nanogpt_lit.gpt.loss import chunked_cross_entropy, cross_entropy
-from nanogpt_lit.gpt.model import GPT, Block
+from nanogpt_lit.gpt.network import Block, Network
 
 PLACES = ("optimizer_state", "weights", "block_inputs")
 """The fields of MemoryConfig that may move something from the device to host memory."""
@@ -90,27 +90,28 @@ FREE_OF_COST = ("loss_chunk_tokens", "recast_weights")
 """The fields of MemoryConfig that save memory and take no time."""
 
 
-def apply_techniques(gpt: GPT, memory: MemoryConfig) -> None:
+def apply_techniques(gpt: Network, memory: MemoryConfig) -> None:
     """Make gpt use them from now on. Its parameters, their names and its state_dict stay what they are.
 
     A module takes another class, as under PyTorch's fully_shard: to wrap it in another module would rename its
     parameters.
     """
     if memory.block_inputs == "host" or memory.weights != "device":  # late, for only few runs have it
-        from nanogpt_lit.memory.host import HostInputBlock
+        from nanogpt_lit.memory.host import InputOnHost
         from nanogpt_lit.memory.host_weights import HostHead, HostWeights, RefetchLinear, keep_on_host
     if memory.loss_chunk_tokens is not None:
         gpt.cross_entropy = partial(chunked_cross_entropy, chunk_tokens=memory.loss_chunk_tokens)
-    for layer, block in enumerate(gpt.transformer.h):
+    for layer, block in enumerate(gpt.blocks):
         assert isinstance(block, Block)
+        kind: Any = type(block)
         recompute = memory.recompute if layer % memory.recompute_every == 0 else "none"
         # What is recomputed keeps no copies of weights anyway.
         recast: list[nn.Linear] = []
         if recompute == "full":
-            block.__class__ = RecomputedBlock if memory.block_inputs == "device" else HostInputBlock
+            block.__class__ = mixed(Recomputed if memory.block_inputs == "device" else InputOnHost, kind)
         elif recompute == "selective":
-            block.__class__ = SelectiveBlock
-            recast = [block.attn.c_proj]
+            block.__class__ = mixed(Selective, kind)
+            recast = [block.attention_projection]
         else:
             recast = [module for module in block.modules() if isinstance(module, nn.Linear)]
         if memory.weights == "streamed":
@@ -126,7 +127,7 @@ def apply_techniques(gpt: GPT, memory: MemoryConfig) -> None:
         gpt.cross_entropy = HostHead(host, memory.loss_chunk_tokens)
 
 
-def change_techniques(gpt: GPT, memory: MemoryConfig) -> None:
+def change_techniques(gpt: Network, memory: MemoryConfig) -> None:
     """Make a network that trains go on with these settings; its weights stay where they are.
 
     Where they are in host memory, the loss alone can change.
@@ -134,8 +135,8 @@ def change_techniques(gpt: GPT, memory: MemoryConfig) -> None:
     if hasattr(gpt.cross_entropy, "chunk_tokens"):  # a HostHead
         gpt.cross_entropy.chunk_tokens = memory.loss_chunk_tokens
         return
-    for block in gpt.transformer.h:
-        block.__class__ = Block
+    for block in gpt.blocks:
+        block.__class__ = getattr(type(block), "plain", type(block))
         for part in block.modules():
             if isinstance(part, nn.Linear):
                 part.__class__ = nn.Linear
@@ -163,17 +164,23 @@ def recomputed(function: Callable[..., Any], *args: Tensor, with_dropout: bool =
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=with_dropout, **shared)
 
 
-class RecomputedBlock(Block):
-    """Keeps its input alone: 4 bytes a channel and token, where a Block keeps 36 under 16-bit autocast."""
+@cache
+def mixed(technique: Any, block: Any) -> Any:
+    """The class of blocks that use a technique; its attribute `plain` is the class without."""
+    return type(f"{technique.__name__}{block.__name__}", (technique, block), {"plain": block})
+
+
+class Recomputed(Block):
+    """Keeps its input alone: 4 bytes a channel and token, where GPT-2's block keeps 36 under 16-bit autocast."""
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x, cache, mask)
-        return recomputed(super().forward, x, with_dropout=self.attn.dropout > 0, mask=mask)
+        return recomputed(super().forward, x, with_dropout=self.draws, mask=mask)
 
 
-class SelectiveBlock(Block):
-    """Keeps what is dear to compute: products of matrices, and attention. 22 bytes a channel and token, not 36.
+class Selective(Block):
+    """Keeps what is dear to compute: products of matrices, and attention. 22 bytes a channel and token of GPT-2's 36.
 
     In bytes: the input 4, queries, keys and values 6, attention 2 and its projection 2, the inside of the MLP 8.
     """
@@ -181,19 +188,13 @@ class SelectiveBlock(Block):
     def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x, cache, mask)
-        attended = self.attn.attend(recomputed(self._into_attention, x), mask=mask)
-        x, inside = recomputed(self._into_mlp, x, attended)
-        return x + self.mlp.dropout(recomputed(self._out_of_mlp, inside))
+        attended = self.attend(*recomputed(self.into_attention, x), mask=mask)
+        x, *inside = recomputed(self._add_into_mlp, x, attended)
+        return x + self.drop(recomputed(self.out_of_mlp, *inside))
 
-    def _into_attention(self, x: Tensor) -> Tensor:
-        return self.attn.c_attn(self.ln_1(x))
-
-    def _into_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    def _add_into_mlp(self, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
         x = x + attended
-        return x, self.mlp.c_fc(self.ln_2(x))
-
-    def _out_of_mlp(self, inside: Tensor) -> Tensor:
-        return self.mlp.c_proj(self.mlp.activation(inside))
+        return x, *self.into_mlp(x)
 
 
 class RecastLinear(nn.Linear):

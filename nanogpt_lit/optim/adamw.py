@@ -1,5 +1,6 @@
 """The optimizer of a run: AdamW as nanoGPT uses it, Muon beside it, or any class of torch.optim's kind by its path."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -83,6 +84,11 @@ class AdamWConfig:
             raise UserError(f"model.optim.weight_decay={self.weight_decay} must not be negative; 0.1 is usual.")
 
 
+# By name and not by shape: a strategy may have cut a matrix into a vector, which Muon then refuses.
+IN_BLOCK = re.compile(r"\.\d+\..*weight$")
+IN_NORM = re.compile(r"\.ln_|norm\.")
+
+
 def param_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, decay_vectors: bool = False
 ) -> list[dict]:
@@ -96,7 +102,7 @@ def param_groups(
 
 def block_matrices(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
     """Matrices between hidden states, which Muon is for. Embeddings and the head are not: their rows are tokens."""
-    return [p for name, p in named_parameters if ".h." in name and name.endswith("weight") and ".ln_" not in name]
+    return [p for name, p in named_parameters if IN_BLOCK.search(name) and not IN_NORM.search(name)]
 
 
 def build_optimizer(

@@ -30,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from nanogpt_lit.cli.commands import OptionParser, program
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.gpt.networks import described, section_of
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.grid import (
@@ -143,7 +144,8 @@ def from_yaml(cli: SettingsCLI, steps: int, size: Size | None) -> tuple[Case, fl
     cli.settings.model.compile = False  # the loops are compared, and each case would be compiled anew
     cli.complete_settings()
     if size is not None:
-        if cli.settings.model.gpt.vocab_size > LARGE_VOCABULARY:
+        model = cli.settings.model
+        if model[section_of(model)].vocab_size > LARGE_VOCABULARY:
             size.cap(CAPS_OF_A_LARGE_VOCABULARY)
         if size.changed:
             print(f"small for the comparison: {size} (--full-size, or an option of fit, keeps the YAML's)")
@@ -152,7 +154,7 @@ def from_yaml(cli: SettingsCLI, steps: int, size: Size | None) -> tuple[Case, fl
     schedule = asdict(module.schedule_config) | {"total_steps": steps}
     schedule["warmup_steps"] = min(schedule["warmup_steps"], steps // 4)
     settings = LoopSettings(steps, val_check_interval=2, limit_val_batches=2, seed=cli.seed or 0)
-    configs = ("gpt", "optim", "schedule")
+    configs = (*described(module.gpt.config), "optim", "schedule")
     case = Case(
         settings,
         module.gpt.config,

@@ -10,6 +10,7 @@ import torch
 from jsonargparse import Namespace
 
 from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.gpt.networks import section_of
 from nanogpt_lit.parity.processes import in_new_processes, peak_bytes, run_together
 from nanogpt_lit.parity.record import Curves, Difference, compare, earliest
 from nanogpt_lit.parity.runs import LOOPS, OVERFLOWS, Case, quiet
@@ -166,9 +167,9 @@ def grow(rank: int, folder: Path, case: Case, data: TokenDataModule, threads: in
 
 
 # Largest values that are compared by default: float16 runs at a few billion operations a second on a CPU.
-CAPS = {"model.gpt.n_layer": 2, "model.gpt.n_embd": 64, "data.block_size": 32, "data.batch_size": 2}
+CAPS = {"n_layer": 2, "n_embd": 64, "data.block_size": 32, "data.batch_size": 2}
 LARGE_VOCABULARY = 8192  # from here on the head is nearly all of the work
-CAPS_OF_A_LARGE_VOCABULARY = {"model.gpt.n_embd": 32, "data.block_size": 16}
+CAPS_OF_A_LARGE_VOCABULARY = {"n_embd": 32, "data.block_size": 16}
 
 
 def options_given(arguments: Iterable[str]) -> set[str]:
@@ -186,12 +187,14 @@ class Size:
         """Values of the YAML that were lowered, by key."""
 
     def cap(self, caps: Mapping[str, int]) -> None:
+        """caps: largest values, by key; of the network's sizes, by their names"""
+        section = f"model.{section_of(self.settings.model)}"
         for key, largest in caps.items():
-            self._lower(key, largest)
-        heads, channels = self.settings["model.gpt.n_head"], self.settings["model.gpt.n_embd"]
+            self._lower(key if "." in key else f"{section}.{key}", largest)
+        heads, channels = self.settings[f"{section}.n_head"], self.settings[f"{section}.n_embd"]
         if heads > 1 and channels % heads:
-            self._lower("model.gpt.n_head", max(n for n in range(1, heads) if channels % n == 0))
-        self.settings["model.gpt.block_size"] = self.settings["data.block_size"]
+            self._lower(f"{section}.n_head", max(n for n in range(1, heads) if channels % n == 0))
+        self.settings[f"{section}.block_size"] = self.settings["data.block_size"]
 
     def _lower(self, key: str, largest: int) -> None:
         # Also given by a whole section, as in --data '{...}'.

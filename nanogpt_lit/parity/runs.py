@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import StreamPosition, interleave, with_batches
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.network import NetworkConfig
+from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.loops.lightning import MixedPrecision, Observed, precision_plugin
@@ -38,7 +39,7 @@ OVERFLOWS = {"init_scale": 2.0**26, "backoff_factor": 2.0**-4, "growth_interval"
 @dataclass(frozen=True)
 class Case:
     settings: LoopSettings
-    gpt: GPTConfig
+    gpt: NetworkConfig
     optim: AdamWConfig
     schedule: ScheduleConfig
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -55,7 +56,8 @@ class Case:
 
     def make_module(self) -> LitNanoGPT:
         torch.manual_seed(self.settings.seed or 0)
-        return self.module(self.gpt, self.optim, self.schedule, **self.module_options)
+        options = {"optim": self.optim, "schedule": self.schedule, **self.module_options}
+        return self.module(**described(self.gpt), **options)
 
 
 def quiet() -> None:

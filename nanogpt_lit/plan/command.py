@@ -10,7 +10,8 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.prepare import stale_reason
 from nanogpt_lit.data.tokenizer_files import parse_tokenizer, tokenizer_from_file, with_special_tokens
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.network import NetworkConfig
+from nanogpt_lit.gpt.networks import config_of, described, section_of
 from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
@@ -32,6 +33,9 @@ FAMILY = {
     "GPT-2 large": (36, 20, 1280),
     "GPT-2 XL": (48, 25, 1600),
 }
+
+SHAPED_BY_HAND = {"n_kv_head", "head_size", "n_hidden"}
+"""Sizes of a Llama that follow from the others where they are None, as they are in a network of another size."""
 
 QUICK_TOLERANCE = 0.1
 """Share of the usable memory: nearer to it than this, a line through two shallow networks does not decide what
@@ -108,7 +112,7 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
         two, four = (reserved_mib(1, n_layer=shallow, **sizes) for shallow in (2, 4))
         return two + (four - two) / 2 * (n_layer - 2)
 
-    def network_fits(sizes: dict[str, int]) -> bool:
+    def network_fits(sizes: dict[str, Any]) -> bool:
         quick_mib = quick_reserved_mib(**sizes)
         if abs(quick_mib / usable_mib - 1) > QUICK_TOLERANCE:
             return quick_mib <= usable_mib
@@ -116,7 +120,8 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
 
     networks = {}
     for name, (n_layer, n_head, n_embd) in FAMILY.items():
-        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        sizes: dict[str, Any] = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        sizes |= dict.fromkeys(SHAPED_BY_HAND & gpt.__dataclass_fields__.keys())
         if not network_fits(sizes):
             break
         networks[name] = sizes
@@ -132,19 +137,19 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
     }
 
 
-def network(settings: Any) -> GPTConfig:
+def network(settings: Any) -> NetworkConfig:
     # The mask of separate documents takes as much memory whichever id they begin with.
     document_start = 0 if settings.data.documents == "separate" else None
-    return GPTConfig(**{**settings.model.gpt, "vocab_size": vocab_size(settings), "document_start": document_start})
+    return config_of(settings.model, vocab_size=vocab_size(settings), document_start=document_start)
 
 
-def module(settings: Any, gpt: GPTConfig, memory: MemoryConfig) -> LitNanoGPT:
+def module(settings: Any, gpt: NetworkConfig, memory: MemoryConfig) -> LitNanoGPT:
     # Without torch.compile: a trace sees what the network does, and a compiled one does no more.
     optim, schedule = AdamWConfig(**settings.model.optim), ScheduleConfig(**settings.model.schedule)
-    return LitNanoGPT(gpt, optim, schedule, memory=memory)
+    return LitNanoGPT(optim=optim, schedule=schedule, memory=memory, **described(gpt))
 
 
-def step_shape(settings: Any, gpt: GPTConfig, lightning: bool) -> StepShape:
+def step_shape(settings: Any, gpt: NetworkConfig, lightning: bool) -> StepShape:
     trainer = settings.trainer
     precision = full_precision_name(trainer.precision)
     if not lightning and precision.endswith("-true") and precision != "32-true":
@@ -168,8 +173,10 @@ def step_shape(settings: Any, gpt: GPTConfig, lightning: bool) -> StepShape:
 
 def vocab_size(settings: Any) -> int:
     """Rows of the embedding: what the YAML says, else what its tokenizer has, else what ready shards were made with."""
-    if settings.model.gpt.vocab_size is not None:
-        return settings.model.gpt.vocab_size
+    section = section_of(settings.model)
+    shape = settings.model[section]
+    if shape["vocab_size"] is not None:
+        return shape["vocab_size"]
     data: Mapping[str, Any] = settings.data
     kind, argument = parse_tokenizer(data["tokenizer"])
     special_tokens = data.get("special_tokens") or []
@@ -188,7 +195,7 @@ def vocab_size(settings: Any) -> int:
         return int(argument) + len(special_tokens)  # at most: a short text has fewer pairs to merge
     raise UserError(
         f"data.tokenizer={data['tokenizer']} has as many tokens as the text has characters, and {shards_dir} has no "
-        "shards yet; run `prepare` with the same YAML first, or give --model.gpt.vocab_size 100."
+        "shards yet; run `prepare` with the same YAML first, or give --model.{section}.vocab_size 100."
     )
 
 

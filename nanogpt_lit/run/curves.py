@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.run.metrics import StepMetrics
 
@@ -178,7 +178,7 @@ class Samples(Observer):
         if self._training.rank > 0 and getattr(module, "device_mesh", None) is None:
             return
         gpt = module.gpt
-        assert isinstance(gpt, GPT)
+        assert isinstance(gpt, Network)
         from nanogpt_lit.gpt.generate import continue_text  # late, for most of a run writes nothing
 
         with self._metrics.paused():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.runtime.clock import awake_s
 from nanogpt_lit.runtime.launch import TokensReport
@@ -84,7 +84,7 @@ class StepMetrics(Observer):
             training.processes,
             settings.max_steps,
         )
-        self._flops_per_token = gpt.flops_per_token(gpt.config.block_size) if isinstance(gpt, GPT) else 0
+        self._flops_per_token = gpt.flops_per_token(gpt.config.block_size) if isinstance(gpt, Network) else 0
         self._peak_flops = peak_flops_of(device, settings.precision, training.processes)
         if device.type == "cuda":
             from nanogpt_lit.runtime.gpus import GpuHealth  # late, as is the plan: a run on a CPU has neither

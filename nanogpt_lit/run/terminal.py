@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of
-from nanogpt_lit.gpt.model import GPT
+from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.run.metrics import StepMetrics, perplexity
 from nanogpt_lit.runtime.clock import Sleeps, awake_s
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def opening_lines(
     *,
-    gpt: GPT,
+    gpt: Network,
     precision: str,
     processes: int,
     device: torch.device,

@@ -13,6 +13,8 @@ import yaml  # type: ignore[import-untyped]
 
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.gpt.networks import section_of
+from nanogpt_lit.loops.compatibility import keys_of
 from nanogpt_lit.loops.trainer_section import asked_processes
 from nanogpt_lit.plan.budget import choose_budget
 from nanogpt_lit.plan.command import own_rung, plan_rung
@@ -102,11 +104,8 @@ def changes(settings: Any, found: Found, decision: Decision) -> Changes:
     own, proposed, trainer = found.own, decision.proposed, settings.trainer
     if proposed == own:
         return {}
-    wanted: dict[str, Any] = {
-        f"model.{section}.{key}": value
-        for section, keys in model_section(settings.model, own, proposed).items()
-        for key, value in keys.items()
-    }
+    model = model_section(settings.model, own, proposed)
+    wanted = keys_of("model", model)
     steps = max(1, round(found.run_s / found.step_s(proposed)))
     interval = trainer.val_check_interval
     if isinstance(interval, int):
@@ -122,6 +121,8 @@ def changes(settings: Any, found: Found, decision: Decision) -> Changes:
     wanted["data.batch_size"] = proposed.batch_size
     wanted["model.schedule.warmup_steps"] = round(settings.model.schedule["warmup_steps"] * steps / found.max_steps)
     wanted.pop("model.schedule.total_steps")  # from trainer.max_steps
+    section = f"model.{section_of(model)}"
+    del wanted[f"{section}.block_size"], wanted[f"{section}.document_start"]  # from data
     return {key: (settings[key], value) for key, value in wanted.items() if settings[key] != value}
 
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.network import NetworkConfig
+from nanogpt_lit.gpt.networks import config_of, described, section_of
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.memory.techniques import MemoryConfig
@@ -21,16 +22,17 @@ from nanogpt_lit.run.guards import NotFinite
 from nanogpt_lit.run.observers import always
 from nanogpt_lit.runtime.precision import full_precision_name
 
-# The recipes of docs/recipes.md: what each sets of model.gpt, model.optim and model.schedule, and nothing else.
-Recipe = Mapping[str, Mapping[str, Any]]
+# The recipes of docs/recipes.md: the network of each, what it sets in the sections of `model`, and nothing else.
+Recipe = Mapping[str, Any]
 
 NANOGPT: Recipe = {
-    "gpt": {"positions": "learned", "qk_norm": False},
+    "network": "gpt2",
     "optim": {"matrices": "adamw", "muon_lr": None},
     "schedule": {"decay": "cosine", "min_lr_ratio": 0.1},
 }
 MODERN: Recipe = {
-    "gpt": {"positions": "rotary", "qk_norm": True},
+    "network": "llama",
+    "llama": {"qk_norm": True},
     "optim": {"matrices": "muon", "muon_lr": None},
     "schedule": {"decay": "cooldown", "min_lr_ratio": 0.0},
 }
@@ -40,9 +42,17 @@ RECIPES = {"nanogpt": NANOGPT, "modern": MODERN}
 def recipe_of(model: Mapping[str, Any]) -> str | None:
     """The recipe that a model section follows in all its keys; None for a mixture of one's own."""
     for name, recipe in RECIPES.items():
-        if all(model[section][key] == value for section, keys in recipe.items() for key, value in keys.items()):
+        has_network = model.get("network", "gpt2") == recipe["network"]
+        if has_network and all(model[section][key] == value for section, key, value in options_of(recipe)):
             return name
     return None
+
+
+def options_of(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
+    """Section, key and value of what a recipe sets beside its network."""
+    for section, options in recipe.items():
+        if section != "network":
+            yield from ((section, key, value) for key, value in options.items())
 
 
 OWN = "your own"
@@ -84,12 +94,24 @@ def other_steps(candidate: Candidate) -> list[Candidate]:
     return [Candidate(candidate.recipe, candidate.lr * by, B, accumulate) for B, accumulate, by in steps]
 
 
-def model_section(model: Mapping[str, Any], own: Candidate, candidate: Candidate) -> dict[str, dict[str, Any]]:
-    """gpt, optim and schedule of the YAML's model section as the candidate has them."""
-    changed = {name: dict(model[name]) for name in ("gpt", "optim", "schedule")}
+SIZES = tuple(NetworkConfig.__dataclass_fields__)
+"""Fields that all networks have: a candidate with another network has the YAML's."""
+
+
+def model_section(model: Mapping[str, Any], own: Candidate, candidate: Candidate) -> dict[str, Any]:
+    """network, its shape, optim and schedule of the YAML's model section as the candidate has them."""
+    network, section = model.get("network", "gpt2"), section_of(model)
+    changed: dict[str, Any] = {"network": network, section: dict(model[section])}
+    changed |= {name: dict(model[name]) for name in ("optim", "schedule")}
     if candidate.recipe != own.recipe:
-        for section, keys in RECIPES[candidate.recipe].items():
-            changed[section].update(keys)
+        recipe = RECIPES[candidate.recipe]
+        if recipe["network"] != network:
+            sizes = {name: changed[section][name] for name in SIZES}
+            del changed[section]
+            changed["network"] = recipe["network"]
+            changed[section_of(recipe)] = {**model[section_of(recipe)], **sizes}
+        for name, key, value in options_of(recipe):
+            changed[name][key] = value
     changed["optim"]["lr"] = candidate.lr
     if changed["optim"]["muon_lr"] is not None:  # the two rates of the YAML keep their ratio
         changed["optim"]["muon_lr"] *= candidate.lr / own.lr
@@ -127,10 +149,10 @@ class Trials:
         changed["schedule"] |= {"warmup_steps": round(warmup), "total_steps": steps}
         # Without torch.compile, which every run would wait for.
         return LitNanoGPT(
-            GPTConfig(**changed["gpt"]),
-            AdamWConfig(**changed["optim"]),
-            ScheduleConfig(**changed["schedule"]),
+            optim=AdamWConfig(**changed["optim"]),
+            schedule=ScheduleConfig(**changed["schedule"]),
             memory=MemoryConfig(**model.memory),
+            **described(config_of(changed)),
         )
 
     def speeds(self, candidates: Sequence[Candidate], budget_s: float) -> dict[Candidate, float]:

@@ -142,6 +142,13 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "model.gpt.n_head": (-math.inf, 2**16),
     "model.gpt.n_embd": (-math.inf, 2**18),
     "model.gpt.vocab_size": (-math.inf, 2**24),
+    "model.llama.n_layer": (-math.inf, 2**12),
+    "model.llama.n_head": (-math.inf, 2**16),
+    "model.llama.n_embd": (-math.inf, 2**18),
+    "model.llama.vocab_size": (-math.inf, 2**24),
+    "model.llama.n_kv_head": (-math.inf, 2**16),
+    "model.llama.head_size": (-math.inf, 2**16),
+    "model.llama.n_hidden": (-math.inf, 2**20),
     "model.optim.eps": (0, math.inf),
 }
 

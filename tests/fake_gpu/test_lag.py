@@ -6,7 +6,7 @@ from apart import apart, peaks
 from fake_device import configure
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nanogpt_lit.gpt.model import GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.memory.host import HELD

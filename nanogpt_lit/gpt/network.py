@@ -1,0 +1,210 @@
+"""What all networks have in common, and all that the rest of the program sees of one: its shape, blocks and loss.
+
+Shapes: B batch, T time, C channels (n_embd), V vocabulary, H heads, D channels per head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from nanogpt_lit.errors import UserError
+from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache
+from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
+
+HEAD = "lm_head.weight"
+"""The name of the head's matrix in every network's state_dict()."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The shape of a network, as far as all have it. A subclass is a section of the YAML, below `model`."""
+
+    SECTION: ClassVar[str]
+    """The name of that section."""
+
+    block_size: int = 1024
+    """Longest sequence in tokens."""
+
+    vocab_size: int | None = None
+    """Rows of the token embedding. None takes the tokenizer's size; the CLI fills it in before the model is built."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+
+    n_head: int = 12
+    """Attention heads per block."""
+
+    n_embd: int = 768
+    """Channels of the residual stream."""
+
+    dropout: float = 0.0
+    """Probability of dropping an embedding, an attention weight or a block's output. 0 for pretraining; try 0.1 or
+    more when the text is seen many times."""
+
+    tied_head: bool = True
+    """One matrix for the token embedding and the output head."""
+
+    document_start: int | None = None
+    """The id that begins a document: training and evaluation then read each document of a sequence as if it stood
+    alone. None lets attention cross documents. data.documents decides; the CLI fills it in."""
+
+    def __post_init__(self) -> None:
+        self.check_sizes("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"{self.key('dropout')}={self.dropout} is not in [0, 1); 0.0 turns dropout off.")
+
+    @property
+    def channels_per_head(self) -> int:
+        """D."""
+        return self.n_embd // self.n_head
+
+    def key(self, name: str) -> str:
+        """A field's key in the YAML."""
+        return f"model.{self.SECTION}.{name}"
+
+    def check_sizes(self, *names: str) -> None:
+        """Raises UserError for a size below 1; None is none yet."""
+        for name in names:
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                default = NetworkConfig.__dataclass_fields__[name].default if name != "vocab_size" else 50257
+                raise UserError(f"{self.key(name)}={size} must be at least 1; GPT-2 uses {default}.")
+
+    def check_heads(self) -> None:
+        """Raises UserError where the channels cannot be shared out among the heads."""
+        if self.n_embd % self.n_head != 0:
+            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            n_head = min(divisors, key=lambda n: abs(n - self.n_head))
+            raise UserError(
+                f"{self.key('n_embd')}={self.n_embd} does not divide into n_head={self.n_head} equal heads; "
+                f"n_head={n_head} gives {self.n_embd // n_head} channels per head."
+            )
+
+
+class Network(nn.Module):
+    """tokens (B, T) -> logits (B, T, V). Raises UserError when config.vocab_size is None.
+
+    A subclass has the modules, with `lm_head` the last of them, and says where its embedding and its blocks are.
+    """
+
+    EMBEDDING: ClassVar[str]
+    """The name of the token embedding's matrix in state_dict()."""
+    lm_head: nn.Linear
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise UserError(f"{config.key('vocab_size')}=None leaves the embedding without a size; GPT-2's is 50257.")
+        self.config = config
+        # An attribute, so that memory/techniques.py can put the one in chunks here.
+        self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Of the tokens, (V, C)."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Each a Block."""
+        raise NotImplementedError
+
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
+        """The last hidden states (B, T, C), normed and ready for the head.
+
+        tokens: (B, T) int64. With a cache, the tokens continue those it holds, and are added to it.
+        documents: of the tokens; None reads each sequence as one
+        Raises UserError when the sequence is longer than block_size.
+        """
+        raise NotImplementedError
+
+    def tie(self) -> None:
+        """Gives the head the embedding's matrix where config.tied_head asks for it."""
+        if self.config.tied_head:
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) of the token after each position. Training calls `loss`, which need not keep them."""
+        return self.lm_head(self.hidden(tokens))
+
+    def documents(self, tokens: Tensor) -> Documents | None:
+        """The documents of tokens (B, T) where config.document_start keeps them apart."""
+        first = self.config.document_start
+        return None if first is None else Documents.of(tokens, first, self.lm_head.weight.dtype)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of targets (B, T) given tokens (B, T); IGNORE_INDEX targets are skipped."""
+        documents = None if self.config.document_start is None else self.documents(tokens)
+        hidden = self.hidden(tokens, documents=documents)
+        return as_finite_as_its_gradients(self.cross_entropy(hidden, self.lm_head.weight, targets))
+
+    def check_length(self, length: int) -> None:
+        """Raises UserError for a sequence longer than block_size."""
+        if length > self.config.block_size:
+            raise UserError(
+                f"A sequence of {length} tokens is longer than {self.config.key('block_size')}="
+                f"{self.config.block_size}; give shorter sequences or a larger block_size."
+            )
+
+    def parameter_count(self, non_embedding: bool) -> int:
+        """Number of parameters, a tied matrix counted once.
+
+        non_embedding leaves out what is only looked up and never multiplied, as nanoGPT's get_num_params: positions,
+        and the token embedding unless it is also the head.
+        """
+        count = sum(p.numel() for p in self.parameters())
+        if non_embedding:
+            tables = [part.weight for part in self.modules() if isinstance(part, nn.Embedding)]
+            count -= sum(table.numel() for table in tables if table is not self.lm_head.weight)
+        return count
+
+    def flops_per_token(self, T: int) -> int:
+        """Forward and backward FLOPs per trained token at sequence length T.
+
+        PaLM (arXiv:2204.02311), appendix B, as in nanoGPT's estimate_mfu: 6 N for the matrices, 12 L H D T for
+        attention. Attention is counted in full, though half of it is masked; recomputed activations are not counted.
+        """
+        config = self.config
+        attention = 12 * config.n_layer * config.n_head * config.channels_per_head * T
+        return 6 * self.parameter_count(non_embedding=True) + attention
+
+
+class Block(nn.Module):
+    """x + attention of x, then x + MLP of that: (B, T, C) -> (B, T, C).
+
+    Both halves are cut where a memory technique comes between what is dear to compute and what is cheap.
+    """
+
+    draws: bool
+    """Whether dropout draws random numbers in training."""
+
+    @property
+    def attention_projection(self) -> nn.Linear:
+        """The last product of `attend`."""
+        raise NotImplementedError
+
+    def into_attention(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What attention works on: products of the normed x."""
+        raise NotImplementedError
+
+    def attend(self, *products: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """What attention adds to x. mask: of documents (B, 1, T, T); None attends to all tokens so far"""
+        raise NotImplementedError
+
+    def into_mlp(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the activation works on: products of the normed x."""
+        raise NotImplementedError
+
+    def out_of_mlp(self, *products: Tensor) -> Tensor:
+        """What the MLP adds to x, before dropout."""
+        raise NotImplementedError
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout of what the MLP adds."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attend(*self.into_attention(x), cache=cache, mask=mask)
+        return x + self.drop(self.out_of_mlp(*self.into_mlp(x)))
