@@ -13,7 +13,7 @@ from torch import nn
 from nanogpt_lit.checkpoint.convert import fetched, read_network
 from nanogpt_lit.checkpoint.network import size
 from nanogpt_lit.checkpoint.run_file import StoredNetwork
-from nanogpt_lit.data.tokenizer import BytePairTokenizer, Tokenizer
+from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, TOKENIZER_RANKS, Tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files, with_special_tokens
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.network import HEAD
@@ -100,13 +100,12 @@ def option_of(tokenizer: Tokenizer, folder: Path) -> str:
     """The value of data.tokenizer for it; one of byte pairs is written into the folder, in a file of that name."""
     if tokenizer.kind != "bpe":
         return tokenizer.kind
-    assert isinstance(tokenizer, BytePairTokenizer)
     files = tokenizer.files()
     path = folder / f"tokenizer_{tokenizer.sha256[:12]}.tiktoken"
-    described = {name: getattr(tokenizer, name) for name in ("name", "pattern", "specials", "chat_template")}
+    beside = {**json.loads(files[TOKENIZER_JSON]), "chat_template": tokenizer.chat_template}
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # every process of a run comes here
         if not path.is_file():
-            write_durably(path.with_suffix(".json"), json.dumps(described, indent=1) + "\n")
-            write_durably(path, files["tokenizer.tiktoken"])
+            write_durably(path.with_suffix(".json"), json.dumps(beside, indent=1) + "\n")
+            write_durably(path, files[TOKENIZER_RANKS])
     return str(path)

@@ -94,7 +94,10 @@ def dump_ranks(ranks: Ranks) -> str:
 
 
 def parse_ranks(text: str, name: str) -> Ranks:
-    """Ranks of the text of a `.tiktoken` file. Raises UserError that starts with `name` for anything else."""
+    """Ranks of the text of a `.tiktoken` file. Raises UserError that starts with `name` for anything else.
+
+    Bytes may be missing: `missing_bytes` names them.
+    """
     ranks: Ranks = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line:
@@ -104,12 +107,14 @@ def parse_ranks(text: str, name: str) -> Ranks:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
             raise UserError(f"{name}, line {number} is not `base64 rank`: {line[:40]!r}.") from error
-    missing = [b for b in range(256) if bytes([b]) not in ranks]
-    if missing:
-        raise UserError(f"{name} lacks the byte {missing[0]:#04x}; a byte-pair vocabulary needs all 256 single bytes.")
-    if len(set(ranks.values())) != len(ranks) or min(ranks.values()) < 0:
+    if len(set(ranks.values())) != len(ranks) or min(ranks.values(), default=0) < 0:
         raise UserError(f"{name} gives two tokens the same rank, or a rank below 0.")
     return ranks
+
+
+def missing_bytes(ranks: Ranks) -> list[bytes]:
+    """The single bytes that are no token, in order. Vocabularies such as SmolLM's lack those that no text had."""
+    return [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
 
 
 def train_ranks(texts: Iterable[str], n_ranks: int, show_progress: bool = False) -> Ranks:
@@ -145,7 +150,7 @@ def train_ranks(texts: Iterable[str], n_ranks: int, show_progress: bool = False)
 def merges_of(ranks: Ranks) -> list[Merge]:
     """The two parts that each token of several bytes is merged from, in the order of ranks.
 
-    Raises UserError for a token that no two others make: merges cannot reach it.
+    Raises UnreachableToken for a token that no two others make.
     """
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -153,12 +158,32 @@ def merges_of(ranks: Ranks) -> list[Merge]:
             continue
         parts = _merged_below(token, ranks[token], ranks)
         if len(parts) != 2:
-            raise UserError(
-                f"the token {token!r} of the tokenizer is not made of two other tokens, so a list of merges cannot "
-                "reach it, and files of Hugging Face and llama.cpp hold such a list; a vocabulary that was learned by "
-                "merging (data.tokenizer=bpe:N) works."
-            )
+            raise UnreachableToken(token)
         merges.append((parts[0], parts[1]))
+    return merges
+
+
+class UnreachableToken(UserError):  # noqa: N818 - a state of a vocabulary
+    """A token that merges cannot reach: it is one only where it is a whole word."""
+
+    def __init__(self, token: bytes) -> None:
+        super().__init__(
+            f"the token {token!r} of the tokenizer is not made of two other tokens, so a list of merges cannot reach "
+            "it, and a GGUF file of this tokenizer holds such a list; --to hf carries it."
+        )
+
+
+def all_merges_of(ranks: Ranks) -> list[Merge]:
+    """Each way in which two tokens make a third, in the order of the third's rank and then of theirs.
+
+    With it merges do what ranks do, also where a token is reached by no merge and is one as a whole word: so
+    Hugging Face's converter describes tokenizers of tiktoken, Llama 3's among them (ignore_merges).
+    """
+    merges: list[Merge] = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        cuts = ((token[:n], token[n:]) for n in range(1, len(token)))
+        both = ((left, right) for left, right in cuts if left in ranks and right in ranks)
+        merges += sorted(both, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     return merges
 
 
@@ -188,9 +213,15 @@ def as_bytes(characters: str) -> bytes:
     return bytes(_BYTE_OF[character] for character in characters)
 
 
-def ranks_of(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], name: str) -> Ranks:
-    """The ranks of a byte-level vocabulary. Raises UserError, beginning with `name`, for one that ranks cannot express:
-    merges in another order than the ids of what they make."""
+def ranks_of(
+    vocabulary: Mapping[str, int], merges: list[tuple[str, str]], name: str, whole_words: bool = False
+) -> Ranks:
+    """The ranks of a byte-level vocabulary.
+
+    whole_words: a word that is a token is never cut, whatever the merges make of it (ignore_merges)
+    Raises UserError, beginning with `name`, for one that ranks cannot express: merges in another order than the ids of
+    what they make.
+    """
     try:
         ranks = {as_bytes(token): token_id for token, token_id in vocabulary.items()}
         listed = [(as_bytes(left), as_bytes(right)) for left, right in merges]
@@ -199,13 +230,16 @@ def ranks_of(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], name:
             f"{name} has the character {error} in a token, which stands for no byte; byte-level vocabularies, as "
             "GPT-2's, can be read."
         ) from error
-    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise UserError(f"{name} lacks the byte {missing[0]:#04x}; vocabularies with all 256 bytes can be read.")
-    if merges_of(ranks) != listed:
-        raise UserError(
-            f"{name} has its merges in another order than the ids of what they make, which tiktoken's ranks cannot "
-            "express; vocabularies numbered as they were learned, as GPT-2's, can be read."
-        )
+    if not (whole_words and all_merges_of(ranks) == listed):
+        try:
+            learned = merges_of(ranks)
+        except UnreachableToken:
+            learned = None
+        if learned != listed:
+            raise UserError(
+                f"{name} has its merges in another order than the ids of what they make, which tiktoken's ranks "
+                "cannot express; vocabularies numbered as they were learned, as GPT-2's, can be read."
+            )
     return ranks
 
 

@@ -6,15 +6,18 @@ tokens are never decoded with another one than they were made with.
 
 import hashlib
 import json
+import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 import tiktoken
 
-from nanogpt_lit.data.bpe import Ranks, check_pattern, dump_ranks, gpt2_ranks
+from nanogpt_lit.data.bpe import Ranks, check_pattern, dump_ranks, gpt2_ranks, missing_bytes
 from nanogpt_lit.data.shard_file import token_dtype
 from nanogpt_lit.errors import UserError
 
@@ -142,14 +145,51 @@ class CharTokenizer(Tokenizer):
         return {**super()._description(), "characters": self.characters}
 
 
+@dataclass(frozen=True)
+class Conventions:
+    """What other programs do with the special tokens of a tokenizer that comes from them; exports hand it on."""
+
+    bos: str | None
+    """Begins a text there."""
+
+    eos: str | None
+    """Ends a text there, or the answer of a chat."""
+
+    adds_bos: bool
+    """`bos` is put before a text without being asked for."""
+
+    words: Sequence[str] = ()
+    """Shown there where special tokens are left out, such as <think>."""
+
+    def check(self, name: str, specials: Mapping[str, int]) -> None:
+        """Raises UserError, naming the tokenizer, for what is not one of its special tokens."""
+        named = [text for text in (self.bos, self.eos, *self.words) if text is not None]
+        for text in named:
+            if text not in specials:
+                raise UserError(f"the tokenizer {name} has no special token {text!r}, which it is said to use.")
+
+
 class BytePairTokenizer(Tokenizer):
-    """Byte pairs, encoded by tiktoken, which releases the interpreter lock: threads encode in parallel."""
+    """Byte pairs, encoded by tiktoken, which releases the interpreter lock: threads encode in parallel.
+
+    eot: the special token that begins a document here   nfc: whether text is composed first (Unicode's form NFC)
+    """
 
     kind = "bpe"
 
-    def __init__(self, name: str, ranks: Ranks, pattern: str, specials: Mapping[str, int]) -> None:
-        if not isinstance(specials, Mapping) or EOT not in specials:
-            raise UserError(f"the tokenizer {name} has no special token {EOT}; documents are separated by it.")
+    def __init__(
+        self,
+        name: str,
+        ranks: Ranks,
+        pattern: str,
+        specials: Mapping[str, int],
+        *,
+        eot: str = EOT,
+        nfc: bool = False,
+        conventions: Conventions | None = None,
+    ) -> None:
+        if not isinstance(specials, Mapping) or eot not in specials:
+            raise UserError(f"the tokenizer {name} has no special token {eot}; documents are separated by it.")
         ids = [*ranks.values(), *specials.values()]
         if not all(isinstance(text, str) and text for text in specials):
             raise UserError(f"the tokenizer {name} has a special token without a text.")
@@ -163,41 +203,57 @@ class BytePairTokenizer(Tokenizer):
             token_bytes[rank] = token
         for token_text, rank in specials.items():
             token_bytes[rank] = token_text.encode()
-        super().__init__(name, token_bytes, specials[EOT])
+        super().__init__(name, token_bytes, specials[eot])
         self.ranks, self.pattern, self.specials = ranks, pattern, dict(specials)
+        self.eot_text, self.nfc, self.conventions = eot, nfc, conventions
+        if conventions is not None:
+            conventions.check(name, specials)
+        self._special_texts = re.compile(f"({'|'.join(map(re.escape, sorted(specials, key=len, reverse=True)))})")
+        # tiktoken breaks off at a byte without an id.
+        self._missing = {byte: self.vocab_size + n for n, byte in enumerate(missing_bytes(ranks))}
         self._lengths: np.ndarray | None = None
         if pattern != GPT2_PATTERN:  # which is known to leave nothing out
             check_pattern(name, pattern)
             self._lengths = np.array([len(token) for token in token_bytes])
         try:
             self._encoding = tiktoken.Encoding(
-                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=dict(specials)
+                name, pat_str=pattern, mergeable_ranks={**ranks, **self._missing}, special_tokens=dict(specials)
             )
         except (ValueError, TypeError) as error:
             raise UserError(f"the tokenizer {name} has a pattern that is not a regular expression: {error}") from error
 
     def _encode(self, text: str) -> np.ndarray:
-        return self._checked(text, set(self.specials) - {EOT})
+        return self._checked(text, set(self.specials) - {self.eot_text})
 
     def encode_stream(self, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:
         # One call for many short documents spares a wait for the interpreter lock after each of them. Where a
         # document itself says <|endoftext|>, tiktoken could not tell the two apart.
-        if any(EOT in text for text, _ in pieces):
+        eot = self.eot_text
+        if any(eot in text for text, _ in pieces):
             return super().encode_stream(pieces)
-        joined = "".join(EOT + text if starts_document else text for text, starts_document in pieces)
+        joined = "".join(eot + text if starts_document else text for text, starts_document in pieces)
         return self._checked(joined, set(self.specials))
 
     def _checked(self, text: str, specials: set[str]) -> np.ndarray:
-        """tiktoken's ids. Raises UserError where the pattern gives up on the text, or leaves some of it out.
+        """tiktoken's ids. Raises UserError where the pattern gives up on the text or leaves some of it out, and for a
+        byte that is no token.
 
         specials: those that are read as what they stand for; the others are plain text
         """
+        if self.nfc:
+            text = self._composed(text)
         try:
             ids = self._encoding.encode_to_numpy(text, allowed_special=specials, disallowed_special=())
         except UnicodeEncodeError:
             raise
         except ValueError as error:
             raise UserError(f"the pattern of the tokenizer {self.name} gives up on this text: {error}") from error
+        if self._missing and ids.size and ids.max() >= self.vocab_size:
+            byte = list(self._missing)[ids.max() - self.vocab_size]
+            raise UserError(
+                f"the tokenizer {self.name} has no token for the byte {byte[0]:#04x}, which no text had that "
+                f"it was made from; leave {ascii(byte.decode()) if byte.isascii() else 'characters with it'} out."
+            )
         if self._lengths is not None:
             there, encoded = len(text.encode()), int(self._lengths[ids].sum())
             if encoded != there:
@@ -206,6 +262,13 @@ class BytePairTokenizer(Tokenizer):
                     "piece of this text; every character has to belong to a word."
                 )
         return ids.astype(self.dtype)
+
+    def _composed(self, text: str) -> str:
+        """The text in NFC, each stretch between special tokens for itself."""
+        if unicodedata.is_normalized("NFC", text):
+            return text
+        stretches = self._special_texts.split(text)  # every second one is a special token
+        return "".join(part if n % 2 else unicodedata.normalize("NFC", part) for n, part in enumerate(stretches))
 
     @cached_property
     def _ranks_text(self) -> str:
@@ -220,6 +283,8 @@ class BytePairTokenizer(Tokenizer):
             "pattern": self.pattern,
             "specials": self.specials,
             "ranks_sha256": hashlib.sha256(self._ranks_text.encode()).hexdigest(),
+            **({"nfc": True} if self.nfc else {}),
+            **({"conventions": asdict(self.conventions)} if self.conventions is not None else {}),
         }
 
 

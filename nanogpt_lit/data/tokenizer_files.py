@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nanogpt_lit.data.bpe import parse_ranks
+from nanogpt_lit.data.bpe import missing_bytes, parse_ranks
 from nanogpt_lit.data.shards import read_manifest, ready_format
 from nanogpt_lit.data.tokenizer import (
     CHAT_TEMPLATE,
@@ -19,6 +19,7 @@ from nanogpt_lit.data.tokenizer import (
     BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
+    Conventions,
     Tokenizer,
     files_sha256,
     gpt2_tokenizer,
@@ -59,17 +60,24 @@ def tokenizer_from_file(path: Path) -> Tokenizer:
     """
     path = path.expanduser()
     try:
-        ranks = parse_ranks(path.read_text(encoding="utf-8"), name=f"data.tokenizer={path}")
+        ranks_text = path.read_text(encoding="utf-8")
         beside = path.with_suffix(".json")
         described = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"data.tokenizer={path} cannot be read: {error}.") from error
     if not isinstance(described, dict):
         raise UserError(f"{beside} must hold an object with `pattern` and `specials`.")
-    specials = described.get("specials", {EOT: max(ranks.values()) + 1})
-    tokenizer = BytePairTokenizer(
-        described.get("name", path.stem), ranks, described.get("pattern", GPT2_PATTERN), specials
-    )
+    name = f"data.tokenizer={path}"
+    ranks = parse_ranks(ranks_text, name)
+    tokenizer: Tokenizer
+    if "ranks_sha256" in described:  # as `files()` wrote the two
+        tokenizer = _tokenizer_from_files({TOKENIZER_JSON: json.dumps(described), TOKENIZER_RANKS: ranks_text})
+    elif missing := missing_bytes(ranks):
+        raise UserError(f"{name} lacks the byte {missing[0][0]:#04x}; byte pairs need all 256 of them.")
+    else:
+        specials = described.get("specials", {EOT: max(ranks.values()) + 1})
+        pattern = described.get("pattern", GPT2_PATTERN)
+        tokenizer = BytePairTokenizer(described.get("name", path.stem), ranks, pattern, specials)
     return with_chat_template(tokenizer, described.get("chat_template"))
 
 
@@ -95,15 +103,29 @@ def _tokenizer_from_files(files: Mapping[str, str]) -> Tokenizer:
             case "gpt2":
                 return gpt2_tokenizer()
             case "bpe":
-                ranks_text = files[TOKENIZER_RANKS]
-                if hashlib.sha256(ranks_text.encode()).hexdigest() != described["ranks_sha256"]:
-                    raise UserError(f"{TOKENIZER_RANKS} is not the one that {TOKENIZER_JSON} describes.")
-                ranks = parse_ranks(ranks_text, TOKENIZER_RANKS)
-                return BytePairTokenizer(described["name"], ranks, described["pattern"], described["specials"])
+                return byte_pairs_of_files(described, files[TOKENIZER_RANKS])
             case kind:
                 raise UserError(f"{TOKENIZER_JSON} describes a tokenizer of kind {kind!r}, which this version lacks.")
     except (KeyError, TypeError) as error:
         raise UserError(f"the tokenizer's files lack {error}; prepare the data again.") from error
+
+
+def byte_pairs_of_files(described: Mapping[str, Any], ranks_text: str) -> BytePairTokenizer:
+    """Raises KeyError or TypeError for what the description lacks, and UserError for ranks that are not those."""
+    if hashlib.sha256(ranks_text.encode()).hexdigest() != described["ranks_sha256"]:
+        raise UserError(f"{TOKENIZER_RANKS} is not the one that {TOKENIZER_JSON} describes.")
+    specials, conventions = described["specials"], described.get("conventions")
+    if not isinstance(specials, Mapping):
+        raise TypeError(f"special tokens with their ids, and hold {specials!r:.40}")
+    return BytePairTokenizer(
+        described["name"],
+        parse_ranks(ranks_text, TOKENIZER_RANKS),
+        described["pattern"],
+        specials,
+        eot=next((text for text, n in specials.items() if n == described["eot"]), EOT),
+        nfc=bool(described.get("nfc", False)),
+        conventions=None if conventions is None else Conventions(**conventions),
+    )
 
 
 def read_tokenizer_files(folder: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -159,8 +181,15 @@ def with_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer
     if not new:
         return tokenizer
     behind = {text: pairs.vocab_size + n for n, text in enumerate(new)}
-    name = f"{pairs.name}+{len(new)}"
-    grown = BytePairTokenizer(name, pairs.ranks, pairs.pattern, {**pairs.specials, **behind})
+    grown = BytePairTokenizer(
+        f"{pairs.name}+{len(new)}",
+        pairs.ranks,
+        pairs.pattern,
+        {**pairs.specials, **behind},
+        eot=pairs.eot_text,
+        nfc=pairs.nfc,
+        conventions=pairs.conventions,
+    )
     return with_chat_template(grown, tokenizer.chat_template)
 
 
