@@ -4,6 +4,7 @@ import threading
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from nanogpt_lit.run.curves import BestEffortWriter
@@ -22,6 +23,8 @@ def disk(monkeypatch):
         write(self, record)
 
     monkeypatch.setattr(RecordWriter, "write", limited)
+    # Files of one second are read in the order of a number in their names, where 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     # The thread of TensorBoard's writer ends by the error, which its next caller gets.
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     return lambda full: state.update(full=full)

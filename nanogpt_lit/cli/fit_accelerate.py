@@ -108,7 +108,7 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
             say(stray)
         curves = TensorBoardCurves(folder, purge_step=None if start is None else start.step + 1)
         keep_config(folder, cli.kept_settings())
-        curves.add_text("config", cli.kept_settings(), 0 if start is None else start.step)
+        curves.begin(cli.kept_settings(), 0 if start is None else start.step)
     observers = RunObservers(
         curves=curves,
         folder=folder,

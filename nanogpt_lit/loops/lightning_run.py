@@ -82,7 +82,8 @@ class LightningRun(Observed):
             if self._lock is not None:
                 self._lock.acquire(self.folder)
             keep_config(self.folder, self._config)
-            self.run.curves.add_text("config", self._config, trainer.global_step)
+        if trainer.is_global_zero:
+            self.run.curves.begin(self._config, trainer.global_step)
 
     def _checkpoint_features(self, trainer: Trainer) -> dict[str, Any]:
         writer = trainer.strategy.checkpoint_io
@@ -262,6 +263,13 @@ class LoggerCurves(Curves):
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+
+    def begin(self, config: str | None, step: int) -> None:
+        for logger in self._trainer.loggers:
+            if isinstance(logger, BestEffortLogger):
+                logger.experiment.begin(config, step)
+        if config is not None:
+            self.add_text("config", config, step)
 
     def add(self, values: dict[str, float], step: int) -> None:
         values = {tag: value for tag, value in values.items() if tag != "val/loss"}  # which validation_step logs

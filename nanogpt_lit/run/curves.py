@@ -8,20 +8,27 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.loops.contract import Observer, Training
-from nanogpt_lit.run.metrics import StepMetrics
+from nanogpt_lit.run.metrics import CURVES, StepMetrics
 
 
 class Curves:
     """Receiver of what a run has to show, which shows nothing: for every process but the first."""
+
+    def begin(self, config: str | None, step: int) -> None:
+        """Show a run's configuration, YAML, and how its curves are laid out."""
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Points of curves, by their tags."""
@@ -40,6 +47,11 @@ class TensorBoardCurves(Curves):
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         self._writer = BestEffortWriter(str(folder), purge_step=purge_step)
+
+    def begin(self, config: str | None, step: int) -> None:
+        self._writer.begin(config, step)
+        if config is not None:
+            self.add_text("config", config, step)
 
     def add(self, values: dict[str, float], step: int) -> None:
         for tag, value in values.items():
@@ -60,6 +72,36 @@ def code_block(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines())
 
 
+LAYOUT = {
+    "loss": {
+        "train and validation loss": ["Multiline", ["train/loss", "val/loss"]],
+        "bits per byte": ["Multiline", ["val/bits_per_byte"]],
+    },
+    "optimizer": {
+        "learning rate": ["Multiline", ["train/lr"]],
+        "norm of the gradients": ["Multiline", ["train/grad_norm"]],
+    },
+    "throughput": {"tokens per second": ["Multiline", ["throughput/tokens_per_s"]]},
+}
+"""The CUSTOM SCALARS tab, in this order: curves that every run has, on a CPU too."""
+
+HPARAMS = (
+    "model.gpt.n_layer", "model.gpt.n_head", "model.gpt.n_embd", "model.gpt.dropout", "data.block_size",
+    "data.batch_size", "trainer.accumulate_grad_batches", "trainer.max_steps", "trainer.precision", "model.optim.lr",
+    "model.optim.weight_decay", "model.optim.beta2", "model.optim.matrices", "model.schedule.warmup_steps",
+    "model.schedule.decay", "data.source", "data.tokenizer", "init_from", "seed_everything",
+)  # fmt: skip
+MEASURES = ("val/loss", "val/bits_per_byte", "train/loss", "throughput/tokens_per_s", "throughput/trained_hours")
+"""The HPARAMS tab: what is set, and what came of it, a row for each run."""
+
+
+def chosen_hparams(config: str) -> dict[str, int | float | str | bool]:
+    """The values of HPARAMS in a configuration, YAML; those that are null or not there are left out."""
+    settings = yaml.safe_load(config)
+    values = {name: reduce(lambda keys, key: (keys or {}).get(key), name.split("."), settings) for name in HPARAMS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 class BestEffortWriter(SummaryWriter):
     """Says once that the disk takes nothing, and leaves points out. It tries again at each flush: before a checkpoint.
 
@@ -68,15 +110,33 @@ class BestEffortWriter(SummaryWriter):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._failing = False
+        self._described: set[str] = set()
         if not isinstance(threading.excepthook, LeaveToFlush):
             threading.excepthook = LeaveToFlush(threading.excepthook)
         super().__init__(*arguments, **options)
 
-    def add_scalar(self, *arguments: Any, **options: Any) -> None:
-        self._unless_failing(super().add_scalar, *arguments, **options)
+    def begin(self, config: str | None, step: int) -> None:
+        """Write the layout of the CUSTOM SCALARS tab and, of a configuration, its row in HPARAMS."""
+        summaries = [custom_scalars(LAYOUT)]
+        if config is not None:
+            summaries += hparams(chosen_hparams(config), dict.fromkeys(MEASURES))[:2]  # the third: how it ended
+        for summary in summaries:
+            self._unless_failing(self._add_summary, summary, step)
+
+    def add_scalar(self, tag: str, value: float, step: int | None = None) -> None:  # type: ignore[override]
+        summary = scalar(tag, value)
+        if tag in CURVES and tag not in self._described:  # TensorBoard reads the first of each tag
+            self._described.add(tag)
+            metadata = summary.value[0].metadata
+            metadata.summary_description, metadata.data_class = CURVES[tag], DATA_CLASS_SCALAR
+            metadata.plugin_data.plugin_name = "scalars"
+        self._unless_failing(self._add_summary, summary, step)
 
     def add_text(self, *arguments: Any, **options: Any) -> None:
         self._unless_failing(super().add_text, *arguments, **options)
+
+    def _add_summary(self, summary: Any, step: int | None) -> None:
+        self._get_file_writer().add_summary(summary, step)
 
     def flush(self) -> None:
         was_failing, self._failing = self._failing, False

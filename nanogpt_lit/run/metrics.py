@@ -22,6 +22,30 @@ if TYPE_CHECKING:
     from nanogpt_lit.plan.peak_watch import PeakWatch
 
 MIB = 2**20
+CURVES = {
+    "train/loss": "Mean cross-entropy in nats per token, over all micro-batches and processes of the optimizer step.",
+    "train/lr": "The learning rate that the step was taken with.",
+    "train/grad_norm": "Norm of all gradients together, before they are clipped.",
+    "train/loss_scale": "The factor that keeps small float16 gradients above zero; halved where one is not finite.",
+    "train/skipped_steps": "Steps so far that left the weights alone, for their gradients were not finite.",
+    "train/rollbacks": "Times that the run went back to a checkpoint from a spike of the loss.",
+    "train/tokens": "Tokens trained on since the run began, over all processes and resumes.",
+    "val/loss": "Mean cross-entropy of the validation part in nats per token.",
+    "val/perplexity": "exp(val/loss): the number of tokens that the network hesitates between, so to speak.",
+    "val/bits_per_byte": "val/loss for each byte of text, which can be compared between tokenizers.",
+    "throughput/tokens_per_s": "Since the point before, without validation, samples, saving and sleep.",
+    "throughput/mfu": "Share of the GPU's peak that the network's own arithmetic comes to (model FLOPs utilization).",
+    "throughput/trained_hours": "Hours of the run over all its processes, without sleep.",
+    "memory/peak_allocated_mib": "The most that tensors have held on the GPU.",
+    "memory/peak_reserved_mib": "The most that PyTorch has taken of the GPU for them.",
+    "memory/planned_mib": "What the plan says that PyTorch takes.",
+    "gpu/temperature_c": "Temperature of the GPU in degrees Celsius.",
+    "gpu/power_w": "Power that the GPU draws, in watts.",
+    "gpu/clock_mhz": "Clock of the GPU's multiprocessors.",
+    "gpu/slowed_by_heat": "1 where the GPU's driver has lowered the clock because of heat.",
+    "gpu/slowed_by_power": "1 where the GPU's driver has lowered the clock because of a limit of power.",
+}
+"""What each tag draws, over optimizer steps; TensorBoard shows it beside the curve."""
 
 
 class StepMetrics(Observer):
