@@ -18,6 +18,7 @@ from torch.amp import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim import muon
@@ -245,7 +246,7 @@ def traced(gpt, optim, memory, batch_size, accumulate, precision, clips, lightni
     with as_on_cuda(card):
         torch.set_default_dtype(weight_dtype)
         try:
-            lit = LitNanoGPT(gpt, optim, memory=MemoryConfig(**memory))
+            lit = LitNanoGPT(**described(gpt), optim=optim, memory=MemoryConfig(**memory))
         finally:
             torch.set_default_dtype(torch.float32)
         for part in lit.modules():

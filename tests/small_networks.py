@@ -1,6 +1,7 @@
 """Networks of a second's training, with any tokenizer, as checkpoints: for the tests of the formats of others."""
 
 import random
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from nanogpt_lit.data.tokenizer import (
     gpt2_tokenizer,
 )
 from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
+from nanogpt_lit.gpt.llama import LlamaConfig
+from nanogpt_lit.gpt.network import NetworkConfig
 
 LANGUAGES = (
     "It's 1,234 o'clock, and they'd rather:\n\tdef f(x):\n    return x  # 3.14\n",
@@ -108,3 +111,9 @@ def trained(tokenizer, text=TEXT, steps=60, vocab_size=None, **shape):
 def saved(path: Path, gpt, tokenizer):
     save_run(path, new_run(path, gpt.state_dict(), gpt.config, tokenizer))
     return path
+
+
+def modern(config: NetworkConfig, **shape) -> LlamaConfig:
+    """The network of the modern recipe, of the same size."""
+    sizes = {field.name: getattr(config, field.name) for field in fields(NetworkConfig)}
+    return LlamaConfig(**{**sizes, "qk_norm": True, **shape})

@@ -180,22 +180,11 @@ def test_a_modelfile_for_ollama_lies_beside_it_and_a_second_model_needs_another_
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["Modelfile", "x.gguf"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape", "sentence"),
-    [
-        (
-            "byte",
-            {"activation": "relu2"},
-            "model.gpt.activation=relu2, which llama.cpp cannot express .* --to hf carries",
-        ),
-        ("pattern", {}, "the tokenizer mine cuts text by a pattern of its own"),
-    ],
-)
-def test_what_llama_cpp_cannot_express_is_refused_with_what_can(tmp_path, capsys, kind, shape, sentence):
-    tokenizer = new_tokenizer(kind)
-    source = saved(tmp_path / "ours.safetensors", trained(tokenizer, steps=0, **shape), tokenizer)
+def test_what_llama_cpp_cannot_express_is_refused_with_what_can(tmp_path, capsys):
+    tokenizer = new_tokenizer("pattern")
+    source = saved(tmp_path / "ours.safetensors", trained(tokenizer, steps=0), tokenizer)
     assert main(["convert", str(source), str(tmp_path / "x.gguf")]) == 2
-    assert re.search(sentence, capsys.readouterr().err)
+    assert "the tokenizer mine cuts text by a pattern of its own" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["ours.safetensors"]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import small_networks
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradScalerKwargs
@@ -21,6 +22,7 @@ from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import StreamPosition, windows_in
 from nanogpt_lit.data.shards import TokenShards
 from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO
@@ -89,9 +91,9 @@ class Setup:
         optim = AdamWConfig(lr=0.01, implementation=self.implementation)
         schedule = ScheduleConfig(warmup_steps=3, total_steps=STEPS)
         if self.modern:
-            gpt = replace(gpt, bias=False, **MODERN["gpt"])
+            gpt = small_networks.modern(gpt)
             optim, schedule = replace(optim, **MODERN["optim"]), replace(schedule, **MODERN["schedule"])
-        return LitNanoGPT(gpt, optim, schedule)
+        return LitNanoGPT(**described(gpt), optim=optim, schedule=schedule)
 
     def data(self, shards):
         data = TokenDataModule(**shards)

@@ -1,5 +1,6 @@
 """Every YAML is parsed and built, so that none goes stale."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.networks import config_of, described
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -39,12 +40,14 @@ def parse(path, *options):
 def test_every_config_builds_the_module_and_the_data(path):
     settings = parse(path)
     TokenDataModule(**settings.data)
-    gpt = dict(settings.model.gpt)
-    if gpt["vocab_size"] is None:  # from the text, which this test has not; Shakespeare has 65 characters
-        gpt["vocab_size"] = {"char": 66, "byte": 257, "bpe:32000": 32000}[settings.data.tokenizer]
+    gpt = config_of(settings.model)
+    if gpt.vocab_size is None:  # from the text, which this test has not; Shakespeare has 65 characters
+        gpt = replace(gpt, vocab_size={"char": 66, "byte": 257, "bpe:32000": 32000}[settings.data.tokenizer])
     with torch.device("meta"):
         module = LitNanoGPT(
-            GPTConfig(**gpt), AdamWConfig(**settings.model.optim), ScheduleConfig(**settings.model.schedule)
+            **described(gpt),
+            optim=AdamWConfig(**settings.model.optim),
+            schedule=ScheduleConfig(**settings.model.schedule),
         )
     if path.stem in EXPECTED:
         assert EXPECTED[path.stem] == (

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import small_networks
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -71,7 +72,7 @@ def modern(**rest):
     base = case(dropout=0.0, **rest)
     return replace(
         base,
-        gpt=replace(base.gpt, bias=False, **MODERN["gpt"]),
+        gpt=small_networks.modern(base.gpt),
         optim=replace(base.optim, **MODERN["optim"]),
         schedule=replace(base.schedule, **MODERN["schedule"]),
     )

@@ -1,12 +1,14 @@
 """The plan's own tensors without content against PyTorch's: the same memory, event by event, and the same time."""
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
+from small_networks import modern
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
@@ -17,8 +19,7 @@ from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.shape_tensor import ShapeMode, ShapeTensor
 from nanogpt_lit.plan.step import StepShape, trace_steps
 
-GPT: dict[str, Any] = {"block_size": 64, "vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 64}
-MODERN = {"positions": "rotary", "qk_norm": True, "activation": "relu2", "bias": False}
+GPT = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=64)
 OWN = Rung("as configured", MemoryConfig(), 4, 2)
 RUNGS = {rung.name: rung.memory for rung in ladder(OWN, 64, casts_weights=True) if rung.batch_size == 4}
 
@@ -27,7 +28,7 @@ def traced(monkeypatch, mode, shape, gpt, memory, optim):
     monkeypatch.setattr(step, "ShapeMode", mode)
     roofline = Roofline(Kernels())
     trace = trace_steps(
-        lambda: LitNanoGPT(GPTConfig(**gpt), memory=memory, optim=AdamWConfig(**optim)), shape, roofline=roofline
+        lambda: LitNanoGPT(**described(gpt), memory=memory, optim=AdamWConfig(**optim)), shape, roofline=roofline
     )
     return trace, roofline
 
@@ -53,12 +54,12 @@ def test_every_precision_does(precision, monkeypatch):
 
 
 def test_dropout_does(monkeypatch):
-    assert_same(monkeypatch, gpt=GPT | {"dropout": 0.1})
+    assert_same(monkeypatch, gpt=replace(GPT, dropout=0.1))
 
 
 @pytest.mark.parametrize("optim", [{"implementation": "for-loop"}, {"implementation": "foreach"}, {"matrices": "muon"}])
 def test_every_optimizer_does(optim, monkeypatch):
-    assert_same(monkeypatch, gpt=GPT | MODERN, optim=optim)
+    assert_same(monkeypatch, gpt=modern(GPT, n_kv_head=1), optim=optim)
 
 
 def test_a_layer_norm_in_16_bits_keeps_its_statistics_in_float32_as_on_cuda():

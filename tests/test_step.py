@@ -3,9 +3,9 @@
 import gc
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
+import small_networks
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.memory.techniques import MemoryConfig
@@ -97,7 +98,7 @@ def agree(planned, trace):
 
 
 def modern():
-    return LitNanoGPT(replace(GPT, bias=False, **MODERN["gpt"]), AdamWConfig(**MODERN["optim"]))
+    return LitNanoGPT(**described(small_networks.modern(GPT)), optim=AdamWConfig(**MODERN["optim"]))
 
 
 @pytest.mark.parametrize("module", [module, modern])

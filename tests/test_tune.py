@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.networks import config_of, described
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.tune.command import seconds_of_budget
@@ -240,14 +240,14 @@ def test_another_budget_is_refused(text):
 def test_the_recipes_are_those_of_the_configurations():
     def model(name):
         section = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
-        kinds = {"gpt": GPTConfig, "optim": AdamWConfig, "schedule": ScheduleConfig}
-        return {key: asdict(kind(**section[key])) for key, kind in kinds.items()}
+        kinds = {"optim": AdamWConfig, "schedule": ScheduleConfig}
+        return described(config_of(section)) | {key: asdict(kind(**section[key])) for key, kind in kinds.items()}
 
     assert recipe_of(model("shakespeare_char_cpu")) == recipe_of(model("rtx2050")) == "nanogpt"
     assert recipe_of(model("modern_char_cpu")) == recipe_of(model("modern_rtx2050")) == "modern"
-    assert {s: set(keys) for s, keys in NANOGPT.items()} == {s: set(keys) for s, keys in MODERN.items()}
+    assert all(set(NANOGPT[section]) == set(MODERN[section]) for section in ("optim", "schedule"))
     mixture = model("rtx2050")
-    mixture["gpt"]["positions"] = "rotary"
+    mixture["optim"]["matrices"] = "muon"
     assert recipe_of(mixture) is None
     assert list(RECIPES) == ["nanogpt", "modern"]
 

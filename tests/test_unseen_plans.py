@@ -4,6 +4,8 @@ import pytest
 from cuda_by_hand import MIB, traced
 
 from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.llama import LlamaConfig
+from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
@@ -11,12 +13,12 @@ from nanogpt_lit.plan.step import StepShape, trace_steps
 from nanogpt_lit.tune.trials import MODERN
 
 
-def gpt(block_size, vocab_size, n_layer, n_head, n_embd, **more):
-    return GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, **more)
+def gpt(block_size, vocab_size, n_layer, n_head, n_embd, kind=GPTConfig, **more):
+    return kind(block_size, vocab_size, n_layer, n_head, n_embd, **more)
 
 
+QWEN3 = {"qk_norm": True, "n_kv_head": 4}
 ADAMW, MUON = AdamWConfig(), AdamWConfig(**MODERN["optim"])
-MODERN_GPT = {"bias": False, **MODERN["gpt"]}
 FULL, LEAN = {"recompute": "full"}, {"recompute": "full", "block_inputs": "host", "loss_chunk_tokens": 777}
 
 # network, optimizer, memory, batch, accumulation, precision, clips, Lightning drives, validates
@@ -30,9 +32,9 @@ QUICK = {
     "many tokens, the rest in host memory": (
         gpt(512, 8000, 1, 5, 640), ADAMW, LEAN | {"optimizer_state": "host"}, 16, 1, "16-mixed", True, False, False),
     "rotary positions and normed keys in 16 bits": (
-        gpt(512, 1000, 2, 8, 512, **MODERN_GPT), MUON, {}, 3, 2, "bf16-true", True, True, True),
+        gpt(512, 1000, 2, 8, 512, LlamaConfig, **QWEN3), MUON, {}, 3, 2, "bf16-true", True, True, True),
     "Muon, the fullest": (
-        gpt(32, 257, 2, 16, 1024, **MODERN_GPT), MUON, {}, 1, 1, "16-mixed", True, False, True),
+        gpt(32, 257, 2, 16, 1024, LlamaConfig, qk_norm=True), MUON, {}, 1, 1, "16-mixed", True, False, True),
     "weights in host memory": (
         gpt(512, 5000, 2, 8, 512), ADAMW, LEAN | {"weights": "host"}, 3, 3, "16-mixed", True, True, True),
 }  # fmt: skip
@@ -43,11 +45,11 @@ SLOW = {
         gpt(2048, 100277, 4, 6, 768, bias=False), ADAMW, {"loss_chunk_tokens": 333}, 1, 16, "16-mixed", True, True,
         True),
     "modern, selective": (
-        gpt(1024, 32000, 4, 12, 768, **MODERN_GPT), MUON,
+        gpt(1024, 32000, 4, 12, 768, LlamaConfig, rope_base=1e5), MUON,
         {"recompute": "selective", "recast_weights": True, "loss_chunk_tokens": 200}, 4, 3, "16-mixed", True, False,
         True),
     "modern, streamed": (
-        gpt(512, 32000, 3, 8, 512, **MODERN_GPT), MUON, {"weights": "streamed", "loss_chunk_tokens": 128}, 2, 2,
+        gpt(512, 32000, 3, 8, 512, LlamaConfig, **QWEN3), MUON, {"weights": "streamed", "loss_chunk_tokens": 128}, 2, 2,
         "bf16-mixed", False, True, True),
     "untied, in bfloat16": (
         gpt(512, 32000, 3, 8, 512, tied_head=False), ADAMW, {"loss_chunk_tokens": 100}, 7, 3, "bf16-true", False, True,
@@ -64,7 +66,7 @@ def test_the_peak_its_phase_and_the_host_memory_are_those_of_a_trace_by_hand(cas
     shape = StepShape(
         batch_size, network.block_size, network.vocab_size, accumulate, precision, clips, lightning, validates
     )
-    planned = trace_steps(lambda: LitNanoGPT(network, optim, memory=MemoryConfig(**memory)), shape)
+    planned = trace_steps(lambda: LitNanoGPT(**described(network), optim=optim, memory=MemoryConfig(**memory)), shape)
     by_hand = traced(*(QUICK | SLOW)[case])
     # Single numbers, each a block of 512 bytes, live longer in one of them.
     for phase in ("forward", "backward", "optimizer", *(["validation"] if validates else [])):

@@ -17,6 +17,9 @@ HEAD = "lm_head.weight"
 """The name of the head's matrix in every network's state_dict()."""
 
 
+GPT2_SMALL = {"block_size": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """The shape of a network, as far as all have it. A subclass is a section of the YAML, below `model`."""
@@ -69,8 +72,9 @@ class NetworkConfig:
         for name in names:
             size = getattr(self, name)
             if size is not None and size < 1:
-                default = NetworkConfig.__dataclass_fields__[name].default if name != "vocab_size" else 50257
-                raise UserError(f"{self.key(name)}={size} must be at least 1; GPT-2 uses {default}.")
+                usual = GPT2_SMALL.get(name)
+                works = f"; GPT-2 uses {usual}" if usual else ", or null"
+                raise UserError(f"{self.key(name)}={size} must be at least 1{works}.")
 
     def check_heads(self) -> None:
         """Raises UserError where the channels cannot be shared out among the heads."""

@@ -1,7 +1,7 @@
 """The networks there are, and the one that a YAML's or a checkpoint's `model` section describes."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from nanogpt_lit.errors import UserError
@@ -43,7 +43,7 @@ def config_of(model: Mapping[str, Any], **changes: Any) -> NetworkConfig:
                     f"the checkpoint's network has model.gpt.{name}={model[section][name]}, which no published network "
                     "has and nanogpt_lit had until 0.2; use that version for it, or train with model.network=llama."
                 )
-    for name in saved.keys() - kind.__dataclass_fields__.keys():
+    for name in saved.keys() - {field.name for field in fields(kind)}:
         raise UserError(
             f"the checkpoint's network has model.{section}.{name}={saved[name]}, which this version of nanogpt_lit "
             "does not know; use the version that wrote it."

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def other_steps(candidate: Candidate) -> list[Candidate]:
     return [Candidate(candidate.recipe, candidate.lr * by, B, accumulate) for B, accumulate, by in steps]
 
 
-SIZES = tuple(NetworkConfig.__dataclass_fields__)
+SIZES = tuple(field.name for field in fields(NetworkConfig))
 """Fields that all networks have: a candidate with another network has the YAML's."""
 
 

@@ -39,10 +39,10 @@ def yaml_runs() -> list[Run]:
     return [Run(path.name, path, *CHANGED.get(path.stem, ((), None))) for path in paths]
 
 
-def _other(name: str, *options: str, memory: str = "{}") -> Run:
+def _other(name: str, *options: str, memory: str = "{}", section: str = "gpt") -> Run:
     """6 layers of 384 channels and GPT-2's vocabulary: logits and blocks both weigh in the peak."""
     base = (
-        "--model.gpt.n_layer=6", "--model.gpt.n_head=6", "--model.gpt.n_embd=384", "--model.gpt.vocab_size=50304",
+        *(f"--model.{section}.{size}" for size in ("n_layer=6", "n_head=6", "n_embd=384", "vocab_size=50304")),
         "--data.block_size=512", "--data.batch_size=4", f"--model.memory={memory}",
     )  # fmt: skip
     return Run(name, ROOT / "configs" / "rtx2050.yaml", base + options)
@@ -56,8 +56,8 @@ def other_runs() -> list[Run]:
         _other("plain, bfloat16, dropout", "--trainer.precision=bf16-mixed", "--model.gpt.dropout=0.1"),
         _other("plain, float32, foreach", "--trainer.precision=32-true", "--model.optim.implementation=foreach"),
         _other("for-loop AdamW, 5 sequences", "--model.optim.implementation=for-loop", "--data.batch_size=5"),
-        _other("rotary, qk-norm, ReLU2", "--model.gpt.positions=rotary", "--model.gpt.qk_norm=true",
-               "--model.gpt.activation=relu2", "--model.gpt.tied_head=false"),
+        _other("Llama family, shared keys, qk-norm", "--model.network=llama", "--model.llama.qk_norm=true",
+               "--model.llama.n_kv_head=2", "--model.llama.tied_head=false", section="llama"),
         _other("Muon, loss in chunks", "--model.optim.matrices=muon", memory=f"{{{chunk}}}"),
         _other("selective, recast", memory=f'{{{chunk}, "recompute": "selective", "recast_weights": true}}'),
         _other("full in every third block", memory=f'{{{full}, "recompute_every": 3}}'),
