@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from small_runs import BOTTLES
 
 from nanogpt_lit.gpt.gpt2 import GPTConfig
@@ -15,6 +16,11 @@ from nanogpt_lit.gpt.gpt2 import GPTConfig
 
 def pytest_addoption(parser):
     parser.addoption("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, for the long test that runs its train.py")
+
+
+# How long an example takes is the machine's affair, which may have other work.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_configure():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache, attention
 from nanogpt_lit.gpt.network import Block, Network, NetworkConfig
+from nanogpt_lit.gpt.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class LlamaBody(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         rotary = Rotary(config)  # the same in all blocks
         self.layers = nn.ModuleList(LlamaBlock(config, rotary) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None) -> Tensor:
         x = self.drop(self.embed_tokens(tokens))  # (B, T, C)
@@ -169,9 +170,9 @@ class LlamaBody(nn.Module):
 class LlamaBlock(Block):
     def __init__(self, config: LlamaConfig, rotary: "Rotary") -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.self_attn = GroupedQueryAttention(config, rotary)
-        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = GatedMLP(config)
         self.draws = config.dropout > 0
 
@@ -210,8 +211,8 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
         self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
-        self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -229,7 +230,7 @@ class GroupedQueryAttention(nn.Module):
         """(B, T, heads * D) -> (B, heads, T, D)"""
         return x.unflatten(2, (-1, self.head_size)).transpose(1, 2)
 
-    def placed(self, x: Tensor, norm: nn.RMSNorm | None, start: int) -> Tensor:
+    def placed(self, x: Tensor, norm: RMSNorm | None, start: int) -> Tensor:
         """Queries or keys normed, and turned by their positions, which begin at start; the dtype stays."""
         normed = x if norm is None else norm(x.to(norm.weight.dtype))  # no norm is to be computed in 16 bits
         return self.rotary(normed, start).to(x.dtype)

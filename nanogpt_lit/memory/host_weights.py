@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_lit.gpt.loss import ChunkedCrossEntropy, chunked_cross_entropy, cross_entropy
+from nanogpt_lit.gpt.norm import RMSNorm, rms_norm
 from nanogpt_lit.memory.host import Mark, empty_on_host, lanes, page_lock
 from nanogpt_lit.memory.techniques import recomputed
 
@@ -204,9 +205,9 @@ class HostLayerNorm(_HostResident, nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.fetch(self.weight, x.device), bias, self.eps)
 
 
-class HostRMSNorm(_HostResident, nn.RMSNorm):
+class HostRMSNorm(_HostResident, RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.fetch(self.weight, x.device), self.eps)
+        return rms_norm(x, self.fetch(self.weight, x.device), self.eps)
 
 
 class HostEmbedding(_HostResident, nn.Embedding):
@@ -219,7 +220,7 @@ class HostEmbedding(_HostResident, nn.Embedding):
 HOST_RESIDENT = {
     nn.Linear: HostLinear,
     nn.LayerNorm: HostLayerNorm,
-    nn.RMSNorm: HostRMSNorm,
+    RMSNorm: HostRMSNorm,
     nn.Embedding: HostEmbedding,
 }
 

@@ -195,7 +195,7 @@ def vocab_size(settings: Any) -> int:
         return int(argument) + len(special_tokens)  # at most: a short text has fewer pairs to merge
     raise UserError(
         f"data.tokenizer={data['tokenizer']} has as many tokens as the text has characters, and {shards_dir} has no "
-        "shards yet; run `prepare` with the same YAML first, or give --model.{section}.vocab_size 100."
+        f"shards yet; run `prepare` with the same YAML first, or give --model.{section}.vocab_size 100."
     )
 
 
