@@ -236,7 +236,7 @@ def a_tokenizer(folder, **changes):
 
 
 HOSTILE = {
-    "another architecture": (lambda f: changed(f, model_type="llama"), "type 'llama'; convert reads GPT-2's"),
+    "another architecture": (lambda f: changed(f, model_type="bert"), "type 'bert'; convert reads gpt2, llama, qwen3"),
     "another epsilon": (lambda f: changed(f, layer_norm_epsilon=1e-6), "layer_norm_epsilon=1e-06"),
     "another activation": (lambda f: changed(f, activation_function="silu"), "activation_function='silu'"),
     "another width": (lambda f: changed(f, n_inner=100), "n_inner=100"),

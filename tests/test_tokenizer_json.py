@@ -95,7 +95,11 @@ def written(folder, kind):
             "merges": [f"{as_characters(left)} {as_characters(right)}" for left, right in merges],
         },
     }  # fmt: skip
-    config = {"bos_token": bos, "eos_token": {"content": eos, **flags}, "tokenizer_class": "GPT2Tokenizer"}
+    config = {
+        "bos_token": bos,
+        "eos_token": {"__type": "AddedToken", "content": eos, **flags},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(described))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

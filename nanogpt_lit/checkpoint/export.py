@@ -14,7 +14,7 @@ from torch import Tensor
 from nanogpt_lit.checkpoint.network import size
 from nanogpt_lit.checkpoint.run_file import written_by
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.data.tokenizer import EOT, Tokenizer
+from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
@@ -59,10 +59,10 @@ def loss(gpt: Network, text: Tensor) -> float:
     return float(F.cross_entropy(gpt.eval()(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten()))
 
 
-def model_card(state: RunState, tokenizer: Tokenizer, source: Path) -> str:
+def model_card(state: RunState, tokenizer: Tokenizer, source: Path, architecture: str) -> str:
     """Markdown with data, settings, losses and versions, as far as the run knows them.
 
-    source: the checkpoint; beside its folder lies the YAML of a run of ours
+    architecture: transformers' name for it   source: the checkpoint; beside its folder lies the YAML of a run of ours
     """
     settings = run_settings(source)
     sections = ("network", "gpt", "llama", "optim", "schedule")
@@ -76,13 +76,13 @@ def model_card(state: RunState, tokenizer: Tokenizer, source: Path) -> str:
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- gpt2
+- {architecture}
 - nanogpt_lit
 ---
 
 # {source.stem}
 
-A GPT-2-class network: {size(config_of(state.hyper_parameters))}.
+A network of the architecture `{architecture}`: {size(config_of(state.hyper_parameters))}.
 
 ## Data
 
@@ -106,7 +106,7 @@ A GPT-2-class network: {size(config_of(state.hyper_parameters))}.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-inputs = tokenizer("{EOT}", return_tensors="pt")
+inputs = tokenizer("{tokenizer.eot_text}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """

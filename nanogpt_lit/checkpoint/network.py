@@ -13,6 +13,7 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_file
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.gpt.llama import Rotary
 from nanogpt_lit.gpt.network import HEAD, Network, NetworkConfig
 from nanogpt_lit.gpt.networks import build, config_of, described
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
@@ -122,6 +123,9 @@ def network(path: Path, weights: Mapping[str, Tensor], config: NetworkConfig) ->
         tensors[HEAD] = tensors[gpt.EMBEDDING]
     gpt.load_state_dict(tensors, assign=True)
     gpt.tie()
+    for module in gpt.modules():
+        if isinstance(module, Rotary):
+            module.fill()  # no checkpoint holds the angles, which follow from the shape
     return gpt.eval()
 
 

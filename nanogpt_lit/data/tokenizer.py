@@ -44,6 +44,10 @@ class Tokenizer(ABC):
     """Encodes text to ids below `vocab_size`. `eot`, the end-of-text id, is part of the vocabulary."""
 
     kind: ClassVar[str]
+    eot_text: str = EOT
+    """End-of-text as it is written when tokens are decoded."""
+    conventions: "Conventions | None" = None
+    """Of a tokenizer that comes from elsewhere."""
     chat_template: str | None = None
     """How a conversation is written as one text, in Jinja; `with_chat_template` sets it."""
 
@@ -84,6 +88,10 @@ class Tokenizer(ABC):
     def byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int64: how many bytes of UTF-8 each id decodes to."""
         return np.array([len(token) for token in self._token_bytes], dtype=np.int64)
+
+    def id_of(self, special: str) -> int:
+        """The id of a special token. Raises KeyError for a text that is none."""
+        return {self.eot_text: self.eot}[special]
 
     def files(self) -> dict[str, str]:
         """File name to text; `tokenizer_from_files` turns it back into this tokenizer."""
@@ -224,6 +232,9 @@ class BytePairTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> np.ndarray:
         return self._checked(text, set(self.specials) - {self.eot_text})
+
+    def id_of(self, special: str) -> int:
+        return self.specials[special]
 
     def encode_stream(self, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:
         # One call for many short documents spares a wait for the interpreter lock after each of them. Where a

@@ -263,7 +263,12 @@ class Rotary(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        angles = torch.outer(torch.arange(config.block_size).float(), frequencies(config))
+        self.config = config
+        self.fill()
+
+    def fill(self) -> None:
+        """Compute the angles, again where the network was first built without memory (on torch's meta device)."""
+        angles = torch.outer(torch.arange(self.config.block_size).float(), frequencies(self.config))
         # Buffers go where the network goes; they are made again with it, so no checkpoint need hold them.
         self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
