@@ -12,18 +12,21 @@ import pytest
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
+from nanogpt_lit.data.shards import first_words
+from nanogpt_lit.data.tokenizer import ByteTokenizer
 from nanogpt_lit.run.curves import HPARAMS, LAYOUT, MEASURES
 from nanogpt_lit.run.metrics import CURVES
 
+TEXT = "To be, or not to be, that is the question.\n"
 RUNS = {"version_0", "accelerate_0"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of a TensorBoard that shows a run of each framework."""
+def started(tmp_path_factory):
+    """(address of a TensorBoard that shows a run of each framework, folder of their shards)"""
     tmp_path = tmp_path_factory.mktemp("tensorboard")
     text = tmp_path / "text.txt"
-    text.write_text("To be, or not to be, that is the question.\n" * 50)
+    text.write_text(TEXT * 50)
     arguments = [
         "fit", f"--trainer.default_root_dir={tmp_path / 'root'}", "--trainer.accelerator=cpu", "--trainer.max_steps=4",
         "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1", "--model.gpt.n_layer=1",
@@ -36,12 +39,17 @@ def server(tmp_path_factory):
     try:
         for line in process.stderr:
             if url := re.search(r"http://localhost:\d+", line):
-                yield url[0]
+                yield url[0], tmp_path / "root/shards"
                 return
         pytest.fail("TensorBoard ended without an address")
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def server(started):
+    return started[0]
 
 
 def ask(url, **body):
@@ -73,6 +81,17 @@ def test_every_curve_of_every_loop_says_what_it_draws(server):
     for run, tags in tags_of(server).items():
         for tag, shown in tags.items():
             assert CURVES[tag] in html.unescape(re.sub("<[^>]*>", "", shown["description"])), (run, tag)
+
+
+def test_the_samples_of_every_loop_begin_as_the_users_own_text(started):
+    server, shards = started
+    tags_of(server)
+    words = first_words(shards, ByteTokenizer())
+    assert words in TEXT
+    for run in RUNS:
+        samples = ask(f"{server}/data/plugin/text/text?run={run}&tag=sample%2Ftext_summary")
+        shown = [re.sub("<[^>]*>", "", sample["text"]).lstrip() for sample in samples]
+        assert [text[: len(words)] for text in shown] == [words, words]
 
 
 def test_one_chart_has_the_loss_of_training_and_validation_and_throughput_comes_last(server):

@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.parser import Parser
 from nanogpt_lit.data.datamodule import ORDER_FIELDS, TokenDataModule
-from nanogpt_lit.data.shards import val_tokens_per_byte
+from nanogpt_lit.data.shards import first_words, val_tokens_per_byte
 from nanogpt_lit.data.tokenizer_files import parse_tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.networks import NETWORKS, config_of, section_of
@@ -221,12 +221,13 @@ class SettingsCLI(LightningCLI):
         """
         trainer = self.settings.trainer
         samples = SampleConfig(**text_samples(vars(trainer)))
-        data.tokenizer.encode(samples.prompt)
+        prompt = first_words(data.folder, data.tokenizer) if samples.prompt is None else samples.prompt
+        data.tokenizer.encode(prompt)
         return {
             "log_every_n_steps": trainer.log_every_n_steps,
             "max_time_s": seconds_of(trainer.max_time),
             "run_config": self.run_config,
-            "samples": samples,
+            "samples": replace(samples, prompt=prompt),
             "tokenizer": lambda: data.tokenizer,
             "shows_progress": trainer.enable_progress_bar is not False,
             "text": data.text,

@@ -8,6 +8,7 @@ A folder of shards is one of
 
 import json
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -245,3 +246,16 @@ def val_tokens_per_byte(folder: Path, tokenizer: Tokenizer) -> float | None:
         ids = ids[(ids != tokenizer.eot) & (ids < len(lengths))]
         tokens, text_bytes = len(ids), int(np.sum(lengths[ids]))
     return tokens / text_bytes if tokens > 0 and text_bytes > 0 else None
+
+
+def first_words(folder: Path, tokenizer: Tokenizer, most_characters: int = 24) -> str:
+    """How the validation part of a folder of shards begins: whole words of its first document."""
+    shards = TokenShards.open(folder, "val")
+    ids = shards.read(0, min(len(shards), 8 * most_characters))
+    begins = int(ids[0] == tokenizer.eot)
+    ends = next(iter(np.flatnonzero(ids[begins:] == tokenizer.eot)), len(ids)) + begins
+    text = tokenizer.decode_bytes(ids[begins:ends]).decode("utf-8", errors="ignore").strip()
+    if len(text) <= most_characters:
+        return text
+    *words, _ = re.split(r"(?<=\s)", text[: most_characters + 1])  # the last one is cut
+    return "".join(words).rstrip() or text[:most_characters]

@@ -123,13 +123,16 @@ class TextSamples(Callback):
     A YAML's callback that holds the settings; run/curves.py is what writes.
 
     Args:
-        prompt: What the text begins with; empty begins a new document.
+        prompt: What the text begins with; None takes how your text begins, its validation part, and empty begins a new
+            document.
         tokens: How many tokens to write.
         temperature: 0 writes the likeliest token each time; higher is bolder.
         seed: The same each time, so that samples of different steps can be compared.
     """
 
-    def __init__(self, prompt: str = "", tokens: int = 300, temperature: float = 0.8, seed: int = 1337) -> None:
+    def __init__(
+        self, prompt: str | None = None, tokens: int = 300, temperature: float = 0.8, seed: int = 1337
+    ) -> None:
         self.config = SampleConfig(prompt, tokens, temperature, seed)
 
 

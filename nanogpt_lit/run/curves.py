@@ -198,8 +198,8 @@ def tell(line: str) -> None:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    prompt: str = ""
-    """The beginning of the text; empty begins a new document."""
+    prompt: str | None = None
+    """The beginning of the text; None takes that of the validation part, empty begins a new document."""
     tokens: int = 300
     """Number of tokens to write."""
     temperature: float = 0.8
