@@ -1,5 +1,6 @@
 """The commands and scripts of a page, run in a small form, in a folder that has what a clone of the repository has."""
 
+import json
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ TINY_NETWORK = "--model.gpt.n_layer=1 --model.gpt.n_head=1 --model.gpt.n_embd=16
 TINY_RUN = f"{TINY_NETWORK} --data.batch_size=2 --trainer.max_steps=2 --trainer.limit_val_batches=2"
 SMALLER = {
     "nanogpt_lit fit --config configs/rtx2050.yaml": f"{TINY_RUN} --data.tokenizer=byte --model.gpt.vocab_size=257",
+    "nanogpt_lit fit --config configs/quickstart.yaml --data.documents": f"{TINY_RUN} --data.block_size=256",
     "nanogpt_lit fit-accelerate": TINY_RUN,
     "nanogpt_lit fit": TINY_RUN,
     "nanogpt_lit prepare": TINY_NETWORK,
@@ -52,6 +54,8 @@ def clone(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name)
     (folder / "my_texts").mkdir()
     (folder / "my_texts" / "a.txt").write_text("A bottle of beer on the wall.\n" * 200)
+    talks = ({"prompt": f"{n} + 1?", "response": str(n + 1)} for n in range(200))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     return folder
 
 

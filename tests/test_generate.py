@@ -65,7 +65,7 @@ def test_context_rule_is_crop_the_prompt_then_restart_from_half_a_block(gpt):
 def test_cached_model_reads_each_token_once_and_half_a_block_when_full(gpt, monkeypatch):
     lengths = []
     hidden = gpt.hidden
-    monkeypatch.setattr(gpt, "hidden", lambda tokens, cache: lengths.append(tokens.size(1)) or hidden(tokens, cache))
+    monkeypatch.setattr(gpt, "hidden", lambda tokens, *rest: lengths.append(tokens.size(1)) or hidden(tokens, *rest))
     run(gpt, PROMPT, 30)
     # 5 of the prompt and 12 new ones overflow 16: 8 are read again; 9 new ones overflow it once more.
     assert lengths == [5, *[1] * 11, 8, *[1] * 8, 8, *[1] * 8]

@@ -32,7 +32,7 @@ def test_the_characters_are_the_tokenizer(folder, tokenizer, tmp_path, capsys):
     data.prepare_data()
     data.setup()
     assert data.vocab_size == len(set(TEXT)) + 1
-    assert data.tokenizer.decode(data._shards["train"].read(0, 40)) == TEXT[:40]
+    assert data.tokenizer.decode(data._windows["train"].shards.read(0, 40)) == TEXT[:40]
     assert "meta.pkl" in capsys.readouterr().out
 
 

@@ -421,7 +421,7 @@ def test_a_large_network_is_made_small_unless_it_is_asked_for(options, tmp_path,
         ("--model.gpt.n_head=3", "model.gpt.n_embd=8 does not divide into n_head=3 equal heads"),
         ("--model.gpt.n_heads=4", "no option model.gpt.n_heads; did you mean model.gpt.n_head?"),
         ("--data.block_size=5000", "data.block_size=5000 is a block longer than the shards"),
-        ("--data.block_size=160", "'val' has 1 windows of data.block_size=160, fewer than the 2 processes"),
+        ("--data.block_size=160", "'val' has 1 windows, fewer than the 2 processes"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_starts_nothing(options, option, sentence, capsys, tmp_path):

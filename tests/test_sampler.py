@@ -230,7 +230,7 @@ def test_all_ranks_validate_equally_many_batches_of_equal_sizes(n_windows, world
 
 
 def test_validation_with_fewer_windows_than_processes_is_refused():
-    with pytest.raises(ValueError, match=r"2 windows of data.block_size=8, fewer than the 3 processes"):
+    with pytest.raises(ValueError, match=r"2 windows, fewer than the 3 processes"):
         ValidationOrder(17, 8, 3, 0, 3)
 
 

@@ -1,5 +1,6 @@
 """The site of docs/: built strictly, whole without a network, and true about files and commands."""
 
+import io
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from nanogpt_lit.__main__ import main
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-OF_COMMANDS = ("first_steps", "own_text", "will_it_fit", "nothing_lost", "lightning", "accelerate")
+OF_COMMANDS = ("first_steps", "own_text", "chat", "will_it_fit", "nothing_lost", "lightning", "accelerate")
 AZERBAIJANI = "metnler/metn.txt"
 
 
@@ -65,6 +66,7 @@ def folder(tmp_path, monkeypatch):
     (folder / AZERBAIJANI).parent.mkdir()
     (folder / AZERBAIJANI).write_text(next(text for language, text in blocks_of(page) if language == "text"), "utf-8")
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2 + 1?\n"))  # of generate --chat
     return folder
 
 

@@ -43,6 +43,12 @@ def generate(arguments: list[str]) -> int:
         "--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint, or any model that convert reads"
     )
     parser.add_argument("--prompt", default="", help="how the text begins; empty begins a new document")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer each line of standard input, by the model's chat template, and --prompt before them",
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="with --chat: what the conversation begins with")
     parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="tokens to make (500)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to make (1)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is the likeliest token, 1 as trained (0.8)")
@@ -56,11 +62,19 @@ def generate(arguments: list[str]) -> int:
     if not abs(options.seed) < 2**63:
         raise UserError(f"--seed={options.seed} is more than 64 bits hold; 1337 works.")
 
+    if options.system and not options.chat:
+        raise UserError(f"--system={options.system} is for --chat; --prompt begins a text.")
+
     from nanogpt_lit.checkpoint.convert import load_network
     from nanogpt_lit.gpt.generate import continue_text, printable
     from nanogpt_lit.runtime.machine import chosen_device
 
     gpt, tokenizer = load_network(options.ckpt, chosen_device(options.device))
+    if options.chat:
+        from nanogpt_lit.cli.chat import talk
+
+        talk(gpt, tokenizer, options)
+        return 0
     for sample in range(options.num_samples):
         pieces = continue_text(
             gpt,

@@ -22,7 +22,7 @@ from nanogpt_lit.runtime.durable import write_durably
 
 POSITIONS = "transformer.wpe.weight"
 EMBEDDINGS = tuple(network.EMBEDDING for _, network in NETWORKS.values())
-ONES_OWN = ("dropout", "block_size", "document_start")
+ONES_OWN = ("dropout", "block_size", "document_start", "document_end")
 """Fields that a fine-tuned network need not have in common with the one it begins from."""
 
 
@@ -37,12 +37,21 @@ class Beginning:
     tokenizer: Tokenizer
 
     @classmethod
-    def of(cls, source: str, special_tokens: Sequence[str]) -> "Beginning":
-        """Reads any model that `convert` reads. Raises UserError as it does."""
+    def of(cls, source: str, special_tokens: Sequence[str], chats: bool) -> "Beginning":
+        """Reads any model that `convert` reads. Raises UserError as it does.
+
+        chats: whether it is to have conversations, for which a tokenizer without a chat template gets one
+        """
         path, source = fetched(source)
         what, stored = read_network(path)
         tokenizer = tokenizer_from_files(stored.tokenizer_files)
-        return cls(source, what, stored, tokenizer.vocab_size, with_special_tokens(tokenizer, special_tokens))
+        known = tokenizer.vocab_size
+        tokenizer = with_special_tokens(tokenizer, special_tokens)
+        if chats:
+            from nanogpt_lit.data.chat import able_to_chat
+
+            tokenizer = able_to_chat(tokenizer)
+        return cls(source, what, stored, known, tokenizer)
 
     def choose(self, settings: Namespace) -> None:
         """Sets the network and the tokenizer in settings of fit. Raises UserError for a block_size it has no positions

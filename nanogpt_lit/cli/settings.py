@@ -190,7 +190,7 @@ class SettingsCLI(LightningCLI):
         if gpt.vocab_size is None:
             gpt.vocab_size = data.vocab_size
         data.check_vocabulary(gpt.vocab_size)
-        gpt.document_start = data.document_start
+        gpt.document_start, gpt.document_end = data.document_start, data.document_end
         if self.beginning is not None:
             self.beginning.check_tokenizer(data.tokenizer)
         if self.resumed is not None:
@@ -270,7 +270,8 @@ class SettingsCLI(LightningCLI):
         source = settings.get("ckpt_path") or settings.init_from
         from nanogpt_lit.cli.fine_tuning import Beginning  # late, with the formats of all others behind it
 
-        self.beginning = Beginning.of(source, settings.data.special_tokens or ())
+        chats = settings.data.documents == "conversations"
+        self.beginning = Beginning.of(source, settings.data.special_tokens or (), chats)
         if settings.get("ckpt_path") is None:
             settings.init_from = self.beginning.source
         self.beginning.choose(settings)
@@ -302,6 +303,8 @@ class SettingsCLI(LightningCLI):
         """Text to shards, when they are missing or were made from something else."""
         datamodule = self._data()
         datamodule.prepare_data()
+        for remark in datamodule.remarks():
+            rank_zero_print(remark)
         return datamodule
 
     def _data(self) -> TokenDataModule:

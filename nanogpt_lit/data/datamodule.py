@@ -11,39 +11,19 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from nanogpt_lit.data.prepare import PrepareConfig, prepare, stale_reason, summary
-from nanogpt_lit.data.sampler import BatchOrder, StreamPosition, ValidationOrder, windows_in
+from nanogpt_lit.data.sampler import StreamPosition
 from nanogpt_lit.data.shards import TokenShards, read_manifest, ready_format
 from nanogpt_lit.data.tokenizer import Tokenizer, files_sha256
 from nanogpt_lit.data.tokenizer_files import META, characters_of, tokenizer_of_shards
+from nanogpt_lit.data.windows import Batch, ConversationWindows, TokenWindows, Turns, Windows
 from nanogpt_lit.errors import UserError
 
 SPLITS = ("train", "val")
 ORDER_FIELDS = ("seed", "block_size", "batch_size")
 """Fields that the order of samples is a function of, besides the text and the number of processes."""
-
-Batch = tuple[Tensor, Tensor]
-
-
-class TokenWindows(Dataset[Batch]):
-    """Windows of a split, a whole batch at a time: tokens and targets, (B, T) int64 each."""
-
-    def __init__(self, shards: TokenShards, block_size: int) -> None:
-        self.shards = shards
-        self.block_size = block_size
-
-    def __getitems__(self, starts: list[int]) -> Batch:
-        windows = torch.from_numpy(self.shards.read_windows(starts, self.block_size + 1))  # (B, T+1)
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-    def __len__(self) -> int:
-        # Asked by Lightning's distributed sampler alone.
-        raise UserError(
-            "trainer.use_distributed_sampler=true would deal out samples that are dealt out already; set it to false."
-        )
 
 
 class TokenDataModule(LightningDataModule):
@@ -66,7 +46,10 @@ class TokenDataModule(LightningDataModule):
         seed: Decides the order of samples, and nothing else.
         documents: joined: attention crosses the ends of documents inside a sequence, as GPT-2 was trained. separate:
             each document is read as if it stood alone, its positions beginning at 0. Costs a mask of block_size x
-            block_size for each sequence, and on a GPU the kernel of attention that takes no mask.
+            block_size for each sequence, and on a GPU the kernel of attention that takes no mask. conversations: the
+            source is JSON Lines of `messages`, or of `prompt` and `response`; they are written by the model's chat
+            template (ChatML where it has none), the answers alone are learned, and a sequence holds several whole
+            conversations, separate.
     """
 
     def __init__(
@@ -80,7 +63,7 @@ class TokenDataModule(LightningDataModule):
         block_size: int = 1024,
         batch_size: int = 4,
         seed: int = 1337,
-        documents: Literal["joined", "separate"] = "joined",
+        documents: Literal["joined", "separate", "conversations"] = "joined",
         special_tokens: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -88,7 +71,13 @@ class TokenDataModule(LightningDataModule):
             if value < 1:
                 raise UserError(f"data.{name}={value} must be at least 1.")
         self.prepare_config = PrepareConfig(
-            source, tokenizer, text_key, val_fraction, skip_undecodable, tuple(special_tokens or ())
+            source,
+            tokenizer,
+            text_key,
+            val_fraction,
+            skip_undecodable,
+            tuple(special_tokens or ()),
+            conversations=documents == "conversations",
         )
         self.shards_dir = Path(shards_dir or "shards")
         self.block_size = block_size
@@ -97,7 +86,7 @@ class TokenDataModule(LightningDataModule):
         self.documents = documents
         self.position: StreamPosition | None = None
         """The place in the stream, set by a loop other than Lightning's Trainer before it asks for a loader."""
-        self._shards: dict[str, TokenShards] = {}
+        self._windows: dict[str, Windows] = {}
 
     # Text to shards.
 
@@ -118,8 +107,11 @@ class TokenDataModule(LightningDataModule):
             self._prepare()
         elif (characters := characters_of(self.folder)) is not None and getattr(rank_zero_only, "rank", 0) == 0:
             print(f"data: tokens are the {len(characters.characters)} characters of {self.folder / META}", flush=True)
-        for split in SPLITS:
-            self._open(split)
+        self._windows = {split: self._open(split) for split in SPLITS}
+
+    def remarks(self) -> list[str]:
+        """Lines about how conversations share windows, once the data is prepared; none for other text."""
+        return [f"data: {split}: {remark}" for split, windows in self._windows.items() if (remark := windows.remark())]
 
     def _prepare(self) -> None:
         reason = stale_reason(self.prepare_config, self.shards_dir)
@@ -133,7 +125,7 @@ class TokenDataModule(LightningDataModule):
             print(f"data: {summary(manifest, self.shards_dir)}", flush=True)
 
     def setup(self, stage: str | None = None) -> None:
-        self._shards = {split: self._open(split) for split in SPLITS}
+        self._windows = {split: self._open(split) for split in SPLITS}
         if self.trainer is not None:
             self._check_trainer(self.trainer, fits=stage == "fit")
 
@@ -160,12 +152,29 @@ class TokenDataModule(LightningDataModule):
                 "there is none: nothing is validated. Give it check_val_every_n_epoch=None and val_check_interval=1000."
             )
 
-    def _open(self, split: str) -> TokenShards:
+    def _open(self, split: str) -> Windows:
         shards = TokenShards.open(self.folder, split)
         # Foreign shards are scanned for their largest id; the result stays with us, their folder may be read-only.
         shards.check_vocabulary(self.vocab_size, cache=self.shards_dir / "largest_ids.json")
-        windows_in(len(shards), self.block_size, split)
-        return shards
+        turns = self._manifest.get("splits", {}).get(split, {}).get("turns")
+        if (turns is not None) != self.prepare_config.conversations:
+            raise UserError(
+                f"data.documents={self.documents} does not go with data.source={self.folder}, which holds "
+                f"{'conversations' if turns else 'no conversations'}; name their JSON Lines themselves as data.source "
+                "for other shards."
+            )
+        if turns is None:
+            return TokenWindows(shards, self.block_size, split)
+        document_end = self.document_end
+        assert document_end is not None
+        return ConversationWindows(
+            shards, Turns(self.folder / turns["file"], len(shards)), self.block_size, document_end
+        )
+
+    @property
+    def _manifest(self) -> dict[str, Any]:
+        """Of our shards; empty for those of others."""
+        return read_manifest(self.folder) if ready_format(self.folder) == "ours" else {}
 
     # The vocabulary.
 
@@ -191,6 +200,7 @@ class TokenDataModule(LightningDataModule):
         if ready_format(self.folder) == "ours":
             splits = read_manifest(self.folder)["splits"]
             parts = [shard.get("sha256") for split in SPLITS for shard in splits[split]["shards"]]
+            parts += [splits[split]["turns"].get("sha256") for split in SPLITS if "turns" in splits[split]]
         else:  # whose contents would have to be read for it
             files = [file for split in SPLITS for file in TokenShards.open(self.folder, split).files]
             parts = [f"{file.path.name} {file.n_tokens}" for file in files]
@@ -200,6 +210,11 @@ class TokenDataModule(LightningDataModule):
     def document_start(self) -> int | None:
         """The model's gpt.document_start: what tells documents apart where they are separate."""
         return self.tokenizer.eot if self.documents == "separate" else None
+
+    @property
+    def document_end(self) -> int | None:
+        """The model's gpt.document_end: the id that stands between conversations, and in none of them."""
+        return self._manifest.get("document_end") if self.documents == "conversations" else None
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
         """Raises UserError when the data has ids that the model lacks."""
@@ -227,25 +242,23 @@ class TokenDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless: trainer.max_steps ends a run."""
-        shards = self._shards["train"]
-        order = BatchOrder(len(shards), self.block_size, self.batch_size, self.seed, self._current_position())
-        return self._loader(shards, order)
+        windows = self._windows["train"]
+        return self._loader(windows, windows.training_order(self.batch_size, self.seed, self._current_position()))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every window of the validation split once."""
-        shards, position = self._shards["val"], self._current_position()
-        order = ValidationOrder(len(shards), self.block_size, self.batch_size, position.rank, position.world)
-        return self._loader(shards, order)
+        windows, position = self._windows["val"], self._current_position()
+        return self._loader(windows, windows.validation_order(self.batch_size, position.rank, position.world))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The validation split: there is no third one, and none is held back from the user."""
         return self.val_dataloader()
 
-    def _loader(self, shards: TokenShards, order: Sampler[list[int]]) -> DataLoader[Batch]:
+    def _loader(self, windows: Windows, order: Sampler[list[int]]) -> DataLoader[Batch]:
         # Read in this process: a batch is a copy out of a memory map, about 0.1 ms, which processes that read ahead
         # would only slow down.
         return DataLoader(
-            TokenWindows(shards, self.block_size),
+            windows,
             batch_sampler=order,
             collate_fn=tuple,  # which leaves a batch as it is: they come stacked
             pin_memory=torch.cuda.is_available(),

@@ -46,15 +46,23 @@ class Split:
     always_train: float = 0.0
 
     @classmethod
-    def plan(cls, source: Source, val_fraction: float) -> Self:
-        """Looks at the first 1 / val_fraction documents. Raises UserError for a source without text."""
+    def plan(cls, source: Source, val_fraction: float, by_document: bool = False) -> Self:
+        """Looks at the first 1 / val_fraction documents. Raises UserError for a source without text.
+
+        by_document: no document may be divided, however few there are; where all are alike, that is an error
+        """
         check_val_fraction(val_fraction)
         starts = (next(document.pieces(), "") for document in source.documents())
+        all_hashes = map(hash_of_start, filter(None, starts))
         wanted = math.ceil(1 / val_fraction)
-        hashes = [hash_of_start(start) for start in islice(filter(None, starts), wanted)]
+        hashes = list(islice(all_hashes, wanted))
         if not hashes:
             raise UserError("data.source holds no text: every document is empty.")
-        if len(hashes) < wanted or len(set(hashes)) == 1:
+        if by_document:
+            if (other := next((hash_ for hash_ in chain(hashes, all_hashes) if hash_ != hashes[0]), None)) is None:
+                raise UserError("data.source holds one conversation, and another is needed to validate on.")
+            hashes.append(other)
+        elif len(hashes) < wanted or len(set(hashes)) == 1:
             return cls(val_fraction)
         return cls(val_fraction, by_document=True, always_val=min(hashes), always_train=max(hashes))
 
@@ -106,6 +114,7 @@ class TokenBatch:
     tokens: np.ndarray
     documents: int  # that start in it
     text_bytes: int  # in UTF-8
+    turns: np.ndarray | None = None  # of conversations (data/windows.py)
 
 
 def encode_documents(documents: Iterable[Document], split: Split, tokenizer: Tokenizer) -> Iterator[TokenBatch]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from nanogpt_lit.data.bpe import train_ranks
-from nanogpt_lit.data.encoder import Split, check_val_fraction, encode_documents
+from nanogpt_lit.data.encoder import Split, TokenBatch, check_val_fraction, encode_documents
 from nanogpt_lit.data.shard_writer import ShardSeries, check_replaceable, discard, has_leftovers, old_folder, recover
 from nanogpt_lit.data.shards import MANIFEST, MANIFEST_FORMAT, TokenShards, read_manifest
 from nanogpt_lit.data.sources import FilesSource, Source, open_source
@@ -56,14 +57,20 @@ class PrepareConfig:
     val_fraction: float = 0.01
     skip_undecodable: bool = False
     special_tokens: tuple[str, ...] = ()
+    conversations: bool = False
+    """data.documents=conversations"""
 
     def __post_init__(self) -> None:
-        parse_tokenizer(self.tokenizer)
+        if parse_tokenizer(self.tokenizer)[0] == "char" and self.conversations:
+            raise UserError(
+                "data.documents=conversations needs special tokens between the messages, which data.tokenizer=char "
+                "cannot have; byte works for any text."
+            )
         check_special_tokens(self.special_tokens, self.tokenizer)
         check_val_fraction(self.val_fraction)
 
     def open_source(self) -> Source:
-        return open_source(self.source, self.text_key, self.skip_undecodable)
+        return open_source(self.source, self.text_key, self.skip_undecodable, self.conversations)
 
     def request(self, source: Source) -> dict[str, Any]:
         """The request as the manifest keeps it: the same one makes the same shards."""
@@ -75,6 +82,7 @@ class PrepareConfig:
             "val_fraction": self.val_fraction,
             "skip_undecodable": self.skip_undecodable,
             "special_tokens": list(self.special_tokens) or None,
+            "conversations": self.conversations or None,
         }
 
 
@@ -96,7 +104,11 @@ def _stale_reason(request: dict[str, Any], folder: Path) -> str | None:
             if found != wanted:
                 return f"{folder} was prepared with another {key}: {found}, now {wanted}"
         for side in ("train", "val"):
-            TokenShards.open(folder, side)
+            n_tokens = len(TokenShards.open(folder, side))
+            if (turns := manifest["splits"][side].get("turns")) is not None:
+                from nanogpt_lit.data.windows import Turns  # few shards are of conversations
+
+                Turns(folder / turns["file"], n_tokens)
         read_tokenizer_files(folder, manifest)
     except (KeyError, TypeError, AttributeError) as error:
         return f"{folder / MANIFEST} lacks or garbles {error}"
@@ -119,7 +131,7 @@ def prepare(config: PrepareConfig, folder: Path, *, show_progress: bool = True) 
     check_writable("data.shards_dir", folder)
     if isinstance(source, FilesSource) and folder.is_relative_to(source.root.resolve()):
         raise UserError(f"data.shards_dir={folder} lies inside data.source={config.source}; shards are not text.")
-    split = Split.plan(source, config.val_fraction)
+    split = Split.plan(source, config.val_fraction, by_document=config.conversations)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder, show_progress):
@@ -165,8 +177,10 @@ def _prepare(
     tokenizer = make_tokenizer(config, source, split, show_progress)
     check_room(folder, source, tokenizer)
     with durable_folder(folder, keep_as=old_folder(folder)) as partial:
-        splits = _write_shards(source, split, tokenizer, partial, show_progress)
-        manifest = {
+        is_used = np.zeros(tokenizer.vocab_size, dtype=bool)
+        batches = encode(config, source, split, tokenizer)
+        splits = _write_shards(source, batches, is_used, partial, show_progress)
+        manifest: dict[str, Any] = {
             "format": MANIFEST_FORMAT,
             "source": config.source,
             "request": request,
@@ -175,6 +189,10 @@ def _prepare(
             "skipped": len(source.skipped),
             "splits": splits,
         }
+        if config.conversations:
+            from nanogpt_lit.data.conversations import unused_id
+
+            manifest["document_end"] = unused_id(is_used, tokenizer.eot)
         for name, text in (*tokenizer.files().items(), (MANIFEST, json.dumps(manifest, indent=1) + "\n")):
             (partial / name).write_bytes(text.encode())  # no translation of line ends
     discard(old_folder(folder))
@@ -182,7 +200,12 @@ def _prepare(
 
 def make_tokenizer(config: PrepareConfig, source: Source, split: Split, show_progress: bool = False) -> Tokenizer:
     """The tokenizer of the request; `char` and `bpe:N` read the source for it."""
-    return with_special_tokens(_make_tokenizer(config, source, split, show_progress), config.special_tokens)
+    tokenizer = with_special_tokens(_make_tokenizer(config, source, split, show_progress), config.special_tokens)
+    if not config.conversations:
+        return tokenizer
+    from nanogpt_lit.data.chat import able_to_chat
+
+    return able_to_chat(tokenizer)
 
 
 def _make_tokenizer(config: PrepareConfig, source: Source, split: Split, show_progress: bool) -> Tokenizer:
@@ -243,17 +266,32 @@ def tokens_per_byte(source: Source, tokenizer: Tokenizer) -> float:
     return len(tokenizer.encode(sample)) / len(sample.encode())
 
 
+def encode(config: PrepareConfig, source: Source, split: Split, tokenizer: Tokenizer) -> Iterator[TokenBatch]:
+    """The tokens of a source, by side."""
+    if not config.conversations:
+        return encode_documents(source.documents(), split, tokenizer)
+    from nanogpt_lit.data.chat import Chat
+    from nanogpt_lit.data.conversations import encode_conversations
+
+    return encode_conversations(source.documents(), split, Chat(tokenizer))
+
+
 def _write_shards(
-    source: Source, split: Split, tokenizer: Tokenizer, folder: Path, show_progress: bool
+    source: Source, batches: Iterator[TokenBatch], is_used: np.ndarray, folder: Path, show_progress: bool
 ) -> dict[str, dict[str, Any]]:
-    """The manifest's `splits`. The bar is silent where nobody watches (stderr is no terminal)."""
+    """The manifest's `splits`. The bar is silent where nobody watches (stderr is no terminal).
+
+    is_used: of each id of the vocabulary; set here for the ids of conversations
+    """
     text_bytes, text_done = source.text_bytes(), 0
     with (
         tqdm(unit="tok", unit_scale=True, desc="prepare", disable=None if show_progress else True) as bar,
-        ShardSeries(folder, "train", tokenizer.vocab_size) as train,
-        ShardSeries(folder, "val", tokenizer.vocab_size) as val,
+        ShardSeries(folder, "train", len(is_used)) as train,
+        ShardSeries(folder, "val", len(is_used)) as val,
     ):
-        for batch in encode_documents(source.documents(), split, tokenizer):
+        for batch in batches:
+            if batch.turns is not None:
+                is_used[batch.tokens] = True
             (train if batch.side == "train" else val).write(batch)
             text_done += batch.text_bytes
             if text_bytes:  # what there is, at the tokens per byte so far: gives the time of arrival

@@ -14,10 +14,19 @@ ROWS_AT_ONCE = 256
 
 
 def jsonl_documents(path: Path, key: str, skipped: set[str] | None) -> Iterator[TextDocument]:
-    """The text under `key` of every line; empty lines do not count.
+    """The text under `key` of every line. Raises UserError for a line that has none."""
+    for row, where in jsonl_rows(path, f"{{{json.dumps(key)}: ...}}", skipped):
+        text = text_of(row, key, where)
+        # An escape can bring half a surrogate pair into JSON.
+        yield TextDocument(text if text.isascii() else without_surrogates(text))
 
+
+def jsonl_rows(path: Path, example: str, skipped: set[str] | None) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every line, and its place for errors; empty lines do not count.
+
+    example: of a line, for errors
     skipped: None refuses a line that is not UTF-8; a set has its place added and the line left out.
-    Raises UserError with file and line for one that is not JSON or has no such text.
+    Raises UserError with file and line for one that is not a JSON object.
     """
     offset = 0
     with opened(path) as file:
@@ -38,10 +47,8 @@ def jsonl_documents(path: Path, key: str, skipped: set[str] | None) -> Iterator[
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where} is not JSON ({error}).") from error
             if not isinstance(row, dict):
-                raise UserError(f"{where} is not a JSON object such as {{{json.dumps(key)}: ...}}.")
-            value = text_of(row, key, where)
-            # Only an escape can bring half a surrogate pair into JSON.
-            yield TextDocument(without_surrogates(value) if "\\u" in text else value)
+                raise UserError(f"{where} is not a JSON object such as {example}.")
+            yield row, where
 
 
 def parquet_documents(path: Path, key: str) -> Iterator[TextDocument]:

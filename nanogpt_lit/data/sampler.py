@@ -117,6 +117,14 @@ class BatchOrder(Sampler[list[int]]):
             k += n
 
 
+class NumberedOrder(BatchOrder):
+    """The same of windows that are not cut from a stream but numbered: batches of their numbers."""
+
+    def __init__(self, n_windows: int, batch_size: int, seed: int, position: StreamPosition) -> None:
+        self.n_windows, self.n_phases, self.block_size = n_windows, 1, 1
+        self.batch_size, self.seed, self.position = batch_size, seed, position
+
+
 class ValidationOrder(Sampler[list[int]]):
     """Batches of window starts for validation: every window of the split once, in one fixed mixed order.
 
@@ -129,8 +137,8 @@ class ValidationOrder(Sampler[list[int]]):
         self.n_windows = windows_in(n_tokens, block_size, "val")
         if self.n_windows < world:
             raise UserError(
-                f"the split 'val' has {self.n_windows} windows of data.block_size={block_size}, fewer than the {world} "
-                "processes; a larger data.val_fraction or a smaller data.block_size works."
+                f"the split 'val' has {self.n_windows} windows, fewer than the {world} processes; a larger "
+                "data.val_fraction or a smaller data.block_size works."
             )
         self.block_size = block_size
         self.batch_size = batch_size

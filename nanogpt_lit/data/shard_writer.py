@@ -22,7 +22,7 @@ from nanogpt_lit.runtime.durable import partial_of
 
 SHARD_TOKENS = 100_000_000
 NAMES = {MANIFEST, *TOKENIZER_FILES}
-SHARD_NAME = re.compile(r"(train|val)_\d+\.bin")
+SHARD_NAME = re.compile(r"(train|val)_(\d+\.bin|turns\.npy)")
 
 
 class ShardWriter:
@@ -69,6 +69,7 @@ class ShardSeries:
         self.folder, self.side, self.vocab_size = folder, side, vocab_size
         self.tokens = self.documents = self.text_bytes = 0
         self.shards: list[dict[str, Any]] = []
+        self._turns: list[np.ndarray] = []
         self._writer: ShardWriter | None = None
 
     def write(self, batch: TokenBatch) -> None:
@@ -84,6 +85,8 @@ class ShardSeries:
         self.tokens += len(batch.tokens)
         self.documents += batch.documents
         self.text_bytes += batch.text_bytes
+        if batch.turns is not None:
+            self._turns.append(batch.turns)
 
     def _finish(self, writer: ShardWriter) -> None:
         writer.close()
@@ -101,7 +104,13 @@ class ShardSeries:
             "documents": self.documents,
             "bytes": self.text_bytes,
             "shards": self.shards,
+            **({"turns": self._write_turns()} if self._turns else {}),
         }
+
+    def _write_turns(self) -> dict[str, str]:
+        path = self.folder / f"{self.side}_turns.npy"
+        np.save(path, np.concatenate(self._turns))
+        return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
     def __enter__(self) -> Self:
         return self

@@ -56,6 +56,9 @@ def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
     for part in ("request", "tokenizer"):
         if not isinstance(manifest.get(part, {}), dict):
             raise TypeError(f"{part}={manifest[part]!r}")
+    end = manifest.get("document_end", 0)
+    if type(end) is not int or not 0 <= end < manifest.get("tokenizer", {}).get("vocab_size", 1):
+        raise TypeError(f"document_end={end!r}")
     for split in manifest["splits"].values():
         tokens = [shard["tokens"] for shard in split["shards"]]
         for count in (split["tokens"], *tokens):
@@ -63,8 +66,8 @@ def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
                 raise TypeError(f"tokens={count!r}")
         if split["tokens"] != sum(tokens):
             raise TypeError(f"tokens={split['tokens']}, whose shards have {sum(tokens)}")
-        for shard in split["shards"]:
-            file_inside(folder, shard["file"], MANIFEST)
+        for part in (*split["shards"], *([split["turns"]] if "turns" in split else [])):
+            file_inside(folder, part["file"], MANIFEST)
 
 
 def ready_format(folder: Path) -> Literal["ours", "nanogpt", "llm.c"] | None:
@@ -231,12 +234,12 @@ def val_tokens_per_byte(folder: Path, tokenizer: Tokenizer) -> float | None:
     """Tokens for each byte of UTF-8 in the validation part of a folder of shards, without end-of-text.
 
     It turns a loss per token into bits per byte of text, which can be compared between tokenizers.
-    None where the tokens stand for no text.
+    None where the tokens stand for no text, and for conversations, whose loss is that of answers alone.
     """
     if ready_format(folder) == "ours":
         val = read_manifest(folder)["splits"]["val"]
         counts = [val.get(name) for name in ("tokens", "documents", "bytes")]
-        if not all(type(count) is int for count in counts):
+        if "turns" in val or not all(type(count) is int for count in counts):
             return None
         tokens, text_bytes = counts[0] - counts[1], counts[2]
     else:

@@ -42,8 +42,25 @@ class Source(Protocol):
         """The approximate bytes of text; None when they cannot be known without reading."""
 
 
-def open_source(source: str, text_key: str = "text", skip_undecodable: bool = False) -> Source:
-    """The source that `data.source` names. Raises UserError when there is no such thing or it holds no files."""
+def open_source(
+    source: str, text_key: str = "text", skip_undecodable: bool = False, conversations: bool = False
+) -> Source:
+    """The source that `data.source` names. Raises UserError when there is no such thing or it holds no files.
+
+    conversations: its documents are conversations, which are read from JSON Lines alone
+    """
+    found = _open_source(source, text_key, skip_undecodable)
+    if conversations:
+        if not isinstance(found, FilesSource) or found.suffixes - JSONL:
+            raise UserError(
+                f"data.source={source} is not conversations: with data.documents=conversations it is a .jsonl file, or "
+                "a folder with nothing else."
+            )
+        found.conversations = True
+    return found
+
+
+def _open_source(source: str, text_key: str, skip_undecodable: bool) -> Source:
     if source == "stdlib":
         return StdlibSource()
     if source.startswith("hf:"):
@@ -69,11 +86,17 @@ class FilesSource:
         self.root = root
         self.text_key = text_key
         self.skip_undecodable = skip_undecodable
+        self.conversations = False
+        """Whether rows are conversations, and not texts."""
         self.skipped: set[str] = set()
         # Known before anything is read, so that a file that changes meanwhile makes the result stale.
         self._stats = {path: path.stat() for path in paths}
         if not any(stat.st_size for stat in self._stats.values()):
             raise UserError(f"data.source={root} holds no text: {len(paths)} files, all empty.")
+
+    @property
+    def suffixes(self) -> set[str]:
+        return {path.suffix.lower() for path in self._stats}
 
     @cached_property
     def text_paths(self) -> list[Path]:
@@ -84,6 +107,12 @@ class FilesSource:
         return paths
 
     def documents(self) -> Iterator[Document]:
+        if self.conversations:
+            from nanogpt_lit.data.conversations import conversations  # few runs learn from them
+
+            for path in self.text_paths:
+                yield from conversations(path, self.skipped if self.skip_undecodable else None)
+            return
         for path in self.text_paths:
             suffix = path.suffix.lower()
             if suffix in JSONL | PARQUET:

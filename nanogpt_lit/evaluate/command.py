@@ -66,18 +66,23 @@ def evaluate(arguments: list[str]) -> int:
 
 def measured(scorer: "Scorer", checkpoint: Path, options: Namespace) -> Results:
     """Everything that was asked for, by its name in the table."""
-    from nanogpt_lit.evaluate.likelihood import tokens_of, validation_shards
+    from nanogpt_lit.evaluate.likelihood import conversations_of, tokens_of, validation_shards
     from nanogpt_lit.evaluate.tasks import hellaswag, run_tasks
 
     results: Results = {}
     asks_for_tasks = options.hellaswag is not None or options.tasks is not None
     if options.data is not None or not asks_for_tasks:
         source = options.data or validation_shards(checkpoint)
-        found = scorer.text_loss(tokens_of(source, options.text_key, scorer.tokenizer, scorer.block_size))
+        talks = conversations_of(source, scorer.tokenizer, scorer.block_size)
+        if talks is not None:
+            found = scorer.answers_loss(talks)
+        else:
+            found = scorer.text_loss(tokens_of(source, options.text_key, scorer.tokenizer, scorer.block_size))
         results["tokens"] = found.targets
         results["loss"] = found.loss
         results["perplexity"] = math.exp(found.loss) if found.loss < 700 else math.inf
-        results["bits per byte"] = found.bits_per_byte
+        if talks is None:
+            results["bits per byte"] = found.bits_per_byte
     if options.hellaswag is not None:
         answered = hellaswag(scorer, options.hellaswag, options.limit)
         results["hellaswag questions"] = answered.questions

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt_lit.data.sampler import windows_in
-from nanogpt_lit.data.shards import TokenShards, ready_format
+from nanogpt_lit.data.shards import TokenShards, read_manifest, ready_format
 from nanogpt_lit.data.sources import open_source
 from nanogpt_lit.data.tokenizer import Tokenizer
+from nanogpt_lit.data.windows import ConversationWindows, Turns
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
 from nanogpt_lit.gpt.network import Network
@@ -63,6 +64,8 @@ class Scorer:
     """A network and its tokenizer, ready to score: gpt in eval mode, on the device where it computes, in its dtype."""
 
     def __init__(self, gpt: Network, tokenizer: Tokenizer) -> None:
+        # What stood between the conversations that it learned from stands between no others.
+        gpt.config = replace(gpt.config, document_end=None)
         self.gpt = gpt
         self.tokenizer = tokenizer
         self.block_size = gpt.config.block_size
@@ -75,9 +78,25 @@ class Scorer:
         Each token but the first is predicted once, from those before it in its window. Raises UserError for a stream
         of fewer than two tokens.
         """
+        return self._loss(_windows(stream, self.block_size))
+
+    def answers_loss(self, windows: ConversationWindows) -> TextLoss:
+        """The loss of the answers alone, each conversation read for itself."""
+        own = self.gpt.config
+        self.gpt.config = replace(own, document_start=None, document_end=windows.document_end)
+        try:
+            return self._loss(
+                (row.numpy(), wanted.numpy())
+                for n in range(windows.n_windows)
+                for row, wanted in zip(*windows.__getitems__([n]), strict=True)
+            )
+        finally:
+            self.gpt.config = own
+
+    def _loss(self, rows: Iterable[Row]) -> TextLoss:
         nats = text_nats = 0.0
         targets_seen = text_bytes = 0
-        for tokens, targets in self._batches(_windows(stream, self.block_size)):
+        for tokens, targets in self._batches(rows):
             losses = self._score(tokens, targets)[0].double()
             is_target = targets != IGNORE_INDEX
             is_text = is_target & (targets != self.tokenizer.eot)
@@ -198,6 +217,17 @@ def tokens_of(source: str, text_key: str, tokenizer: Tokenizer, block_size: int)
         for piece in document.pieces():
             yield tokenizer.encode_stream([(piece, starts)])
             starts = False
+
+
+def conversations_of(source: str, tokenizer: Tokenizer, block_size: int) -> ConversationWindows | None:
+    """The windows that training validates on, of ready shards of conversations; None for any other text."""
+    folder = Path(source).expanduser()
+    if ready_format(folder) != "ours" or "document_end" not in (manifest := read_manifest(folder)):
+        return None
+    shards = TokenShards.open(folder, "val")
+    shards.check_vocabulary(tokenizer.vocab_size)
+    turns = Turns(folder / manifest["splits"]["val"]["turns"]["file"], len(shards))
+    return ConversationWindows(shards, turns, block_size, manifest["document_end"])
 
 
 def validation_shards(checkpoint: Path) -> str:

@@ -22,8 +22,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, mask: 
     """F.scaled_dot_product_attention of each token to those so far. q: (B, H, T, D)   k, v: (B, K, tokens so far, D)
 
     K divides H: each head of keys and values serves H / K heads of queries.
-    A single query is the newest token and sees every key. Several are always as many as the keys.
-    mask: (B, 1, T, T), added to the logits, in place of the causal one
+    A single query is the newest token and sees every key. Several are as many as the keys, but for a mask of their own.
+    mask: (B, 1, T, tokens so far), added to the logits, in place of the causal one
     """
     on_cpu = type(q) is Tensor and q.device.type == "cpu"
     if on_cpu and q.dtype == torch.bfloat16 and q.size(2) <= SHORT:
@@ -79,11 +79,10 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D) behind what is there; views of everything stored, (B, H, length, D).
 
-        A prompt goes in whole into an empty cache, then single tokens follow: attention's causal mask is aligned to
-        the first key, so several queries behind older keys would look at the wrong ones.
+        Attention's causal mask is aligned to the first key: several queries behind older keys would look at the wrong
+        ones, and need the mask of Documents.behind.
         """
         B, H, T, D = k.shape
-        assert T == 1 or self.length == 0
         # Allocated here and not in the constructor: k already has the dtype and device that attention computes in,
         # which under autocast is not that of the parameters.
         if self.keys is None or self.values is None:
@@ -109,10 +108,10 @@ class KeyValueCache:
         """Tokens read so far, which is also the position of the next one."""
         return self.layers[0].length
 
-    def clear(self) -> None:
-        """Forget the tokens, keep the memory."""
+    def keep(self, length: int) -> None:
+        """Forget the tokens after the first `length`, keep the memory."""
         for layer in self.layers:
-            layer.length = 0
+            layer.length = length
 
 
 # Documents side by side in one sequence, each read as if it were alone.
@@ -125,17 +124,28 @@ class Documents:
     positions: Tensor
     """(B, T) int64: 0 for the first token of a document, and for the first of a sequence."""
     mask: Tensor
-    """(B, 1, T, T), added to attention's logits: 0 for the tokens so far of the same document, -inf for all others.
+    """(B, 1, T, tokens so far), added to attention's logits: 0 for those of the same document, -inf for all others.
 
     It holds B * T * T numbers of the dtype that attention computes in, once for all layers."""
 
     @classmethod
-    def of(cls, tokens: Tensor, first: int, dtype: torch.dtype) -> Self:
-        """tokens: (B, T) int64   first: the id that each document begins with   dtype: of the weights"""
+    def of(cls, tokens: Tensor, first: int | None, dtype: torch.dtype, last: int | None = None) -> Self:
+        """tokens: (B, T) int64   first: the id that each document begins with   dtype: of the weights
+        last: in place of first, the id that each ends with
+        """
         if torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
         index = torch.arange(tokens.size(1), device=tokens.device)  # (T,)
-        starts = (index * (tokens == first)).cummax(dim=1).values  # (B, T): where the document of each token begins
+        begins = tokens == first if last is None else F.pad(tokens == last, (1, -1))  # (B, T)
+        starts = (index * begins).cummax(dim=1).values  # (B, T): where the document of each token begins
         is_seen = (index >= starts[:, :, None]) & (index <= index[:, None])  # (B, T, T): [b, i, j], whether i sees j
         mask = torch.zeros(is_seen.shape, dtype=dtype, device=tokens.device)
         return cls(index - starts, mask.masked_fill_(~is_seen, -torch.inf).unsqueeze(1))
+
+    @classmethod
+    def behind(cls, length: int, T: int, weight: Tensor) -> Self:
+        """T tokens more of one document, of which a cache holds the first `length`. weight: any of the network's"""
+        positions = torch.arange(length, length + T, device=weight.device)  # (T,)
+        is_seen = torch.arange(length + T, device=weight.device) <= positions[:, None]  # (T, length + T)
+        mask = torch.zeros(is_seen.shape, dtype=weight.dtype, device=weight.device)
+        return cls(positions[None], mask.masked_fill_(~is_seen, -torch.inf)[None, None])

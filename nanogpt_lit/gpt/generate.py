@@ -2,14 +2,14 @@
 
 import codecs
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.attention import KeyValueCache
+from nanogpt_lit.gpt.attention import Documents, KeyValueCache
 from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.runtime.process_settings import by_mkl
 
@@ -42,10 +42,15 @@ def continue_text(
         generator=torch.Generator(device).manual_seed(seed),
         vocab_size=tokenizer.vocab_size,
     )
+    yield from as_text(new_tokens, tokenizer, {tokenizer.eot})
+
+
+def as_text(new_tokens: Iterator[Tensor], tokenizer: Tokenizer, ends: Collection[int]) -> Iterator[str]:
+    """Yields the text of tokens (1,) as they come, whole characters only, up to one of `ends`."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in new_tokens:  # (1,)
+    for token in new_tokens:
         token_id = int(token)
-        if token_id == tokenizer.eot:
+        if token_id in ends:
             break
         piece = decoder.decode(tokenizer.decode_bytes([token_id]))
         if piece:
@@ -69,6 +74,7 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    cache: KeyValueCache | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield max_new_tokens times the next token of every row, (B,) int64.
@@ -79,6 +85,7 @@ def generate(
     top_p:       draw from the fewest likeliest tokens that together have probability top_p, after top_k
     generator:   on the device of the tokens; None makes one with a fresh seed. The global generators stay untouched
     use_cache:   False reads the whole context again for each token: slow, the reference for the cache
+    cache:       holds the beginning of the tokens, at most all but the last, and goes on from there; None is a new one
     vocab_size:  ids from here on are padding of the embedding and are never drawn
 
     When the context is full, its last block_size // 2 tokens become the new context and are read again. (A sliding
@@ -105,7 +112,7 @@ def generate(
     # A function that yields checks nothing until it is iterated, hence this second one.
     def stream() -> Iterator[Tensor]:
         block_size = gpt.config.block_size
-        cache = KeyValueCache(gpt.config.n_layer, block_size) if use_cache else None
+        keys = (cache or KeyValueCache(gpt.config.n_layer, block_size)) if use_cache else None
         context = tokens[:, -block_size:]
         modules_in_training = [module for module in gpt.modules() if module.training]
         gpt.eval()
@@ -113,14 +120,18 @@ def generate(
             for _ in range(max_new_tokens):
                 # Around the step and not around the loop: at a yield the caller would run without gradients.
                 with torch.no_grad(), by_mkl(tokens.device):
-                    unread = context[:, cache.length :] if cache is not None else context
-                    logits = gpt.lm_head(gpt.hidden(unread, cache)[:, -1])  # (B, V)
+                    read = keys.length if keys is not None else 0
+                    unread = context[:, read:]
+                    # The end of a prompt whose beginning the cache holds.
+                    is_several = read > 0 and unread.size(1) > 1
+                    behind = Documents.behind(read, unread.size(1), gpt.lm_head.weight) if is_several else None
+                    logits = gpt.lm_head(gpt.hidden(unread, keys, behind)[:, -1])  # (B, V)
                     next_tokens = sample(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
                     context = torch.cat([context, next_tokens[:, None]], dim=1)
                     if context.size(1) > block_size:
                         context = context[:, -max(1, block_size // 2) :]
-                        if cache is not None:
-                            cache.clear()
+                        if keys is not None:
+                            keys.keep(0)
                 yield next_tokens
         finally:
             for module in modules_in_training:

@@ -53,6 +53,10 @@ class NetworkConfig:
     """The id that begins a document: training and evaluation then read each document of a sequence as if it stood
     alone. None lets attention cross documents. data.documents decides; the CLI fills it in."""
 
+    document_end: int | None = None
+    """In the place of document_start, an id that ends a document and is seen by no other: so conversations are told
+    apart, each of which begins as its chat template says."""
+
     def __post_init__(self) -> None:
         self.check_sizes("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         if not 0.0 <= self.dropout < 1.0:
@@ -134,14 +138,15 @@ class Network(nn.Module):
         return self.lm_head(self.hidden(tokens))
 
     def documents(self, tokens: Tensor) -> Documents | None:
-        """The documents of tokens (B, T) where config.document_start keeps them apart."""
-        first = self.config.document_start
-        return None if first is None else Documents.of(tokens, first, self.lm_head.weight.dtype)
+        """The documents of tokens (B, T) where config.document_start or document_end keeps them apart."""
+        first, last = self.config.document_start, self.config.document_end
+        if first is None and last is None:
+            return None
+        return Documents.of(tokens, first, self.lm_head.weight.dtype, last)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (B, T) given tokens (B, T); IGNORE_INDEX targets are skipped."""
-        documents = None if self.config.document_start is None else self.documents(tokens)
-        hidden = self.hidden(tokens, documents=documents)
+        hidden = self.hidden(tokens, documents=self.documents(tokens))
         return as_finite_as_its_gradients(self.cross_entropy(hidden, self.lm_head.weight, targets))
 
     def check_length(self, length: int) -> None:

@@ -77,7 +77,7 @@ def check_same_network(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
         differing = [
             f"{section}.{name} is {before[section][name]} there and {value} here"
             for name, value in now[section].items()
-            if before[section][name] != value and name not in ("dropout", "document_start")
+            if before[section][name] != value and name not in ("dropout", "document_start", "document_end")
         ]
     if differing:
         raise UserError(

@@ -139,7 +139,7 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
 
 def network(settings: Any) -> NetworkConfig:
     # The mask of separate documents takes as much memory whichever id they begin with.
-    document_start = 0 if settings.data.documents == "separate" else None
+    document_start = None if settings.data.documents == "joined" else 0
     return config_of(settings.model, vocab_size=vocab_size(settings), document_start=document_start)
 
 

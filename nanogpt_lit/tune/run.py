@@ -122,7 +122,8 @@ def changes(settings: Any, found: Found, decision: Decision) -> Changes:
     wanted["model.schedule.warmup_steps"] = round(settings.model.schedule["warmup_steps"] * steps / found.max_steps)
     wanted.pop("model.schedule.total_steps")  # from trainer.max_steps
     section = f"model.{section_of(model)}"
-    del wanted[f"{section}.block_size"], wanted[f"{section}.document_start"]  # from data
+    for name in ("block_size", "document_start", "document_end"):  # from data
+        del wanted[f"{section}.{name}"]
     return {key: (settings[key], value) for key, value in wanted.items() if settings[key] != value}
 
 

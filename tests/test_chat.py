@@ -1,0 +1,139 @@
+"""generate --chat: a conversation through a pipe. The reference reads the whole conversation again for every token."""
+
+import io
+import sys
+
+import pytest
+import torch
+from chat_templates import TEMPLATES, messages
+from small_networks import new_tokenizer, saved
+from test_chat_template import chat_of
+
+from nanogpt_lit.__main__ import main
+from nanogpt_lit.errors import UserError
+from nanogpt_lit.gpt.conversation import Conversation
+from nanogpt_lit.gpt.generate import generate
+from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
+from nanogpt_lit.gpt.llama import Llama, LlamaConfig
+
+SHAPE = {"block_size": 512, "n_layer": 2, "n_head": 2, "n_embd": 24}
+QUESTIONS = ["Hello?", "And 2 + 2?", "Why?"]
+LIKELIEST = {"temperature": 0.0, "top_k": None, "top_p": None}
+
+
+def network_of(kind, tokenizer, **shape):
+    torch.manual_seed(1)
+    sizes = {**SHAPE, **shape, "vocab_size": tokenizer.vocab_size}
+    gpt = GPT(GPTConfig(**sizes)) if kind == "gpt2" else Llama(LlamaConfig(**sizes, n_kv_head=1))
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.normal_(std=0.3)
+    return gpt.eval()
+
+
+def read_anew(gpt, chat, asked, length):
+    """The answers, each of the whole conversation read anew without a cache."""
+    said, answers = [], []
+    for question in asked:
+        said.append({"role": "user", "content": question})
+        prompt = torch.from_numpy(chat.encode(chat.render(said, True)).astype("int64"))[None]
+        made = []
+        for token in generate(
+            gpt, prompt, length, temperature=0, use_cache=False, vocab_size=chat.tokenizer.vocab_size
+        ):
+            if int(token) in chat.ends():
+                break
+            made.append(int(token))
+        answers.append(chat.tokenizer.decode(made))
+        said.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def asked_of(conversation, questions):
+    return ["".join(conversation.answer(question)) for question in questions]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["chatml", "thoughts", "headers"])
+def test_an_answer_is_that_of_the_whole_conversation_read_anew(kind, name):
+    chat = chat_of(TEMPLATES[name], "byte")
+    gpt = network_of(kind, chat.tokenizer)
+    conversation = Conversation(gpt, chat.tokenizer, "", 20, 1, **LIKELIEST)
+    for _ in range(2):
+        assert asked_of(conversation, QUESTIONS) == read_anew(gpt, chat, QUESTIONS, 20)
+        conversation.reset()
+
+
+def test_only_what_is_new_is_read(monkeypatch):
+    chat = chat_of(TEMPLATES["chatml"], "byte")
+    gpt = network_of("gpt2", chat.tokenizer)
+    lengths = []
+    hidden = gpt.hidden
+    monkeypatch.setattr(gpt, "hidden", lambda tokens, *rest: lengths.append(tokens.size(1)) or hidden(tokens, *rest))
+    conversation = Conversation(gpt, chat.tokenizer, "", 10, 1, **LIKELIEST)
+    first, _ = asked_of(conversation, QUESTIONS[:2])
+    whole, new = (n for n in lengths if n > 1)
+    assert whole == len(chat.encode(chat.render(messages(QUESTIONS[0]), True)))
+    between = chat.encode(f"<|im_end|>\n<|im_start|>user\n{QUESTIONS[1]}<|im_end|>\n<|im_start|>assistant\n")
+    # An answer of bytes that are no UTF-8 is another text when it is read again.
+    again = "\N{REPLACEMENT CHARACTER}" in first
+    assert new <= len(between) + 1 + 10 * 3 * again
+
+
+def test_an_answer_that_is_cut_short_leaves_a_conversation_that_goes_on():
+    chat = chat_of(TEMPLATES["chatml"], "byte")
+    gpt = network_of("llama", chat.tokenizer)
+    conversation = Conversation(gpt, chat.tokenizer, "Sing.", 20, 1, **LIKELIEST)
+    answer = conversation.answer(QUESTIONS[0])
+    next(answer)
+    answer.close()
+    (follows,) = asked_of(conversation, [QUESTIONS[1]])
+    said = [{"role": "system", "content": "Sing."}, *conversation.messages[:3]]
+    prompt = torch.from_numpy(chat.encode(chat.render(said, True)).astype("int64"))[None]
+    tokens = [int(token) for token in generate(gpt, prompt, 20, temperature=0, use_cache=False)]
+    ends = [n for n, token in enumerate(tokens) if token in chat.ends()]
+    assert follows == chat.tokenizer.decode(tokens[: ends[0] if ends else None])
+
+
+def test_what_block_size_cannot_hold_is_forgotten_from_the_beginning_and_a_long_question_refused():
+    chat = chat_of(TEMPLATES["chatml"], "byte")
+    gpt = network_of("gpt2", chat.tokenizer, block_size=96)
+    conversation = Conversation(gpt, chat.tokenizer, "Sing.", 8, 1, **LIKELIEST)
+    for n in range(6):
+        asked_of(conversation, [f"{n}?"])
+        assert conversation.messages[-2]["content"] == f"{n}?"
+    assert 2 <= len(conversation.messages) < 8
+    with pytest.raises(UserError, match=r"takes \d+ tokens .* reads 96"):
+        asked_of(conversation, ["How" * 40])
+    assert conversation.messages[-1]["role"] == "assistant"
+
+
+def talk(monkeypatch, capsys, lines, *options):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    code = main(["generate", "--chat", "--temperature", "0", "--device", "cpu", "--max-new-tokens", "12", *options])
+    out, err = capsys.readouterr()
+    return code, out if code == 0 else err
+
+
+def test_a_conversation_goes_through_a_pipe(tmp_path, monkeypatch, capsys):
+    chat = chat_of(TEMPLATES["chatml"], "byte")
+    gpt = network_of("gpt2", chat.tokenizer)
+    path = str(saved(tmp_path / "x.safetensors", gpt, chat.tokenizer))
+    answers = read_anew(gpt, chat, QUESTIONS, 12)
+    lines = "".join(f"{question}\n\n" for question in QUESTIONS)
+    assert talk(monkeypatch, capsys, lines, "--ckpt", path) == (0, "".join(f"{answer}\n" for answer in answers))
+    expected = "".join(f"{answer}\n" for answer in (answers[0], answers[1], answers[0]))
+    lines = f"{QUESTIONS[1]}\n/reset\n{QUESTIONS[0]}"
+    assert talk(monkeypatch, capsys, lines, "--ckpt", path, "--prompt", QUESTIONS[0]) == (0, expected)
+    code, said = talk(monkeypatch, capsys, "How" * 400, "--ckpt", path)
+    assert (code, "ask a shorter one" in said) == (2, True)
+
+
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
+    tokenizer = new_tokenizer("byte")
+    path = str(saved(tmp_path / "x.safetensors", network_of("gpt2", tokenizer), tokenizer))
+    code, said = talk(monkeypatch, capsys, "Hello?", "--ckpt", path)
+    assert code == 2
+    assert "has no chat template: it continues texts, and was not taught to answer" in said
+    assert main(["generate", "--ckpt", path, "--system", "Sing."]) == 2
+    assert "--system=Sing. is for --chat" in capsys.readouterr().err
