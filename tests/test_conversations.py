@@ -12,6 +12,7 @@ from chat_templates import TEMPLATES, messages
 from small_networks import new_tokenizer, saved, trained
 from small_runs import LOOPS as COMMANDS
 from small_runs import accelerate, different, fit, small_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_chat_template import chat_of, theirs
 
 from nanogpt_lit.__main__ import main
@@ -337,6 +338,18 @@ def test_shards_are_made_anew_for_another_template_and_for_turns_that_are_damage
 
 
 # In a run
+
+
+@pytest.mark.parametrize("asked", [None, "5 + 1?"])
+def test_samples_are_answers_to_a_question(talk_file, tmp_path, asked):
+    options = small_run(talk_file, tmp_path, f"--data.block_size={T}", "--data.documents=conversations")
+    options += [f"--data.shards_dir={tmp_path / 'shards'}", "--trainer.max_steps=2", "--model.schedule.warmup_steps=1"]
+    assert fit(*options, *([] if asked is None else [f"--trainer.callbacks.prompt={asked}"])) == 0
+    events = EventAccumulator(str(tmp_path / "version_0"))
+    events.Reload()
+    sample = events.Tensors("sample/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "<|im_start|>assistant" in sample
+    assert asked is None or f"<|im_start|>user\n{asked}<|im_end|>" in sample.replace("    ", "")
 
 
 def test_a_run_learns_answers_by_one_line_of_yaml_in_both_loops_and_goes_on(talk_file, tmp_path, capsys):

@@ -221,7 +221,7 @@ class SettingsCLI(LightningCLI):
         """
         trainer = self.settings.trainer
         samples = SampleConfig(**text_samples(vars(trainer)))
-        prompt = first_words(data.folder, data.tokenizer) if samples.prompt is None else samples.prompt
+        prompt = sample_prompt(data, samples.prompt)
         data.tokenizer.encode(prompt)
         return {
             "log_every_n_steps": trainer.log_every_n_steps,
@@ -338,6 +338,18 @@ class SettingsCLI(LightningCLI):
         built = self.parser.instantiate(self.config)
         self.begin(built.model)
         return built.model, built.data
+
+
+def sample_prompt(data: TokenDataModule, asked: str | None) -> str:
+    """What samples begin with. asked: a text, or a question to answer; None takes that of the validation part"""
+    if data.documents != "conversations":
+        return first_words(data.folder, data.tokenizer) if asked is None else asked
+    from nanogpt_lit.data.chat import Chat  # few runs learn to answer
+    from nanogpt_lit.data.windows import first_question
+
+    if asked is None:
+        return first_question(data.folder, data.tokenizer)
+    return Chat(data.tokenizer).render([{"role": "user", "content": asked}], add_generation_prompt=True)
 
 
 def quiet_lightning() -> None:

@@ -113,7 +113,7 @@ class Chat:
         return ended if ended.endswith(self._specials) else answer
 
     def ends(self) -> set[int]:
-        """The ids that end an answer: the special token that the template writes after one, and end-of-text."""
+        """The ids that end an answer: the special token that the template writes after one, and what ends any text."""
         probe = [{"role": "user", "content": "A"}, {"role": ANSWERS, "content": "B"}]
         last = self.encode(self.sequences(probe)[0][0].answer)[-1:].tolist()
-        return {self.tokenizer.eot, *(n for n in last if self.tokenizer.decode([n]) in self._specials)}
+        return {*self.tokenizer.ends, *(n for n in last if self.tokenizer.decode([n]) in self._specials)}

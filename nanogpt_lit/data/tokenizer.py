@@ -89,6 +89,12 @@ class Tokenizer(ABC):
         """(vocab_size,) int64: how many bytes of UTF-8 each id decodes to."""
         return np.array([len(token) for token in self._token_bytes], dtype=np.int64)
 
+    @property
+    def ends(self) -> set[int]:
+        """The ids that end a text: end-of-text, and what other programs take for the end of one or of an answer."""
+        eos = None if self.conventions is None else self.conventions.eos
+        return {self.eot} if eos is None else {self.eot, self.id_of(eos)}
+
     def id_of(self, special: str) -> int:
         """The id of a special token. Raises KeyError for a text that is none."""
         return {self.eot_text: self.eot}[special]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nanogpt_lit.data.sampler import BatchOrder, NumberedOrder, StreamPosition, ValidationOrder, windows_in
-from nanogpt_lit.data.shards import TokenShards
+from nanogpt_lit.data.shards import TokenShards, read_manifest
+from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
 
@@ -183,3 +184,10 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
         rooms |= 1 << (room - length)
     order = np.argsort(window_of, kind="stable")
     return order, np.searchsorted(window_of[order], np.arange(n_windows + 1))
+
+
+def first_question(folder: Path, tokenizer: Tokenizer) -> str:
+    """How the validation part of a folder of conversations begins: all before the first answer."""
+    shards = TokenShards.open(folder, "val")
+    turns = Turns(folder / read_manifest(folder)["splits"]["val"]["turns"]["file"], len(shards))
+    return tokenizer.decode(shards.read(0, int(turns.lengths[0, 0])))

@@ -25,7 +25,7 @@ def continue_text(
     top_p: float | None = None,
     seed: int = 1337,
 ) -> Iterator[str]:
-    """Yields what follows the prompt, piece by piece as it is made, until the model ends the document.
+    """Yields what follows the prompt, piece by piece as it is made, until the model ends the text.
 
     An empty prompt begins a new document. A piece holds whole characters only: a token may end inside one.
     The global random state is left alone. Raises UserError for a prompt that the tokenizer cannot encode.
@@ -42,7 +42,7 @@ def continue_text(
         generator=torch.Generator(device).manual_seed(seed),
         vocab_size=tokenizer.vocab_size,
     )
-    yield from as_text(new_tokens, tokenizer, {tokenizer.eot})
+    yield from as_text(new_tokens, tokenizer, tokenizer.ends)
 
 
 def as_text(new_tokens: Iterator[Tensor], tokenizer: Tokenizer, ends: Collection[int]) -> Iterator[str]:

@@ -124,7 +124,7 @@ class TextSamples(Callback):
 
     Args:
         prompt: What the text begins with; None takes how your text begins, its validation part, and empty begins a new
-            document.
+            document. Of a model that learns conversations, a question for it to answer.
         tokens: How many tokens to write.
         temperature: 0 writes the likeliest token each time; higher is bolder.
         seed: The same each time, so that samples of different steps can be compared.
