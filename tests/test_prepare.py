@@ -1,5 +1,6 @@
 """Prepared folders against a naive loop over the same documents, and against kills at every step."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+if os.name == "posix":
+    import termios
 
 from nanogpt_lit.data import encoder, prepare, shard_writer
 from nanogpt_lit.data.encoder import Split
@@ -127,6 +132,31 @@ def test_the_manifest_says_what_the_shards_are(tmp_path: Path, jsonl: Path) -> N
 def test_the_same_input_twice_gives_identical_shards(tmp_path: Path, jsonl: Path, tokenizer: str) -> None:
     config = PrepareConfig(str(jsonl), tokenizer, val_fraction=0.1)
     assert hashes(run(config, tmp_path / "a")) == hashes(run(config, tmp_path / "b"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")
+def test_learning_a_vocabulary_shows_our_bar_on_a_terminal_and_none_that_counts_to_0(
+    tmp_path: Path, jsonl: Path
+) -> None:
+    program = (
+        "from pathlib import Path\nfrom nanogpt_lit.data.prepare import PrepareConfig, prepare\n"
+        f"prepare(PrepareConfig({str(jsonl)!r}, 'bpe:300', val_fraction=0.1), Path({str(tmp_path / 'shards')!r}))"
+    )
+    leader, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=terminal)
+    os.close(terminal)
+    (limit := threading.Timer(60, process.kill)).start()
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal ends with the process
+        while piece := os.read(leader, 4096):
+            shown += piece
+    limit.cancel()
+    os.close(leader)
+    assert process.wait(timeout=60) == 0
+    assert "learn bpe:300" in shown.decode()
+    assert "0 / 0" not in " ".join(shown.decode().split())
+    assert "Compute merges" not in shown.decode()
 
 
 def test_a_change_of_anything_that_decides_the_content_is_noticed(tmp_path: Path, jsonl: Path) -> None:

@@ -1,10 +1,16 @@
 import io
+import os
+import re
 from datetime import datetime
 
 import pytest
+
+if os.name == "posix":
+    import pty
+    import termios
 from small_runs import fit, small_run
 
-from nanogpt_lit.run.terminal import Progress, arrival
+from nanogpt_lit.run.terminal import Progress, arrival, live_line
 from nanogpt_lit.runtime.clock import Sleeps
 
 
@@ -69,6 +75,38 @@ def test_a_terminal_gets_a_bar_that_ends_at_the_last_step():
     progress.close()
     assert "step 4/4" in stream.getvalue()
     assert "loss 2.500" in stream.getvalue()
+
+
+@pytest.mark.parametrize("columns", [30, 60, 80, 120])
+@pytest.mark.parametrize("remaining_s", [125.0, 20 * 3600.0, 3 * 86400.0])
+def test_a_narrow_terminal_loses_the_bar_and_the_speed_and_never_the_time_left(columns, remaining_s):
+    said = arrival(remaining_s, datetime(2026, 11, 26, 12, 0))
+    bar, line = live_line(columns, "step 12345/60000  21%", "loss 3.456", "4,830 tokens/s", said)
+    assert len(line) + (bar + 1 if bar else 0) <= max(columns, len("step 12345/60000  21%") + 2 + len("20:00:00 left"))
+    assert said.partition(",")[0] in line
+    if columns >= 60:
+        assert "loss 3.456" in line
+    if columns >= 120:
+        assert (bar, line) == (20, f"step 12345/60000  21%  loss 3.456  4,830 tokens/s  {said}")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")
+def test_a_terminal_of_60_columns_shows_the_time_left_to_the_end():
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 60))
+    clock = Clock()
+    with os.fdopen(follower, "w") as stream:
+        progress = Progress(total_steps=60_000, first_step=12_000, stream=stream, clock=clock)
+        for step in (12_001, 12_002):
+            clock.now_s += 1.0
+            progress.update(step, 3.4567, 4830.0)
+        progress.close()
+        stream.flush()
+        shown = os.read(leader, 10_000).decode()
+    os.close(leader)
+    last = shown.split("\r")[-2].strip()
+    assert re.fullmatch(r"step 12002/60000  20% \S+ +loss 3\.457  13:19:58 left", last)
+    assert all(len(line) <= 60 for line in re.split(r"[\r\n]+", shown))
 
 
 def test_a_resumed_run_starts_where_it_was():

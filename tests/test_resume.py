@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,7 +83,12 @@ def test_a_csv_of_the_yaml_goes_on_in_its_file_without_gap_or_duplicate(undistur
     yaml = tmp_path / "csv.yaml"
     yaml.write_text(json.dumps({"trainer": {"logger": [logger]}}))
     crash(fit, text, tmp_path, monkeypatch, 17, f"--config={yaml}")
-    assert fit(f"--config={yaml}", *small_run(text, tmp_path), "--resume=auto") == 0
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert fit(f"--config={yaml}", *small_run(text, tmp_path), "--resume=auto") == 0
+    assert not [
+        warning for warning in warned if "not empty" in str(warning.message)
+    ]  # Lightning's, of a file to delete
     with (tmp_path / "version_0" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     drawn = curves(undisturbed)

@@ -117,7 +117,7 @@ def missing_bytes(ranks: Ranks) -> list[bytes]:
     return [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
 
 
-def train_ranks(texts: Iterable[str], n_ranks: int, show_progress: bool = False) -> Ranks:
+def train_ranks(texts: Iterable[str], n_ranks: int) -> Ranks:
     """A byte-pair vocabulary of `n_ranks` tokens for these texts, split as GPT-2 splits words.
 
     Deterministic. Raises UserError when the texts have fewer pairs to merge than that, or without `tokenizers`.
@@ -133,7 +133,7 @@ def train_ranks(texts: Iterable[str], n_ranks: int, show_progress: bool = False)
     byte_of = byte_characters()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    trainer = trainers.BpeTrainer(vocab_size=n_ranks, initial_alphabet=list(byte_of), show_progress=show_progress)
+    trainer = trainers.BpeTrainer(vocab_size=n_ranks, initial_alphabet=list(byte_of), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
     if len(ranks) < n_ranks:

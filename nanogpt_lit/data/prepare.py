@@ -218,8 +218,9 @@ def _make_tokenizer(config: PrepareConfig, source: Source, split: Split, show_pr
             # Of train and val: nanoGPT does the same, and a character unknown in val could not be encoded at all.
             return CharTokenizer.of(piece for document in source.documents() for piece in document.pieces())
         case "bpe", size:
-            show_progress = show_progress and sys.stderr.isatty()
-            ranks = train_ranks(training_text(source, split), int(size) - 1, show_progress)  # one id for end-of-text
+            texts, quiet = training_text(source, split), None if show_progress else True
+            with tqdm(texts, unit=" texts", desc=f"learn {config.tokenizer}", disable=quiet) as read:
+                ranks = train_ranks(read, int(size) - 1)  # one id for end-of-text
             return BytePairTokenizer(config.tokenizer, ranks, GPT2_PATTERN, {EOT: len(ranks)})
         case _, path:
             return tokenizer_from_file(Path(path))

@@ -3,6 +3,7 @@
 import csv
 import signal
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,9 @@ def go_on(logger: Logger | bool | None, run_folder: Path, step: int) -> None:
         # A power loss may have left half a row, or zeros.
         rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdecimal() and int(row["step"]) <= step]
     logger._version = run_folder.name
-    logger.experiment.metrics = [{name: value for name, value in row.items() if value} for row in rows]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning warns that it will delete what was put aside above
+        writer = logger.experiment
+    writer.metrics = [{name: value for name, value in row.items() if value} for row in rows]
     logger.save()
     kept.unlink()

@@ -172,7 +172,7 @@ class Progress:
             file=self._stream,
             disable=not self._live,
             dynamic_ncols=True,
-            bar_format="step {n_fmt}/{total_fmt} {bar:20} {percentage:3.0f}% {postfix}",
+            bar_format="step {n_fmt}/{total_fmt}",
         )
 
     def update(self, step: int, loss: float | None, tokens_per_s: float | None) -> None:
@@ -184,20 +184,21 @@ class Progress:
         if self._anchor is None:
             self._anchor = (step, now_s)
             self.say(f"first step after {now_s - self._began_s:.1f} s")
-        parts = [] if loss is None else [f"loss {loss:.3f}"]
-        if tokens_per_s is not None:
-            parts.append(f"{tokens_per_s:,.0f} tokens/s")
+        at = f"step {step}/{self.total_steps}"
+        said_loss = "" if loss is None else f"loss {loss:.3f}"
+        speed = "" if tokens_per_s is None else f"{tokens_per_s:,.0f} tokens/s"
         remaining_s = self.remaining_s(step, now_s)
-        if remaining_s is not None:
-            parts.append(arrival(remaining_s, datetime.now()))
+        left = "" if remaining_s is None else arrival(remaining_s, datetime.now())
         if self._live:
             self.due_s = now_s + BAR_EVERY_S
-            self._bar.set_postfix_str("  ".join(parts), refresh=False)
+            columns = self._bar.format_dict["ncols"] or 80
+            bar, line = live_line(columns, f"{at} {step / self.total_steps:4.0%}", said_loss, speed, left)
+            self._bar.bar_format = line.replace("%", f"% {{bar:{bar}}}", 1) if bar else line
             self._bar.update(step - self._bar.n)
             return
         if now_s >= self._line_s or step == self.total_steps:
             self._line_s = now_s + LINE_EVERY_S
-            self.say("  ".join([f"step {step}/{self.total_steps}", *parts]))
+            self.say("  ".join(part for part in (at, said_loss, speed, left) if part))
         self.due_s = self._line_s
 
     def remaining_s(self, step: int, now_s: float) -> float | None:
@@ -216,6 +217,19 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def live_line(columns: int, at: str, loss: str, speed: str, left: str) -> tuple[int, str]:
+    """(columns of a bar behind `at`, the line without it), for a terminal of so many columns.
+
+    A narrow one loses the speed, then the time of arrival and the loss, never the time left; a bar takes what is free.
+    """
+    for parts in ((loss, speed, left), (loss, left), (loss, left.partition(",")[0]), (left.partition(",")[0],)):
+        line = "  ".join(part for part in (at, *parts) if part)
+        if len(line) <= columns:
+            break
+    room = columns - len(line) - 1
+    return (min(room, 20) if room >= 5 else 0), line
 
 
 def arrival(remaining_s: float, now: datetime) -> str:
