@@ -357,6 +357,8 @@ def test_a_run_learns_answers_by_one_line_of_yaml_in_both_loops_and_goes_on(talk
         talk_file, tmp_path, f"--data.block_size={T}", "--data.documents=conversations",
         "--trainer.limit_val_batches=1.0", f"--data.shards_dir={tmp_path / 'shards'}",
     )  # fmt: skip
+    assert main(["plan", "--vram=4GiB", "--os=linux", "--json", *options]) == 0
+    planned = json.loads(capsys.readouterr().out)["parameters"]
     for loop in (fit, accelerate):
         assert loop(*options) == 0
     ends = [tmp_path / name / "checkpoints/last.safetensors" for name in COMMANDS.values()]
@@ -364,6 +366,7 @@ def test_a_run_learns_answers_by_one_line_of_yaml_in_both_loops_and_goes_on(talk
     run = load_run(ends[0])
     assert run.hyper_parameters["gpt"]["document_end"] == 256
     assert run.hyper_parameters["gpt"]["vocab_size"] == 257 + len(CHATML_TOKENS)
+    assert load_network(ends[0])[0].parameter_count(non_embedding=False) == planned
     assert load_network(ends[0])[1].sha256 == able_to_chat(new_tokenizer("byte")).sha256
     capsys.readouterr()
     assert main(["eval", "--ckpt", str(ends[0]), "--json"]) == 0

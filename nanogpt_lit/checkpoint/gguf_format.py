@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_lit.checkpoint.export import gpt2_config, measured_effect
+from nanogpt_lit.checkpoint.modelfile import modelfile_of
 from nanogpt_lit.checkpoint.network import network, network_of
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.bpe import as_characters, merges_of
@@ -83,7 +84,7 @@ def write(target: Path, state: RunState, source: Path, dtype: str = "f32") -> li
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    write_durably(modelfile, modelfile_of(target, config))
+    write_durably(modelfile, modelfile_of(target, config, tokenizer))
 
     notes = [] if config.bias else ["This network has no biases: the file has zeros there, which is the same."]
     reasons = []
@@ -185,14 +186,3 @@ def their_name(name: str) -> str:
             return f"output_norm.{kind}"
     _, _, layer, part = path.split(".", 3)
     return f"blk.{layer}.{NAMES[part]}.{kind}"
-
-
-def modelfile_of(target: Path, config: GPTConfig) -> str:
-    """The Modelfile of `ollama create NAME -f Modelfile`: the prompt as it is, for a network that continues a text."""
-    return (
-        f"FROM ./{target.name}\n"
-        'TEMPLATE """{{ .Prompt }}"""\n'
-        f"PARAMETER num_ctx {config.block_size}\n"
-        "PARAMETER temperature 0.8\n"
-        f'PARAMETER stop "{EOT}"\n'
-    )

@@ -114,6 +114,11 @@ class Chat:
 
     def ends(self) -> set[int]:
         """The ids that end an answer: the special token that the template writes after one, and what ends any text."""
-        probe = [{"role": "user", "content": "A"}, {"role": ANSWERS, "content": "B"}]
-        last = self.encode(self.sequences(probe)[0][0].answer)[-1:].tolist()
-        return {*self.tokenizer.ends, *(n for n in last if self.tokenizer.decode([n]) in self._specials)}
+        answer = "\N{SNOWMAN}"
+        try:
+            whole = self.render([{"role": "user", "content": "A"}, {"role": ANSWERS, "content": answer}])
+        except UserError:
+            return self.tokenizer.ends
+        behind = whole.rpartition(answer)[2].lstrip()
+        found = [text for text in self._specials if behind.startswith(text)]
+        return {*self.tokenizer.ends, *self.encode(max(found, key=len, default="")).tolist()}

@@ -179,11 +179,17 @@ def vocab_size(settings: Any) -> int:
         return shape["vocab_size"]
     data: Mapping[str, Any] = settings.data
     kind, argument = parse_tokenizer(data["tokenizer"])
-    special_tokens = data.get("special_tokens") or []
+    special_tokens = dict.fromkeys(data.get("special_tokens") or [])
+    if data.get("documents") == "conversations":
+        from nanogpt_lit.data.chat import CHATML_TOKENS, able_to_chat  # few runs learn from them
+
+        if kind == "file":
+            return able_to_chat(with_special_tokens(tokenizer_from_file(Path(argument)), [*special_tokens])).vocab_size
+        special_tokens |= dict.fromkeys(CHATML_TOKENS)
     if kind in TOKENIZER_SIZES:
         return TOKENIZER_SIZES[kind] + len(special_tokens)
     if kind == "file":
-        return with_special_tokens(tokenizer_from_file(Path(argument)), special_tokens).vocab_size
+        return with_special_tokens(tokenizer_from_file(Path(argument)), [*special_tokens]).vocab_size
     shards_dir = data["shards_dir"] or str(Path(settings.trainer.default_root_dir) / "shards")
     datamodule = TokenDataModule(**{**data, "shards_dir": shards_dir})
     made = datamodule.folder != datamodule.shards_dir or not stale_reason(
