@@ -31,6 +31,7 @@ from nanogpt_lit.gpt.loss import IGNORE_INDEX
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.loops.reference import train
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
+from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.record import compare
@@ -352,7 +353,9 @@ def test_samples_are_answers_to_a_question(talk_file, tmp_path, asked):
     assert asked is None or f"<|im_start|>user\n{asked}<|im_end|>" in sample.replace("    ", "")
 
 
-def test_a_run_learns_answers_by_one_line_of_yaml_in_both_loops_and_goes_on(talk_file, tmp_path, capsys):
+def test_a_run_learns_answers_by_one_line_of_yaml_in_both_loops_and_goes_on_to_the_same_bits(
+    talk_file, tmp_path, capsys, monkeypatch
+):
     options = small_run(
         talk_file, tmp_path, f"--data.block_size={T}", "--data.documents=conversations",
         "--trainer.limit_val_batches=1.0", f"--data.shards_dir={tmp_path / 'shards'}",
@@ -375,8 +378,23 @@ def test_a_run_learns_answers_by_one_line_of_yaml_in_both_loops_and_goes_on(talk
     data = module_of(talk_file, tmp_path / "shards", val_fraction=0.1)
     assert found["tokens"] == sum(int((wanted != IGNORE_INDEX).sum()) for _, wanted in data.val_dataloader())
     assert found["loss"] == pytest.approx(alone_loss(load_network(ends[0])[0], data), abs=1e-5)
-    assert fit(*options, "--trainer.max_steps=4") == 0
-    assert fit(*options, f"--ckpt_path={tmp_path / 'version_1/checkpoints/last.safetensors'}") == 0
+    # A crash in step 8, after two validations.
+    elsewhere, forward, calls = [*options, f"--trainer.default_root_dir={tmp_path / 'b'}"], LitNanoGPT.forward, []
+
+    def failing(self, tokens, targets):
+        calls.append(1)
+        if len(calls) == 14 + 3 * 2:
+            raise RuntimeError("power")
+        return forward(self, tokens, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitNanoGPT, "forward", failing)
+        with pytest.raises(RuntimeError, match="power"):
+            fit(*elsewhere)
+    last = tmp_path / "b/version_0/checkpoints/last.safetensors"
+    assert load_run(last).step < 8
+    assert accelerate(*elsewhere, "--resume=auto") == 0
+    assert not different(last, ends[0])
 
 
 @pytest.mark.parametrize("own", [True, False])
