@@ -1,4 +1,4 @@
-"""Train a GPT-2-class NanoGPT on a 4 GB laptop with PyTorch Lightning."""
+"""Train a GPT-2 or a network of the Llama family on a 4 GB laptop with PyTorch Lightning."""
 
 from importlib import import_module
 from typing import Any
@@ -8,6 +8,8 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "GPT": "nanogpt_lit.gpt.gpt2",
     "GPTConfig": "nanogpt_lit.gpt.gpt2",
+    "Llama": "nanogpt_lit.gpt.llama",
+    "LlamaConfig": "nanogpt_lit.gpt.llama",
     "LitNanoGPT": "nanogpt_lit.module",
     "AdamWConfig": "nanogpt_lit.optim.adamw",
     "ScheduleConfig": "nanogpt_lit.optim.schedule",

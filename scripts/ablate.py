@@ -1,11 +1,11 @@
-"""What each option of the modern recipe is worth: the recipe with and without it, on two data sets and three seeds.
+"""What each part of the modern recipe is worth: the recipe with and without it, on two data sets and three seeds.
 
     python scripts/ablate.py --source input.txt
 
 The data sets are the characters of that text and the GPT-2 tokens of Python's standard library. Runs of one seed see
 the same tokens in the same order, so differences are taken seed by seed. Losses are compared after equally many tokens
-and not after equal time: they do not depend on the machine's load. Beside the options there are two experiments, a
-batch that grows during the run and the modern recipe on half the tokens: what does nanogpt's loss cost there?
+and not after equal time: they do not depend on the machine's load. One row is the modern recipe on half the tokens:
+what does nanogpt's loss cost there?
 """
 
 import argparse
@@ -13,7 +13,6 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,49 +22,40 @@ from torch import Tensor
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.llama import LlamaConfig
+from nanogpt_lit.gpt.network import NetworkConfig
+from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.loops import reference
-from nanogpt_lit.loops.contract import Batch, LoopSettings, Observer
+from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.run.guards import FiniteGuard
 from nanogpt_lit.tune.trials import MODERN as OPTIONS
 
-Recipe = tuple[GPTConfig, AdamWConfig, ScheduleConfig]
+Recipe = tuple[NetworkConfig, AdamWConfig, ScheduleConfig]
 
+SIZES: dict[str, Any] = {"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128}
 NANOGPT = (
-    GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False, gelu="erf"),
+    GPTConfig(**SIZES, bias=False, gelu="erf"),
     AdamWConfig(lr=2e-3, beta2=0.99),
     ScheduleConfig(warmup_steps=20),
 )
 MODERN = (
-    replace(NANOGPT[0], **OPTIONS["gpt"]),
+    LlamaConfig(**SIZES, **OPTIONS["llama"]),
     replace(NANOGPT[1], **OPTIONS["optim"], lr=5e-3, muon_momentum=0.9),
     replace(NANOGPT[2], **OPTIONS["schedule"], cooldown_ratio=0.6),
 )
-WITHOUT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "muon": ({}, {"matrices": "adamw", "lr": 2e-3}, {}),  # at the rate that serves AdamW
-    "rotary positions": ({"positions": "learned"}, {}, {}),
-    "QK normalisation": ({"qk_norm": False}, {}, {}),
-    "cooldown": ({}, {}, {"decay": "cosine", "min_lr_ratio": 0.1}),
+OTHERS: dict[str, Recipe] = {
+    # At the rate that serves AdamW.
+    "without Muon": (MODERN[0], replace(MODERN[1], matrices="adamw", lr=2e-3), MODERN[2]),
+    "with GPT-2's network": (NANOGPT[0], *MODERN[1:]),
+    "without QK normalisation": (replace(MODERN[0], qk_norm=False), *MODERN[1:]),
+    "without the cooldown": (*MODERN[:2], replace(MODERN[2], decay="cosine", min_lr_ratio=0.1)),
+    "an untied head": (replace(MODERN[0], tied_head=False), *MODERN[1:]),
+    "keys and values shared by two heads": (replace(MODERN[0], n_kv_head=2), *MODERN[1:]),
 }
-ADDED: dict[str, dict[str, Any]] = {"squared ReLU": {"activation": "relu2"}, "an untied head": {"tied_head": False}}
 HALF = "modern on half the tokens"
-GROWING = {"half": 2, "a quarter of": 4}
-GROWING_SHARE = 0.25
-"""Of the run's tokens, at its start, that come in smaller batches: before the cooldown, where a large batch pays."""
-
-
-class SmallAtFirst:
-    """The loader's batches, the first of them cut into smaller ones: the same tokens in more steps."""
-
-    def __init__(self, loader: Iterable[Batch], cut: int, pieces: int) -> None:
-        self.loader, self.cut, self.pieces = loader, cut, pieces
-
-    def __iter__(self) -> Iterator[Batch]:
-        for k, (tokens, targets) in enumerate(self.loader):
-            pieces = self.pieces if k < self.cut else 1
-            yield from zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True)
 
 
 class LastLoss(Observer):
@@ -75,43 +65,24 @@ class LastLoss(Observer):
         self.loss = float(loss)
 
 
-def recipes() -> dict[str, Recipe]:
-    found = {"nanogpt": NANOGPT, "modern": MODERN}
-    for name, (gpt, optim, schedule) in WITHOUT.items():
-        found[f"without {name}"] = (
-            replace(MODERN[0], **gpt),
-            replace(MODERN[1], **optim),
-            replace(MODERN[2], **schedule),
-        )
-    for name, gpt in ADDED.items():
-        found[f"{name} in addition"] = (replace(MODERN[0], **gpt), *MODERN[1:])
-    return found
+def experiments(steps: int) -> dict[str, tuple[Recipe, int]]:
+    """Each run's recipe and steps."""
+    recipes = {"nanogpt": NANOGPT, "modern": MODERN, **OTHERS}
+    return {name: (recipe, steps) for name, recipe in recipes.items()} | {HALF: (MODERN, steps // 2)}
 
 
-def experiments(steps: int) -> dict[str, tuple[Recipe, int, int]]:
-    """Each run's recipe, steps of a whole batch, and pieces of its first ones."""
-    runs = {name: (recipe, steps, 1) for name, recipe in recipes().items()}
-    runs |= {f"batches of {size} the size at first": (MODERN, steps, n) for size, n in GROWING.items()}
-    return runs | {HALF: (MODERN, steps // 2, 1)}
-
-
-def validation_loss(
-    recipe: Recipe, network: dict[str, Any], data: TokenDataModule,
-    steps: int, seed: int, pieces: int = 1,
-) -> float:  # fmt: skip
-    """pieces: into how many steps each of the first batches, GROWING_SHARE of all, is cut"""
-    gpt, optim, schedule = recipe
+def validation_loss(recipe: Recipe, network: dict[str, Any], data: TokenDataModule, steps: int, seed: int) -> float:
+    shape, optim, schedule = recipe
     data.seed = seed
     torch.manual_seed(seed)
-    cut = round(GROWING_SHARE * steps)
-    total = steps + (pieces - 1) * cut
-    # The cooldown falls over the same tokens, however many steps came before it.
-    schedule = replace(schedule, total_steps=total, cooldown_ratio=schedule.cooldown_ratio * steps / total)
-    module = LitNanoGPT(replace(gpt, vocab_size=data.vocab_size, **network), optim, schedule)
-    settings = LoopSettings(total, gradient_clip_val=1.0, val_check_interval=total, limit_val_batches=80, seed=seed)
+    module = LitNanoGPT(
+        **described(replace(shape, vocab_size=data.vocab_size, **network)),
+        optim=optim,
+        schedule=replace(schedule, total_steps=steps),
+    )
+    settings = LoopSettings(steps, gradient_clip_val=1.0, val_check_interval=steps, limit_val_batches=80, seed=seed)
     last = LastLoss()
-    training = SmallAtFirst(data.train_dataloader(), cut, pieces)
-    reference.train(module, training, data.val_dataloader(), settings, [FiniteGuard(), last])
+    reference.train(module, data.train_dataloader(), data.val_dataloader(), settings, [FiniteGuard(), last])
     return last.loss
 
 
@@ -142,8 +113,8 @@ def main() -> None:
         losses: dict[str, list[float]] = {name: [] for name in runs}
         started_s = time.perf_counter()
         for seed in range(args.seeds):
-            for name, (recipe, steps, pieces) in runs.items():
-                losses[name].append(validation_loss(recipe, network, data, steps, seed, pieces))
+            for name, (recipe, steps) in runs.items():
+                losses[name].append(validation_loss(recipe, network, data, steps, seed))
                 print(f"{kind}, seed {seed}, {name}: {losses[name][-1]:.4f}", flush=True)
             write(args.out, kind, data, args.steps, losses, time.perf_counter() - started_s)
         print(table(losses))

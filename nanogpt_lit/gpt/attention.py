@@ -18,20 +18,21 @@ SHORT = 128
 """Tokens up to which a CPU's attention is faster in float32 than in bfloat16, whose units take larger tiles."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, mask: Tensor | None = None) -> Tensor:
-    """F.scaled_dot_product_attention of each token to those so far. q: (B, H, T, D)   k, v: (B, K, tokens so far, D)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, is_causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """F.scaled_dot_product_attention. q: (B, H, T, D)   k, v: (B, K, tokens so far, D)
 
     K divides H: each head of keys and values serves H / K heads of queries.
-    A single query is the newest token and sees every key. Several are as many as the keys, but for a mask of their own.
-    mask: (B, 1, T, tokens so far), added to the logits, in place of the causal one
+    mask: (B, 1, T, tokens so far), added to the logits, in place of is_causal
     """
     on_cpu = type(q) is Tensor and q.device.type == "cpu"
     if on_cpu and q.dtype == torch.bfloat16 and q.size(2) <= SHORT:
         with torch.autocast("cpu", enabled=False):
-            return attention(q.float(), k.float(), v.float(), dropout_p=dropout_p, mask=mask).to(q.dtype)
+            y = attention(q.float(), k.float(), v.float(), dropout_p=dropout_p, is_causal=is_causal, mask=mask)
+        return y.to(q.dtype)
     if mask is not None:
         mask = mask.to(q.dtype)
-    is_causal = mask is None and q.size(2) > 1
     in_float32 = on_cpu and q.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if in_float32 and dropout_p == 0 and not torch.compiler.is_compiling() and _MKLDNN.matmul.fp32_precision == ONEDNN:
         return _InTiles.apply(q, k, v, is_causal, mask)

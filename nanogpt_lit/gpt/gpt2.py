@@ -73,8 +73,10 @@ class GPT(Network):
         return self.transformer.h
 
     def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
-        self.check_length((cache.length if cache is not None else 0) + tokens.size(1))
-        return self.transformer(tokens, cache, documents)
+        start = cache.length if cache is not None else 0
+        if start + tokens.size(1) > self.config.block_size:
+            raise self.too_long(start + tokens.size(1))
+        return self.transformer(tokens, start, cache, documents)
 
 
 class Transformer(nn.Module):
@@ -88,11 +90,11 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, start: int, cache: KeyValueCache | None, documents: Documents | None) -> Tensor:
+        """start: the position of the first of the tokens (B, T)"""
         if documents is not None:
             positions = documents.positions  # (B, T)
         else:
-            start = cache.length if cache is not None else 0
             # Made where they are looked up: from the device to host memory they would wait for all that it computes.
             positions = torch.arange(start, start + tokens.size(1), device=self.wpe.weight.device)
         x = self.wte(tokens)  # (B, T, C)
@@ -116,25 +118,29 @@ class GPTBlock(Block):
     def attention_projection(self) -> nn.Linear:
         return self.attn.c_proj
 
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
     def into_attention(self, x: Tensor) -> tuple[Tensor, ...]:
         return (self.attn.c_attn(self.ln_1(x)),)
 
-    def attend(self, *products: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
-        return self.attn(*products, cache, mask)
+    def attend(self, *products: Tensor, mask: Tensor | None = None) -> Tensor:
+        (qkv,) = products
+        return self.attn.attend(qkv, mask=mask)
 
     def into_mlp(self, x: Tensor) -> tuple[Tensor, ...]:
         return (self.mlp.c_fc(self.ln_2(x)),)
 
     def out_of_mlp(self, *products: Tensor) -> Tensor:
-        return self.mlp(*products)
+        (inside,) = products
+        return self.mlp.c_proj(self.mlp.activation(inside))
 
     def drop(self, x: Tensor) -> Tensor:
         return self.mlp.dropout(x)
 
 
 class CausalSelfAttention(nn.Module):
-    """Queries, keys and values (B, T, 3 * C), which c_attn made -> (B, T, C)."""
-
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
@@ -143,7 +149,11 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, qkv: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        return self.attend(self.c_attn(x), cache, mask)
+
+    def attend(self, qkv: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """Queries, keys and values (B, T, 3 * C) -> (B, T, C)"""
         B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         H, D = self.n_head, C // self.n_head
         q, k, v = qkv.split(C, dim=2)  # each (B, T, C)
@@ -153,14 +163,14 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, tokens so far, D)
         dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, dropout_p=dropout, mask=mask)
+        # A single query is the newest token and may see every key. Several are always as many as the keys.
+        is_causal = mask is None and (cache is None or T > 1)
+        y = attention(q, k, v, dropout_p=dropout, is_causal=is_causal, mask=mask)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """(B, T, 4 * C), which c_fc made -> (B, T, C), before dropout."""
-
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -168,5 +178,5 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, inside: Tensor) -> Tensor:
-        return self.c_proj(self.activation(inside))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))

@@ -144,7 +144,9 @@ class Llama(Network):
         return self.model.layers
 
     def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
-        self.check_length((cache.length if cache is not None else 0) + tokens.size(1))
+        start = cache.length if cache is not None else 0
+        if start + tokens.size(1) > self.config.block_size:
+            raise self.too_long(start + tokens.size(1))
         # Of documents the mask is enough: a rotation sees only how far apart two tokens are.
         return self.model(tokens, cache, documents.mask if documents is not None else None)
 
@@ -180,27 +182,30 @@ class LlamaBlock(Block):
     def attention_projection(self) -> nn.Linear:
         return self.self_attn.o_proj
 
-    def into_attention(self, x: Tensor) -> tuple[Tensor, ...]:
-        x, attn = self.input_layernorm(x), self.self_attn
-        return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
-    def attend(self, *products: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
-        return self.self_attn(*products, cache, mask)
+    def into_attention(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.self_attn.products(self.input_layernorm(x))
+
+    def attend(self, *products: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = products
+        return self.self_attn.attend(q, k, v, mask=mask)
 
     def into_mlp(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.post_attention_layernorm(x)
         return self.mlp.gate_proj(x), self.mlp.up_proj(x)
 
     def out_of_mlp(self, *products: Tensor) -> Tensor:
-        return self.mlp(*products)
+        gate, up = products
+        return self.mlp.down_proj(F.silu(gate) * up)
 
     def drop(self, x: Tensor) -> Tensor:
         return self.mlp.dropout(x)
 
 
 class GroupedQueryAttention(nn.Module):
-    """Queries (B, T, H * D), keys and values (B, T, K * D), as projected -> (B, T, C)."""
-
     def __init__(self, config: LlamaConfig, rotary: "Rotary") -> None:
         super().__init__()
         C, D, K = config.n_embd, config.channels_per_head, config.kv_heads
@@ -215,7 +220,14 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        return self.attend(*self.products(x), cache=cache, mask=mask)
+
+    def products(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H * D), keys and values (B, T, K * D)."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
         start = cache.length if cache is not None else 0
@@ -223,7 +235,10 @@ class GroupedQueryAttention(nn.Module):
         v = self.heads(v)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, tokens so far, D)
-        y = attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, mask=mask)
+        # A single query is the newest token and may see every key. Several are always as many as the keys.
+        is_causal = mask is None and (cache is None or q.size(2) > 1)
+        dropout = self.dropout if self.training else 0.0
+        y = attention(q, k, v, dropout_p=dropout, is_causal=is_causal, mask=mask)
         return self.resid_dropout(self.o_proj(y.transpose(1, 2).flatten(2)))
 
     def heads(self, x: Tensor) -> Tensor:
@@ -237,7 +252,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Two products (B, T, hidden channels), the gate and what it lets through -> (B, T, C), before dropout."""
+    """What the gate, between 0 and its input, lets through of `up_proj`."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -246,8 +261,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.hidden_channels, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class Rotary(nn.Module):

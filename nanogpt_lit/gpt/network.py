@@ -149,13 +149,12 @@ class Network(nn.Module):
         hidden = self.hidden(tokens, documents=self.documents(tokens))
         return as_finite_as_its_gradients(self.cross_entropy(hidden, self.lm_head.weight, targets))
 
-    def check_length(self, length: int) -> None:
-        """Raises UserError for a sequence longer than block_size."""
-        if length > self.config.block_size:
-            raise UserError(
-                f"A sequence of {length} tokens is longer than {self.config.key('block_size')}="
-                f"{self.config.block_size}; give shorter sequences or a larger block_size."
-            )
+    def too_long(self, length: int) -> UserError:
+        """The error of a sequence longer than block_size."""
+        return UserError(
+            f"A sequence of {length} tokens is longer than {self.config.key('block_size')}={self.config.block_size}; "
+            "give shorter sequences or a larger block_size."
+        )
 
     def parameter_count(self, non_embedding: bool) -> int:
         """Number of parameters, a tied matrix counted once.
@@ -181,9 +180,10 @@ class Network(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention of x, then x + MLP of that: (B, T, C) -> (B, T, C).
+    """x + attention of x, then x + MLP of that: (B, T, C) -> (B, T, C), with dropout.
 
-    Both halves are cut where a memory technique comes between what is dear to compute and what is cheap.
+    Beside forward it has the stages that forward consists of, cut where a memory technique comes between what is dear
+    to compute and what is cheap.
     """
 
     draws: bool
@@ -198,7 +198,7 @@ class Block(nn.Module):
         """What attention works on: products of the normed x."""
         raise NotImplementedError
 
-    def attend(self, *products: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def attend(self, *products: Tensor, mask: Tensor | None = None) -> Tensor:
         """What attention adds to x. mask: of documents (B, 1, T, T); None attends to all tokens so far"""
         raise NotImplementedError
 
@@ -207,7 +207,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def out_of_mlp(self, *products: Tensor) -> Tensor:
-        """What the MLP adds to x, before dropout."""
+        """What the MLP adds to x, before dropout: so a product of matrices is the last that is computed."""
         raise NotImplementedError
 
     def drop(self, x: Tensor) -> Tensor:
@@ -215,5 +215,5 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attend(*self.into_attention(x), cache=cache, mask=mask)
-        return x + self.drop(self.out_of_mlp(*self.into_mlp(x)))
+        """The block of a whole sequence, or with a cache of what follows those tokens that it holds."""
+        raise NotImplementedError

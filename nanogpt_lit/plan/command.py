@@ -120,9 +120,8 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
 
     networks = {}
     for name, (n_layer, n_head, n_embd) in FAMILY.items():
-        sizes: dict[str, Any] = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        sizes |= dict.fromkeys(SHAPED_BY_HAND & gpt.__dataclass_fields__.keys())
-        if not network_fits(sizes):
+        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        if not network_fits({**sizes, **dict.fromkeys(SHAPED_BY_HAND & gpt.__dataclass_fields__.keys())}):
             break
         networks[name] = sizes
     batch_size = largest(reserved_mib, rung.batch_size, usable_mib)

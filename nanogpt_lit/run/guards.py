@@ -1,5 +1,5 @@
-"""Watches over the loss: a step that is not finite is left out, a loss that jumps is gone back from, and a run whose
-loss no longer falls ends.
+"""Watches over steps: one that is not finite is left out, one whose memory ends is taken in smaller pieces, a loss that
+jumps is gone back from, and a run whose loss no longer falls ends.
 
 GradScaler leaves out such a step under float16, and goes on with a smaller scale; here it is the rule at every
 precision, and too many of them end the run. Going back from a jump is what PaLM did (arXiv:2204.02311, section 5.1), by
@@ -21,6 +21,7 @@ from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Observer, Training, clipping_order
+from nanogpt_lit.memory.elastic import ElasticLoss, start_elastic, stop_elastic
 from nanogpt_lit.run.metrics import StepMetrics, say
 from nanogpt_lit.runtime.processes import broadcast, mean_of_processes, rank
 
@@ -30,6 +31,33 @@ IN_A_ROW = 20
 
 class NotFinite(UserError):  # noqa: N818 - a fact about the run
     """Numbers that a run cannot go on with: it is given up."""
+
+
+class ElasticSteps(Observer):
+    """Observer that lets the steps of a run survive an out-of-memory (memory/elastic.py)."""
+
+    _training: Training | None = None
+    _window: list[Any] | None = None
+
+    def on_train_start(self, training: Training) -> None:
+        self._training = training
+        start_elastic(
+            training.module,
+            accumulate_grad_batches=training.settings.accumulate_grad_batches,
+            scaler=training.scaler,
+            device=training.device,
+            say=say,
+        )
+        loss = getattr(training.module, "loss", None)
+        self._window = loss.window if isinstance(loss, ElasticLoss) else None
+
+    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        if self._window is not None:
+            self._window.clear()  # the step is over, also one that left the weights alone
+
+    def on_exit(self) -> None:
+        if self._training is not None:
+            stop_elastic(self._training.module)
 
 
 class FiniteGuard(Observer):

@@ -5,18 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Observer, Training
-from nanogpt_lit.memory.elastic import ElasticLoss, start_elastic, stop_elastic
 from nanogpt_lit.run.checkpoints import EVERY_MINUTES, Checkpoints, SaveTimes
 from nanogpt_lit.run.curves import Curves, SampleConfig, Samples
-from nanogpt_lit.run.guards import EarlyStopping, FiniteGuard, SpikeGuard
-from nanogpt_lit.run.metrics import StepMetrics, say
+from nanogpt_lit.run.guards import EarlyStopping, ElasticSteps, FiniteGuard, SpikeGuard
+from nanogpt_lit.run.metrics import StepMetrics
 from nanogpt_lit.run.resume import Resume, capture
 from nanogpt_lit.run.stops import Stopped, Stops
 from nanogpt_lit.run.terminal import ProgressLine, relative_to_here
@@ -59,33 +56,6 @@ class RunConfig:
 
     def save_times(self) -> SaveTimes:
         return SaveTimes(self.checkpoint_every_minutes, self.checkpoint_every_steps)
-
-
-class ElasticSteps(Observer):
-    """Observer that lets the steps of a run survive an out-of-memory (memory/elastic.py)."""
-
-    _training: Training | None = None
-    _window: list[Any] | None = None
-
-    def on_train_start(self, training: Training) -> None:
-        self._training = training
-        start_elastic(
-            training.module,
-            accumulate_grad_batches=training.settings.accumulate_grad_batches,
-            scaler=training.scaler,
-            device=training.device,
-            say=say,
-        )
-        loss = getattr(training.module, "loss", None)
-        self._window = loss.window if isinstance(loss, ElasticLoss) else None
-
-    def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        if self._window is not None:
-            self._window.clear()  # the step is over, also one that left the weights alone
-
-    def on_exit(self) -> None:
-        if self._training is not None:
-            stop_elastic(self._training.module)
 
 
 class RunObservers:
