@@ -18,9 +18,10 @@ from nanogpt_lit.data.tokenizer import (
     CharTokenizer,
     gpt2_tokenizer,
 )
-from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
+from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.network import NetworkConfig
+from nanogpt_lit.gpt.networks import build
 
 LANGUAGES = (
     "It's 1,234 o'clock, and they'd rather:\n\tdef f(x):\n    return x  # 3.14\n",
@@ -91,11 +92,11 @@ def new_tokenizer(kind):
     raise AssertionError(kind)
 
 
-def trained(tokenizer, text=TEXT, steps=60, vocab_size=None, **shape):
+def trained(tokenizer, text=TEXT, steps=60, vocab_size=None, kind=GPTConfig, **shape):
     """A network after a few steps on the text: what it says is no coin's toss."""
     torch.manual_seed(1)
     sizes = {"block_size": 64, "n_layer": 2, "n_head": 3, "n_embd": 48, **shape}
-    gpt = GPT(GPTConfig(vocab_size=vocab_size or tokenizer.vocab_size, **sizes))
+    gpt = build(kind(vocab_size=vocab_size or tokenizer.vocab_size, **sizes))
     tokens = torch.tensor([tokenizer.eot, *tokenizer.encode(text).tolist()])
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
     T = min(32, sizes["block_size"])

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from nanogpt_lit.__main__ import main
 
 
-def a_gguf(path):
-    writer = gguf.GGUFWriter(path, "llama")
+def a_gguf(path, architecture="llama"):
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_tensor("x", np.zeros(1, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -44,8 +44,9 @@ FILES = {
     ),
     "web page": (lambda p: p.write_text("<!DOCTYPE html><html>"), "a web page, saved in the place of a file"),
     "Git LFS": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"), "a pointer of Git LFS"),
-    "GGUF": (a_gguf, "a GGUF file of llama.cpp"),
-    "GGUF with absurd counts": (lambda p: p.write_bytes(b"GGUF" + b"\xff" * 64), "a GGUF file of llama.cpp"),
+    "GGUF of no network": (a_gguf, "has a tokenizer of type None"),
+    "GGUF with absurd counts": (lambda p: p.write_bytes(b"GGUF" + b"\xff" * 64), "a GGUF file in version 4294967295"),
+    "GGUF of another architecture": (lambda p: a_gguf(p, "mamba"), "of the architecture 'mamba'; convert reads gpt2"),
     "NumPy": (lambda p: np.save(p.open("wb"), np.zeros(3)), "an array of NumPy"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps({})), "a pickle, which could run code"),
     "old torch": (lambda p: torch.save({}, p, _use_new_zipfile_serialization=False), "a pickle, which could run code"),
@@ -75,7 +76,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path, capsys):
     assert "nowhere does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["text", "GGUF", "weights of torch", "pickle"])
+@pytest.mark.parametrize("name", ["text", "GGUF of no network", "weights of torch", "pickle"])
 def test_it_is_named_where_a_run_should_begin_from_it(tmp_path, capsys, name):
     write, sentence = FILES[name]
     write(tmp_path / "theirs")

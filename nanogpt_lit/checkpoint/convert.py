@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from nanogpt_lit.checkpoint import (
+    gguf_file,
     gguf_format,
     hugging_face_format,
     lightning_format,
@@ -117,6 +118,8 @@ def read(source: Path, tokenizer: str | None = None, described: Described | None
         return NANOGPT, nanogpt_format.read(source, tokenizer)
     if source.is_file() and llm_c_format.recognises(source):
         return "a model of llm.c", llm_c_format.read(source, tokenizer)
+    if source.is_file() and gguf_file.recognises(source) and tokenizer is None:
+        return gguf_format.read(source)
     if tokenizer is not None:
         raise UserError(f"--tokenizer={tokenizer} is for a source that holds none, and {source} holds its own.")
     if words >= lightning_format.MARKS:

@@ -14,7 +14,6 @@ from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, LONGEST_HEADER
 from nanogpt_lit.errors import UserError
 
 BEGINNINGS = {
-    b"GGUF": "a GGUF file of llama.cpp, whose weights may be rounded; give what it was made from",
     b"lmgg": "a file of llama.cpp from before GGUF; give what it was made from",
     b"tjgg": "a file of llama.cpp from before GGUF; give what it was made from",
     b"<!DOCTYPE": "a web page, saved in the place of a file; download the file itself",
@@ -29,12 +28,12 @@ LLM_C = {
     20240327: "llm.c's debug state, activations to compare with; give the model_*.bin beside it",
     20240328: "llm.c's tokenizer; give a model_*.bin, whose tokenizer is GPT-2's",
     20240527: "llm.c's optimizer state (state_*.bin), which is of one process; give the model_*.bin beside it",
-    20240803: "llm.c's Llama 3; convert reads GPT-2's architecture",
+    20240803: "llm.c's Llama 3; take Hugging Face's folder of it",
 }
 """By their first four bytes."""
 FOLDERS = {
     "lit_model.pth": "a checkpoint of LitGPT; `litgpt convert_from_litgpt` makes Hugging Face's weights of it",
-    "consolidated.00.pth": "a Llama as Meta publishes it; convert reads GPT-2's architecture",
+    "consolidated.00.pth": "a Llama as Meta publishes it; take Hugging Face's folder of it",
     "saved_model.pb": "a SavedModel of TensorFlow; save the model with transformers for PyTorch first",
     "encoder.json": "GPT-2 as OpenAI published it, for TensorFlow; take Hugging Face's folder, openai-community/gpt2",
 }

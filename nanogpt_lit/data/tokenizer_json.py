@@ -182,8 +182,7 @@ def byte_pairs(
     eot = next((text for text in chosen if text in specials), None)
     if eot is None:
         raise UserError(f"{source} has no special token {EOT} and names none that ends a text; documents need one.")
-    plain = conventions.bos in (None, eot) and conventions.eos in (None, eot) and not conventions.words
-    as_here = plain and not conventions.adds_bos
+    as_here = {conventions.bos, conventions.eos} <= {None, eot} and not conventions.words
     return BytePairTokenizer(
         name, ranks, pattern, specials, eot=eot, nfc=nfc, conventions=None if as_here else conventions
     )
