@@ -364,6 +364,7 @@ def test_a_run_learns_answers_by_one_line_of_yaml_in_both_loops_and_goes_on_to_t
     planned = json.loads(capsys.readouterr().out)["parameters"]
     for loop in (fit, accelerate):
         assert loop(*options) == 0
+        assert "generate --chat --ckpt" in capsys.readouterr().out
     ends = [tmp_path / name / "checkpoints/last.safetensors" for name in COMMANDS.values()]
     assert not different(*ends)
     run = load_run(ends[0])

@@ -78,6 +78,8 @@ class StepMetrics(Observer):
         self.tokens_per_s: float | None = None
         """Over the steps between the last two that were logged, without validation, sampling, saving and sleep."""
         self.validations = ValidationRecord(text)
+        self.of_answers = False
+        """Whether the losses are of answers in conversations."""
         self._tokens_per_byte = tokens_per_byte
         self._log, self._every, self._rollbacks, self._plans = log, log_every_n_steps, rollbacks, plans
         self._window_loss: Tensor | None = None
@@ -108,6 +110,7 @@ class StepMetrics(Observer):
             training.processes,
             settings.max_steps,
         )
+        self.of_answers = isinstance(gpt, Network) and gpt.config.document_end is not None
         self._flops_per_token = gpt.flops_per_token(gpt.config.block_size) if isinstance(gpt, Network) else 0
         self._peak_flops = peak_flops_of(device, settings.precision, training.processes)
         if device.type == "cuda":

@@ -75,7 +75,8 @@ def closing_table(run: "RunObservers", folder: Path, checkpoints: Mapping[str, P
     rows.append(("curves", as_typed(["tensorboard", "--logdir", str(Path(relative_to_here(folder)).parent)])))
     for path in list(files.values())[:1]:
         if path.is_file() or is_sharded(path):  # of a folder of another kind no command can write
-            rows.append(("write more", as_typed(["python", "-m", "nanogpt_lit", "generate", "--ckpt", str(path)])))
+            name, chat = ("talk with it", ["--chat"]) if metrics.of_answers else ("write more", [])
+            rows.append((name, as_typed(["python", "-m", "nanogpt_lit", "generate", *chat, "--ckpt", str(path)])))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     if run.samples is not None and run.samples.latest is not None:
