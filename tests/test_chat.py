@@ -1,15 +1,20 @@
 """generate --chat: a conversation through a pipe. The reference reads the whole conversation again for every token."""
 
 import io
+import json
 import sys
 
 import pytest
 import torch
+import xllamacpp
 from chat_templates import TEMPLATES, messages
 from small_networks import new_tokenizer, saved
 from test_chat_template import chat_of
 
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.checkpoint.convert import convert
+from nanogpt_lit.data.chat import Chat, able_to_chat
+from nanogpt_lit.data.tokenizer import Conventions
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.conversation import Conversation
 from nanogpt_lit.gpt.generate import generate
@@ -29,6 +34,18 @@ def network_of(kind, tokenizer, **shape):
         for parameter in gpt.parameters():
             parameter.normal_(std=0.3)
     return gpt.eval()
+
+
+def learn(gpt, chat, talks, steps=60):
+    """A few conversations by heart."""
+    rows = [chat.encode("".join(turn.context + turn.answer for turn in s)) for t in talks for s in chat.sequences(t)]
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    for _ in range(steps):
+        for row in rows:
+            tokens = torch.from_numpy(row.astype("int64"))[None]
+            gpt.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def read_anew(gpt, chat, asked, length):
@@ -106,6 +123,32 @@ def test_what_block_size_cannot_hold_is_forgotten_from_the_beginning_and_a_long_
     with pytest.raises(UserError, match=r"takes \d+ tokens .* reads 96"):
         asked_of(conversation, ["How" * 40])
     assert conversation.messages[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("name", ["default system", "headers", None])
+def test_llama_cpp_renders_the_template_and_answers_as_here(tmp_path, name):
+    """None: a network that had no template, and so learned by ours."""
+    tokenizer = able_to_chat(new_tokenizer("bpe")) if name is None else chat_of(TEMPLATES[name]).tokenizer
+    if name == "headers":  # as Llama 3
+        tokenizer.conventions = Conventions(tokenizer.eot_text, "<|eot|>", adds_bos=True)
+    chat = Chat(tokenizer)
+    gpt = network_of("llama", tokenizer, block_size=256)
+    learn(gpt, chat, [messages("Who?", "Me.", "Where?", "In Größe."), messages("Where?", "Here.")])
+    convert(saved(tmp_path / "ours.safetensors", gpt, tokenizer), tmp_path / "there.gguf")
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_gpu_layers = str(tmp_path / "there.gguf"), 256, 0
+    settings.n_parallel, settings.warmup, settings.use_jinja, settings.cpuparams.n_threads = 1, False, True, 1
+    there = xllamacpp.Server(settings)
+    conversation = Conversation(gpt, tokenizer, "", 24, 1, **LIKELIEST)
+    for question in ("Who?", "Where?"):
+        (here,) = asked_of(conversation, [question])
+        said = there.handle_chat_completions(
+            {"messages": conversation.messages[:-1], "max_tokens": 24, "temperature": 0, "cache_prompt": False}
+        )
+        said = said if isinstance(said, dict) else json.loads(said)
+        answer = said["choices"][0]["message"]
+        assert answer["content"] == here
+    assert here.endswith("In Größe.")
 
 
 def talk(monkeypatch, capsys, lines, *options):
