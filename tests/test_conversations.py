@@ -281,6 +281,15 @@ def test_a_question_and_its_answer_are_a_conversation(tmp_path, row, question):
     assert text.count(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n4") == 5
 
 
+def test_what_is_held_out_is_chosen_by_what_is_said_and_not_by_a_long_common_message(tmp_path):
+    source = tmp_path / "talks.jsonl"
+    source.write_text(rows_of(messages(f"{n} + 1?", str(n + 1), system="Add. " * 1000) for n in range(40)))
+    data = module_of(source, tmp_path / "shards", block_size=5100, val_fraction=0.3)
+    train, val = (data._windows[split].n_sequences for split in ("train", "val"))
+    assert train + val == 40
+    assert 4 <= val <= 20
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

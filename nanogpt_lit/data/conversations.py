@@ -27,7 +27,9 @@ class Conversation:
 
     def pieces(self) -> Iterator[str]:
         """What is said, for a vocabulary and for the choice of what is held out."""
-        yield without_surrogates("\n".join(message["content"] for message in self.messages))
+        # A system's message last: it may be long, and the same in all conversations.
+        in_order = sorted(self.messages, key=lambda message: message["role"] == "system")
+        yield without_surrogates("\n".join(message["content"] for message in in_order))
 
     def divide(self, tail: float) -> tuple[Document, Document]:
         raise AssertionError("a conversation is held out whole")
