@@ -244,6 +244,7 @@ HOSTILE = {
     "a size that is none": (lambda f: changed(f, n_embd="48"), "n_embd='48'"),
     "a lie about channels": (lambda f: changed(f, n_embd=96), "of shape"),
     "a lie about heads": (lambda f: changed(f, n_head=5), "equal heads"),
+    "channels without end": (lambda f: changed(f, n_embd=2**31 - 1), "does not divide into n_head=3 equal heads"),
     "a lie about the head": (
         lambda f: one_tensor(f, "lm_head.weight", torch.zeros(257, 48)), "is tied to transformer.wte.weight",
     ),

@@ -23,6 +23,8 @@ PREFIX = "gpt."
 """The prefix of the network's names in a module's state_dict()."""
 GPT2_SIZES = (50257, 50304)
 """GPT-2's vocabulary, and the one that nanoGPT pads it to."""
+LONGEST_BLOCK = 2**20
+"""Tokens. A Llama has a table of all positions, which no weight in a file bears out."""
 
 
 def new_run(
@@ -94,6 +96,8 @@ def network(path: Path, weights: Mapping[str, Tensor], config: NetworkConfig) ->
     # Before it is built: a number that lies must not make us build for hours.
     if config.n_layer > len(weights):
         raise UserError(f"{path} says n_layer={config.n_layer} and holds {len(weights)} tensors.")
+    if config.block_size > LONGEST_BLOCK:
+        raise UserError(f"{path} is for {config.block_size:,} tokens at a time; {LONGEST_BLOCK:,} is the most.")
     weights = dict(weights)
     with torch.device("meta"):
         gpt = build(config)

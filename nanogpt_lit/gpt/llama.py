@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache, attention
-from nanogpt_lit.gpt.network import Block, Network, NetworkConfig
+from nanogpt_lit.gpt.network import MOST_HEADS, Block, Network, NetworkConfig
 from nanogpt_lit.gpt.norm import RMSNorm
 
 
@@ -81,7 +81,7 @@ class LlamaConfig(NetworkConfig):
         if self.head_size is None:
             self.check_heads()
         if self.n_head % self.kv_heads != 0:
-            works = max(n for n in range(1, self.kv_heads + 1) if self.n_head % n == 0)
+            works = max(n for n in range(1, min(self.kv_heads, MOST_HEADS) + 1) if self.n_head % n == 0)
             raise UserError(
                 f"model.llama.n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; n_kv_head={works} does."
             )

@@ -15,6 +15,8 @@ from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
 
 HEAD = "lm_head.weight"
 """The name of the head's matrix in every network's state_dict()."""
+MOST_HEADS = 2**16
+"""As far as a number that works is looked for: a stranger's file may name billions."""
 
 
 GPT2_SMALL = {"block_size": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
@@ -83,7 +85,7 @@ class NetworkConfig:
     def check_heads(self) -> None:
         """Raises UserError where the channels cannot be shared out among the heads."""
         if self.n_embd % self.n_head != 0:
-            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            divisors = [n for n in range(1, min(self.n_embd, MOST_HEADS) + 1) if self.n_embd % n == 0]
             n_head = min(divisors, key=lambda n: abs(n - self.n_head))
             raise UserError(
                 f"{self.key('n_embd')}={self.n_embd} does not divide into n_head={self.n_head} equal heads; "
