@@ -23,6 +23,7 @@ from nanogpt_lit.data.chat import CHATML_TOKENS, Chat, able_to_chat
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import NumberedOrder, StreamPosition
 from nanogpt_lit.data.shards import val_tokens_per_byte
+from nanogpt_lit.data.tokenizer_files import with_chat_template
 from nanogpt_lit.data.windows import pack
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
@@ -246,6 +247,16 @@ def test_a_conversation_is_cut_only_where_it_is_longer_than_a_window(tmp_path):
         module_of(source, tmp_path / "shards", block_size=8)
 
 
+def test_an_answer_that_nothing_precedes_is_learned_from_its_second_token_on(tmp_path):
+    source = tmp_path / "talks.jsonl"
+    source.write_text(rows_of([{"role": "assistant", "content": said}] for said in ("", "1", "12", "123")))
+    tokenizer = with_chat_template(new_tokenizer("byte"), "{% for m in messages %}{{ m.content }}{% endfor %}")
+    data = module_of(source, tmp_path / "shards", tokenizer=option_of(tokenizer, tmp_path), block_size=4)
+    _, targets = batches_of(data)
+    learned = [data.tokenizer.decode(row[row != IGNORE_INDEX].tolist()) for row in targets]
+    assert sorted(learned) == ["2", "23"]
+
+
 def test_what_stands_between_conversations_stands_in_none(tmp_path):
     """A template may end its answers with end-of-text, and a user may write it."""
     tokenizer = chat_of(TEMPLATES["alternating"]).tokenizer
@@ -342,6 +353,11 @@ def test_shards_are_made_anew_for_another_template_and_for_turns_that_are_damage
         assert module_of(talk_file, folder).text == first.text
         assert capsys.readouterr().out.count("preparing") == 1
     assert turns.read_bytes() == whole
+    manifest = folder / "manifest.json"
+    for garbled in ({"document_end": 1 << 20}, {"document_end": None}, {"splits": {"val": {"turns": 1}}}):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | garbled))
+        assert module_of(talk_file, folder).text == first.text
+        assert capsys.readouterr().out.count("preparing") == 1
     tokenizer = chat_of(TEMPLATES["default system"], "byte").tokenizer
     before = first.text
     assert module_of(talk_file, folder, tokenizer=option_of(tokenizer, tmp_path)).text != before

@@ -72,8 +72,6 @@ def encode_conversations(documents: Iterable[Document], split: Split, chat: Chat
             raise UserError(f"{conversation.where}: {error}") from error
         for sequence in sequences:
             parts = [chat.encode(part) for turn in sequence for part in (turn.context, turn.answer)]
-            if len(parts[0]) == 0:  # nothing predicts the first token of all
-                parts[:2] = parts[1][:1], parts[1][1:]
             lengths = np.array([len(part) for part in parts]).reshape(-1, 2)
             turns = np.column_stack([np.arange(len(lengths)) == 0, lengths]).astype(np.uint32)
             text_bytes = sum(len(turn.context) + len(turn.answer) for turn in sequence)

@@ -56,9 +56,6 @@ def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
     for part in ("request", "tokenizer"):
         if not isinstance(manifest.get(part, {}), dict):
             raise TypeError(f"{part}={manifest[part]!r}")
-    end = manifest.get("document_end", 0)
-    if type(end) is not int or not 0 <= end < manifest.get("tokenizer", {}).get("vocab_size", 1):
-        raise TypeError(f"document_end={end!r}")
     for split in manifest["splits"].values():
         tokens = [shard["tokens"] for shard in split["shards"]]
         for count in (split["tokens"], *tokens):
@@ -68,6 +65,9 @@ def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
             raise TypeError(f"tokens={split['tokens']}, whose shards have {sum(tokens)}")
         for part in (*split["shards"], *([split["turns"]] if "turns" in split else [])):
             file_inside(folder, part["file"], MANIFEST)
+        end = manifest.get("document_end")
+        if "turns" in split and (type(end) is not int or not 0 <= end < manifest["tokenizer"]["vocab_size"]):
+            raise TypeError(f"document_end={end!r}")
 
 
 def ready_format(folder: Path) -> Literal["ours", "nanogpt", "llm.c"] | None:

@@ -93,8 +93,12 @@ class Turns:
         self._answer_starts = ends[1:] - self.lengths[:, 1] - np.repeat(self.starts[:-1], np.diff(self.first))
 
     def learnable(self, length: int) -> np.ndarray:
-        """The sequences that have an answer, or the beginning of one, in their first `length` tokens."""
-        has_answer = (self.lengths[:, 1] > 0) & (self._answer_starts < length)  # (turns,)
+        """The sequences that have an answer, or the beginning of one, in their first `length` tokens.
+
+        The first token of all does not count: nothing predicts it.
+        """
+        starts, ends = np.maximum(self._answer_starts, 1), self._answer_starts + self.lengths[:, 1]  # (turns,)
+        has_answer = starts < np.minimum(ends, length)
         return np.flatnonzero(np.logical_or.reduceat(has_answer, self.first[:-1]))
 
     def is_answer(self, sequence: int) -> np.ndarray:
