@@ -172,6 +172,43 @@ def test_a_conversation_goes_through_a_pipe(tmp_path, monkeypatch, capsys):
     assert (code, "ask a shorter one" in said) == (2, True)
 
 
+def test_at_a_terminal_ctrl_c_cuts_an_answer_short_a_mistake_ends_nothing_and_ctrl_d_the_conversation(
+    tmp_path, monkeypatch, capsys
+):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    chat = chat_of(TEMPLATES["chatml"], "byte")
+    gpt = network_of("gpt2", chat.tokenizer)
+    path = str(saved(tmp_path / "x.safetensors", gpt, chat.tokenizer))
+    typed = iter(["", "How" * 400, QUESTIONS[0], "/reset", QUESTIONS[1]])
+    prompts = []
+
+    def asked(prompt):
+        prompts.append(prompt)
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        return line
+
+    answer = Conversation.answer
+
+    def interrupted(self, question):
+        yield from answer(self, question)
+        if question == QUESTIONS[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "answer", interrupted)
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert main(["generate", "--chat", "--temperature=0", "--device=cpu", "--max-new-tokens=12", "--ckpt", path]) == 0
+    out, err = capsys.readouterr()
+    first, second = (read_anew(gpt, chat, [question], 12)[0] for question in QUESTIONS[:2])
+    assert out.partition("short.\n")[2] == f"\n{first}\n{second}\n\n"
+    assert "ask a shorter one" in err
+    assert prompts == ["> "] * 6
+
+
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
     tokenizer = new_tokenizer("byte")
     path = str(saved(tmp_path / "x.safetensors", network_of("gpt2", tokenizer), tokenizer))
@@ -180,3 +217,5 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
     assert "has no chat template: it continues texts, and was not taught to answer" in said
     assert main(["generate", "--ckpt", path, "--system", "Sing."]) == 2
     assert "--system=Sing. is for --chat" in capsys.readouterr().err
+    code, said = talk(monkeypatch, capsys, "Hello?", "--ckpt", path, "--num-samples", "2")
+    assert (code, "--chat gives one answer" in said) == (2, True)

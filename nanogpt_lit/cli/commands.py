@@ -62,6 +62,8 @@ def generate(arguments: list[str]) -> int:
     if not abs(options.seed) < 2**63:
         raise UserError(f"--seed={options.seed} is more than 64 bits hold; 1337 works.")
 
+    if options.chat and options.num_samples > 1:
+        raise UserError(f"--num-samples={options.num_samples} is for texts; --chat gives one answer to each question.")
     if options.system and not options.chat:
         raise UserError(f"--system={options.system} is for --chat; --prompt begins a text.")
 
