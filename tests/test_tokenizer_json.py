@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Theirs
 
 from nanogpt_lit.cli.fine_tuning import option_of
 from nanogpt_lit.data.bpe import all_merges_of, as_characters, merges_of, train_ranks
+from nanogpt_lit.data.documents import cut_pieces
 from nanogpt_lit.data.hugging_face_tokenizer import to_hugging_face
 from nanogpt_lit.data.tokenizer import BytePairTokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_file, tokenizer_from_files, with_special_tokens
@@ -119,6 +120,12 @@ def test_its_ids_are_those_of_the_package_tokenizers(tmp_path, kind):
     for text in texts:
         assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False).ids, text[:40]
     assert ours.decode(ours.encode(TEXT)) == TEXT
+    pieces = list(cut_pieces([a_megabyte()[n : n + 1000] for n in range(0, 2**20, 1000)]))  # as a long document is read
+    assert len(pieces) > 5
+    joined = ours.encode_stream([(piece, False) for piece in pieces]).tolist()
+    assert (
+        ours.encode("".join(pieces)).tolist() == [token for piece in pieces for token in ours.encode(piece)] == joined
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -196,8 +196,8 @@ def convert(arguments: list[str]) -> int:
     parser = parser_of(
         "convert",
         "Writes the checkpoint FROM anew as TO. FROM is a checkpoint of nanogpt_lit, a .ckpt of Lightning's Trainer, a "
-        "folder of accelerate's save_state, a Hugging Face folder of GPT-2's architecture, nanoGPT's ckpt.pt, or a "
-        "model of llm.c; which, is seen from its content.",
+        "folder of accelerate's save_state, a Hugging Face folder of GPT-2, Llama or Qwen3, a GGUF file of llama.cpp, "
+        "nanoGPT's ckpt.pt, or a model of llm.c; which, is seen from its content.",
     )
     parser.add_argument("source", metavar="FROM", help="a file, a folder, or hf:OWNER/NAME[@REVISION] of the hub")
     parser.add_argument(
@@ -211,7 +211,7 @@ def convert(arguments: list[str]) -> int:
         "--to",
         choices=["hf", "gguf", "nanogpt"],
         help="hf: a folder for transformers' AutoModelForCausalLM and AutoTokenizer. gguf: FILE.gguf for llama.cpp, "
-        "with a Modelfile for Ollama beside it. nanogpt: FILE.pt for nanoGPT's train.py and sample.py",
+        "with a Modelfile for Ollama beside it. nanogpt: FILE.pt for nanoGPT's train.py and sample.py, of a GPT-2",
     )
     parser.add_argument("--dtype", choices=["f32", "f16", "bf16", "q8_0"], help="of the matrices in FILE.gguf (f32)")
     parser.add_argument("--tokenizer", metavar="NAME", help="gpt2, byte or FILE.tiktoken, for a FROM that holds none")
