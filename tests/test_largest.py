@@ -16,7 +16,7 @@ def test_what_it_finds_fits_and_3_percent_more_does_not(fixed, each, bend, start
     def needed(size):
         return fixed + each * size ** (1 + bend / 4)
 
-    found = largest(needed, start, 1000, unit)
+    found = largest(needed, start, 2 * start, 1000, unit)
     if found is None:
         assert needed(unit) > 1000
         return
@@ -25,8 +25,10 @@ def test_what_it_finds_fits_and_3_percent_more_does_not(fixed, each, bend, start
     assert needed(found + max(unit, int(0.03 * found))) > 1000
 
 
-@pytest.mark.parametrize(("start", "at_most"), [(4, 8), (64, 6), (1000, 10)])
+@pytest.mark.parametrize(("start", "at_most"), [(4, 4), (64, 3), (1000, 7)])
 def test_a_line_is_followed_in_few_steps(start, at_most):
     asked = []
-    assert largest(lambda size: asked.append(size) or 100 + 7 * size, start, 1000) == pytest.approx(128, rel=0.03)
+    assert largest(lambda size: asked.append(size) or 100 + 7 * size, start, 2 * start, 1000) == pytest.approx(
+        128, rel=0.03
+    )
     assert len(asked) <= at_most

@@ -3,6 +3,7 @@
 import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,15 @@ import yaml
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.memory.ladder import ladder
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.plan import command as planning
 from nanogpt_lit.plan import plan as plan_module
 from nanogpt_lit.plan.allocator import MIB, Usage, replay
 from nanogpt_lit.plan.budget import choose_budget
 from nanogpt_lit.plan.command import largest_that_fits, own_rung, plan_run, plan_rung, vocab_size
-from nanogpt_lit.plan.plan import measure
-from nanogpt_lit.plan.report import report, report_largest
+from nanogpt_lit.plan.plan import measure, reserved_mib
+from nanogpt_lit.plan.report import report, report_largest, worth_showing
 from nanogpt_lit.plan.step import StepShape, long_run, trace_steps
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -172,6 +174,32 @@ def test_the_largest_is_told_for_the_yaml_and_for_the_leanest_way_with_its_lines
     assert own["network"] == leanest["network"] == "mine"
     assert "as configured:" in text
     assert all(f"    {line}\n" in text for line in leanest["yaml"])
+
+
+@pytest.mark.parametrize("rung", [0, 3, -1])
+def test_what_the_search_of_the_largest_traces_in_part_is_what_a_whole_trace_reserves(rung):
+    # 15 chunks, of which the last is shorter; the head and its logits are most of the memory.
+    configured = settings("--data.batch_size=9", "--data.block_size=200", "--model.gpt.vocab_size=20000")
+    gpt, shape = planning.network(configured), planning.step_shape(configured, planning.network(configured), True)
+    of_ladder = list(ladder(own_rung(configured), 200, casts_weights=True))[1:][rung]
+    of_ladder = replace(of_ladder, memory=replace(of_ladder.memory, loss_chunk_tokens=128))
+    build, gpu = partial(planning.module, configured, gpt), choose_budget("rtx2050").gpu
+    whole = measure(build, of_ladder, shape, gpu)
+    assert reserved_mib(build, of_ladder, shape, gpu) == whole.reserved_mib
+    assert whole.categories_mib["logits"] > 0
+
+
+def test_a_rung_that_saves_nothing_is_not_among_the_ways_to_need_less(plan):
+    def needing(mib, of):
+        return replace(of, footprint=replace(of.footprint, reserved_mib=mib))
+
+    first, second, third, *_ = (planned for planned in plan.ladder if planned is not plan.own)
+    rungs = (plan.own, needing(90, first), needing(95, second), needing(80, third))
+    shown = worth_showing(replace(plan, own=needing(99, plan.own), ladder=(needing(99, plan.own), *rungs[1:])))
+    assert [planned.footprint.reserved_mib for planned in shown] == [99, 90, 80]
+    last = needing(85, plan.own)  # the YAML's own is shown wherever it stands
+    shown = worth_showing(replace(plan, own=last, ladder=(*rungs[1:], last)))
+    assert [planned.footprint.reserved_mib for planned in shown] == [90, 80, 85]
 
 
 # The command.

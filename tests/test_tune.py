@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -195,6 +196,26 @@ def test_a_budget_that_is_too_short_is_refused_with_one_that_does():
     with pytest.raises(ValueError, match=r"--budget=5s is too short: .* needs --budget 1min"):
         found_in(landscape, budget_s=5.0)
     assert found_in(landscape, budget_s=60.0).runs
+
+
+def test_the_budget_that_is_advised_works_where_the_machine_is_slower_the_second_time():
+    class Uneven(Landscape):
+        slower = 0.7  # measured for a moment only, a step may look short
+
+        def step_s(self, candidate):
+            return 30 * super().step_s(candidate)
+
+        def speeds(self, candidates, budget_s):
+            measured = super().speeds(candidates, budget_s)
+            return {candidate: step_s * self.slower for candidate, step_s in measured.items()}
+
+    landscape = Uneven({"nanogpt": (2e-3, 2), "modern": (2e-3, 3)})
+    with pytest.raises(ValueError, match=r"needs --budget \d+min") as refused:
+        found_in(landscape, budget_s=60.0)
+    minutes = int(re.search(r"(\d+)min", str(refused.value))[1])
+    again = Uneven({"nanogpt": (2e-3, 2), "modern": (2e-3, 3)})
+    again.slower = 1.0
+    assert decide(found_in(again, budget_s=60.0 * minutes)) is not None
 
 
 def test_micro_batches_make_the_same_step_and_other_steps_twice_and_half():

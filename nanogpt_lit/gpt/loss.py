@@ -9,6 +9,7 @@ infinite at 8192. It also leaves torch.compile, and on a CPU it is many times sl
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         losses = torch.empty(targets.shape, dtype=wide, device=states.device)  # (N,)
         d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(head_weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(targets), chunk_tokens):
+        for start in chunk_starts(len(targets), chunk_tokens):
             here = slice(start, start + chunk_tokens)
             x, is_counted = states[here], counted[here, None]
             # An ignored target is any token here, and is multiplied by zero where that is cheap: in C columns, not V.
@@ -112,6 +113,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             # In place, for want of memory: a second backward pass is refused by the saved tensor's version.
             d_weight = d_weight.mul_(factor)
         return d_states, d_weight, None, None
+
+
+def chunk_starts(tokens: int, chunk_tokens: int) -> Sequence[int]:
+    """The first token of each chunk. A function of its own for the memory plan, to which most are alike."""
+    return range(0, tokens, chunk_tokens)
 
 
 def _losses_and_gradients(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.plan.budget import Budget
-from nanogpt_lit.plan.plan import Footprint, Plan, make_plan, measure
+from nanogpt_lit.plan.plan import Footprint, Plan, make_plan, measure, reserved_mib
 from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.runtime.gpus import Gpu
 from nanogpt_lit.runtime.precision import PRECISIONS, full_precision_name
@@ -40,6 +40,8 @@ SHAPED_BY_HAND = {"n_kv_head", "head_size", "n_hidden"}
 QUICK_TOLERANCE = 0.1
 """Share of the usable memory: nearer to it than this, a line through two shallow networks does not decide what
 fits."""
+NEAR = 0.985
+"""Share of the size that a line leads to, at which to look: what fits there, and hardly more, ends the search."""
 FURTHEST = 8
 """A line through two small sizes may be wrong about the slope: so many times the larger of them is not gone beyond."""
 
@@ -95,44 +97,51 @@ def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> list
 
 def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[str, Any]:
     gpt, usable_mib = network(settings), plan.budget.usable_mib
-    of_plan = next((planned.footprint for planned in plan.ladder if rung.same_training(planned.rung)), None)
+    by_themselves = dict.fromkeys(SHAPED_BY_HAND & gpt.__dataclass_fields__.keys())
+    known = {
+        planned.rung.batch_size: planned.footprint.reserved_mib
+        for planned in plan.ladder
+        if planned.rung.same_training(replace(rung, batch_size=planned.rung.batch_size))
+    }
 
     @cache
-    def reserved_mib(batch_size: int, **changes: int) -> float:
-        if of_plan is not None and batch_size == rung.batch_size and not changes:
-            return of_plan.reserved_mib
+    def needed_mib(batch_size: int, **changes: int) -> float:
+        if batch_size in known and changes == {"block_size": gpt.block_size}:
+            return known[batch_size]
         changed = replace(gpt, **changes)  # type: ignore[arg-type]
         shape, resized = step_shape(settings, changed, lightning), replace(rung, batch_size=batch_size)
-        return measure(partial(module, settings, changed), resized, shape, plan.budget.gpu).reserved_mib
+        return reserved_mib(partial(module, settings, changed), resized, shape, plan.budget.gpu)
 
-    def quick_reserved_mib(n_layer: int, **sizes: int) -> float:
-        """Memory grows in a line with depth: two shallow networks tell of the deep one, to a few percent."""
-        if n_layer <= 4:
-            return reserved_mib(1, n_layer=n_layer, **sizes)
-        two, four = (reserved_mib(1, n_layer=shallow, **sizes) for shallow in (2, 4))
-        return two + (four - two) / 2 * (n_layer - 2)
+    def of_batch(size: int) -> float:
+        return needed_mib(size, block_size=gpt.block_size)
+
+    def of_block(size: int) -> float:
+        return needed_mib(1, block_size=size)
 
     def network_fits(sizes: dict[str, Any]) -> bool:
-        quick_mib = quick_reserved_mib(**sizes)
-        if abs(quick_mib / usable_mib - 1) > QUICK_TOLERANCE:
-            return quick_mib <= usable_mib
-        return reserved_mib(1, **sizes) <= usable_mib
+        """Memory grows in a line with depth: two shallow networks tell of the deep one, to a few percent."""
+        if sizes["n_layer"] > 4:
+            two, four = (needed_mib(1, **{**sizes, "n_layer": shallow}) for shallow in (2, 4))
+            quick_mib = two + (four - two) / 2 * (sizes["n_layer"] - 2)
+            if abs(quick_mib / usable_mib - 1) > QUICK_TOLERANCE:
+                return quick_mib <= usable_mib
+        return needed_mib(1, **sizes) <= usable_mib
 
-    networks = {}
-    for name, (n_layer, n_head, n_embd) in FAMILY.items():
-        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        if not network_fits({**sizes, **dict.fromkeys(SHAPED_BY_HAND & gpt.__dataclass_fields__.keys())}):
-            break
-        networks[name] = sizes
-    batch_size = largest(reserved_mib, rung.batch_size, usable_mib)
+    networks = (
+        (name, {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **by_themselves})
+        for name, (n_layer, n_head, n_embd) in reversed(FAMILY.items())
+    )
+    name, sizes = next(((name, sizes) for name, sizes in networks if network_fits(sizes)), (None, None))
+    batch_size = largest(of_batch, rung.batch_size if known else 1, 2 * rung.batch_size, usable_mib)
     tokens = gpt.block_size * (batch_size or 1)  # a single sequence may have about as many
+    block_size = largest(of_block, gpt.block_size, int(NEAR * tokens), usable_mib, unit=64)
     return {
         "rung": rung.name,
         "yaml": rung.yaml(plan.own.rung),
         "batch_size": batch_size,
-        "block_size": largest(lambda size: reserved_mib(1, block_size=size), tokens, usable_mib, unit=64),
-        "network": list(networks)[-1] if networks else None,
-        "gpt": list(networks.values())[-1] if networks else None,
+        "block_size": block_size,
+        "network": name,
+        "gpt": sizes,
     }
 
 
@@ -204,21 +213,21 @@ def vocab_size(settings: Any) -> int:
     )
 
 
-def largest(reserved_mib: Callable[[int], float], start: int, usable_mib: float, unit: int = 1) -> int | None:
+def largest(needed_mib: Callable[[int], float], small: int, large: int, usable_mib: float, unit: int = 1) -> int | None:
     """The largest multiple of `unit`, to within 3 percent, that needs no more than usable_mib; None where not even
     `unit` does.
 
-    reserved_mib: of a size, growing with it   start: a size to begin with
+    needed_mib: of a size, growing with it, in a line or faster   small, large: sizes to begin with
     Memory grows nearly in a line with the batch and the sequence: a line through two sizes leads to the third.
     """
     known: dict[int, float] = {}
     fitting, too_large = 0, None
-    size = max(unit, start // unit * unit)
+    size = max(unit, small // unit * unit)
     while True:
-        known[size] = reserved_mib(size)
+        known[size] = needed_mib(size)
         if known[size] <= usable_mib:
-            fitting = size
-        else:
+            fitting = max(fitting, size)
+        elif too_large is None or size < too_large:
             too_large = size
         enough = max(unit, int(0.03 * fitting) // unit * unit)
         if too_large is not None and too_large - fitting <= enough:
@@ -226,11 +235,18 @@ def largest(reserved_mib: Callable[[int], float], start: int, usable_mib: float,
         if fitting == 0:
             size = size // 2  # nothing is known of the line yet
         elif len(known) == 1:
-            size = 2 * fitting
+            size = max(fitting + unit, large)
         else:
-            other = min(known) if too_large is None else too_large
+            lower = max((size for size in known if size < fitting), default=None)
+            if lower is not None:
+                slope = (known[fitting] - known[lower]) / (fitting - lower)
+                if slope > 0 and known[fitting] + slope * enough > usable_mib:
+                    return fitting  # and a line from below promises no less room than there is
+            other = lower if too_large is None else too_large
+            assert other is not None, "one of two sizes that fit is the lower one"
             slope = (known[other] - known[fitting]) / (other - fitting)
             size = fitting + int((usable_mib - known[fitting]) / slope) if slope > 0 else FURTHEST * fitting
+            size = int(NEAR * size) if too_large is None else size
         # Each step is so large that it ends the search if it leads too far.
         size = max(size // unit * unit, fitting + enough)
         if too_large is not None:

@@ -109,7 +109,7 @@ def _ladder(plan: Plan) -> list[str]:
     lines = [
         "ways to need less, each with those above it        MiB     time  bits     host MiB",
     ]
-    for planned in plan.ladder:
+    for planned in worth_showing(plan):
         mark = "->" if planned is plan.cheapest else "  "
         name = planned.rung.name + (" (yours)" if planned is plan.own else "")
         bits = "same" if planned.same_bits else "numerics" if planned.changes_numerics else "rounding"
@@ -121,6 +121,16 @@ def _ladder(plan: Plan) -> list[str]:
     if plan.cheapest is not None:
         lines.append("-> is the quickest that fits. time: against the first line. bits: of the trained weights.")
     return lines
+
+
+def worth_showing(plan: Plan) -> list[PlannedRung]:
+    """The rungs that need less than all above them, and the YAML's own: the others cost time and save nothing."""
+    shown: list[PlannedRung] = []
+    for planned in plan.ladder:
+        less = all(planned.footprint.reserved_mib < above.footprint.reserved_mib for above in shown)
+        if less or planned is plan.own or planned is plan.cheapest:
+            shown.append(planned)
+    return shown
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -18,7 +18,7 @@ from nanogpt_lit.plan.allocator import Event
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.roofline import Roofline
-from nanogpt_lit.plan.shape_tensor import ShapeMode
+from nanogpt_lit.plan.shape_tensor import ShapeMode, run
 from nanogpt_lit.plan.trace import GPU, MemoryTrace
 from nanogpt_lit.runtime.collector import no_collector
 from nanogpt_lit.runtime.gpus import GPUS, Gpu
@@ -76,11 +76,12 @@ def trace_steps(
     last = TRACED_STEPS - 1
     micro_batches = min(shape.accumulate_grad_batches, TRACED_MICRO_BATCHES)
     kernels = Kernels(gpu, shape.deterministic)
-    trace = MemoryTrace(kernels, vocab_size=shape.vocab_size)
-    with ShapeMode(), cuda_paths(kernels):
-        with _default_dtype(weight_dtype):
-            module = build()
-        _cast_buffers(module, weight_dtype)
+    trace = MemoryTrace(kernels, vocab_size=shape.vocab_size, compute=run)
+    with cuda_paths(kernels):
+        with ShapeMode():
+            with _default_dtype(weight_dtype):
+                module = build()
+            _cast_buffers(module, weight_dtype)
         autocast = torch.autocast("cpu", dtype=autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False)
         with trace:
             trace.label_module(module)

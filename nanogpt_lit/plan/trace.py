@@ -63,11 +63,13 @@ class MemoryTrace(TorchDispatchMode):
     """Follows the tensors of everything that runs inside its `with` block.
 
     kernels: what they take for themselves is counted too   vocab_size: tensors that wide are counted as logits
+    compute: what runs an operation, in place of PyTorch and the modes below this one
     watch: called with every operation, for the time estimate
     """
 
     kernels: Kernels = field(default_factory=Kernels)
     vocab_size: int | None = None
+    compute: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None
     watch: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
     phase: str = "setup"
     events: list[Event] = field(default_factory=list)
@@ -151,7 +153,7 @@ class MemoryTrace(TorchDispatchMode):
         name = name_of(func)
         if func is torch.ops.aten.add.Tensor and self._adds_gradients(args):
             func = torch.ops.aten.add_.Tensor
-        result = func(*args, **kwargs)
+        result = func(*args, **kwargs) if self.compute is None else self.compute(func, args, kwargs)
         category = self._category(name, args)
         # In the order in which CUDA's host code takes memory, which decides into which gap it goes.
         made = tensors_in(result)
