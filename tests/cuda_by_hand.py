@@ -150,15 +150,16 @@ def layer_norm_of(layer_norm):
 
 class RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, weight):
         held = x.contiguous()
-        ctx.save_for_backward(x, torch.empty(x.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-1], dtype=torch.float32))
         return torch.empty_like(held)
 
     @staticmethod
     def backward(ctx, dy):
-        held = ctx.saved_tensors[0].contiguous(), dy.contiguous()
-        return torch.empty_like(held[0])
+        x, weight, _ = ctx.saved_tensors
+        held = x.contiguous(), dy.contiguous()
+        return torch.empty_like(held[0]), torch.empty_like(weight)
 
 
 def attention_on(card):
@@ -213,7 +214,7 @@ def orthogonalised(matrices):
 def as_on_cuda(card):
     changed = [
         (F, "layer_norm", layer_norm_of(F.layer_norm)),
-        (F, "rms_norm", lambda x, shape: RMSNorm.apply(x.float() if autocasts() else x)),
+        (F, "rms_norm", lambda x, shape, weight, eps: RMSNorm.apply(x.float() if autocasts() else x, weight)),
         (F, "dropout", dropout),
         (F, "scaled_dot_product_attention", attention_on(card)),
         (torch, "softmax", softmax_of(torch.softmax)),

@@ -31,7 +31,7 @@ QUICK = {
         gpt(2048, 257, 1, 2, 320), ADAMW, FULL, 3, 1, "bf16-mixed", True, True, False),
     "many tokens, the rest in host memory": (
         gpt(512, 8000, 1, 5, 640), ADAMW, LEAN | {"optimizer_state": "host"}, 16, 1, "16-mixed", True, False, False),
-    "rotary positions and normed keys in 16 bits": (
+    "shared and normed keys in 16 bits": (
         gpt(512, 1000, 2, 8, 512, LlamaConfig, **QWEN3), MUON, {}, 3, 2, "bf16-true", True, True, True),
     "Muon, the fullest": (
         gpt(32, 257, 2, 16, 1024, LlamaConfig, qk_norm=True), MUON, {}, 1, 1, "16-mixed", True, False, True),
