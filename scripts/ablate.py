@@ -52,8 +52,7 @@ OTHERS: dict[str, Recipe] = {
     "with GPT-2's network": (NANOGPT[0], *MODERN[1:]),
     "without QK normalisation": (replace(MODERN[0], qk_norm=False), *MODERN[1:]),
     "without the cooldown": (*MODERN[:2], replace(MODERN[2], decay="cosine", min_lr_ratio=0.1)),
-    "an untied head": (replace(MODERN[0], tied_head=False), *MODERN[1:]),
-    "keys and values shared by two heads": (replace(MODERN[0], n_kv_head=2), *MODERN[1:]),
+    "with a tied head": (replace(MODERN[0], tied_head=True), *MODERN[1:]),
 }
 HALF = "modern on half the tokens"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt_lit.cli.settings import SettingsCLI
+from nanogpt_lit.gpt.networks import section_of
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.budget import choose_budget, gpu_named
 from nanogpt_lit.plan.command import network, own_rung, plan_rung
@@ -15,6 +16,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 LARGEST_MIB = {
     "rtx2050": 2450,
     "finetune_rtx2050": 1950,
+    "smollm2_rtx2050": 2450,
     "rtx2050_medium": 3350,
     "rtx2050_large": 2900,
     "rtx2050_xl": 1000,
@@ -23,6 +25,7 @@ LARGEST_MIB = {
 PARAMETERS = {
     "rtx2050": 124e6,
     "finetune_rtx2050": 124e6,
+    "smollm2_rtx2050": 134.515e6,
     "rtx2050_medium": 355e6,
     "rtx2050_large": 774e6,
     "rtx2050_xl": 1558e6,
@@ -45,7 +48,8 @@ def header(name):
 def planned(name, n_layer=None):
     """(reserved MiB, MiB of host memory, seconds per step, parameters) of the configured rung, and no other."""
     settings = settings_of(name)
-    settings.model.gpt.n_layer = n_layer or settings.model.gpt.n_layer
+    shape = settings.model[section_of(settings.model)]
+    shape.n_layer = n_layer or shape.n_layer
     footprint = plan_rung(settings, own_rung(settings), gpu_named("rtx2050"))
     return footprint.reserved_mib, footprint.host_memory_mib, footprint.step_s, footprint.parameters
 

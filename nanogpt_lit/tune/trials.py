@@ -27,12 +27,13 @@ Recipe = Mapping[str, Any]
 
 NANOGPT: Recipe = {
     "network": "gpt2",
+    "gpt": {"tied_head": True},
     "optim": {"matrices": "adamw", "muon_lr": None},
     "schedule": {"decay": "cosine", "min_lr_ratio": 0.1},
 }
 MODERN: Recipe = {
     "network": "llama",
-    "llama": {"qk_norm": True},
+    "llama": {"qk_norm": True, "tied_head": False},
     "optim": {"matrices": "muon", "muon_lr": None},
     "schedule": {"decay": "cooldown", "min_lr_ratio": 0.0},
 }
