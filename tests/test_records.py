@@ -10,7 +10,14 @@ import pytest
 from test_planned_configs import CONFIGS, header
 
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.gpt.llama import LlamaConfig
+from nanogpt_lit.gpt.networks import described
+from nanogpt_lit.memory.ladder import Rung
+from nanogpt_lit.memory.techniques import MemoryConfig
+from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.plan.budget import choose_budget
+from nanogpt_lit.plan.plan import make_plan
+from nanogpt_lit.plan.step import StepShape
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -35,6 +42,36 @@ def test_a_table_of_planned_memory_says_what_the_configurations_say(page):
     for name, *said in rows:
         text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
         assert "# Planned: {} MiB reserved on the card, {} MiB of host memory".format(*said) in " ".join(text.split())
+
+
+LLAMAS = {
+    "SmolLM2-135M": LlamaConfig(1024, 49152, 30, 9, 576, n_kv_head=3, n_hidden=1536, rope_base=1e5),
+    "SmolLM2-360M": LlamaConfig(1024, 49152, 32, 15, 960, n_kv_head=5, n_hidden=2560, rope_base=1e5),
+    "Qwen3-0.6B": LlamaConfig(
+        1024, 151936, 28, 16, 1024, n_kv_head=8, head_size=128, n_hidden=3072, qk_norm=True, rope_base=1e6
+    ),
+    "SmolLM2-1.7B": LlamaConfig(1024, 49152, 24, 32, 2048, n_hidden=8192, rope_base=1.3e5),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LLAMAS)
+def test_what_current_small_networks_take_on_4_gb_is_what_is_planned(name):
+    row = next(line for line in PAGES["memory.md"].splitlines() if line.startswith(f"| {name} |"))
+    config = LLAMAS[name]
+    shape = StepShape(1, 1024, config.vocab_size, 4, "bf16-mixed", clips=True, zeroes_after_forward=True)
+
+    def build(memory):
+        return LitNanoGPT(**described(config), memory=memory)
+
+    own = Rung("as configured", MemoryConfig(), 1, 4)
+    plan = make_plan(build, own, shape, 300, choose_budget("rtx2050"))
+    fits = plan.cheapest
+    memory = fits.rung.memory
+    told = f"weights: {memory.weights}" if memory.weights != "device" else f"recompute: {memory.recompute}"
+    numbers = plan.own.footprint.reserved_mib, fits.footprint.reserved_mib, fits.footprint.host_memory_mib
+    own_mib, fits_mib, host_mib = (f"{number:,.0f}" for number in numbers)
+    assert row == f"| {name} | {own_mib} | `{told}` | {fits_mib} | {host_mib} |"
 
 
 def test_the_picture_of_memory_draws_what_is_planned():
