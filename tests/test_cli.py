@@ -185,6 +185,12 @@ def test_validate_repeats_the_validation_loss_of_the_run(trained, more, tmp_path
     assert [p.name for p in (tmp_path / "root").glob("version_*")] == ["version_0"]
 
 
+def test_validate_needs_no_max_steps(trained, more, capsys):
+    without = [option for option in more if "max_steps" not in option]
+    assert run("validate", *without, f"--ckpt_path={trained / 'checkpoints/last.safetensors'}") == 0
+    assert "validation loss" in capsys.readouterr().out
+
+
 def test_generate_decodes_with_the_tokenizer_of_the_checkpoint(trained, tmp_path, capsys):
     alone = shutil.copy(trained / "checkpoints" / "best.safetensors", tmp_path)
     checkpoint = f"--ckpt={alone}"
@@ -266,6 +272,12 @@ def refusal(capsys, *arguments):
             "--data.source=~no-such-user/text.txt",
             "~no-such-user/text.txt names the home of a user that is not here",
         ),
+        ("--trainer.devices=99", "trainer.devices=99 starts 99 processes on "),
+        (
+            "--trainer.gradient_clip_algorithm=top",
+            "trainer.gradient_clip_algorithm=top is not known; norm and value are.",
+        ),
+        ("--trainer.profiler=top", "trainer.profiler=top is not known; simple and advanced and pytorch are."),
         ("--trainer.max_epochs=0", "trainer.max_epochs=0 trains nothing"),
         ("--trainer.limit_train_batches=0", "trainer.limit_train_batches=0 trains nothing"),
         ("--trainer.num_nodes=2", "trainer.num_nodes=2 waits for other machines"),
@@ -378,6 +390,12 @@ def test_an_unknown_key_in_the_yaml_is_refused_with_the_nearest_known_one(tmp_pa
 def test_a_yaml_that_is_no_yaml_is_refused(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("trainer: [\n")
     assert "run.yaml cannot be read as YAML" in refusal(capsys, "fit", "--config", str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize("option", ["--trainer.profiler=top", "--trainer.gradient_clip_algorithm=top"])
+def test_a_name_that_lightning_does_not_know_is_told_before_the_data_is_prepared(option, options, tmp_path, capsys):
+    assert "is not known" in refusal(capsys, "fit", *options, option)
+    assert not (tmp_path / "root" / "shards").exists()
 
 
 def test_a_mistake_is_named_before_the_data_is_prepared(options, tmp_path, capsys):

@@ -40,7 +40,7 @@ def header(name):
     """(reserved MiB, MiB of host memory, seconds per step)"""
     text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
     found = re.search(
-        r"# Planned: ([\d,]+) MiB reserved on the card, ([\d,]+) MiB of host memory, ([\d.]+) s per step", text
+        r"# Planned: ([\d,]+) MiB reserved on the GPU, ([\d,]+) MiB of host memory, ([\d.]+) s per step", text
     )
     return [float(number.replace(",", "")) for number in found.groups()]
 
@@ -64,7 +64,7 @@ def test_the_header_keeps_below_the_limit_and_names_its_command(name):
 @pytest.mark.parametrize("name", [*LARGEST_MIB, "modern_rtx2050"])
 def test_each_fits_what_the_plan_counts_on_without_any_option(name):
     text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
-    reserved = re.search(r"# Planned: ([\d,]+) MiB reserved on the card", text)[1]
+    reserved = re.search(r"# Planned: ([\d,]+) MiB reserved on the GPU", text)[1]
     assert float(reserved.replace(",", "")) <= choose_budget("rtx2050").usable_mib
 
 

@@ -16,6 +16,7 @@ import nanogpt_lit
 from nanogpt_lit import GPTConfig, LitNanoGPT, TokenDataModule, trainer_options
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.run.stops import Stopped
 
 PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
 WITH_TRAINER, WITH_ACCELERATOR = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
@@ -120,6 +121,19 @@ def test_a_trainer_of_ones_own_draws_as_often_as_it_is_asked_to_and_keeps_its_pl
     trainer.fit(module, data)
     assert [step for tag, step in curves(Path(trainer.log_dir)) if tag == "train/loss"] == [1, 2, 3]
     assert trainer.strategy.checkpoint_io is writer
+
+
+def test_a_trainer_of_ones_own_ends_by_max_time_between_two_steps_and_saves_what_it_has(folder):
+    data, module = small(folder)
+    root = folder / "short"
+    options = trainer_options(
+        accelerator="cpu", max_steps=9, accumulate_grad_batches=2, max_time={"seconds": 0}, default_root_dir=root
+    )
+    with pytest.raises(Stopped, match=r"trainer\.max_time"):
+        Trainer(**options).fit(module, data)
+    (last,) = root.rglob("last.safetensors")
+    state = load_run(last)
+    assert (state.step, state.batches) == (1, 2)
 
 
 def test_the_package_shows_what_it_exports():

@@ -28,6 +28,7 @@ from nanogpt_lit.loops.compatibility import (
 from nanogpt_lit.loops.trainer_section import (
     TRAINER_DEFAULTS,
     asked_processes,
+    check_choices,
     check_devices,
     check_started,
     complete_sizes,
@@ -158,6 +159,9 @@ class SettingsCLI(LightningCLI):
         MemoryConfig(**settings.model.memory)
         ElasticConfig(**settings.model.elastic)
         AdamWConfig(**settings.model.optim)
+        check_choices(vars(trainer))
+        if self.subcommand in ("validate", "test") and trainer.max_steps == -1:  # where no rate decays
+            settings.model.schedule.total_steps = ScheduleConfig().total_steps
         schedule = ScheduleConfig(**settings.model.schedule)
         self.run_config = RunConfig(**{field.name: settings[field.name] for field in fields(RunConfig)})
         if self.subcommand not in (None, "fit"):

@@ -9,6 +9,7 @@ from nanogpt_lit.loops.contract import Observer
 from nanogpt_lit.loops.lightning import precision_plugin
 from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO, with_writer
 from nanogpt_lit.loops.trainer_section import TRAINER_DEFAULTS
+from nanogpt_lit.run.stops import seconds_of
 from nanogpt_lit.runtime.machine import device_type
 from nanogpt_lit.runtime.precision import full_precision_name
 
@@ -28,14 +29,18 @@ def trainer_options(
 
     precision: 32-true, bf16-mixed or 16-mixed   seed: of dropout, as seed_everything in a YAML
     callbacks: of your own, which come first   observers: of your own (loops/contract.py)
-    options: any others of the Trainer; each wins over TRAINER_DEFAULTS
+    options: any others of the Trainer; each wins over TRAINER_DEFAULTS. max_time ends the run as a signal
+    does, between two steps and saved: trainer.fit then raises run.stops.Stopped
 
         Trainer(**trainer_options("bf16-mixed", seed=1337, max_steps=1000))
     """
     precision = full_precision_name(precision)
     plugin = precision_plugin(precision, device_type(accelerator))
     options = {**TRAINER_DEFAULTS, **options}
-    run = LightningRun(seed=seed, observers=observers, log_every_n_steps=options["log_every_n_steps"])
+    max_time_s = seconds_of(options.pop("max_time", None))  # Lightning's timer ends inside a step
+    run = LightningRun(
+        seed=seed, observers=observers, log_every_n_steps=options["log_every_n_steps"], max_time_s=max_time_s
+    )
     ours = [] if plugin is None else [plugin]
     return {
         **({"precision": precision} if plugin is None else {}),

@@ -32,6 +32,13 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
 }
 """What `fit` sets otherwise than Lightning's Trainer, unless told."""
+CHOICES = {
+    "gradient_clip_algorithm": ("norm", "value"),
+    "profiler": ("simple", "advanced", "pytorch"),
+}
+"""The names that some settings of the Trainer may have."""
+FEW_PROCESSES = 8
+"""Processes that may be started on CPUs with fewer cores, to try what several do."""
 STRATEGIES = (SINGLE, DDP, FSDP, FSDP2, DEEPSPEED)
 
 # Lightning's short names, and the arguments that they stand for.
@@ -133,10 +140,21 @@ def check_started(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.en
             )
 
 
+def check_choices(trainer: Mapping[str, Any]) -> None:
+    """Raises UserError for a name that Lightning does not know; it would say so once the data is made."""
+    for key, known in CHOICES.items():
+        if isinstance(name := trainer[key], str) and name not in known:
+            raise UserError(f"trainer.{key}={name} is not known; {' and '.join(known)} are.")
+
+
 def check_devices(devices: Any, device: str) -> None:
     """Raises UserError for what names no devices. device: "cuda", "mps" or "cpu"; GPUs may also be named by number"""
     text = ",".join(map(str, devices)) + "," * (len(devices) == 1) if isinstance(devices, list) else str(devices)
-    if text == "auto" or re.fullmatch(r"[1-9][0-9]{0,3}", text):
+    is_number = re.fullmatch(r"[1-9][0-9]{0,3}", text) is not None
+    most = max(FEW_PROCESSES, os.cpu_count() or 1)
+    if device == "cpu" and is_number and int(text) > most:
+        raise UserError(f"trainer.devices={text} starts {text} processes on {os.cpu_count()} CPU cores; {most} may be.")
+    if text == "auto" or is_number:
         return
     if device == "cpu":
         raise UserError(f"trainer.devices={devices} is no number of processes on CPUs; auto and 1 to 9,999 work.")
