@@ -12,13 +12,13 @@ from small_networks import new_tokenizer, saved, trained
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint import gguf_format
 from nanogpt_lit.checkpoint.convert import convert
-from nanogpt_lit.checkpoint.gguf_file import GGUFFile
+from nanogpt_lit.checkpoint.gguf_file import GGUFFile, Header
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.llama import LlamaConfig
 
 SHAPE = {"steps": 0, "n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16}
 U32, U64 = struct.Struct("<I").pack, struct.Struct("<Q").pack
-STRING, ARRAY, UINT8, UINT32 = 8, 9, 0, 4
+STRING, ARRAY, UINT8, UINT32, INT32, FLOAT32 = 8, 9, 0, 4, 5, 6
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,35 @@ def test_whatever_is_changed_in_a_header_is_read_or_refused(tmp_path, whole):
         path.write_bytes(content)
         try:
             gguf_format.read(path)
+            outcomes.add("read")
+        except UserError:
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+
+
+OTHERS = {
+    "an array of numbers": U32(ARRAY) + U32(UINT32) + U64(2) + U32(1) + U32(2),
+    "an array of texts": U32(ARRAY) + U32(STRING) + U64(2) + text("a") + text("b"),
+    "a text": U32(STRING) + text("words"),
+    "below zero": U32(INT32) + struct.pack("<i", -1),
+    "no number": U32(FLOAT32) + struct.pack("<f", float("nan")),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_value_of_another_type_is_refused_or_does_not_matter(tmp_path, whole, other):
+    outcomes = set()
+    (tmp_path / "whole.gguf").write_bytes(whole)
+    for key, value in GGUFFile(tmp_path / "whole.gguf").metadata.items():
+        place = whole.index(text(key)) + len(text(key))
+        start, header = Header(whole), header_of(whole)
+        start.place = place
+        assert start.value(start.number("<u4")) == value
+        header = header[:place] + OTHERS[other] + header[start.place :]
+        content = header.ljust(aligned(len(header)), b"\0") + whole[aligned(len(header_of(whole))) :]
+        (tmp_path / "x.gguf").write_bytes(content)
+        try:
+            gguf_format.read(tmp_path / "x.gguf")
             outcomes.add("read")
         except UserError:
             outcomes.add("refused")

@@ -203,6 +203,7 @@ def changed(folder, change):
         (lambda d: d["added_tokens"][1].update(lstrip=True), "has lstrip for its token '<|im_start|>'"),
         (lambda d: d["added_tokens"][2].update(content="<|im_start|>s"), "'<|im_start|>' and .* begin alike"),
         (lambda d: d["model"]["merges"].reverse(), "merges in another order"),
+        (lambda d: d["model"]["vocab"].update({"a" * 10**6: 999}), "a token of 1,000,000 bytes; tokens of up to 1,024"),
         (lambda d: d.update(normalizer={"type": "NFKC"}), r"changes text before it is cut \(NFKC\)"),
         (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(individual_digits=False), "cuts text into words in"),
         (lambda d: d["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Whitespace"}), "cuts text into words in"),

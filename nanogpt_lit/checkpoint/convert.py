@@ -32,7 +32,7 @@ from nanogpt_lit.runtime.durable import durable_file
 FORMATS = {"hf": "", "gguf": gguf_format.SUFFIX, "nanogpt": nanogpt_format.SUFFIX}
 """Names for --to, and the suffix of such a target."""
 HUB_NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-HUB_FILES = ["config.json", "tokenizer*.json", "vocab.json", "merges.txt"]
+HUB_FILES = ["config.json", "tokenizer*.json", "chat_template.jinja", "vocab.json", "merges.txt"]
 HUB_WEIGHTS = [
     ["model*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],

@@ -21,8 +21,8 @@ from nanogpt_lit.errors import UserError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-LONGEST_HEADER = 2**26
-"""Bytes. 260,000 tokens with their merges take a quarter of it."""
+LONGEST_HEADER = 2**25
+"""Bytes. 260,000 tokens with their merges take half of it."""
 MOST_DIMENSIONS = 4
 ALIGNMENT = "general.alignment"
 SPLIT = "split.count"
@@ -146,17 +146,17 @@ class Header:
         return self.take(struct.unpack("<Q", self.take(8))[0]).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
-        """A scalar of Python's, a text, a list of texts or an array of NumPy's."""
+        """A number, a text, or a tuple of either."""
         if kind == STRING:
             return self.text()
         if kind == ARRAY:
             kind, count = self.number("<u4"), self.number("<u8")
             if kind == STRING:
-                return [self.text() for _ in range(count)]
+                return tuple(self.text() for _ in range(count))
             dtype = np.dtype(SCALARS[kind]) if kind in SCALARS else None
             if dtype is None:
                 raise ValueError(f"an array of values of type {kind}")
-            return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+            return tuple(np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist())
         if kind not in SCALARS:
             raise ValueError(f"a value of type {kind}")
         return np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[0].item()

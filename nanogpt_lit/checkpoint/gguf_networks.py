@@ -5,6 +5,7 @@ queries and keys, and keeps the channels that a rotation turns together side by 
 order of transformers and ours.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -177,7 +178,7 @@ class Shape:
             raise UserError(f"{self.file.path} lacks {key}, which says the network's shape.")
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             raise UserError(
                 f"{self.file.path} has {key}={value!r:.60}; one number of type {kind.__name__} can be read."
             )

@@ -136,10 +136,12 @@ def tokenizer_of(file: GGUFFile) -> Tokenizer:
         texts, kinds = list(metadata[f"{KEY}tokens"]), [int(kind) for kind in metadata[f"{KEY}token_type"]]
         merges = [(left, right) for left, right in (merge.split(" ") for merge in metadata[f"{KEY}merges"])]
         numbered = list(enumerate(zip(texts, kinds, strict=True)))
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("tokens that are no texts")
         ends = {}
         for end in ("bos", "eos"):
             n = metadata.get(f"{KEY}{end}_token_id")
-            ends[end] = texts[n] if n is not None and kinds[n] in SPECIAL else None
+            ends[end] = texts[n] if n is not None and n >= 0 and kinds[n] in SPECIAL else None
         adds_bos = bool(metadata.get(f"{KEY}add_bos_token", PATTERNS[name] == LLAMA3_PATTERN))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(

@@ -31,6 +31,8 @@ SAMPLE = (
     + "\n" * 1000
     + "end"
 )
+LONGEST_TOKEN = 1024
+"""Bytes, in a stranger's file: to find its parts takes time that grows with their square. Llama 3's longest has 128."""
 LONGEST_SEARCH_S = 0.5
 """Seconds of CPU time. GPT-2's pattern takes a thousandth."""
 
@@ -220,7 +222,7 @@ def ranks_of(
 
     whole_words: a word that is a token is never cut, whatever the merges make of it (ignore_merges)
     Raises UserError, beginning with `name`, for one that ranks cannot express: merges in another order than the ids of
-    what they make.
+    what they make; and for a token of more than LONGEST_TOKEN.
     """
     try:
         ranks = {as_bytes(token): token_id for token, token_id in vocabulary.items()}
@@ -230,6 +232,8 @@ def ranks_of(
             f"{name} has the character {error} in a token, which stands for no byte; byte-level vocabularies, as "
             "GPT-2's, can be read."
         ) from error
+    if (longest := max(map(len, ranks), default=0)) > LONGEST_TOKEN:
+        raise UserError(f"{name} has a token of {longest:,} bytes; tokens of up to {LONGEST_TOKEN:,} can be read.")
     if not (whole_words and all_merges_of(ranks) == listed):
         try:
             learned = merges_of(ranks)
