@@ -85,8 +85,8 @@ def test_another_kind_of_network_is_another_network():
     [
         ({"network": "mamba"}, r"model\.network='mamba' is not known; use gpt2 or llama"),
         ({"gpt": {"n_experts": 4}}, r"model\.gpt\.n_experts=4, which this version .* does not know"),
-        ({"gpt": {"positions": "rotary"}}, r"model\.gpt\.positions=rotary, which no published network has"),
-        ({"gpt": {"activation": "relu2"}}, r"model\.gpt\.activation=relu2, .* use that version for it"),
+        ({"gpt": {"positions": "rotary"}}, r"model\.gpt\.positions=rotary, which nanogpt_lit had before 0\.2"),
+        ({"gpt": {"activation": "relu2"}}, r"model\.gpt\.activation=relu2, .* use the version that wrote it"),
     ],
 )
 def test_what_is_no_network_of_ours_is_refused_in_a_sentence(saved, said):

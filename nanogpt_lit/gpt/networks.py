@@ -16,7 +16,7 @@ NETWORKS: dict[str, tuple[type[NetworkConfig], type[Network]]] = {
 """By the name that model.network has in the YAML."""
 
 ONCE_IN_GPT2 = {"positions": "learned", "qk_norm": False, "activation": "gelu"}
-"""Fields that GPTConfig had until 0.2, with the value that is GPT-2's."""
+"""Fields that GPTConfig had before 0.2, with the value that is GPT-2's."""
 
 
 def section_of(model: Mapping[str, Any]) -> str:
@@ -40,8 +40,9 @@ def config_of(model: Mapping[str, Any], **changes: Any) -> NetworkConfig:
         for name, published in ONCE_IN_GPT2.items():
             if saved.pop(name, published) != published:
                 raise UserError(
-                    f"the checkpoint's network has model.gpt.{name}={model[section][name]}, which no published network "
-                    "has and nanogpt_lit had until 0.2; use that version for it, or train with model.network=llama."
+                    f"the checkpoint's network has model.gpt.{name}={model[section][name]}, which nanogpt_lit had "
+                    "before 0.2 and no published network has; use the version that wrote it, or train one with "
+                    "model.network=llama."
                 )
     for name in saved.keys() - {field.name for field in fields(kind)}:
         raise UserError(

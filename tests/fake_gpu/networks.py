@@ -16,8 +16,8 @@ CHANGED = {
     "day25": (("--data.tokenizer=byte", "--model.gpt.vocab_size=32000"), "bytes in a vocabulary of 32,000"),
     "finetune_rtx2050": (("--init_from=null",), "weights drawn, not loaded"),
     "smollm2_rtx2050": (
-        ("--init_from=null", "--data.documents=separate"),
-        "weights drawn, not loaded; documents in place of conversations",
+        ("--init_from=null", "--data.documents=separate", "--data.tokenizer=byte"),
+        "weights drawn, not loaded; documents of bytes in place of conversations",
     ),
     "rtx2050_medium": (("--model.gpt.n_layer=4",), "4 layers"),
     "rtx2050_large": (("--model.gpt.n_layer=3",), "3 layers"),
