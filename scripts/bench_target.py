@@ -50,9 +50,9 @@ def main() -> None:
     device = "cuda" if args.gpu else "cpu"
     runs: dict[str, Callable[[Path], dict[str, float]]] = {
         "recipe nanogpt": lambda folder: fit(folder, args.source, device, "shakespeare_char_cpu", 1400),
-        "recipe modern": lambda folder: fit(folder, args.source, device, "modern_char_cpu", 275),
+        "recipe modern": lambda folder: fit(folder, args.source, device, "modern_char_cpu", 190),
         "recipe modern, longer": lambda folder: fit(
-            folder, args.source, device, "modern_char_cpu", 1250, batch_size=24, options=["--model.optim.lr=7e-3"]
+            folder, args.source, device, "modern_char_cpu", 950, batch_size=24, options=["--model.optim.lr=7e-3"]
         ),
     }
     if args.nanogpt:
