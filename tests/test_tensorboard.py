@@ -14,7 +14,7 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.data.shards import first_words
 from nanogpt_lit.data.tokenizer import ByteTokenizer
-from nanogpt_lit.run.curves import HPARAMS, LAYOUT, MEASURES
+from nanogpt_lit.run.curves import HPARAMS, LAYOUT, MEASURES, chosen_hparams
 from nanogpt_lit.run.metrics import CURVES
 
 TEXT = "To be, or not to be, that is the question.\n"
@@ -118,6 +118,16 @@ def test_the_runs_are_compared_by_what_was_set_and_what_came_of_it(server):
         loss = ask(f"{server}/data/plugin/scalars/scalars?run={run}&tag=val%2Floss")
         assert measured["val/loss"] == loss[-1][2]
         assert "val/bits_per_byte" in measured
+
+
+def test_the_sizes_to_compare_by_are_those_of_the_network_that_is_trained():
+    cli = SettingsCLI(args=["--model.network=llama", "--model.llama.n_layer=3", "--trainer.max_steps=1"])
+    other = SettingsCLI(args=["--model.gpt.n_layer=5", "--trainer.max_steps=1", "--init_from=somewhere"])
+    of_llama, of_gpt2 = (chosen_hparams(made.kept_settings()) for made in (cli, other))
+    assert (of_llama["model.network"], of_llama["model.n_layer"]) == ("llama", 3)
+    assert (of_gpt2["model.network"], of_gpt2["model.n_layer"]) == ("gpt2", 5)
+    assert of_llama.keys() == of_gpt2.keys()  # or only those of one run would be shown
+    assert (of_llama["init_from"], of_gpt2["init_from"]) == ("null", "somewhere")
 
 
 def test_every_setting_to_compare_by_is_one_of_the_parser():

@@ -11,8 +11,8 @@ from nanogpt_lit.untrusted.allowlist import TRUST
 
 SHORT = {
     "data": ("source", "tokenizer", "block_size", "batch_size", "val_fraction"),
-    "model": ("gpt.n_layer", "gpt.n_head", "gpt.n_embd", "gpt.dropout", "compile"),
-    "model.optim": ("lr", "weight_decay", "beta2", "matrices"),
+    "model": ("network", "gpt.n_layer", "gpt.n_head", "gpt.n_embd", "gpt.dropout", "compile"),
+    "model.optim": ("lr", "weight_decay", "matrices"),
     "model.schedule": ("warmup_steps", "decay"),
     "model.memory": ("loss_chunk_tokens", "recompute", "optimizer_state", "weights"),
     "": ("init_from", "resume", "ckpt_path", "early_stopping_patience", "checkpoint_every_minutes", "seed_everything"),

@@ -20,6 +20,7 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.network import Network
+from nanogpt_lit.gpt.networks import section_of
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.run.metrics import CURVES, StepMetrics
 
@@ -86,20 +87,25 @@ LAYOUT = {
 """The CUSTOM SCALARS tab, in this order: curves that every run has, on a CPU too."""
 
 HPARAMS = (
-    "model.gpt.n_layer", "model.gpt.n_head", "model.gpt.n_embd", "model.gpt.dropout", "data.block_size",
-    "data.batch_size", "trainer.accumulate_grad_batches", "trainer.max_steps", "trainer.precision", "model.optim.lr",
-    "model.optim.weight_decay", "model.optim.beta2", "model.optim.matrices", "model.schedule.warmup_steps",
-    "model.schedule.decay", "data.source", "data.tokenizer", "init_from", "seed_everything",
+    "data.block_size", "data.batch_size", "trainer.accumulate_grad_batches", "trainer.max_steps", "trainer.precision",
+    "model.network", "model.optim.lr", "model.optim.weight_decay", "model.optim.beta2", "model.optim.matrices",
+    "model.schedule.warmup_steps", "model.schedule.decay", "data.source", "data.tokenizer", "init_from",
+    "seed_everything",
 )  # fmt: skip
+SHAPE = ("n_layer", "n_head", "n_embd", "dropout")
+"""Of the section of the run's network."""
 MEASURES = ("val/loss", "val/bits_per_byte", "train/loss", "throughput/tokens_per_s", "throughput/trained_hours")
 """The HPARAMS tab: what is set, and what came of it, a row for each run."""
 
 
 def chosen_hparams(config: str) -> dict[str, int | float | str | bool]:
-    """The values of HPARAMS in a configuration, YAML; those that are null or not there are left out."""
+    """The values of HPARAMS and SHAPE in a configuration, YAML: the same names for every run, or TensorBoard would show
+    those of one of them."""
     settings = yaml.safe_load(config)
     values = {name: reduce(lambda keys, key: (keys or {}).get(key), name.split("."), settings) for name in HPARAMS}
-    return {name: value for name, value in values.items() if value is not None}
+    shape = settings["model"][section_of(settings["model"])]
+    values |= {f"model.{name}": shape.get(name) for name in SHAPE}
+    return {name: "null" if value is None else value for name, value in values.items()}
 
 
 class BestEffortWriter(SummaryWriter):
