@@ -20,7 +20,7 @@ from nanogpt_lit.data.tokenizer import (
 )
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.llama import LlamaConfig
-from nanogpt_lit.gpt.network import NetworkConfig
+from nanogpt_lit.gpt.network import Network, NetworkConfig
 from nanogpt_lit.gpt.networks import build
 
 LANGUAGES = (
@@ -118,3 +118,13 @@ def modern(config: NetworkConfig, **shape) -> LlamaConfig:
     """The network of the modern recipe, of the same size."""
     sizes = {field.name: getattr(config, field.name) for field in fields(NetworkConfig)}
     return LlamaConfig(**{**sizes, "qk_norm": True, **shape})
+
+
+def randomised(config: NetworkConfig, dtype: torch.dtype = torch.float32) -> Network:
+    """A network with no weight at zero or one, so that a forgotten one shows."""
+    torch.manual_seed(0)
+    gpt = build(config).to(dtype)
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.3)
+    return gpt

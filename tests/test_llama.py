@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import randomised
 from transformers import LlamaConfig as TheirLlamaConfig
 from transformers import LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from nanogpt_lit.gpt.llama import Llama, LlamaConfig, RopeScaling, Rotary
+from nanogpt_lit.gpt.llama import Llama, LlamaConfig
+from nanogpt_lit.gpt.rotary import RopeScaling, Rotary
 
 SIZES = {"block_size": 40, "vocab_size": 97, "n_layer": 3}
 SHAPES = {
@@ -20,16 +22,6 @@ SHAPES = {
     "stretched as Llama 3": LlamaConfig(**SIZES, n_head=2, n_embd=64, rope_scaling=RopeScaling(8, 1, 4, 16)),
     "Qwen3": LlamaConfig(**SIZES, n_head=4, n_embd=24, n_kv_head=2, head_size=10, qk_norm=True, norm_eps=1e-6),
 }
-
-
-def randomised(config, dtype=torch.float32):
-    """With no weight at zero or one, so that a forgotten one shows."""
-    torch.manual_seed(0)
-    gpt = Llama(config).to(dtype)
-    with torch.no_grad():
-        for p in gpt.parameters():
-            p.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.3)
-    return gpt
 
 
 def theirs(config):
@@ -84,7 +76,7 @@ def test_rotation_is_that_of_transformers():
     config = TheirLlamaConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=64)
     q, k = torch.randn(2, 3, 2, 20, 16, generator=torch.Generator().manual_seed(0)).unbind()
     cos, sin = LlamaRotaryEmbedding(config)(q, torch.arange(5, 25)[None])
-    rotary = Rotary(LlamaConfig(block_size=64, n_head=2, n_embd=32))
+    rotary = Rotary(64, 16, 10_000.0)
     for x, expected in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
         # float32 angles of up to 24 radians, each good to 1e-6.
         torch.testing.assert_close(rotary(x, start=5), expected, rtol=0, atol=2e-5)
@@ -92,7 +84,7 @@ def test_rotation_is_that_of_transformers():
 
 def test_only_the_distance_of_two_tokens_counts():
     # One layer: with more, the first token, which has nothing before it, differs from one that has.
-    rotary = Rotary(LlamaConfig(block_size=64, n_head=1, n_embd=8))
+    rotary = Rotary(64, 8, 10_000.0)
     q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).unbind()
     near, far = ((rotary(q, start + 7) * rotary(k, start)).sum() for start in (0, 40))
     torch.testing.assert_close(near, far, rtol=1e-5, atol=1e-5)

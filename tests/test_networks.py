@@ -9,14 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import randomised
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.attention import KeyValueCache
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.gpt2 import GPTConfig
-from nanogpt_lit.gpt.llama import LlamaConfig, RopeScaling
+from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.network import HEAD
 from nanogpt_lit.gpt.networks import NETWORKS, build, config_of, described
+from nanogpt_lit.gpt.rotary import RopeScaling
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques, change_techniques
 from nanogpt_lit.module import LitNanoGPT
@@ -35,16 +37,6 @@ CONFIGS = {
 }
 MUON = AdamWConfig(lr=0.01, matrices="muon", muon_lr=0.02)
 every_network = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-def randomised(config, dtype=torch.float32):
-    """With no weight at zero or one, so that a forgotten one shows."""
-    torch.manual_seed(0)
-    gpt = build(config).to(dtype)
-    with torch.no_grad():
-        for p in gpt.parameters():
-            p.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.3)
-    return gpt
 
 
 def window(seed=1, B=2, T=16):

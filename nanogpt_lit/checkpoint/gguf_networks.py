@@ -16,8 +16,9 @@ from torch import Tensor
 from nanogpt_lit.checkpoint.gguf_file import GGUFFile
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPTConfig
-from nanogpt_lit.gpt.llama import LlamaConfig, RopeScaling, frequencies
+from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.network import HEAD, NetworkConfig
+from nanogpt_lit.gpt.rotary import RopeScaling, frequencies
 
 EMBEDDING, OUTPUT, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 ROPE_ROUNDING = 1e-4
@@ -162,7 +163,8 @@ def rope_factors(config: NetworkConfig) -> Tensor | None:
     """By how much each pair of channels turns more slowly, (D / 2,); None where none does."""
     if not isinstance(config, LlamaConfig) or config.rope_scaling is None:
         return None
-    return frequencies(replace(config, rope_scaling=None)) / frequencies(config)
+    D, base = config.channels_per_head, config.rope_base
+    return frequencies(D, base) / frequencies(D, base, config.rope_scaling)
 
 
 class Shape:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from nanogpt_lit.checkpoint.hugging_face_values import check_as_ours, number_of, sizes_of
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.llama import LlamaConfig, RopeScaling
+from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.network import HEAD
+from nanogpt_lit.gpt.rotary import RopeScaling
 
 BUFFERS = (".rotary_emb.inv_freq",)
 """Angles that older versions of transformers saved."""

@@ -13,9 +13,9 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_file
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.llama import Rotary
 from nanogpt_lit.gpt.network import HEAD, Network, NetworkConfig
 from nanogpt_lit.gpt.networks import build, config_of, described
+from nanogpt_lit.gpt.rotary import Rotary
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
 

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,30 +17,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache, attention
 from nanogpt_lit.gpt.network import MOST_HEADS, Block, Network, NetworkConfig
 from nanogpt_lit.gpt.norm import RMSNorm
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's way to longer sequences: slow rotations are slowed down, fast ones stay, those between are blended."""
-
-    factor: float = 8.0
-    """By how much the slow ones are slowed down."""
-
-    low_freq_factor: float = 1.0
-    """Slow is what turns less often than this in original_block_size tokens."""
-
-    high_freq_factor: float = 4.0
-    """Fast is what turns more often than this in original_block_size tokens."""
-
-    original_block_size: int = 8192
-    """The longest sequence that the network was first trained with."""
-
-    def __post_init__(self) -> None:
-        if self.factor <= 0 or not 0 < self.low_freq_factor < self.high_freq_factor or self.original_block_size < 1:
-            raise UserError(
-                f"model.llama.rope_scaling={self} must have positive values, and low_freq_factor below "
-                "high_freq_factor; Llama 3.1 has 8, 1, 4 and 8192."
-            )
+from nanogpt_lit.gpt.rotary import RopeScaling, Rotary
 
 
 @dataclass(frozen=True)
@@ -158,7 +134,8 @@ class LlamaBody(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        rotary = Rotary(config)  # the same in all blocks
+        # The same in all blocks.
+        rotary = Rotary(config.block_size, config.channels_per_head, config.rope_base, config.rope_scaling)
         self.layers = nn.ModuleList(LlamaBlock(config, rotary) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
 
@@ -170,7 +147,7 @@ class LlamaBody(nn.Module):
 
 
 class LlamaBlock(Block):
-    def __init__(self, config: LlamaConfig, rotary: "Rotary") -> None:
+    def __init__(self, config: LlamaConfig, rotary: Rotary) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.self_attn = GroupedQueryAttention(config, rotary)
@@ -206,7 +183,7 @@ class LlamaBlock(Block):
 
 
 class GroupedQueryAttention(nn.Module):
-    def __init__(self, config: LlamaConfig, rotary: "Rotary") -> None:
+    def __init__(self, config: LlamaConfig, rotary: Rotary) -> None:
         super().__init__()
         C, D, K = config.n_embd, config.channels_per_head, config.kv_heads
         self.head_size = D
@@ -263,46 +240,3 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
-
-
-class Rotary(nn.Module):
-    """Turns each head's channels by angles that grow with the position, so that a product of a query and a key sees
-    only how far apart they are.
-
-    Channel i is paired with channel i + D / 2, as in transformers; the paper pairs neighbours, which is the same
-    network with its channels in another order. There is nothing to learn and nothing in the state_dict.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.fill()
-
-    def fill(self) -> None:
-        """Compute the angles, again where the network was first built without memory (on torch's meta device)."""
-        angles = torch.outer(torch.arange(self.config.block_size).float(), frequencies(self.config))
-        # Buffers go where the network goes; they are made again with it, so no checkpoint need hold them.
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D / 2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """x: (B, heads, T, D), of the positions from start on. In float32, also where x is 16-bit."""
-        end = start + x.size(2)
-        cos, sin = self.cos[start:end], self.sin[start:end]  # (T, D / 2)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def frequencies(config: LlamaConfig) -> Tensor:
-    """Angles per token of each pair of channels, (D / 2,) float32."""
-    D, scaling = config.channels_per_head, config.rope_scaling
-    inverse = config.rope_base ** -(torch.arange(0, D, 2).float() / D)
-    if scaling is None:
-        return inverse
-    turns = scaling.original_block_size * inverse / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    fast = ((turns - low) / (high - low)).clamp(0, 1)  # 0 where slow, 1 where fast
-    return fast * inverse + (1 - fast) * inverse / scaling.factor

@@ -1,0 +1,76 @@
+"""Positions as rotations of queries and keys: Su et al., RoFormer (arXiv:2104.09864), and as Llama 3 stretches them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_lit.errors import UserError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's way to longer sequences: slow rotations are slowed down, fast ones stay, those between are blended."""
+
+    factor: float = 8.0
+    """By how much the slow ones are slowed down."""
+
+    low_freq_factor: float = 1.0
+    """Slow is what turns less often than this in original_block_size tokens."""
+
+    high_freq_factor: float = 4.0
+    """Fast is what turns more often than this in original_block_size tokens."""
+
+    original_block_size: int = 8192
+    """The longest sequence that the network was first trained with."""
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0 or not 0 < self.low_freq_factor < self.high_freq_factor or self.original_block_size < 1:
+            raise UserError(
+                f"model.llama.rope_scaling={self} must have positive values, and low_freq_factor below "
+                "high_freq_factor; Llama 3.1 has 8, 1, 4 and 8192."
+            )
+
+
+class Rotary(nn.Module):
+    """Turns each head's channels by angles that grow with the position, so that a product of a query and a key sees
+    only how far apart they are.
+
+    Channel i is paired with channel i + D / 2, as in transformers; the paper pairs neighbours, which is the same
+    network with its channels in another order. There is nothing to learn and nothing in the state_dict.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, block_size: int, D: int, base: float, scaling: RopeScaling | None = None) -> None:
+        """base: the slowest rotation turns once in about 2 pi * base tokens"""
+        super().__init__()
+        self.block_size, self.D, self.base, self.scaling = block_size, D, base, scaling
+        self.fill()
+
+    def fill(self) -> None:
+        """Compute the angles, again where the network was first built without memory (on torch's meta device)."""
+        angles = torch.outer(torch.arange(self.block_size).float(), frequencies(self.D, self.base, self.scaling))
+        # Buffers go where the network goes; they are made again with it, so no checkpoint need hold them.
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D / 2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """x: (B, heads, T, D), of the positions from start on. In float32, also where x is 16-bit."""
+        end = start + x.size(2)
+        cos, sin = self.cos[start:end], self.sin[start:end]  # (T, D / 2)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def frequencies(D: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Angles per token of each pair of a head's D channels, (D / 2,) float32."""
+    inverse = base ** -(torch.arange(0, D, 2).float() / D)
+    if scaling is None:
+        return inverse
+    turns = scaling.original_block_size * inverse / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    fast = ((turns - low) / (high - low)).clamp(0, 1)  # 0 where slow, 1 where fast
+    return fast * inverse + (1 - fast) * inverse / scaling.factor
