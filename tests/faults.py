@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.loss import IGNORE_INDEX
+from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO
@@ -51,7 +52,7 @@ class Fault:
             fails = call >= self.at and tokens.size(0) > self.fits and not (self.until and self.until(gpt))
             if not fails or grads == (self.phase == "validation"):
                 return loss(tokens, targets)
-            hook = gpt.transformer.h[0].register_forward_hook(self._strike)
+            hook = gpt.blocks[0].register_forward_hook(self._strike)
             try:
                 return loss(tokens, targets)
             finally:
@@ -89,9 +90,9 @@ class Diary(Observer):
 def make_module(gpt=GPT, optim=None, **options):
     torch.manual_seed(0)
     return LitNanoGPT(
-        gpt,
-        AdamWConfig(lr=0.01, **(optim or {})),
-        ScheduleConfig(warmup_steps=1, total_steps=STEPS),
+        **described(gpt),
+        optim=AdamWConfig(lr=0.01, **(optim or {})),
+        schedule=ScheduleConfig(warmup_steps=1, total_steps=STEPS),
         **options,
     )
 

@@ -25,6 +25,7 @@ from faults import (
     run,
     same_weights,
 )
+from small_networks import modern
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
@@ -117,8 +118,9 @@ def test_memory_may_end_at_any_micro_batch_and_the_curve_is_the_same(loop, phase
 
 @every_loop
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-def test_a_step_done_again_has_the_bits_of_one_that_was_in_pieces_from_its_start(loop, phase):
-    gpt = replace(GPT, dropout=0.1)  # so that the random state counts
+@pytest.mark.parametrize("network", [GPT, modern(GPT, n_kv_head=1)], ids=["gpt2", "llama"])
+def test_a_step_done_again_has_the_bits_of_one_that_was_in_pieces_from_its_start(loop, phase, network):
+    gpt = replace(network, dropout=0.1)  # so that the random state counts
     for at in (0, 3):
         module = Fault(phase, at, fits=1).into(make_module(gpt, memory=CHUNKED))
         run(loop, module, replace(SETTINGS, val_check_interval=None))
