@@ -113,20 +113,21 @@ def docstrings() -> Iterator[str]:
     for folder in (Path(sysconfig.get_path("stdlib")), *packages):
         for path in sorted(folder.rglob("*.py")):
             if not {"test", "tests", "site-packages"} & {*path.relative_to(folder).parts}:
-                for text in docstrings_of(path):
+                for _, text in docstrings_of(path):
                     if len(text) > SHORT_DOCSTRING and text not in seen:
                         seen.add(text)
                         yield text
 
 
-def docstrings_of(path: Path) -> Iterator[str]:
+def docstrings_of(path: Path) -> Iterator[tuple[str, str]]:
+    """The name of each class and function, "" of the file itself, with what is written below it."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield ast.get_docstring(node) or ""
+            yield getattr(node, "name", ""), ast.get_docstring(node) or ""
 
 
 def curve(run: Path, tag: str) -> list[tuple[int, float]]:

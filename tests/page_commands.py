@@ -11,10 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 TINY_NETWORK = "--model.gpt.n_layer=1 --model.gpt.n_head=1 --model.gpt.n_embd=16 --data.block_size=16"
-TINY_RUN = f"{TINY_NETWORK} --data.batch_size=2 --trainer.max_steps=2 --trainer.limit_val_batches=2"
+SHORT_RUN = "--data.batch_size=2 --trainer.max_steps=2 --trainer.limit_val_batches=2"
+TINY_RUN = f"{TINY_NETWORK} {SHORT_RUN}"
 SMALLER = {
     "nanogpt_lit fit --config configs/rtx2050.yaml": f"{TINY_RUN} --data.tokenizer=byte --model.gpt.vocab_size=257",
     "nanogpt_lit fit --config configs/quickstart.yaml --data.documents": f"{TINY_RUN} --data.block_size=256",
+    "nanogpt_lit fit --config configs/smollm2_rtx2050.yaml": f"{SHORT_RUN} --data.block_size=64",
     "nanogpt_lit fit-accelerate": TINY_RUN,
     "nanogpt_lit fit": TINY_RUN,
     "nanogpt_lit prepare": TINY_NETWORK,

@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from small_networks import new_tokenizer, saved, trained
 from test_planned_configs import CONFIGS, header
 
 from nanogpt_lit.__main__ import main
@@ -25,6 +26,14 @@ def record(name):
 
 def words_of(picture):
     return ["".join(text.itertext()) for text in ElementTree.parse(DOCS / picture).findall(".//{*}text")]
+
+
+def coordinates(picture):
+    """Of a picture by matplotlib, to be compared within 0.01: other versions round otherwise.
+
+    The first number is the version, in the header.
+    """
+    return [float(n) for n in re.findall(r"(?<![\w#.])\d+\.\d+", picture.read_text(encoding="utf-8"))[1:]]
 
 
 # Planned memory. That the headers of the configurations say what is planned today: tests/test_planned_configs.py.
@@ -115,12 +124,44 @@ def test_the_picture_of_scaling_is_drawn_from_its_record(tmp_path, monkeypatch):
 
     monkeypatch.delitem(sys.modules, "bench_scaling")
     bench_scaling.draw(record("scaling")["curves"], tmp_path / "again.svg")
+    assert coordinates(DOCS / "scaling.svg") == pytest.approx(coordinates(tmp_path / "again.svg"), abs=0.01)
 
-    def numbers(path):
-        return [float(n) for n in re.findall(r"(?<![\w#.])\d+\.\d+", path.read_text(encoding="utf-8"))]
 
-    # Other versions of matplotlib round coordinates otherwise; the header of the file names the version.
-    assert numbers(DOCS / "scaling.svg")[1:] == pytest.approx(numbers(tmp_path / "again.svg")[1:], abs=0.01)
+def test_a_model_that_learned_to_answer_is_better_at_it_and_knows_what_it_knew(tmp_path, monkeypatch):
+    """Minutes of a CPU, by scripts/chat_curve.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import chat_curve
+
+    chat, page = record("chat"), PAGES["chat.md"]
+    assert chat["optim"] == chat_curve.optim(), "docs/chat.json is of an earlier recipe"
+    assert "so that every loss is that of the rounded network" in chat["model"]
+    (steps, answers), (_, known) = (zip(*chat[name], strict=True) for name in ("answers", "known"))
+    assert steps[0] == 0
+    assert steps[-1] == chat["steps"]
+    assert answers[-1] <= 0.71 * answers[0]
+    assert max(known) <= 1.05 * known[0]
+    for name, losses in (("held-out answers", answers), ("a text that it knew before", known)):
+        assert f"{name} from {losses[0]:.2f} to {losses[-1]:.2f}" in " ".join(page.split())
+    assert f"{1 - answers[-1] / answers[0]:.1%}".replace("%", " %") + " lower" in page
+
+    chat_curve.draw(chat, tmp_path / "again.svg")
+    assert coordinates(DOCS / "chat.svg") == pytest.approx(coordinates(tmp_path / "again.svg"), abs=0.01)
+
+
+@pytest.mark.long
+def test_the_script_of_that_record_measures_both_losses_at_the_same_steps(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import chat_curve
+
+    tokenizer = new_tokenizer("bpe")
+    start = saved(tmp_path / "start.safetensors", trained(tokenizer, steps=1, block_size=256), tokenizer)
+    small = ["--steps=3", "--precision=32-true", f"--work={tmp_path / 'runs'}", f"--json={tmp_path / 'small.json'}"]
+    chat_curve.main([str(start), *small])
+    measured = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))
+    for name in chat_curve.TITLES:
+        steps, losses = zip(*measured[name], strict=True)
+        assert steps == (0, 1, 2, 3)
+        assert list(losses) == sorted(losses, reverse=True)  # a network that knows nothing learns from anything
 
 
 def test_the_picture_of_parity_has_the_cases_of_its_record_and_one_curve_for_three_loops():
