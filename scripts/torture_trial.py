@@ -23,11 +23,13 @@ from torture_ranks import Failed, alive, start_all, wait, wait_for_training
 from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, verify_run
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.compatibility import keys_of
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.runtime.durable import PARTIAL
 from nanogpt_lit.tune.trials import RECIPES
 
 STEPS, VALIDATES_EVERY = 64, 8
+SIZES = ("n_layer=2", "n_head=2", "n_embd=32", "dropout=0.1")
 MEASURED = ("throughput/", "memory/", "gpu/", "time/")
 """Curves of what the machine did: they differ between any two runs."""
 STOPS = {name: code for name, code in (("INT", 130), ("TERM", 143), ("HUP", 129)) if hasattr(signal, f"SIG{name}")}
@@ -69,7 +71,7 @@ class Setup:
             f"--trainer.val_check_interval={VALIDATES_EVERY * self.accumulate}", "--trainer.limit_val_batches=2",
             "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false",
             "--trainer.callbacks=nanogpt_lit.loops.lightning.TextSamples", "--trainer.callbacks.tokens=2",
-            "--model.gpt.n_layer=2", "--model.gpt.n_head=2", "--model.gpt.n_embd=32", "--model.gpt.dropout=0.1",
+            *(f"--model.{section}.{size}" for section in ("gpt", "llama") for size in SIZES),
             "--model.schedule.warmup_steps=4", f"--data.source={text}", "--data.tokenizer=byte",
             "--data.block_size=32", "--data.batch_size=4", "--data.val_fraction=0.1",
             "--resume=auto",
@@ -79,8 +81,8 @@ class Setup:
 
 
 def recipe_options(recipe: str) -> list[str]:
-    settings = [(f"{name}.{key}", value) for name, keys in RECIPES[recipe].items() for key, value in keys.items()]
-    return [f"--model.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings]
+    options = keys_of("model", RECIPES[recipe])
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
 
 
 @dataclass(frozen=True)
