@@ -37,7 +37,7 @@ COMPARE_BITS = [
     f"tests/test_{name}.py"
     for name in (
         "accelerate_loop", "checkpoint_switch", "eight_bit", "elastic", "generate", "guards", "host_optimizer",
-        "host_weights", "loss", "matmul", "model", "module", "optim", "parity", "recipes", "reference", "resume",
+        "host_weights", "loss", "matmul", "model", "module", "optim", "parity", "networks", "reference", "resume",
         "scale_out", "techniques",
     )
 ]  # fmt: skip
