@@ -108,7 +108,6 @@ class Network(nn.Module):
         if config.vocab_size is None:
             raise UserError(f"{config.key('vocab_size')}=None leaves the embedding without a size; GPT-2's is 50257.")
         self.config = config
-        self.reads_apart = config.document_start is not None or config.document_end is not None
         # An attribute, so that memory/techniques.py can put the one in chunks here.
         self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy
 
@@ -142,14 +141,15 @@ class Network(nn.Module):
 
     def documents(self, tokens: Tensor) -> Documents | None:
         """The documents of tokens (B, T) where config.document_start or document_end keeps them apart."""
-        if not self.reads_apart:
-            return None
         first, last = self.config.document_start, self.config.document_end
+        if first is None and last is None:
+            return None
         return Documents.of(tokens, first, self.lm_head.weight.dtype, last)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (B, T) given tokens (B, T); IGNORE_INDEX targets are skipped."""
-        documents = self.documents(tokens) if self.reads_apart else None
+        apart = self.config.document_start is not None or self.config.document_end is not None
+        documents = self.documents(tokens) if apart else None
         hidden = self.hidden(tokens, documents=documents)
         return as_finite_as_its_gradients(self.cross_entropy(hidden, self.lm_head.weight, targets))
 
