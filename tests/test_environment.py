@@ -28,9 +28,12 @@ def test_what_slurm_and_torchrun_say_is_read_so(monkeypatch):
 
 
 def test_devices_that_are_none_are_refused():
-    for fine in ("auto", 1, "2", 4096):
+    for fine in ("auto", 1, "2", 8):
         check_devices(fine, "cpu")
         check_devices(fine, "cuda")
+    check_devices(4096, "cuda")  # of a machine that is not this one
+    with pytest.raises(UserError, match="starts 4096 processes on"):
+        check_devices(4096, "cpu")
     for of_gpus in (-1, "-1", [0], [0, 3], "0,", "0,1"):
         check_devices(of_gpus, "cuda")
         with pytest.raises(UserError, match="no number of processes on CPUs"):

@@ -14,7 +14,7 @@ from trainings import training_of
 
 from nanogpt_lit.checkpoint import disk
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
-from nanogpt_lit.gpt import model
+from nanogpt_lit.gpt import network
 from nanogpt_lit.gpt.loss import cross_entropy
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.loops.reference import train
@@ -60,7 +60,7 @@ def infinite(monkeypatch):
             loss = cross_entropy(*of)
             return loss + math.inf if torch.is_grad_enabled() and next(calls) in ns else loss
 
-        monkeypatch.setattr(model, "cross_entropy", overflowing)
+        monkeypatch.setattr(network, "cross_entropy", overflowing)
 
     return arrange
 
