@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="as init_from")
     parser.add_argument("--known", type=Path, default=LICENCE, help="a text that the model knows")
-    parser.add_argument("--steps", type=int, default=30, help=f"of {BATCH_SIZE * BLOCK_SIZE:,} tokens")
+    parser.add_argument("--steps", type=int, default=42, help=f"of {BATCH_SIZE * BLOCK_SIZE:,} tokens")
     parser.add_argument("--precision", default="bf16-mixed", help="32-true for a CPU without bfloat16")
     parser.add_argument("--work", type=Path, default=Path("runs/chat_curve"), help="where the run is kept")
     parser.add_argument("--json", type=Path, help="also write the curves to this file")

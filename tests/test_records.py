@@ -138,7 +138,7 @@ def test_a_model_that_learned_to_answer_is_better_at_it_and_knows_what_it_knew(t
     (steps, answers), (_, known) = (zip(*chat[name], strict=True) for name in ("answers", "known"))
     assert steps[0] == 0
     assert steps[-1] == chat["steps"]
-    assert answers[-1] <= 0.71 * answers[0]
+    assert answers[-1] <= 0.7 * answers[0]
     assert max(known) <= 1.05 * known[0]
     for name, losses in (("held-out answers", answers), ("a text that it knew before", known)):
         assert f"{name} from {losses[0]:.2f} to {losses[-1]:.2f}" in " ".join(page.split())
