@@ -22,7 +22,7 @@ RECOMPUTE = ("none", "selective", "full")
 TECHNIQUES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("the loss in chunks", {"loss_chunk_tokens": CHUNK_TOKENS}),
     ("+ weights cast again in backward", {"recast_weights": True}),
-    ("+ layer norms and GELU computed again", {"recompute": "selective"}),
+    ("+ norms and activations computed again", {"recompute": "selective"}),
     ("+ the optimizer's state in host memory", {"optimizer_state": "host"}),
     ("+ every second block computed again", {"recompute": "full", "recompute_every": 2}),
     ("+ every block computed again", {"recompute_every": 1}),

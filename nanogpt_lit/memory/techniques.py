@@ -35,7 +35,7 @@ class MemoryConfig:
     bits."""
 
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again instead of keeping it. selective: layer norms and GELU, which cost little; full:
+    """What backward computes again instead of keeping it. selective: norms and activations, which cost little; full:
     whole blocks, of which only the input is kept. Same bits."""
 
     recompute_every: int = 1
