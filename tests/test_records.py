@@ -208,6 +208,18 @@ def test_what_the_pages_claim_of_torture_its_record_holds():
             assert {n for n in claim if n} == {"100"}, name
 
 
+def test_the_tables_of_the_recipe_are_those_of_its_record_and_every_part_pays_for_every_seed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import ablate
+
+    for of_data in record("ablation").values():
+        losses = of_data["validation_loss"]
+        assert ablate.table(losses) in PAGES["recipes.md"]
+        assert list(losses) == list(ablate.experiments(of_data["steps"])), "docs/ablation.json is of other recipes"
+        for name, values in losses.items():
+            assert name == "modern" or all(a > b for a, b in zip(values, losses["modern"], strict=True)), name
+
+
 def test_every_picture_and_record_is_named_on_the_page_that_says_how_it_is_made():
     for path in sorted([*DOCS.glob("*.json"), *DOCS.glob("*.svg"), *DOCS.glob("*.png")]):
         assert f"`docs/{path.name}`" in PAGES["records.md"], path.name
