@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from small_networks import new_tokenizer, saved, trained
+from small_networks import new_tokenizer, randomised, saved, trained
 from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small_run
 
 from nanogpt_lit.__main__ import main
@@ -24,6 +24,8 @@ from nanogpt_lit.cli.fine_tuning import option_of
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.data.tokenizer import CharTokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_file
+from nanogpt_lit.gpt.llama import LlamaConfig
+from nanogpt_lit.gpt.rotary import RopeScaling
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.trainer_section import loop_settings
 
@@ -45,6 +47,34 @@ def start(tmp_path):
 
 def own_run(text, root, *more):
     return small_run(text, root, f"--data.shards_dir={root / 'shards'}", "--model.gpt.dropout=0", *more)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_llama_is_fine_tuned_from_a_yaml_of_gpt2_and_goes_on_to_the_same_bits(text, tmp_path, loop):
+    """With a head of its own, rotations that are stretched, and a new word, which both matrices get a row for."""
+    llama = LlamaConfig(
+        **SHAPE, vocab_size=257, n_kv_head=1, qk_norm=True, tied_head=False, rope_scaling=RopeScaling(2, 1, 4, 16)
+    )
+    begun = saved(tmp_path / "llama.safetensors", randomised(llama), new_tokenizer("byte"))
+    options = [f"--init_from={begun}", "--data.special_tokens=[<|x|>]", "--trainer.val_check_interval=4"]
+
+    assert loop(*own_run(text, tmp_path / "whole", *options)) == 0
+    whole = tmp_path / "whole" / LOOPS[loop] / "checkpoints" / "last.safetensors"
+    state = load_run(whole)
+    assert state.hyper_parameters["network"] == "llama"
+    shape = state.hyper_parameters["llama"]
+    assert (shape["vocab_size"], shape["n_kv_head"], shape["rope_scaling"]["factor"]) == (258, 1, 2)
+    assert (
+        state.weights["gpt.lm_head.weight"].shape == state.weights["gpt.model.embed_tokens.weight"].shape == (258, 16)
+    )
+    assert not torch.equal(state.weights["gpt.lm_head.weight"], state.weights["gpt.model.embed_tokens.weight"])
+
+    halves = tmp_path / "halves"
+    assert loop(*own_run(text, halves, *options, "--trainer.max_time=00:00:00:00")) == 0
+    (stopped,) = halves.rglob("last.safetensors")
+    assert load_run(stopped).step == 1
+    assert loop(*own_run(text, halves, *options, "--resume=auto")) == 0
+    assert not different(stopped, whole)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -99,14 +99,14 @@ def test_a_trainer_that_would_validate_nothing_warns(folder):
 
 def test_a_network_that_lacks_tokens_is_refused_before_the_first_step(folder):
     data, module = small(folder, vocab_size=100)
-    trainer = Trainer(**trainer_options(accelerator="cpu", max_steps=1, logger=False))
+    trainer = Trainer(**trainer_options(accelerator="cpu", max_steps=1, logger=False, default_root_dir=folder))
     with pytest.raises(UserError, match="vocab_size=100 is smaller than the 257"):
         trainer.fit(module, data)
 
 
 def test_a_schedule_of_another_length_than_the_run_warns(folder):
     data, module = small(folder)
-    trainer = Trainer(**trainer_options(accelerator="cpu", max_steps=2, logger=False))
+    trainer = Trainer(**trainer_options(accelerator="cpu", max_steps=2, logger=False, default_root_dir=folder))
     with pytest.warns(UserWarning, match="total_steps=1000 and the Trainer max_steps=2"):
         trainer.fit(module, data)
 

@@ -17,9 +17,8 @@ HEAD = "lm_head.weight"
 """The name of the head's matrix in every network's state_dict()."""
 MOST_HEADS = 2**16
 """As far as a number that works is looked for: a stranger's file may name billions."""
-
-
 GPT2_SMALL = {"block_size": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
+"""Sizes that an error names as an example."""
 
 
 @dataclass(frozen=True)
