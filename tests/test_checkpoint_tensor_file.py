@@ -34,6 +34,21 @@ def path(tmp_path):
     return tmp_path / "x.safetensors"
 
 
+def test_a_file_that_is_replaced_while_it_is_opened_is_read_as_the_new_one(path, monkeypatch):
+    with (path.parent / "next").open("wb") as file:
+        write_tensors(file, {"scalar": torch.tensor(1.0)}, {"about": "the next"})
+
+    def opened_late(name, **options):
+        if (path.parent / "next").exists():
+            (path.parent / "next").replace(path)
+        return safe_open(name, **options)
+
+    monkeypatch.setattr("nanogpt_lit.checkpoint.tensor_file.safe_open", opened_late)
+    with TensorFile(path) as file:
+        assert file.metadata["about"] == "the next"
+        assert file.read(file.names) == {"scalar": torch.tensor(1.0)}
+
+
 def test_the_library_of_the_format_reads_it(path):
     loaded = load_file(path)
     assert loaded.keys() == TENSORS.keys()

@@ -42,6 +42,44 @@ def test_the_file_that_is_replaced_is_kept_under_another_name(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"last", "previous"}
 
 
+def test_the_name_is_never_missing_while_the_next_file_takes_it(tmp_path, monkeypatch):
+    last, replace, missing = tmp_path / "last", os.replace, []
+
+    def watched(*paths):
+        missing.append(not last.exists())
+        replace(*paths)
+        missing.append(not last.exists())
+
+    write(last, b"0")
+    monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr("pathlib.os.replace", watched)
+    for n in (1, 2):
+        write(last, str(n).encode(), keep_as=tmp_path / "previous")
+    assert missing == [False] * 8
+
+
+def test_a_writer_that_was_killed_between_two_names_is_followed_by_one_that_is_not(tmp_path):
+    last, previous = tmp_path / "last", tmp_path / "previous"
+    write(last, b"0")
+    os.link(last, previous)  # a kill left both names to one file
+    os.link(last, tmp_path / "previous.partial")  # or one name more
+    write(last, b"1", keep_as=previous)
+    assert (last.read_bytes(), previous.read_bytes()) == (b"1", b"0")
+    assert {path.name for path in tmp_path.iterdir()} == {"last", "previous"}
+
+
+def test_without_hard_links_the_file_is_kept_all_the_same(tmp_path, monkeypatch):
+    def refused(*paths):
+        raise PermissionError(1, "Operation not permitted")  # as exFAT says
+
+    monkeypatch.setattr(os, "link", refused)
+    last, previous = tmp_path / "last", tmp_path / "previous"
+    for content in (b"0", b"1"):
+        write(last, content, keep_as=previous)
+    assert (last.read_bytes(), previous.read_bytes()) == (b"1", b"0")
+    assert {path.name for path in tmp_path.iterdir()} == {"last", "previous"}
+
+
 def test_the_bytes_are_on_the_disk_before_the_name_is_theirs(tmp_path, monkeypatch):
     """After a power loss a name without its bytes would be an empty file."""
     done = []

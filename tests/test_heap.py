@@ -35,7 +35,7 @@ def page_faults(how):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_a_large_block_that_was_freed_is_used_again_without_a_page_fault():
     assert page_faults("as it comes") > 10  # at least one for each block, however large the system's pages are
-    assert page_faults("kept") == 0
+    assert page_faults("kept") < 10  # not one for each: a few may be the interpreter's own
 
 
 def test_elsewhere_than_on_linux_it_does_nothing_and_says_so(monkeypatch):

@@ -8,6 +8,7 @@ over all bytes, and brings all of a GPU to the host at once. Here one tensor aft
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,20 +85,27 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metadata = self._checked_metadata()
-        try:
-            self._digests: dict[str, str] = json.loads(self.metadata[TENSOR_DIGESTS])
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-            raise self._damaged("what it holds is not what its header says") from error
+        # safetensors opens by name alone, and a run that goes on may give the name to its next checkpoint in between.
+        while not self._open():
+            self._file.__exit__(None, None, None)
 
-    def _checked_metadata(self) -> dict[str, str]:
+    def _open(self) -> bool:
+        """Open the file twice, for its header and for its tensors. Returns whether both times it was the same."""
         with self.path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= LONGEST_HEADER:
-                raise self._foreign()
-            text = file.read(length)
+            self.metadata = self._checked_metadata(file)
+            try:
+                self._digests: dict[str, str] = json.loads(self.metadata[TENSOR_DIGESTS])
+                self._file = safe_open(self.path, framework="pt")
+            except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+                raise self._damaged("what it holds is not what its header says") from error
+            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+
+    def _checked_metadata(self, file: BinaryIO) -> dict[str, str]:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= LONGEST_HEADER:
+            raise self._foreign()
+        text = file.read(length)
         try:
             metadata = json.loads(text)["__metadata__"]
             digest = metadata[HEADER_DIGEST]

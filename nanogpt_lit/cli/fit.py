@@ -155,7 +155,8 @@ class NanoGPTCLI(SettingsCLI):
         users = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         files = {c.filename or "": Path(c.best_model_path) for c in users if c.best_model_path}
         run = self.lightning_run.run
-        rank_zero_print(closing_table(run, self.lightning_run.folder, files if users else None))
+        if self.trainer.is_global_zero:  # it reads the files that this process alone writes
+            print(closing_table(run, self.lightning_run.folder, files if users else None), flush=True)
         if (kept := run.checkpoints) is not None and kept.unsaved is not None:
             raise kept.unsaved
 

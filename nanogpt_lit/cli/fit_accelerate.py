@@ -141,7 +141,8 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
         print_stopped(stopped, arguments)
         accelerator.end_training()
         return stopped.exit_code
-    accelerator.print(closing_table(observers, folder))
+    if accelerator.is_main_process:  # it reads the files that this process alone writes
+        print(closing_table(observers, folder), flush=True)
     accelerator.end_training()
     if (kept := observers.checkpoints) is not None and kept.unsaved is not None:
         raise kept.unsaved

@@ -30,12 +30,25 @@ def durable_file(path: Path, keep_as: Path | None = None) -> Iterator[BinaryIO]:
             # Without it, the rename may reach the disk before the bytes: after a power loss the name holds zeros.
             os.fsync(file.fileno())
         if keep_as is not None and path.exists():
-            path.replace(keep_as)
+            keep_file(path, keep_as)
         partial.replace(path)
         sync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def keep_file(path: Path, keep_as: Path) -> None:
+    """Give a file a second name, so that nobody who reads it finds it missing before the next one takes its place."""
+    link = partial_of(keep_as)
+    link.unlink(missing_ok=True)  # of a process that was killed here
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links, such as that of many USB sticks
+        path.replace(keep_as)
+        return
+    link.replace(keep_as)
+    link.unlink(missing_ok=True)  # POSIX leaves both names where both already were one file
 
 
 @contextmanager
