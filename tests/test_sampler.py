@@ -229,6 +229,23 @@ def test_all_ranks_validate_equally_many_batches_of_equal_sizes(n_windows, world
         assert [rank[turn] for rank in ranks] == alone[turn * world : (turn + 1) * world]
 
 
+@pytest.mark.parametrize("limit", [1, 2, 5, 7, 33, 34, 1000])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_limited_validation_reads_the_same_windows_on_any_number_of_processes(limit, world):
+    n_windows, batch_size = 100, 3
+    ranks = [batches(ValidationOrder(n_windows * 8 + 1, 8, batch_size, rank, world, limit)) for rank in range(world)]
+    alone = [start for batch in batches(ValidationOrder(n_windows * 8 + 1, 8, batch_size)) for start in batch]
+    wanted = alone[: limit * batch_size]
+    read = {start for rank in ranks for batch in rank for start in batch}
+    assert read == set(wanted[: len(wanted) - len(wanted) % world])  # all, but for what cannot be shared evenly
+    assert max(len(rank) for rank in ranks) <= limit  # or the loops' own count would cut it
+
+
+def test_a_validation_that_is_limited_to_fewer_windows_than_processes_is_refused():
+    with pytest.raises(ValueError, match=r"limit_val_batches=1 gives 2 sequences, fewer than the 3 .* 2 or more works"):
+        ValidationOrder(1000, 8, 2, 0, 3, 1)
+
+
 def test_validation_with_fewer_windows_than_processes_is_refused():
     with pytest.raises(ValueError, match=r"2 windows, fewer than the 3 processes"):
         ValidationOrder(17, 8, 3, 0, 3)

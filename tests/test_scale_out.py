@@ -77,8 +77,8 @@ def options(folder):
 
 
 def validation(batches):
-    """After every second step, over 2 batches of all processes together. batches: of each process"""
-    return [f"--trainer.val_check_interval={2 * batches}", f"--trainer.limit_val_batches={batches}"]
+    """After every second step, over 2 batches of all processes together. batches: of a step, of each process"""
+    return [f"--trainer.val_check_interval={2 * batches}", "--trainer.limit_val_batches=2"]
 
 
 class Run:

@@ -17,7 +17,7 @@ from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.newest import load_together
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
-from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.data.datamodule import TokenDataModule, batch_count
 from nanogpt_lit.data.sampler import StreamPosition, interleave
 from nanogpt_lit.errors import refused_by
 from nanogpt_lit.loops.accelerate import accelerator_options, train
@@ -80,7 +80,8 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     cli.complete_settings()
     module, data = cli.build()
     data.setup()
-    train_loader, val_loader = loaders(data, processes, 0)
+    val_limit = batch_count(trainer.limit_val_batches)
+    train_loader, val_loader = loaders(data, processes, 0, val_limit)
     settings = loop_settings(vars(trainer), val_batches=len(val_loader) // processes, seed=cli.seed)
 
     with refused_by("accelerate"):
@@ -89,7 +90,7 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     start = load_together(Path(cli.settings.ckpt_path) if cli.settings.ckpt_path else None)
     if start is not None:  # before there is a folder
         data.load_state_dict(dict(start.data))
-        train_loader, val_loader = loaders(data, processes, start.batches * start.processes)
+        train_loader, val_loader = loaders(data, processes, start.batches * start.processes, val_limit)
         check_network(module, start)
         batches_done(start, module, settings.accumulate_grad_batches, accelerator.num_processes)
     if remark is not None:
@@ -149,13 +150,16 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     return 0
 
 
-def loaders(data: TokenDataModule, processes: int, batches_done: int) -> tuple[DataLoader, DataLoader]:
+def loaders(
+    data: TokenDataModule, processes: int, batches_done: int, val_limit: int | None
+) -> tuple[DataLoader, DataLoader]:
     """The loaders of one process, whose batches accelerate deals out to the processes by turns: each process then reads
-    what it reads under Lightning. batches_done: of all processes together, before the first one that is read"""
+    what it reads under Lightning. batches_done: of all processes together, before the first one that is read.
+    val_limit: batches of a validation, of all processes together"""
     data.position = StreamPosition(batches_done=lambda: batches_done)
     train_loader = data.train_dataloader()
     shares = []
     for rank in range(processes):
         data.position = StreamPosition(rank, processes)
-        shares.append(data.val_dataloader())
+        shares.append(data.val_dataloader(val_limit))
     return train_loader, interleave(shares)

@@ -37,7 +37,7 @@ WORDS = {
     "trainer.accumulate_grad_batches": "Micro-batches of an optimizer step.",
     "trainer.gradient_clip_val": "The greatest norm of the gradients; null leaves them as they are.",
     "trainer.val_check_interval": "Micro-batches between two validations.",
-    "trainer.limit_val_batches": "Micro-batches of a validation, or their share; null takes all, 0 none.",
+    "trainer.limit_val_batches": "Micro-batches of a validation by all processes, or a share; null takes all, 0 none.",
     "trainer.log_every_n_steps": "Optimizer steps between two points of a curve.",
     "trainer.deterministic": "true: the same bits at each start on a GPU too, where that costs time.",
 }

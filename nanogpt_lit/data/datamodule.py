@@ -245,14 +245,20 @@ class TokenDataModule(LightningDataModule):
         windows = self._windows["train"]
         return self._loader(windows, windows.training_order(self.batch_size, self.seed, self._current_position()))
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Every window of the validation split once."""
+    def val_dataloader(self, limit: int | None = None) -> DataLoader[Batch]:
+        """Every window of the validation split once, or as many as `limit` batches have.
+
+        limit: batches of all processes together, so that a validation means the same on any number of them; under a
+            Trainer its limit_val_batches, where that is a number
+        """
+        if limit is None and self.trainer is not None:
+            limit = batch_count(self.trainer.limit_val_batches)
         windows, position = self._windows["val"], self._current_position()
-        return self._loader(windows, windows.validation_order(self.batch_size, position.rank, position.world))
+        return self._loader(windows, windows.validation_order(self.batch_size, position.rank, position.world, limit))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The validation split: there is no third one, and none is held back from the user."""
-        return self.val_dataloader()
+        return self.val_dataloader(None if self.trainer is None else batch_count(self.trainer.limit_test_batches))
 
     def _loader(self, windows: Windows, order: Sampler[list[int]]) -> DataLoader[Batch]:
         # Read in this process: a batch is a copy out of a memory map, about 0.1 ms, which processes that read ahead
@@ -301,3 +307,9 @@ class TokenDataModule(LightningDataModule):
                     f"data.{name} was {saved} and is {here}: the run goes on in another order of samples, which may "
                     "repeat or leave out some of this epoch."
                 )
+
+
+def batch_count(limit: int | float | None) -> int | None:
+    """A Trainer's limit where it is a number of batches; None where it is a share, which it takes of each process's,
+    or takes none."""
+    return limit if isinstance(limit, int) and limit > 0 else None

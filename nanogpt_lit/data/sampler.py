@@ -128,23 +128,33 @@ class NumberedOrder(BatchOrder):
 class ValidationOrder(Sampler[list[int]]):
     """Batches of window starts for validation: every window of the split once, in one fixed mixed order.
 
-    The order depends on nothing but the sizes, so that the first batches (trainer.limit_val_batches) are the same
-    unbiased sample of the split in every run. Ranks take turns; what is left for the last turn is shared evenly, so
-    that all ranks have equally many batches of equal sizes, and fewer than `world` windows are left out.
+    The order depends on nothing but the sizes, so that its first batches are the same unbiased sample of the split in
+    every run. Ranks take turns; what is left for the last turn is shared evenly, so that all ranks have equally many
+    batches of equal sizes, and fewer than `world` windows are left out.
+
+    limit: how many batches all ranks take together, as trainer.limit_val_batches says; None takes all
     """
 
-    def __init__(self, n_tokens: int, block_size: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, n_tokens: int, block_size: int, batch_size: int, rank: int = 0, world: int = 1, limit: int | None = None
+    ) -> None:
         self.n_windows = windows_in(n_tokens, block_size, "val")
+        taken = self.n_windows if limit is None else min(self.n_windows, limit * batch_size)
         if self.n_windows < world:
             raise UserError(
                 f"the split 'val' has {self.n_windows} windows, fewer than the {world} processes; a larger "
                 "data.val_fraction or a smaller data.block_size works."
             )
+        if taken < world:
+            raise UserError(
+                f"trainer.limit_val_batches={limit} gives {taken} sequences, fewer than the {world} processes; it "
+                f"counts the batches of all of them, and {-(-world // batch_size)} or more works."
+            )
         self.block_size = block_size
         self.batch_size = batch_size
         self.rank = rank
         self.world = world
-        self.full_turns, rest = divmod(self.n_windows, batch_size * world)
+        self.full_turns, rest = divmod(taken, batch_size * world)
         self.last_batch_size = rest // world  # of the turn that is shared; 0: there is none
         self._keys = epoch_keys(VALIDATION_KEY, np.zeros(1, dtype=np.int64))[:ROUNDS]
 

@@ -30,7 +30,7 @@ class Windows(Dataset[Batch]):
     def training_order(self, batch_size: int, seed: int, position: StreamPosition) -> BatchOrder:
         raise NotImplementedError
 
-    def validation_order(self, batch_size: int, rank: int, world: int) -> ValidationOrder:
+    def validation_order(self, batch_size: int, rank: int, world: int, limit: int | None) -> ValidationOrder:
         raise NotImplementedError
 
     def remark(self) -> str:
@@ -55,8 +55,8 @@ class TokenWindows(Windows):
     def training_order(self, batch_size: int, seed: int, position: StreamPosition) -> BatchOrder:
         return BatchOrder(len(self.shards), self.block_size, batch_size, seed, position)
 
-    def validation_order(self, batch_size: int, rank: int, world: int) -> ValidationOrder:
-        return ValidationOrder(len(self.shards), self.block_size, batch_size, rank, world)
+    def validation_order(self, batch_size: int, rank: int, world: int, limit: int | None) -> ValidationOrder:
+        return ValidationOrder(len(self.shards), self.block_size, batch_size, rank, world, limit)
 
     def __getitems__(self, starts: list[int]) -> Batch:
         windows = torch.from_numpy(self.shards.read_windows(starts, self.block_size + 1))  # (B, T+1)
@@ -137,8 +137,9 @@ class ConversationWindows(Windows):
     def training_order(self, batch_size: int, seed: int, position: StreamPosition) -> BatchOrder:
         return NumberedOrder(self.n_windows, batch_size, seed, position)
 
-    def validation_order(self, batch_size: int, rank: int, world: int) -> ValidationOrder:
-        return ValidationOrder(self.n_windows + 1, 1, batch_size, rank, world)  # of windows of one token, their numbers
+    def validation_order(self, batch_size: int, rank: int, world: int, limit: int | None) -> ValidationOrder:
+        # Of windows of one token, their numbers.
+        return ValidationOrder(self.n_windows + 1, 1, batch_size, rank, world, limit)
 
     def __getitems__(self, windows: list[int]) -> Batch:
         """tokens and targets, (B, T) int64 each; targets that are no answer are IGNORE_INDEX"""

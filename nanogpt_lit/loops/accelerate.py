@@ -116,7 +116,7 @@ def train(
 
 @torch.no_grad()
 def validate(accelerator: Accelerator, module: nn.Module, loader: DataLoader, limit: int | None) -> Tensor:
-    """The mean loss over the first `limit` batches of every process, in eval mode."""
+    """The mean loss over the first `limit` batches of each process's loader, in eval mode."""
     mean = MeanLoss()
     module.eval()
     for tokens, targets in itertools.islice(loader, limit):

@@ -45,7 +45,8 @@ class LoopSettings:
     val_check_interval: int | None = None
     """Micro-batches between validations, and one after the last step; None never validates."""
     limit_val_batches: int | None = None
-    """Validation batches to read; None reads all."""
+    """Batches of a process's validation loader to read; None reads all. Where a run's are limited, the loader of
+    TokenDataModule.val_dataloader(limit) has a process's share of them."""
     seed: int | None = None
     """Seed of dropout; None goes on with the random state as it is."""
     deterministic: Deterministic = None

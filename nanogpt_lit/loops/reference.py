@@ -79,7 +79,7 @@ def train(
 
 @torch.no_grad()
 def validate(module: nn.Module, loader: Iterable[Batch], limit: int | None, device: torch.device) -> Tensor:
-    """The mean loss over the first `limit` batches of every process, in eval mode."""
+    """The mean loss over the first `limit` batches of each process's loader, in eval mode."""
     mean = MeanLoss()
     module.eval()
     for batch in itertools.islice(loader, limit):

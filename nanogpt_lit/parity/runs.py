@@ -70,7 +70,7 @@ def quiet() -> None:
 def loaders_of(case: Case, data: TokenDataModule, rank: int) -> tuple[DataLoader, DataLoader]:
     """The training and the validation loader of one process: its share of the one global order."""
     data.position = StreamPosition(rank, case.processes)
-    train, val = data.train_dataloader(), data.val_dataloader()
+    train, val = data.train_dataloader(), data.val_dataloader(case.settings.limit_val_batches)
     if case.batches_per_epoch is not None:
         assert train.batch_sampler is not None
         train = with_batches(train, list(itertools.islice(train.batch_sampler, case.batches_per_epoch)))
