@@ -8,7 +8,7 @@ from small_runs import fit, small_run
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime import machine
-from nanogpt_lit.runtime.machine import chosen_device, device_type, product_gflops, slow_precision
+from nanogpt_lit.runtime.machine import chosen_device, device_type, precision_remark, product_gflops
 
 
 def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
@@ -33,21 +33,41 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
         chosen_device("cuda:2")
 
 
-NO_UNITS = {torch.float32: 176.0, torch.bfloat16: 20.0}
+@pytest.mark.parametrize(
+    ("single", "bfloat16", "precision", "said"),
+    [
+        (
+            176,
+            20,
+            "bf16-mixed",
+            "at 20 GFLOP/s in bfloat16 and at 176 in float32; bf16-mixed will be slower than 32-true",
+        ),
+        (120, 900, "32-true", "precision=bf16-mixed will be faster than 32-true"),
+        (176, 20, "32-true", None),
+        (120, 900, "bf16-mixed", None),
+        (100, 140, "32-true", None),  # the casts of a step would take what its products gain
+    ],
+)
+def test_the_precision_that_this_cpu_is_faster_in_is_proposed_with_its_rates(
+    monkeypatch, single, bfloat16, precision, said
+):
+    monkeypatch.setattr(machine, "product_gflops", {torch.float32: single, torch.bfloat16: bfloat16}.get)
+    remark = precision_remark(precision, "cpu")
+    assert remark is None if said is None else said in remark
 
 
-def test_a_processor_that_is_slower_in_bfloat16_is_told_of_with_its_rates(monkeypatch):
-    monkeypatch.setattr(machine, "product_gflops", NO_UNITS.get)
-    sentence = slow_precision("bf16-mixed", "cpu")
-    assert "20 GFLOP/s in bfloat16 and at 176 in float32; bf16-mixed will be slower than 32-true" in sentence
+def test_float32_is_measured_by_the_library_that_the_run_multiplies_with(monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "set_matmul_backend", lambda device, tf32: asked.append(str(device)))
+    monkeypatch.setattr(machine, "product_gflops", lambda dtype: asked.append(dtype) or 1.0)
+    precision_remark("32-true", "cpu")
+    assert asked == ["cpu", torch.float32, torch.bfloat16]
 
 
-def test_nothing_is_said_where_bfloat16_is_faster_or_not_asked_for_or_the_processor_does_not_compute(monkeypatch):
-    monkeypatch.setattr(machine, "product_gflops", {torch.float32: 20.0, torch.bfloat16: 176.0}.get)
-    assert slow_precision("bf16-mixed", "cpu") is None
-    monkeypatch.setattr(machine, "product_gflops", None)  # not measured
-    assert slow_precision("32-true", "cpu") is None
-    assert slow_precision("bf16-mixed", "cuda") is None
+@pytest.mark.parametrize(("precision", "device"), [("bf16-mixed", "cuda"), ("32-true", "mps"), ("64-true", "cpu")])
+def test_nothing_is_measured_where_nothing_could_be_proposed(monkeypatch, precision, device):
+    monkeypatch.setattr(machine, "product_gflops", None)
+    assert precision_remark(precision, device) is None
 
 
 def test_a_rate_is_that_of_the_best_product_after_the_first_and_draws_nothing_at_random(monkeypatch):
@@ -59,7 +79,7 @@ def test_a_rate_is_that_of_the_best_product_after_the_first_and_draws_nothing_at
 
 
 def test_fit_says_so_once_and_trains_in_bfloat16_all_the_same(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "product_gflops", NO_UNITS.get)
+    monkeypatch.setattr(machine, "product_gflops", {torch.float32: 176.0, torch.bfloat16: 20.0}.get)
     assert fit(*small_run(text, tmp_path, "--trainer.precision=bf16-mixed", "--trainer.max_steps=1")) == 0
     out = capsys.readouterr().out
     assert out.count("bf16-mixed will be slower than 32-true") == 1

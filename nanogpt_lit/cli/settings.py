@@ -45,7 +45,7 @@ from nanogpt_lit.run.observers import RunConfig
 from nanogpt_lit.run.stops import seconds_of
 from nanogpt_lit.runtime.durable import check_writable
 from nanogpt_lit.runtime.launch import RANKS, SIZES, is_first, launched_processes, was_requeued, whole_number
-from nanogpt_lit.runtime.machine import device_type, slow_precision, unused_gpu, usable_precision
+from nanogpt_lit.runtime.machine import device_type, precision_remark, unused_gpu, usable_precision
 from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.process_settings import keep_freed_memory
 
@@ -185,7 +185,9 @@ class SettingsCLI(LightningCLI):
         trainer.precision = usable_precision(asked, self.device)
         if trainer.precision != asked:
             rank_zero_print(f"precision: {asked} needs a GPU and there is none, training in 32-true")
-        if sentence := slow_precision(trainer.precision, self.device):
+        if self.subcommand not in (None, "fit") or not is_first():
+            return
+        if sentence := precision_remark(trainer.precision, self.device):
             rank_zero_print(sentence)
 
     def _follow(self, data: TokenDataModule) -> None:
