@@ -71,7 +71,7 @@ def keys() -> str:
     from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 
     quiet_lightning()
-    parser = SettingsCLI(args=[]).parser
+    parser = SettingsCLI(args=[], describes_options=True).parser
     describe(parser)
     sections: dict[str, list[str]] = {"model": [], "data": [], "": [], "trainer": []}  # in this order
     for action in parser._actions:

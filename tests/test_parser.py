@@ -1,7 +1,10 @@
 """What the user reads who wrote something that cannot be."""
 
+import docstring_parser
 import pytest
+from lightning.pytorch.cli import LightningCLI
 
+from nanogpt_lit.cli.fit import NanoGPTCLI
 from nanogpt_lit.cli.parser import installable, sentence
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.errors import UserError
@@ -87,3 +90,33 @@ def test_a_package_that_is_missing_comes_with_the_line_that_brings_it(said):
 
 def test_what_it_does_not_know_it_passes_on():
     assert sentence("Something\n  else.", []) == "Something else."
+
+
+def test_descriptions_are_read_out_of_the_source_only_where_they_are_shown(monkeypatch, capsys):
+    read = []
+    parse = docstring_parser.parse_from_object
+    monkeypatch.setattr(
+        docstring_parser, "parse_from_object", lambda *args, **more: read.append(1) or parse(*args, **more)
+    )
+    SettingsCLI(args=["--model.gpt.n_layer=3"])
+    assert not read
+    with pytest.raises(SystemExit):
+        SettingsCLI(args=["--help", "all"])
+    assert read
+    assert "Peak learning rate, reached after warm-up" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_a_command_makes_its_own_parser_alone(monkeypatch, capsys, command):
+    made = []
+    prepare = LightningCLI._prepare_subcommand_parser
+
+    def recorded(self, trainer, name, **options):
+        made.append(name)
+        return prepare(self, trainer, name, **options)
+
+    monkeypatch.setattr(LightningCLI, "_prepare_subcommand_parser", recorded)
+    with pytest.raises(SystemExit):
+        NanoGPTCLI(args=[command, "--print_config"])
+    assert made == [command]
+    assert "seed_everything: 1337" in capsys.readouterr().out

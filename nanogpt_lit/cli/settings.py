@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -58,6 +59,11 @@ ROOT = "runs"
 """trainer.default_root_dir where it is not set, or null."""
 
 
+COMMANDS = ["fit", "validate", "test"]
+WORDED = re.compile(r"^-h$|help\b|^--print_config")
+"""Arguments that are answered with what options mean: --help, a class's --trainer.strategy.help, a commented YAML."""
+
+
 class SettingsCLI(LightningCLI):
     """The settings of `LitNanoGPT`, `TokenDataModule` and a Trainer, and nothing built from them.
 
@@ -65,11 +71,17 @@ class SettingsCLI(LightningCLI):
     trainer.max_steps gives model.schedule.total_steps, and the tokenizer gives the network's vocab_size.
     """
 
-    def __init__(self, args: list[str], run: bool = False, lock: RunLock | None = None) -> None:
-        """lock: taken on the run that is gone on with; None where nothing is trained"""
+    def __init__(
+        self, args: list[str], run: bool = False, lock: RunLock | None = None, describes_options: bool = False
+    ) -> None:
+        """lock: taken on the run that is gone on with; None where nothing is trained
+        describes_options: whether the parser's options have their descriptions also when the user asks for no help
+        """
         self.lock = lock
-        # Field docstrings become --help.
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        self._commands = COMMANDS if args[:1] not in ([name] for name in COMMANDS) else args[:1]
+        # Field docstrings become --help. To read them out of the source takes longer than all else of the parser.
+        describes = describes_options or any(WORDED.search(argument) for argument in args)
+        set_parsing_settings(docstring_parse_attribute_docstrings=describes)
         self.resumed: Resumed | None = None
         self.beginning: Beginning | None = None
         self._chose_shards_dir = False
@@ -90,11 +102,11 @@ class SettingsCLI(LightningCLI):
             load_from_checkpoint_support=False,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning asks its own instance
+        """The command that is called alone: each has a parser of its own, which takes half a second to make."""
         inherited = LightningCLI.subcommands()
         # Without it, Lightning unpickles nothing but tensors and plain values; with it, --weights_only=false would.
-        return {name: inherited[name] | {"weights_only"} for name in ("fit", "validate", "test")}
+        return {name: inherited[name] | {"weights_only"} for name in self._commands}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunConfig, None)
