@@ -124,7 +124,8 @@ def test_accelerates_unset_precision_yields_to_the_yaml_and_says_so(options, mon
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "ACCELERATE_MIXED_PRECISION=fp16.*trainer.precision=bf16-mixed"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8.*trainer.precision=bf16-mixed"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "7"}, "STEPS=7.*trainer.accumulate_grad_batches=4"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true.*one device or DDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true.*one device, DDP or FSDP2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true.*trainer.strategy=ModelParallelStrategy"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR.*model.compile"),
         ({"ACCELERATE_USE_CPU": "True"}, "ACCELERATE_USE_CPU=True.*trainer.accelerator comes to cuda"),
     ],
@@ -134,7 +135,30 @@ def test_an_environment_that_contradicts_the_yaml_is_refused_with_both_sides(env
         check_environment("bf16-mixed", 4, "cuda", environ)
 
 
+# What accelerate launch says beside FSDP.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "GPTBlock",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "works"),
+    [
+        ("FSDP_VERSION", "1", "ModelParallelStrategy"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "ModelParallelStrategy"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "ModelParallelStrategy"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "model.memory.recompute=full"),
+    ],
+)
+def test_a_sharding_that_is_not_the_yamls_is_refused(variable, value, works):
+    with pytest.raises(ValueError, match=f"{variable}={value}.*{works}"):
+        check_environment("bf16-mixed", 4, "cuda", FSDP2 | {variable: value}, shards=True)
+
+
 def test_an_environment_that_agrees_passes_in_silence():
+    assert check_environment("bf16-mixed", 4, "cuda", FSDP2, shards=True) is None
     agreeing = {
         "ACCELERATE_MIXED_PRECISION": "fp16",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
@@ -162,6 +186,7 @@ def test_another_number_of_processes_than_was_asked_for_is_refused():
         ("--trainer.min_steps=3", "trainer.min_steps is set, and only Lightning's Trainer follows it"),
         ("--trainer.callbacks+=DeviceStatsMonitor", "trainer.callbacks holds lightning.pytorch.callbacks.DeviceStats"),
         ("--trainer.strategy=fsdp", "trainer.strategy=fsdp does not run here"),
+        ("--trainer.strategy=ModelParallelStrategy", "shards over several processes, and accelerate runs 1"),
         ("--trainer.precision=64-true", "trainer.precision=64-true does not run here"),
         ("--trainer.val_check_interval=2.5", "trainer.val_check_interval=2.5 should be an integer"),
         ("--trainer.max_stepz=3", "no option trainer.max_stepz; did you mean trainer.max_steps?"),

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import started
+from small_runs import accelerate, curves, different, on_two_processes, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.loops.compatibility import check_together
 from nanogpt_lit.loops.trainer_section import strategy_settings
@@ -174,6 +175,18 @@ def test_two_processes_give_the_losses_and_weights_of_one_bit_for_bit(strategy, 
     tolerance = 1e-6 if strategy == "fsdp2" else 0
     for (step, norm), (_, expected) in zip(two.curves["train/grad_norm"], one.curves["train/grad_norm"], strict=True):
         assert norm == pytest.approx(expected, rel=tolerance, abs=0), f"step {step}"
+
+
+@pytest.mark.slow
+def test_accelerates_fsdp2_gives_the_bits_of_lightnings(home, fsdp2):
+    home = home / "fsdp2"
+    more = ["--trainer.devices=2", "--trainer.strategy=ModelParallelStrategy", *validation(1)]
+    assert on_two_processes(accelerate, *options(home), *more) == [(0, [])] * 2
+    points = curves(home / "accelerate_0")
+    assert points == curves(home / "version_0")
+    assert {tag for tag, _ in points} >= {"train/loss", "train/grad_norm", "val/loss"}
+    convert(home / "version_0" / "checkpoints" / "last.ckpt", home / "lightning.safetensors")
+    assert not different(home / "lightning.safetensors", home / "accelerate_0" / "checkpoints" / "last.safetensors")
 
 
 @pytest.mark.slow

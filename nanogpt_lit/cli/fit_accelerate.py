@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator  # type: ignore[import-untyped]
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
@@ -20,17 +19,20 @@ from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule, batch_count
 from nanogpt_lit.data.sampler import StreamPosition, interleave
 from nanogpt_lit.errors import refused_by
-from nanogpt_lit.loops.accelerate import accelerator_options, train
+from nanogpt_lit.loops.accelerate import ShardingAccelerator, accelerator_options, train
 from nanogpt_lit.loops.accelerate_environment import (
     check_environment,
     check_processes,
     check_running,
+    check_sharding,
     launched_processes,
 )
-from nanogpt_lit.loops.compatibility import check_followed
+from nanogpt_lit.loops.compatibility import FSDP2, check_followed
 from nanogpt_lit.loops.trainer_section import (
     asked_processes,
     loop_settings,
+    named_strategy,
+    shard_over_all,
 )
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.curves import TensorBoardCurves
@@ -68,15 +70,19 @@ def run(arguments: list[str]) -> int:
 
 def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     trainer = cli.settings.trainer
+    shards = named_strategy(trainer.strategy) == FSDP2
     remark = check_environment(
         full_precision_name(trainer.precision),
         trainer.accumulate_grad_batches,
         device_type(trainer.accelerator),
         os.environ,
+        shards,
     )
     check_followed(vars(trainer), full_precision_name(trainer.precision), vars(cli.parser.get_defaults().trainer))
     processes = launched_processes(os.environ)
     check_processes(asked_processes(vars(trainer)), processes)
+    if shards:
+        check_sharding(processes)
     cli.complete_settings()
     module, data = cli.build()
     data.setup()
@@ -85,7 +91,7 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     settings = loop_settings(vars(trainer), val_batches=len(val_loader) // processes, seed=cli.seed)
 
     with refused_by("accelerate"):
-        accelerator = Accelerator(**accelerator_options(settings, cli.device))
+        accelerator = ShardingAccelerator(**accelerator_options(settings, cli.device, shards))
     check_running(processes, accelerator.num_processes)
     start = load_together(Path(cli.settings.ckpt_path) if cli.settings.ckpt_path else None)
     if start is not None:  # before there is a folder
@@ -133,6 +139,8 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
             deterministic=settings.deterministic,
         )
     )
+    if shards:
+        shard_over_all(module, cli.device, processes)
     try:
         with oom_explained(module, casts_weights="mixed" in settings.precision):
             train(accelerator, module, train_loader, val_loader, settings, observers.in_order())

@@ -10,9 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
 from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
-from accelerate.utils import AutocastKwargs, DataLoaderConfiguration  # type: ignore[import-untyped]
+from accelerate.utils import (  # type: ignore[import-untyped]
+    AutocastKwargs,
+    DataLoaderConfiguration,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -30,29 +36,69 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
 )
 from nanogpt_lit.runtime.precision import IN_ACCELERATE
+from nanogpt_lit.runtime.processes import whole
 
 # accelerate leaves autocast's cache of casted weights on, Lightning 2.6 turns it off. With it, the gradients of a
 # weight that a forward uses twice (a head that takes the loss in chunks) are summed in 16 bits; without it, in float32.
 AUTOCAST = AutocastKwargs(cache_enabled=False)
 
 
-def accelerator_options(settings: LoopSettings, device: str) -> dict[str, Any]:
+class ShardingAccelerator(Accelerator):
+    """Accelerator that shards on CPUs as well, where accelerate trains DDP in the place of FSDP without a word."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        plugin = options.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            # What AcceleratorState does beside any other device. It reads the type anew from PartialState at each use.
+            if self.mixed_precision != "no":
+                plugin.set_mixed_precision(self.mixed_precision)
+            self.state.fsdp_plugin = plugin
+            self.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+def accelerator_options(settings: LoopSettings, device: str, shards: bool = False) -> dict[str, Any]:
     """The arguments of Accelerator. device: "cpu" keeps to the CPU, also under torchrun, where accelerate would
     otherwise start no process group, and every process would train alone.
+    shards: by FSDP2, of a module that is sharded before it is trained
 
     Raises UserError for a precision that needs Lightning.
     """
     check_precision(settings)
+    # accelerate would keep whole gradients until a window ends, which FSDP2 is there to save, and adds them up in
+    # another order than Lightning, which shares them out after each micro-batch.
+    accumulation = GradientAccumulationPlugin(num_steps=settings.accumulate_grad_batches, sync_each_batch=shards)
     return {
         "mixed_precision": IN_ACCELERATE[settings.precision],
-        "gradient_accumulation_steps": settings.accumulate_grad_batches,
+        "gradient_accumulation_plugin": accumulation,
         "kwargs_handlers": [AUTOCAST],
         # accelerate would repeat samples until every process has as many batches; ours are dealt out evenly already,
         # and a repeated window would count twice in the validation loss.
         # As Lightning does, a GPU copies a batch out of pinned memory while this process goes on.
         "dataloader_config": DataLoaderConfiguration(even_batches=False, non_blocking=device == "cuda"),
         "cpu": device == "cpu",
+        "fsdp_plugin": fsdp2() if shards else None,
     }
+
+
+def fsdp2() -> FullyShardedDataParallelPlugin:
+    """accelerate's FSDP2. Every argument is given, or accelerate takes it from the environment."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # late, for not every build of torch has it
+
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        # The blocks are sharded already, and accelerate leaves those alone: by name it finds modules, not the methods
+        # that are called in place of their forward.
+        auto_wrap_policy="NO_WRAP",
+        # accelerate would cast whole weights to 16 bits and add up gradients in them; autocast does neither.
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        reshard_after_forward=True,
+        cpu_offload=False,
+        activation_checkpointing=False,
+        activation_checkpointing_offload=False,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
 
 
 def train(
@@ -69,26 +115,29 @@ def train(
     out even, or the processes wait for each other for ever.
     """
     optimizer, schedule = optimizer_and_schedule(module)
-    # Not module.parameters(): the norm would be summed in another order than Lightning's.
-    parameters = clipping_order(optimizer)
     if accelerator.scaler is not None:
         module.to(accelerator.device)  # as prepare would; weights that stay in host memory do not follow
-        accelerator.scaler = scaler_beside(parameters, accelerator.scaler, accelerator.device)
+        accelerator.scaler = scaler_beside(clipping_order(optimizer), accelerator.scaler, accelerator.device)
     rank, processes = accelerator.process_index, accelerator.num_processes
     training = Training(module, optimizer, schedule, accelerator.scaler, settings, accelerator.device, rank, processes)
     # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
     # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.
     module, optimizer, train_loader, val_loader = accelerator.prepare(module, optimizer, train_loader, val_loader)
+    # Not module.parameters(): the norm would be summed in another order than Lightning's.
+    parameters = clipping_order(optimizer)
     with running(training, observers) as observer:
         module.train()
         while training.step < settings.max_steps and not training.is_stopped:
             for tokens, targets in train_loader:
                 with accelerator.accumulate(module):
-                    loss = module(tokens, targets)
+                    with accelerator.autocast():  # in which prepare wraps any module but that of FSDP2
+                        loss = module(tokens, targets)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         # An infinite limit measures the norm and leaves the gradients alone.
-                        grad_norm = accelerator.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf)
+                        # Not accelerator.clip_grad_norm_, which under FSDP2 knows no order but the module's.
+                        accelerator.unscale_gradients()
+                        grad_norm = whole(nn.utils.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf))
                         observer.on_before_step(grad_norm)
                         lr = optimizer.param_groups[0]["lr"]
                     optimizer.step()
@@ -120,7 +169,8 @@ def validate(accelerator: Accelerator, module: nn.Module, loader: DataLoader, li
     mean = MeanLoss()
     module.eval()
     for tokens, targets in itertools.islice(loader, limit):
-        mean.add(module(tokens, targets), tokens.size(0))
+        with accelerator.autocast():
+            mean.add(module(tokens, targets), tokens.size(0))
     end(loader)
     module.train()
     total, sequences = accelerator.reduce((torch.as_tensor(mean.total), torch.tensor(mean.sequences)), "sum")

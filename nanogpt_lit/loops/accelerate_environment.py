@@ -7,12 +7,14 @@ without a word either way. Here a contradiction is an error that names both side
 from collections.abc import Mapping
 
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.compatibility import FSDP2
 from nanogpt_lit.runtime.launch import whole_number
 from nanogpt_lit.runtime.precision import IN_ACCELERATE, OF_ACCELERATE
 
 NO_OTHER_ENGINE = (
-    "this loop runs one device or DDP; run `accelerate config` again for distributed_type: NO or MULTI_GPU"
+    "this loop runs one device, DDP or FSDP2; run `accelerate config` again for distributed_type: NO, MULTI_GPU or FSDP"
 )
+UNLIKE_FSDP2 = f"trainer.strategy={FSDP2} does not; `python -m nanogpt_lit accelerate-config` writes what it does"
 HEARD = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"}
 """Variables that are heard besides those that are held against the YAML; the last two change no number."""
 PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -21,11 +23,11 @@ YES = ("1", "true", "yes", "on", "y", "t")
 
 
 def check_environment(
-    precision: str, accumulate_grad_batches: int, device: str, environ: Mapping[str, str]
+    precision: str, accumulate_grad_batches: int, device: str, environ: Mapping[str, str], shards: bool = False
 ) -> str | None:
     """Check the environment against the YAML: UserError where they contradict, a sentence where it yields.
 
-    precision: of the YAML, before any fallback   device: that will be used
+    precision: of the YAML, before any fallback   device: that will be used   shards: whether by FSDP2
     """
 
     def says_yes(value: str) -> bool:
@@ -35,8 +37,25 @@ def check_environment(
     contradictions = {
         **{
             f"ACCELERATE_USE_{engine}": (says_yes, NO_OTHER_ENGINE)
-            for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+            for engine in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
         },
+        "ACCELERATE_USE_FSDP": (
+            lambda value: says_yes(value) and not shards,
+            f"the YAML for another strategy; set trainer.strategy={FSDP2}, or run `accelerate config` again",
+        ),
+        **(
+            {
+                "FSDP_VERSION": (lambda value: value != "2", UNLIKE_FSDP2),
+                "FSDP_RESHARD_AFTER_FORWARD": (lambda value: not says_yes(value), UNLIKE_FSDP2),
+                "FSDP_OFFLOAD_PARAMS": (says_yes, UNLIKE_FSDP2),
+                "FSDP_ACTIVATION_CHECKPOINTING": (
+                    says_yes,
+                    "model.memory.recompute decides that; answer no, and set model.memory.recompute=full",
+                ),
+            }
+            if says_yes(environ.get("ACCELERATE_USE_FSDP", ""))
+            else {}
+        ),
         "ACCELERATE_TORCH_DEVICE": (
             lambda value: value and value.partition(":")[0] != device,
             f"trainer.accelerator comes to {device}; unset the variable, or set trainer.accelerator",
@@ -100,6 +119,15 @@ def check_processes(asked: int | None, launched: int) -> None:
             f"trainer.devices and trainer.num_nodes ask for {asked} processes, and accelerate runs {launched}; start "
             f"it with `accelerate launch --multi_gpu --num_processes {asked}`, on CPUs with `torchrun "
             f"--nproc_per_node {asked}` (accelerate launch --cpu starts only one), or set trainer.devices={launched}."
+        )
+
+
+def check_sharding(launched: int) -> None:
+    """Raises UserError where a process is alone: accelerate forms no group of one, and would shard nothing."""
+    if launched == 1:
+        raise UserError(
+            f"trainer.strategy={FSDP2} shards over several processes, and accelerate runs 1; start two with "
+            "`torchrun --nproc_per_node 2` and trainer.devices=2, or set trainer.strategy=auto."
         )
 
 

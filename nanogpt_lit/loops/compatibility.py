@@ -199,8 +199,9 @@ def check_followed(trainer: Mapping[str, Any], precision: str, defaults: Mapping
     for key, value in trainer.items():
         if key not in FOLLOWED | WITHOUT_EFFECT and value != defaults.get(key):
             raise UserError(f"trainer.{key} is set, and only Lightning's Trainer follows it; {fit}.")
-    if trainer["strategy"] not in ("auto", "ddp"):
-        raise UserError(f"trainer.strategy={trainer['strategy']} does not run here; auto and ddp do.")
+    strategy = trainer["strategy"] if isinstance(trainer["strategy"], str) else str(trainer["strategy"].class_path)
+    if strategy not in ("auto", "ddp") and strategy.rpartition(".")[2] != FSDP2:
+        raise UserError(f"trainer.strategy={strategy} does not run here; auto, ddp and {FSDP2} do.")
     if precision not in IN_ACCELERATE:
         raise UserError(f"trainer.precision={precision} does not run here; {', '.join(IN_ACCELERATE)} do.")
     interval = trainer["val_check_interval"]

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt_lit.loops import contract
 from nanogpt_lit.loops.contract import Batch, LoopSettings, MeanLoss, Observer, Training, send, with_last
+from nanogpt_lit.runtime.processes import is_sharded, whole
 
 
 def train(
@@ -35,7 +36,8 @@ def train(
     parameters = contract.clipping_order(optimizer)
     scaler = contract.scaler_beside(parameters, scaler or contract.scaler_for(settings, device), device)
     distributed = dist.is_available() and dist.is_initialized()
-    replica = DistributedDataParallel(module) if distributed else module
+    # Processes exchange their gradients once a window, in its last backward, or after each, where each keeps a share.
+    replica = DistributedDataParallel(module) if distributed and not is_sharded(module) else module
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     used_scaler = scaler if scaler.is_enabled() else None
     training = Training(module, optimizer, schedule, used_scaler, settings, device, rank, processes)
@@ -45,8 +47,7 @@ def train(
             for in_epoch, (batch, is_last) in enumerate(with_last(train_loader), start=1):
                 tokens, targets = (send(tensor, device) for tensor in batch)
                 closes_window = in_epoch % settings.accumulate_grad_batches == 0 or is_last
-                # Processes exchange their gradients once a window, in its last backward.
-                exchanges = closes_window or not distributed
+                exchanges = closes_window or replica is module
                 with nullcontext() if exchanges else replica.no_sync():  # type: ignore[operator]  # nn.Module has none
                     with autocast:
                         loss = replica(tokens, targets)
@@ -56,7 +57,7 @@ def train(
                 if closes_window:
                     scaler.unscale_(optimizer)
                     # An infinite limit measures the norm and leaves the gradients alone.
-                    grad_norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf)
+                    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf))
                     observer.on_before_step(grad_norm)
                     lr = optimizer.param_groups[0]["lr"]
                     scaler.step(optimizer)

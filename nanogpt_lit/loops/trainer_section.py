@@ -191,6 +191,16 @@ def complete_sizes(trainer: Namespace, environ: Mapping[str, str] = os.environ) 
         )
 
 
+def shard_over_all(module: Any, device: str, processes: int) -> None:
+    """Shard a LitNanoGPT as Lightning's ModelParallelStrategy has it done, for a loop without one.
+
+    device: "cuda" or "cpu"   processes: all that there are, joined in a group
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shard(module, init_device_mesh(device, (processes, 1), mesh_dim_names=("data_parallel", "tensor_parallel")))
+
+
 def shard(module: Any, mesh: Any) -> None:
     """Shard a LitNanoGPT over the processes of a device mesh, by FSDP2.
 
@@ -208,7 +218,9 @@ def shard(module: Any, mesh: Any) -> None:
     check_together({**keys_of("model", module.hparams), "trainer.strategy": FSDP2, **sizes})
     for block in gpt.blocks:
         fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(gpt, mesh=mesh["data_parallel"])
+    # What is outside of the blocks stays whole from forward to backward, also where another module is the outermost:
+    # `loss` calls `hidden`, and needs the head after it.
+    fully_shard(gpt, mesh=mesh["data_parallel"], reshard_after_forward=False)
     for method in ("loss", "hidden"):  # what is called in place of forward
         register_fsdp_forward_method(gpt, method)
     module.loss = torch.compile(gpt.loss) if module.hparams["compile"] else gpt.loss

@@ -8,7 +8,7 @@
 Runs a grid of cases in each of the three loops, on the CPU or on a CUDA GPU, and compares the loss of every
 micro-batch, the gradient norm, learning rate and loss scale of every step, the validation losses, and at the end every
 parameter, the states of optimizer, schedule and scaler, and the random state: bit for bit. Cases of two processes train
-under DistributedDataParallel, in processes that it starts itself. The network, its optimizer, the text and the
+under DistributedDataParallel or FSDP2, in processes that it starts itself. The network, its optimizer, the text and the
 tokenizer are the YAML's, made small where they are large; every option of fit works here too, and what it sets stays.
 
 Leaves report.html (verdict, curves, table, costs), curves.svg, report.json and TensorBoard runs in a folder parity_N
@@ -88,9 +88,9 @@ def compare(arguments: list[str]) -> int:
     if options.on == "cuda":
         if not torch.cuda.is_available():
             parser.error("--on=cuda needs a CUDA GPU, and torch sees none; cpu needs none.")
-        if options.explain or 2 in chosen.get("processes", ()):
+        if options.explain or set(chosen.get("processes", ())) - {"1"}:
             parser.error("--on=cuda compares cases of one process; leave out --explain, and 2 from --processes.")
-        chosen["processes"] = (1,)
+        chosen["processes"] = ("1",)
     for variable in OF_A_LAUNCHER:
         if variable in os.environ:
             parser.error(

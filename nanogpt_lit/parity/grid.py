@@ -22,18 +22,24 @@ AXES: dict[str, tuple[Any, ...]] = {
     "dropout": (0.0, 0.1),
     "optimizer": ("for-loop", "foreach", "fused"),
     "ragged": ("no", "yes"),
-    "processes": (1, 2),
+    "processes": ("1", "2", "2-fsdp2"),
 }
 """Values of each axis of the grid.
 
 overflow: the scaler skips its first steps and grows its scale later   ragged: the loader ends inside a window
+2: under DistributedDataParallel; 2-fsdp2, which has no scaler, sharded
 """
 
 Point = dict[str, Any]
 
 
 def every_combination(axes: dict[str, tuple[Any, ...]]) -> list[Point]:
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return [point for point in points if not (is_sharded(point) and point["precision"].startswith("16"))]
+
+
+def is_sharded(point: Point) -> bool:
+    return str(point.get("processes")).endswith("fsdp2")
 
 
 def every_pair(axes: dict[str, tuple[Any, ...]]) -> list[Point]:
@@ -71,7 +77,8 @@ def case_of(point: Point, base: Case, clip: float) -> Case:
         optim=replace(base.optim, implementation=point["optimizer"]),
         scaler=OVERFLOWS if overflow else {},
         batches_per_epoch=2 * accumulate + max(1, accumulate // 2) if point["ragged"] == "yes" else None,
-        processes=point["processes"],
+        processes=int(point["processes"][0]),
+        sharded=is_sharded(point),
     )
 
 

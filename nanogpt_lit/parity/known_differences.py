@@ -12,7 +12,12 @@ from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.scheduler import AcceleratedScheduler  # type: ignore[import-untyped]
-from accelerate.utils import AutocastKwargs, DataLoaderConfiguration  # type: ignore[import-untyped]
+from accelerate.utils import (  # type: ignore[import-untyped]
+    AutocastKwargs,
+    DataLoaderConfiguration,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+)
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision as LightningMixedPrecision
 from torch import Tensor, nn
@@ -210,6 +215,20 @@ def library_sampler() -> Iterator[None]:
         yield
 
 
+def whole_windows(num_steps: int, sync_each_batch: bool) -> GradientAccumulationPlugin:
+    return GradientAccumulationPlugin(num_steps=num_steps)
+
+
+@contextmanager
+def sharded_by_accelerate() -> Iterator[None]:
+    """As by `accelerate launch` with a file that says FSDP, version 2, and bf16."""
+    with (
+        swapped(runs, "shard_over_all", lambda *_: None),
+        swapped(accelerate, "fsdp2", lambda: FullyShardedDataParallelPlugin(fsdp_version=2)),
+    ):
+        yield
+
+
 def without_reseeding(seed: int | None, rank: int = 0) -> None: ...
 
 
@@ -321,5 +340,21 @@ KNOWN_DIFFERENCES = [
         "lightning",
         lambda base: replace(with_settings(base, precision="32-true", val_check_interval=None), processes=2),
         library_sampler,
+    ),
+    KnownDifference(
+        "gradients of a window under FSDP2",
+        "accelerate keeps whole gradients until the window ends, Lightning shares them out after each micro-batch",
+        "accelerate",
+        lambda base: replace(
+            with_settings(base, precision="32-true", accumulate_grad_batches=4), processes=2, sharded=True
+        ),
+        lambda: swapped(accelerate, "GradientAccumulationPlugin", whole_windows),
+    ),
+    KnownDifference(
+        "bfloat16 under FSDP2",
+        "accelerate casts whole weights to it and adds up gradients in it, Lightning casts what autocast does",
+        "accelerate",
+        lambda base: replace(with_settings(base, precision="bf16-mixed"), processes=2, sharded=True),
+        sharded_by_accelerate,
     ),
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Training
 from nanogpt_lit.run.metrics import StepMetrics
+from nanogpt_lit.runtime.processes import whole
 
 FINAL = "the end"
 Curves = list[tuple[int, dict[str, float]]]
@@ -54,7 +55,7 @@ class Recorder(Observer):
         self._step = self._batch = 0
 
     def _add(self, when: str, quantity: str, value: Any) -> None:
-        kept = value.detach().cpu().clone() if isinstance(value, Tensor) else value
+        kept = whole(value.detach()).cpu().clone() if isinstance(value, Tensor) else value
         self.entries.append(Entry(when, quantity, kept))
 
     def _keep_curves(self, values: dict[str, float], step: int) -> None:

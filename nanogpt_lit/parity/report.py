@@ -18,7 +18,8 @@ COLUMNS = {
     "dropout": "Its probability: with it, random states are compared too.",
     "optimizer": "The implementation of torch's AdamW.",
     "ragged": "The training loader ends inside an accumulation window, and starts again.",
-    "processes": "Two train together under DistributedDataParallel (gloo), each with its share of the batches.",
+    "processes": "Two train together under DistributedDataParallel (gloo), each with its share of the batches; fsdp2: "
+    "each with its share of the weights, too.",
     "skipped": "Optimizer steps that the loss scaler skipped because gradients overflowed.",
     "compared": "Quantities compared bit for bit, over all processes.",
 }
@@ -158,7 +159,7 @@ def named(point: Point) -> str:
     words = [str(point["precision"]), f"accumulate {point['accumulate']}", f"clip {point['clip']}"]
     words += [f"dropout {point['dropout']}", str(point["optimizer"])]
     words += ["ragged"] if point["ragged"] == "yes" else []
-    words += [f"{point['processes']} processes"] if point["processes"] > 1 else []
+    words += [f"{point['processes']} processes"] if point["processes"] != "1" else []
     return ", ".join(words)
 
 

@@ -2,18 +2,19 @@
 
 import itertools
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState, GradientState  # type: ignore[import-untyped]
 from accelerate.utils import GradScalerKwargs  # type: ignore[import-untyped]
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
@@ -24,6 +25,7 @@ from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.loops.lightning import MixedPrecision, Observed, precision_plugin
+from nanogpt_lit.loops.trainer_section import shard_over_all
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -48,6 +50,8 @@ class Case:
     """Ends the training loader there, inside an accumulation window; None leaves it endless."""
     processes: int = 1
     """More than one train together under DistributedDataParallel, inside processes.run_together."""
+    sharded: bool = False
+    """Whether they train under FSDP2 instead."""
     device: str = "cpu"
     """Or "cuda": one process then."""
     module: type[LitNanoGPT] = LitNanoGPT
@@ -87,6 +91,8 @@ def run_reference(case: Case, data: TokenDataModule) -> Recorder:
     recorder = Recorder(case.settings)
     scaler = GradScaler(case.device, **case.scaler) if case.settings.precision == "16-mixed" else None
     module = case.make_module().to(case.device)
+    if case.sharded:
+        shard_over_all(module, case.device, case.processes)
     reference.train(module, *loaders_of(case, data, rank()), case.settings, [*always(), recorder], scaler)
     return recorder
 
@@ -96,17 +102,20 @@ def run_accelerate(case: Case, data: TokenDataModule) -> Recorder:
     # another accumulation goes on with the loaders of the first.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # which an Accelerator that shards leaves behind for the next one
     recorder = Recorder(case.settings)
-    options = accelerate.accelerator_options(case.settings, case.device)
+    options = accelerate.accelerator_options(case.settings, case.device, case.sharded)
     if case.settings.precision == "16-mixed":
         options["kwargs_handlers"].append(GradScalerKwargs(**case.scaler))
     accelerator = HalfOnCpu(**options)
-    loaders = loaders_to_deal_out(case, data)
-    accelerate.train(accelerator, case.make_module(), *loaders, case.settings, [*always(), recorder])
+    module = case.make_module()
+    if case.sharded:
+        shard_over_all(module, case.device, case.processes)
+    accelerate.train(accelerator, module, *loaders_to_deal_out(case, data), case.settings, [*always(), recorder])
     return recorder
 
 
-class HalfOnCpu(Accelerator):
+class HalfOnCpu(accelerate.ShardingAccelerator):
     """fp16 with its GradScaler also without a GPU, where Accelerator trains in float32 without a word: float16 would be
     compared with float32."""
 
@@ -133,7 +142,7 @@ def trainer_options(case: Case) -> dict[str, Any]:
     return {
         "accelerator": case.device,
         "devices": case.processes,
-        "strategy": "auto" if case.processes == 1 else "ddp",
+        "strategy": strategy_of(case),
         # Named, or a cluster's job that this happens to run in would be taken for the launcher.
         "plugins": [lightning_precision(settings.precision, case.scaler, case.device), LightningEnvironment()],
         "deterministic": settings.deterministic,
@@ -151,6 +160,12 @@ def trainer_options(case: Case) -> dict[str, Any]:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
+
+
+def strategy_of(case: Case) -> str | ModelParallelStrategy:
+    if case.sharded:
+        return ModelParallelStrategy(data_parallel_size=case.processes, tensor_parallel_size=1)
+    return "auto" if case.processes == 1 else "ddp"
 
 
 def lightning_precision(precision: str, scaler: dict[str, Any], device: str = "cpu") -> Precision:

@@ -77,8 +77,7 @@ class FiniteGuard(Observer):
 
     def on_before_step(self, grad_norm: Tensor) -> None:
         """Waits for the device, once a step. On several processes the norm is that of all, and so is the decision."""
-        whole = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # of a sharded network
-        if not math.isfinite(whole.item()):
+        if not math.isfinite(grad_norm.item()):
             for parameter in self._parameters:
                 parameter.grad = None  # an optimizer's step then leaves all as it is
 

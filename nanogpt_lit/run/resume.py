@@ -23,7 +23,7 @@ from nanogpt_lit.run.metrics import StepMetrics
 from nanogpt_lit.run.stops import STOP_FILE
 from nanogpt_lit.runtime.durable import PARTIAL, sweep, write_durably
 from nanogpt_lit.runtime.process_settings import RandomState, random_state
-from nanogpt_lit.runtime.processes import gathered
+from nanogpt_lit.runtime.processes import gathered, whole_state
 from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 
@@ -56,10 +56,10 @@ def capture(
     """
     random = gathered(random_state(training.device))
     return RunState(
-        weights=training.module.state_dict(),
+        weights=whole_state(training.module.state_dict()),
         hyper_parameters=dict(getattr(training.module, "hparams", {})),
         data={name: value for name, value in data.items() if name != "batches"},
-        optimizer=training.optimizer.state_dict(),
+        optimizer=whole_state(training.optimizer.state_dict()),
         schedule=training.schedule.state_dict(),
         scaler=None if training.scaler is None else training.scaler.state_dict(),
         random=random,

@@ -1,10 +1,10 @@
 """The processes that train together, if there are several."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -47,6 +47,28 @@ def broadcast(mine: T) -> T:
     its = [mine]
     dist.broadcast_object_list(its, src=0)
     return its[0]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this process holds a share of each parameter, as FSDP2 leaves it."""
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a tensor of which each process holds a share; others stay as they are. All processes call it together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_state(state: Any) -> Any:
+    """Gather what is sharded in nested dictionaries and lists, on the first process; others keep nothing of it."""
+    if isinstance(state, dict):
+        return {key: whole_state(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole_state(value) for value in state]
+    if not hasattr(state, "full_tensor"):
+        return state
+    gathered_whole = whole(state)
+    return gathered_whole if rank() == 0 else gathered_whole.new_empty(0)
 
 
 class Agreement:
