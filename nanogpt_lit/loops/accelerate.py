@@ -34,9 +34,9 @@ from nanogpt_lit.loops.contract import (
     optimizer_and_schedule,
     running,
     scaler_beside,
+    whole,
 )
 from nanogpt_lit.runtime.precision import IN_ACCELERATE
-from nanogpt_lit.runtime.processes import whole
 
 # accelerate leaves autocast's cache of casted weights on, Lightning 2.6 turns it off. With it, the gradients of a
 # weight that a forward uses twice (a head that takes the loss in chunks) are summed in 16 bits; without it, in float32.

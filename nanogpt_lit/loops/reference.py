@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt_lit.loops import contract
 from nanogpt_lit.loops.contract import Batch, LoopSettings, MeanLoss, Observer, Training, send, with_last
-from nanogpt_lit.runtime.processes import is_sharded, whole
 
 
 def train(
@@ -37,7 +36,7 @@ def train(
     scaler = contract.scaler_beside(parameters, scaler or contract.scaler_for(settings, device), device)
     distributed = dist.is_available() and dist.is_initialized()
     # Processes exchange their gradients once a window, in its last backward, or after each, where each keeps a share.
-    replica = DistributedDataParallel(module) if distributed and not is_sharded(module) else module
+    replica = DistributedDataParallel(module) if distributed and not contract.is_sharded(module) else module
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     used_scaler = scaler if scaler.is_enabled() else None
     training = Training(module, optimizer, schedule, used_scaler, settings, device, rank, processes)
@@ -57,7 +56,8 @@ def train(
                 if closes_window:
                     scaler.unscale_(optimizer)
                     # An infinite limit measures the norm and leaves the gradients alone.
-                    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf))
+                    grad_norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip_val or math.inf)
+                    grad_norm = contract.whole(grad_norm)
                     observer.on_before_step(grad_norm)
                     lr = optimizer.param_groups[0]["lr"]
                     scaler.step(optimizer)
