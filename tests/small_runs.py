@@ -41,16 +41,20 @@ def started(work, *arguments):
 
 
 def on_two_processes(loop, *arguments):
+    return on_processes(2, loop, *arguments)
+
+
+def on_processes(count, loop, *arguments):
     """Of each: the exit code, and the errors. They are told what torchrun tells those that it starts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return in_new_processes(2, as_torchrun_starts, port, loop, arguments, method=quick_start())
+    return in_new_processes(count, as_torchrun_starts, str(count), port, loop, arguments, method=quick_start())
 
 
-def as_torchrun_starts(rank, folder, port, loop, arguments):
+def as_torchrun_starts(rank, folder, count, port, loop, arguments):
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
     torch.set_num_threads(1)

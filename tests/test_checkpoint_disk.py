@@ -121,10 +121,10 @@ def full_disk(monkeypatch, *, from_step, tries=10**6):
     """The disk takes no checkpoint of that step or a later one, so many times."""
     write, left = run_file.RunContent.write, iter(range(tries))
 
-    def fails(self, path):
+    def fails(self, path, shards):
         if json.loads(self.description)["step"] >= from_step and next(left, None) is not None:
             raise OSError(28, "No space left on device")
-        write(self, path)
+        return write(self, path, shards)
 
     monkeypatch.setattr(run_file.RunContent, "write", fails)
 

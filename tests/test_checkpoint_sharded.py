@@ -1,29 +1,40 @@
-"""Folders of shards, read beside PyTorch's own reader."""
+"""Lightning's folders of shards, read beside PyTorch's own reader."""
 
 import os
 import pickle
 
 import pytest
 import torch
-from small_runs import different, fit, small_run
+from faults import STEPS, make_loader, make_module
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.checkpoint.lightning_format import read_values
+from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.parity.record import leaves
 from nanogpt_lit.untrusted.pickled import Name, pickled_tree
-
-FSDP2 = "--trainer.strategy=ModelParallelStrategy", "--trainer.devices=1"
-SHARDED = "--trainer.strategy.save_distributed_checkpoint=true"
 
 
 @pytest.mark.slow
-def test_a_sharded_run_becomes_the_file_that_the_whole_one_becomes(text, tmp_path):
-    for name, more in (("whole", []), ("sharded", [SHARDED])):
-        assert fit(*small_run(text, tmp_path / name, *FSDP2, *more)) == 0
-        convert(tmp_path / name / "version_0/checkpoints/last.ckpt", tmp_path / f"{name}.safetensors")
-    assert not different(tmp_path / "whole.safetensors", tmp_path / "sharded.safetensors")
+def test_the_shards_of_a_trainer_become_a_file_with_its_weights_and_moments(tmp_path):
+    module = make_module()
+    options = {"accelerator": "cpu", "devices": 1, "max_steps": STEPS, "logger": False, "enable_progress_bar": False}
+    trainer = Trainer(**options, strategy=ModelParallelStrategy(1, 1), enable_checkpointing=False)
+    trainer.fit(module, make_loader(STEPS, 1))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert (tmp_path / "x.ckpt").is_dir()
+    convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    state = load_run(tmp_path / "x.safetensors")
+    assert (state.step, state.batches) == (STEPS, STEPS)
+    theirs = {"weights": module.state_dict(), "moments": trainer.optimizers[0].state_dict()["state"]}
+    ours = dict(leaves("", {"weights": state.weights, "moments": state.optimizer["state"]}))
+    for name, value in leaves("", theirs):
+        assert torch.equal(ours.pop(name), getattr(value, "full_tensor", lambda value=value: value)()), name
+    assert not ours
 
 
 @pytest.fixture

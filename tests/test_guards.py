@@ -173,7 +173,7 @@ def test_a_full_disk_does_not_end_the_run_which_saves_again_when_there_is_room(
     monkeypatch.setattr(disk.BestEffortSaver, "save", at_step_four)
     if found_out == "before writing":
         monkeypatch.setattr(
-            disk.shutil, "disk_usage", lambda folder: Usage(9, 9, 10) if state_of_disk["full"] else usage(folder)
+            durable.shutil, "disk_usage", lambda folder: Usage(9, 9, 10) if state_of_disk["full"] else usage(folder)
         )
     else:
         monkeypatch.setattr(durable.os, "fsync", failing_fsync)

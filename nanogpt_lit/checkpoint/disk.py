@@ -1,6 +1,5 @@
 """Saving beside the training, on a disk that may be full: training is worth more than one checkpoint of it."""
 
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -9,8 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from nanogpt_lit.checkpoint.run_file import RunContent, check_finite
+from nanogpt_lit.checkpoint.shards import Index, sweep_shards
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.durable import check_space
+from nanogpt_lit.runtime.processes import broadcast, rank
 
 END_S, STOP_S = 300.0, 20.0
 """Seconds for which a save that failed is tried again at a run's end, and where the run was asked to stop."""
@@ -21,7 +23,8 @@ class BestEffortSaver:
     """Saves where it can. Where it cannot, it says so once, keeps what there is, and tries again at the next save.
 
     In the background, what it writes are the run's own tensors, not copies: they stay as they are through the forward
-    and backward passes that follow, until the next optimizer step, which has to call `let_go`.
+    and backward passes that follow, until the next optimizer step, which has to call `let_go`. A sharded network is
+    saved by all processes together, and not in the background, where they could not wait for each other.
     """
 
     def __init__(self) -> None:
@@ -35,11 +38,18 @@ class BestEffortSaver:
         self._writing: list[Future[None]] = []
         self._unsaved: dict[Path, tuple[RunContent, int]] = {}
         """What the disk did not take of the step that the run stands at, with that step."""
+        self._shards: tuple[int, Index] | None = None
+        """A step whose shards are written, and their index: for another file of the same step."""
 
     def save(self, path: Path, state: RunState) -> None:
         """Raises UserError as `save_run` does."""
         check_finite(path, state.weights)
         content = RunContent.of(state)
+        if content.sharded:
+            if any(step != state.step for _, step in self._unsaved.values()):
+                self._unsaved.clear()  # not every precision of a sharded strategy calls let_go
+            self._write(path, content, state.step)
+            return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.holds_tensors = True
@@ -67,13 +77,16 @@ class BestEffortSaver:
         self.wait()
         started_s = time.monotonic()
         until_s = started_s + patience_s
-        while self._unsaved and (left_s := until_s - time.monotonic()) > 0:
-            tries_at_s = time.monotonic() + min(PAUSE_S, left_s)
+        # Processes that save together end together, by the clock and the signals of the first.
+        together = any(content.sharded for content, _ in self._unsaved.values())
+        agreed: Callable[[bool], bool] = broadcast if together else bool
+        while self._unsaved and agreed(time.monotonic() < until_s):
+            tries_at_s = min(time.monotonic() + PAUSE_S, until_s)
             while not asked_to_stop() and (pause_s := tries_at_s - time.monotonic()) > 0:
                 time.sleep(min(pause_s, 0.2))
             for path, (content, step) in list(self._unsaved.items()):
                 self._write(path, content, step)
-            if asked_to_stop():
+            if agreed(asked_to_stop()):
                 break
         if self._unsaved:
             path, (_, step) = next(iter(self._unsaved.items()))
@@ -85,8 +98,13 @@ class BestEffortSaver:
 
     def _write(self, path: Path, content: RunContent, step: int) -> None:
         try:
-            check_space(path.parent, content.nbytes)
-            content.write(path)
+            if not content.sharded:  # whose processes find out together
+                check_space(path.parent, content.nbytes)
+            written = self._shards[1] if self._shards is not None and self._shards[0] == step else None
+            if (shards := content.write(path, written)) is not None:
+                self._shards = step, shards
+            if rank() == 0:
+                sweep_shards(path.parent)
         except OSError as error:
             if not self.failing:
                 self._say(
@@ -102,13 +120,7 @@ class BestEffortSaver:
         self.failing = False
 
     def _say(self, line: str) -> None:
+        if rank() != 0:
+            return
         with suppress(OSError):  # the output may go to a file on the same disk
             print(f"warning: {line}" if not self.failing else line, file=sys.stderr, flush=True)
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raises OSError where a file of so many bytes does not fit: found out before, not after writing for a minute."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left")

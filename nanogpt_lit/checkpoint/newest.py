@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, step_of, verify_run
+from nanogpt_lit.checkpoint.sharded_network import unread_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, TensorFile
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.processes import are_several, broadcast, gathered, rank
 
-CKPT = ".ckpt"
-"""Lightning's own file, which a sharded strategy writes."""
 PREFERRED = ("last", "best", "previous")
 """Names in the order of preference among those that hold the same step."""
 
@@ -27,9 +26,9 @@ class Newest:
         return self.path.parent.parent
 
 
-def newest_run(root: Path, suffix: str = SUFFIX) -> Path | None:
+def newest_run(root: Path) -> Path | None:
     """The run below `root` that was saved last, by the modification times of its checkpoints; None if there is none."""
-    found = [path for path in root.glob(f"*/checkpoints/*{suffix}") if not path.is_dir()]
+    found = [path for path in root.glob(f"*/checkpoints/*{SUFFIX}") if not path.is_dir()]
     return max(found, key=modified_ns).parent.parent if found else None
 
 
@@ -42,7 +41,7 @@ def newest_checkpoint(root: Path) -> Newest | None:
     return None if run is None else latest_of(run)
 
 
-def latest_of(run: Path, suffix: str = SUFFIX) -> Newest:
+def latest_of(run: Path) -> Newest:
     """The checkpoint of the highest step whose every byte is as it was written; never another run's.
 
     Modification times only choose between runs: inside one, a clock that was set back, or a copy that did not keep
@@ -50,14 +49,14 @@ def latest_of(run: Path, suffix: str = SUFFIX) -> Newest:
     """
     damaged: list[str] = []
     tried: list[tuple[int, int, Path]] = []
-    for path in sorted((run / "checkpoints").glob(f"*{suffix}"), key=preference):
+    for path in sorted((run / "checkpoints").glob(f"*{SUFFIX}"), key=preference):
         try:
-            tried.append((-step_in(path), preference(path), path))
+            tried.append((-step_of(path), preference(path), path))
         except (UserError, OSError) as error:
             damaged.append(reason(path, error))
     for _, _, path in sorted(tried):
         try:
-            step = verify_run(path) if suffix == SUFFIX else step_in(path)
+            step = verify_run(path)
         except (UserError, OSError) as error:
             damaged.append(reason(path, error))
             continue
@@ -68,22 +67,6 @@ def latest_of(run: Path, suffix: str = SUFFIX) -> Newest:
         f"resume=auto finds no whole checkpoint in {run / 'checkpoints'}: {damaged[0]} Move that run away to start "
         "anew, or name another run's checkpoint with ckpt_path."
     )
-
-
-def step_in(path: Path) -> int:
-    """The step of one of our files, by its header; of one of Lightning's, after comparing it with its checksums.
-
-    Raises UserError for one that cannot be read.
-    """
-    if path.suffix != CKPT:
-        return step_of(path)
-    from nanogpt_lit.checkpoint.foreign_files import read_torch_file  # for what a sharded strategy wrote
-
-    try:
-        step = read_torch_file(path)["global_step"]
-    except Exception as error:  # what the readers of zip and of pickle raise is not one family
-        raise UserError(f"{path} is damaged, or is no checkpoint of Lightning's ({type(error).__name__}).") from error
-    return int(step)
 
 
 def modified_ns(path: Path) -> int:
@@ -103,12 +86,16 @@ def reason(path: Path, error: Exception) -> str:
     return f"{str(error).rstrip('.')}."
 
 
-def load_together(path: Path | None) -> RunState | None:
+def load_together(path: Path | None, sharded: bool = False) -> RunState | None:
     """The checkpoint that the first process goes on from, for all of them: their machines may have no disk in common.
 
     Who has the same file reads it, the others are sent it. path: the first one's counts; None starts anew
+    sharded: the network is, and takes its weights and moments itself (UnreadRun), from a disk that all have in common
     Raises UserError, on all of them, where the first one cannot read it.
     """
+    if sharded:
+        path = broadcast(path)
+        return None if path is None else unread_run(path)
     if not are_several():
         return None if path is None else load_run(path)
     named, digest = broadcast((path is not None, digest_of(path)))

@@ -1,10 +1,12 @@
 """One file per checkpoint: tensors as any safetensors reader sees them, everything else as JSON beside them.
 
 Weights have the names of module.state_dict(). The other tensors begin with `optimizer.`, `random.`, `data.` or
-`lightning.`, and the JSON under the key `nanogpt_lit` says where each belongs. Nothing in it is a pickle.
+`lightning.`, and the JSON under the key `nanogpt_lit` says where each belongs. Nothing in it is a pickle. Those of a
+sharded network lie in a folder beside the file (shards.py), which whoever reads the file does not notice.
 """
 
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -14,12 +16,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from nanogpt_lit.checkpoint.shards import FOLDER, SHARDS, Index, StoredTensors, is_sharded, local_part, write_shards
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.checkpoint.tensor_file import TensorFile, flatten, unflatten, write_tensors
+from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, TensorFile, flatten, unflatten, write_tensors
+from nanogpt_lit.checkpoint.tensor_file import SUFFIX as SUFFIX
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import durable_file
+from nanogpt_lit.runtime.processes import broadcast, by_first, gathered
 
-SUFFIX = ".safetensors"
 FORMAT = 1
 DESCRIPTION = "nanogpt_lit"
 """The key of the metadata."""
@@ -36,6 +40,7 @@ def save_run(path: Path, state: RunState) -> None:
     """Write a checkpoint, which appears whole and on the disk or not at all.
 
     A file called `last` makes the one that it replaces `previous`, so that there is always one that no write touches.
+    All processes call it together where the network is sharded, and the first alone otherwise.
     Raises UserError for weights that are not finite, and leaves the file alone.
     """
     check_finite(path, state.weights)
@@ -48,8 +53,11 @@ class RunContent:
     before."""
 
     tensors: Mapping[str, Tensor]
+    sharded: Mapping[str, Tensor]
+    """Those of which each process holds a part."""
     description: str
     """JSON"""
+    step: int
 
     @classmethod
     def of(cls, state: RunState) -> Self:
@@ -61,28 +69,60 @@ class RunContent:
                 value = {**value, TOKENIZER: {key: as_bytes(text) for key, text in value[TOKENIZER].items()}}
             described[name] = flatten(value, name, tensors)
         description = {"format": FORMAT, "written_by": written_by(), SHARED: shared, **described}
-        return cls(tensors, json.dumps(description, allow_nan=False))
+        sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in sharded}
+        return cls(tensors, sharded, json.dumps(description, allow_nan=False), state.step)
 
     @property
     def nbytes(self) -> int:
-        """Of the file, or a little more."""
+        """Of the file, or a little more, without what lies in shards."""
         header = 2 * len(self.description) + 512 * (len(self.tensors) + 1)  # as JSON in JSON, and digests
         return sum(tensor.nbytes for tensor in self.tensors.values()) + header
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, shards: Index | None = None) -> Index | None:
+        """Write the file, and before it the shards, whose index is returned; None where there are none.
+
+        shards: those of another file of the same step, in their place
+        """
+        if not self.sharded:
+            self._write_file(path, {})
+            return None
+        if shards is not None:
+            by_first(lambda: self._write_file(path, shards))
+            return shards
+        index: Index = {}  # and so it stays on all processes but the first
+
+        def finish(of_all: Index) -> None:
+            index.update(of_all)
+            self._write_file(path, index)
+
+        write_shards(path.parent / f"step_{self.step}-{broadcast(secrets.token_hex(4))}{FOLDER}", self.sharded, finish)
+        return index
+
+    def _write_file(self, path: Path, shards: Index) -> None:
         keep_as = path.with_stem(PREVIOUS) if path.stem == "last" else None
+        metadata = {DESCRIPTION: self.description} | ({SHARDS: json.dumps(shards)} if shards else {})
         with durable_file(path, keep_as) as file:
-            write_tensors(file, self.tensors, {DESCRIPTION: self.description})
+            write_tensors(file, self.tensors, metadata)
 
 
 def check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
-    for name, tensor in weights.items():
-        # The two ends tell of all, nan too, and hold no mask the size of the tensor.
-        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            raise UserError(
-                f"{name} holds numbers that are not finite, and {path} is not written with them; go on from a "
-                "checkpoint that was written before, with a lower model.optim.lr."
-            )
+    """Raises UserError for weights that are not finite; of a sharded network on all processes, which call it
+    together."""
+    mine = next((name for name, tensor in weights.items() if not is_finite(tensor)), None)
+    found = gathered(mine) if any(is_sharded(tensor) for tensor in weights.values()) else [mine]
+    if (name := next(filter(None, found), None)) is not None:
+        raise UserError(
+            f"{name} holds numbers that are not finite, and {path} is not written with them; go on from a "
+            "checkpoint that was written before, with a lower model.optim.lr."
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite, or of a sharded one all that this process holds."""
+    local = local_part(tensor)
+    # The two ends tell of all, nan too, and hold no mask the size of the tensor.
+    return not (local.is_floating_point() and local.numel() and not torch.isfinite(torch.stack(local.aminmax())).all())
 
 
 def load_run(path: Path) -> RunState:
@@ -90,9 +130,9 @@ def load_run(path: Path) -> RunState:
 
     Raises UserError, naming the file, for one that is missing, damaged, or not a checkpoint.
     """
-    with open_run(path) as file:
-        description = description_of(file)
-        tensors = file.read(file.names)
+    description, stored = opened(path)
+    with stored:
+        tensors = stored.read(stored.names)
     return decoded(path, description, tensors)
 
 
@@ -121,9 +161,10 @@ def verify_run(path: Path) -> int:
 
     Raises UserError as `load_run` does.
     """
-    with open_run(path) as file:
-        for name in file.names:
-            file.read([name])
+    _, stored = opened(path)
+    with stored:
+        for name in stored.names:
+            stored.read([name])
     return step_of(path)
 
 
@@ -138,9 +179,10 @@ class StoredNetwork:
 
 def load_stored_network(path: Path) -> StoredNetwork:
     """Read the weights and the tokenizer, a third of the file. Raises UserError as `load_run` does."""
-    with open_run(path) as file:
-        description = description_of(file)
-        tensors = file.read(name for name in file.names if not name.startswith(("optimizer.", "random.", "lightning.")))
+    description, stored = opened(path)
+    with stored:
+        elsewhere = ("optimizer.", "random.", "lightning.")
+        tensors = stored.read(name for name in stored.names if not name.startswith(elsewhere))
     try:
         weights = {n: t for n, t in tensors.items() if not n.startswith("data.")}
         files = unflatten(description["data"][TOKENIZER], tensors)
@@ -151,6 +193,21 @@ def load_stored_network(path: Path) -> StoredNetwork:
         )
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise incomplete(path, error) from error
+
+
+def opened(path: Path) -> tuple[dict[str, Any], StoredTensors]:
+    """The description of a checkpoint, and its tensors, to read. Raises UserError as `load_run` does."""
+    while True:
+        file = open_run(path)
+        description = description_of(file)
+        try:
+            return description, StoredTensors(file)
+        except UserError:
+            # A run that goes on may have given the name to its next checkpoint, and removed the shards of this one.
+            if TensorFile(path).metadata[HEADER_DIGEST] == file.metadata[HEADER_DIGEST]:
+                raise
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise incomplete(path, error) from error
 
 
 def open_run(path: Path) -> TensorFile:
@@ -218,12 +275,16 @@ def stored_once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     for name, tensor in weights.items():
         if name.startswith(tuple(f"{state}." for state in STATES)):
             raise UserError(f"the weight {name} has a name that a checkpoint uses for something else.")
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        first = first_of.setdefault(place, name) if tensor.numel() else name
+        local = local_part(tensor)
+        place = (local.device, local.data_ptr(), local.dtype, tensor.shape, tensor.stride())
+        first = first_of.setdefault(place, name) if local.numel() else name
         if first == name:
             tensors[name] = tensor
         else:
             shared[name] = first
+    if any(is_sharded(tensor) for tensor in weights.values()):
+        shared = broadcast(shared)  # of a small tensor a process may hold nothing, which has no place in memory
+        tensors = {name: tensor for name, tensor in weights.items() if name not in shared}
     return tensors, shared
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +46,11 @@ class RunState:
     lightning: Mapping[str, Any] | None = None
     """The rest of Lightning's checkpoint: its callbacks' states and its counters. None from the other loops."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights, and all of them save it together."""
+        return any(hasattr(weight, "to_local") for weight in self.weights.values())
+
     def batches_on(self, processes: int, accumulate_grad_batches: int, dropout: float) -> int:
         """Micro-batches of each of `processes` processes that go on with the sample that follows.
 
@@ -79,3 +85,11 @@ class RunState:
                 f"{accumulate_grad_batches} cuts inside a step; {nearest} does not."
             )
         return batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadRun(RunState):
+    """A run whose weights and moments are still in its checkpoint: a sharded network reads its part of them
+    (sharded_network.py)."""
+
+    path: Path

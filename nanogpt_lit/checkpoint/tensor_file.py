@@ -21,18 +21,23 @@ from torch import Tensor
 
 from nanogpt_lit.errors import UserError
 
+SUFFIX = ".safetensors"
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
+DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 HEADER_DIGEST, TENSOR_DIGESTS = "sha256_header", "sha256_tensors"
 UNKNOWN_DIGEST = "0" * 64
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors, on whichever device they are, one after another, and text about them."""
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write tensors, on whichever device they are, one after another, and text about them.
+
+    Returns the digest of the header, which holds those of all else.
+    """
     # Larger elements first, so that each tensor begins at a multiple of its element's size.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     digests = dict.fromkeys(ordered, UNKNOWN_DIGEST)
@@ -42,12 +47,14 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
     with ThreadPoolExecutor(1) as hashing:  # hashing and writing both leave the interpreter to others
         for name, tensor in ordered.items():
             content = content_of(tensor)
-            digest = hashing.submit(sha256, content)
+            hashed = hashing.submit(sha256, content)
             file.write(content)
-            digests[name] = digest.result()
+            digests[name] = hashed.result()
     header = header_bytes(ordered, metadata, digests)
+    digest = sha256(header)
     file.seek(0)
-    file.write(header.replace(header_digest_entry(UNKNOWN_DIGEST), header_digest_entry(sha256(header)), 1))
+    file.write(header.replace(header_digest_entry(UNKNOWN_DIGEST), header_digest_entry(digest), 1))
+    return digest
 
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], digests: Mapping[str, str]) -> bytes:
@@ -120,6 +127,11 @@ class TensorFile:
     @property
     def names(self) -> list[str]:
         return list(self._file.keys())
+
+    def described(self, name: str) -> tuple[torch.dtype, torch.Size]:
+        """The type and the shape of a tensor, by the header."""
+        tensor = self._file.get_slice(name)
+        return DTYPE_OF[tensor.get_dtype()], torch.Size(tensor.get_shape())
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of these names, on the CPU, each compared with its checksum."""

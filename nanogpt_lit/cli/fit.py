@@ -17,13 +17,13 @@ from nanogpt_lit.loops.compatibility import DDP, FSDP2, SINGLE
 from nanogpt_lit.loops.lightning import Ended, precision_plugin
 from nanogpt_lit.loops.lightning_run import (
     BestEffortLogger,
-    DurableFileIO,
     LightningRun,
     RunFileIO,
     go_on,
     run_folder,
     with_writer,
 )
+from nanogpt_lit.loops.lightning_sharded import ShardedStrategy
 from nanogpt_lit.loops.trainer_section import named_strategy, writes_run_files
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.metrics import perplexity
@@ -87,9 +87,9 @@ class NanoGPTCLI(SettingsCLI):
         if plugin is not None and named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2) and not trainer.plugins:
             kwargs |= {"plugins": [plugin], "precision": None}
         if writes_run_files(trainer):
-            kwargs["plugins"] = with_writer(kwargs.get("plugins", trainer.plugins), RunFileIO())
-        elif named_strategy(trainer.strategy) == FSDP2:
-            kwargs["plugins"] = with_writer(kwargs.get("plugins", trainer.plugins), DurableFileIO())
+            kwargs["plugins"] = with_writer(kwargs.get("plugins", trainer.plugins), writer := RunFileIO())
+            if named_strategy(trainer.strategy) == FSDP2 and writer in kwargs["plugins"]:
+                kwargs["strategy"] = ShardedStrategy(**self.settings.trainer.strategy.init_args)
         if self.subcommand != "fit":
             # Only a fit makes a run: the others leave no folder behind.
             with refused_by("lightning"):

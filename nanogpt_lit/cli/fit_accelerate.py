@@ -93,7 +93,7 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     with refused_by("accelerate"):
         accelerator = ShardingAccelerator(**accelerator_options(settings, cli.device, shards))
     check_running(processes, accelerator.num_processes)
-    start = load_together(Path(cli.settings.ckpt_path) if cli.settings.ckpt_path else None)
+    start = load_together(Path(cli.settings.ckpt_path) if cli.settings.ckpt_path else None, shards)
     if start is not None:  # before there is a folder
         data.load_state_dict(dict(start.data))
         train_loader, val_loader = loaders(data, processes, start.batches * start.processes, val_limit)

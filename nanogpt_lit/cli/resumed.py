@@ -7,12 +7,12 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace
 
-from nanogpt_lit.checkpoint.newest import CKPT, Newest, latest_of, newest_run, step_in
+from nanogpt_lit.checkpoint.newest import Newest, latest_of, newest_run
 from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of, validations_of
 from nanogpt_lit.checkpoint.run_lock import RunLock
+from nanogpt_lit.checkpoint.shards import sweep_shards
 from nanogpt_lit.errors import NothingToDo, UserError
-from nanogpt_lit.loops.compatibility import FSDP2
-from nanogpt_lit.loops.trainer_section import named_strategy, writes_run_files
+from nanogpt_lit.loops.trainer_section import writes_run_files
 from nanogpt_lit.run.resume import changed_settings, latest_config, rate_change
 from nanogpt_lit.runtime.durable import sweep
 from nanogpt_lit.runtime.launch import launched_processes, supervised, was_requeued
@@ -24,7 +24,7 @@ class Resumed(Newest):
 
     def check_not_ended(self, patience: int | None, text: str) -> None:
         """Check that the run has not ended early, or raise NothingToDo. text: what identifies its text"""
-        if patience is None or self.path.suffix != SUFFIX or launched_processes() > 1:
+        if patience is None or launched_processes() > 1:
             return
         validations = validations_of(self.path)
         if validations.get("since_best", 0) >= patience and validations.get("text") in (None, text):
@@ -46,53 +46,42 @@ class Resumed(Newest):
                 yield rate
 
 
-def resumable(trainer: Namespace) -> str | None:
-    """The suffix of the files that resume=auto goes on from; None where only the strategy's engine reads its own."""
-    if writes_run_files(trainer):
-        return SUFFIX
-    if named_strategy(trainer.strategy) != FSDP2:
-        return None
-    arguments = Namespace() if isinstance(trainer.strategy, str) else trainer.strategy.get("init_args") or Namespace()
-    whole = isinstance(trainer.strategy, str) or arguments.get("save_distributed_checkpoint") is False
-    return CKPT if whole else None
-
-
-def check_resumable(settings: Namespace) -> str:
-    """Return `resumable`. Raises UserError where resume=auto has nothing to look for, or cannot find it by itself."""
+def check_resumable(settings: Namespace) -> None:
+    """Raises UserError where resume=auto has nothing to look for, or cannot find it by itself."""
     if settings.get("ckpt_path") is not None:
         raise UserError(
             f"resume=auto looks for a checkpoint and ckpt_path={settings.ckpt_path} names one; leave one out."
         )
     strategy = settings.trainer.strategy
-    if (suffix := resumable(settings.trainer)) is None:
+    if not writes_run_files(settings.trainer):
         who = "fit --keep-alive" if supervised() else "a job queued again" if was_requeued() else "resume=auto"
         name = strategy if isinstance(strategy, str) else str(strategy.get("class_path")).rpartition(".")[2]
         raise UserError(
             f"{who} goes on from the newest checkpoint that is whole, and those of trainer.strategy={name} are folders "
-            "or files that only its own engine reads; set trainer.strategy=ddp, or ModelParallelStrategy with "
-            "save_distributed_checkpoint=false, or start fit alone with ckpt_path."
+            "or files that only its own engine reads; set trainer.strategy=ddp or ModelParallelStrategy, or start fit "
+            "alone with ckpt_path."
         )
-    return suffix
 
 
-def find_resumed(root: Path, suffix: str, lock: RunLock | None) -> Resumed | None:
+def find_resumed(root: Path, lock: RunLock | None) -> Resumed | None:
     """Find the newest checkpoint below root, and lock its run before anything in it is read; None where there is none.
 
-    Raises UserError where the checkpoints are another strategy's, and as `latest_of`.
+    Raises UserError where the only checkpoints are another strategy's, and as `latest_of`.
     """
-    run = newest_run(root, suffix)
-    if run is None and (other := newest_run(root, CKPT if suffix == SUFFIX else SUFFIX)) is not None:
+    run = newest_run(root)
+    if run is None and (others := list(root.glob("*/checkpoints/*.ckpt"))):
         raise UserError(
-            f"the checkpoints in {other} are of another trainer.strategy; `python -m nanogpt_lit convert` makes a "
-            f"file{SUFFIX} of a {CKPT}, or set another trainer.default_root_dir."
+            f"{others[0]} is a checkpoint of another trainer.strategy; `python -m nanogpt_lit convert` makes a file"
+            f"{SUFFIX} of it, or set another trainer.default_root_dir."
         )
     if run is None:
         return None
     if lock is not None:
         lock.acquire(run)
-    found = Resumed(**vars(latest_of(run, suffix)))
+    found = Resumed(**vars(latest_of(run)))
     if lock is not None:
         sweep(found.path.parent)  # also of a run that turns out to be complete
+        sweep_shards(found.path.parent)
     return found
 
 
@@ -103,9 +92,10 @@ def check_goes_on(settings: Namespace, is_fit: bool, found: bool) -> str | None:
     Raises NothingToDo in its place where no other process waits for this one, and UserError for a damaged file.
     """
     checkpoint, max_steps = Path(settings.ckpt_path), settings.trainer.max_steps
-    if writes_run_files(settings.trainer):
-        step_of(checkpoint)  # raises where it is none, before anything is built
-    if not is_fit or resumable(settings.trainer) is None or not 0 < max_steps <= (step := step_in(checkpoint)):
+    if not writes_run_files(settings.trainer):
+        return None
+    step = step_of(checkpoint)  # raises where it is none, before anything is built
+    if not is_fit or not 0 < max_steps <= step:
         return None
     sentence = (
         f"{checkpoint} holds step {step:,}, and the run is complete with trainer.max_steps={max_steps}. To go on "

@@ -262,9 +262,10 @@ class SettingsCLI(LightningCLI):
         from nanogpt_lit.cli.resumed import check_goes_on, check_resumable, find_resumed  # late, for a new run has none
 
         if is_fit and settings.get("resume") is not None:
-            suffix, root = check_resumable(settings), Path(settings.trainer.default_root_dir)
+            check_resumable(settings)
+            root = Path(settings.trainer.default_root_dir)
             # The first process decides, and tells the others: they may have no disk in common.
-            self.resumed = find_resumed(root, suffix, self.lock) if is_first() else None
+            self.resumed = find_resumed(root, self.lock) if is_first() else None
             if self.resumed is None:
                 rank_zero_print(f"resume: no checkpoint in {root}, starting from the beginning")
             else:

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -21,8 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.lightning_format import CURVES, RUN, from_lightning, loops, to_lightning
 from nanogpt_lit.checkpoint.newest import load_together
-from nanogpt_lit.checkpoint.run_file import PREVIOUS, SUFFIX
+from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.run_lock import RunLock
+from nanogpt_lit.checkpoint.shards import sweep_shards
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Observer
 from nanogpt_lit.loops.lightning import Observed
@@ -39,7 +38,6 @@ from nanogpt_lit.run.resume import (
     tidied,
 )
 from nanogpt_lit.run.stops import ignored_signals
-from nanogpt_lit.runtime.durable import durable_file
 from nanogpt_lit.runtime.process_settings import random_state
 from nanogpt_lit.runtime.processes import broadcast, gathered
 
@@ -214,15 +212,7 @@ class RunFileIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         self.saver.wait()
         Path(path).unlink(missing_ok=True)
-
-
-class DurableFileIO(TorchCheckpointIO):
-    """Writes Lightning's own file, for a strategy that reads nothing else: whole, and beside the one before."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        with durable_file(path, path.with_stem(PREVIOUS) if path.stem == "last" else None) as file:
-            torch.save(checkpoint, file)
+        sweep_shards(Path(path).parent)
 
 
 def with_writer(plugins: Any, writer: CheckpointIO) -> list[Any]:

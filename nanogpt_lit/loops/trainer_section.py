@@ -85,8 +85,8 @@ def named_strategy(strategy: Any, processes: int | None = 1) -> str | None:
 
 
 def writes_run_files(trainer: Namespace) -> bool:
-    """Whether checkpoints are in the format of every loop; a sharded strategy writes them its own way."""
-    return named_strategy(trainer.strategy) in (SINGLE, DDP)
+    """Whether checkpoints are in the format of every loop; DeepSpeed and FSDP 1 write them their own way."""
+    return named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2)
 
 
 def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -165,14 +165,13 @@ def check_devices(devices: Any, device: str) -> None:
 def complete_sizes(trainer: Namespace, environ: Mapping[str, str] = os.environ) -> None:
     """Shards over all processes where ModelParallelStrategy's sizes are left at "auto".
 
-    Lightning's auto would shard over nodes and divide every matrix over the GPUs of one. Given by its name alone, the
-    strategy also saves whole checkpoints, which everything here can read, and not a folder of shards.
+    Lightning's auto would shard over nodes and divide every matrix over the GPUs of one.
     environ: what torchrun says of the processes that it has started
     """
     if named_strategy(trainer.strategy) != FSDP2:
         return
     if isinstance(trainer.strategy, str):  # Lightning knows no short name of it
-        arguments = Namespace(data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=False)
+        arguments = Namespace(data_parallel_size="auto", tensor_parallel_size=1)
         trainer.strategy = Namespace(class_path=f"lightning.pytorch.strategies.{FSDP2}", init_args=arguments)
     arguments = trainer.strategy.init_args
     arguments.tensor_parallel_size = 1  # check_together refuses another

@@ -105,7 +105,7 @@ class Checkpoints(Observer):
                     save(path)
             else:
                 state = self._state(self._training)
-                if self._training.rank == 0 and self._saver is not None:
+                if self._saver is not None and (self._training.rank == 0 or state.is_sharded):
                     for path in paths:
                         self._saver.save(path, state)
         self._times.saved()

@@ -13,7 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.checkpoint.sharded_network import load_into
+from nanogpt_lit.checkpoint.shards import sweep_shards
+from nanogpt_lit.checkpoint.state import RunState, UnreadRun
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.memory.techniques import OLD_NAMES
@@ -23,7 +25,7 @@ from nanogpt_lit.run.metrics import StepMetrics
 from nanogpt_lit.run.stops import STOP_FILE
 from nanogpt_lit.runtime.durable import PARTIAL, sweep, write_durably
 from nanogpt_lit.runtime.process_settings import RandomState, random_state
-from nanogpt_lit.runtime.processes import gathered, whole_state
+from nanogpt_lit.runtime.processes import gathered
 from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 
@@ -56,10 +58,10 @@ def capture(
     """
     random = gathered(random_state(training.device))
     return RunState(
-        weights=whole_state(training.module.state_dict()),
+        weights=training.module.state_dict(),
         hyper_parameters=dict(getattr(training.module, "hparams", {})),
         data={name: value for name, value in data.items() if name != "batches"},
-        optimizer=whole_state(training.optimizer.state_dict()),
+        optimizer=training.optimizer.state_dict(),
         schedule=training.schedule.state_dict(),
         scaler=None if training.scaler is None else training.scaler.state_dict(),
         random=random,
@@ -80,11 +82,14 @@ def restore(training: Training, state: RunState) -> None:
     Raises UserError when the checkpoint holds another network.
     """
     check_network(training.module, state)
-    training.module.load_state_dict(state.weights)
-    state.weights.clear()
     chosen = chosen_settings(training.optimizer)
-    training.optimizer.load_state_dict(state.optimizer)
-    state.optimizer.clear()
+    if isinstance(state, UnreadRun):
+        load_into(state, training.module, training.optimizer)
+    else:
+        training.module.load_state_dict(state.weights)
+        state.weights.clear()
+        training.optimizer.load_state_dict(state.optimizer)
+        state.optimizer.clear()
     training.schedule.load_state_dict(state.schedule)
     choose_again(training.optimizer, training.schedule, chosen)
     if hasattr(training.module, "fallback"):
@@ -209,6 +214,7 @@ def planned_rate(settings: Mapping[str, Any], step: int) -> tuple[float, int]:
 def tidied(run_folder: Path, checkpoints: Path) -> list[str]:
     """Removes what writes that were cut short left in `checkpoints`. Returns a sentence for each thing in the way."""
     sweep(checkpoints)
+    sweep_shards(checkpoints)
     strays = [f"{path} is a folder, and is passed over" for path in sorted(checkpoints.glob(f"*{PARTIAL}"))]
     if (run_folder / STOP_FILE).is_dir():
         strays.append(f"{run_folder / STOP_FILE} is a folder, and is passed over: a file of that name stops the run")

@@ -75,6 +75,14 @@ def durable_folder(folder: Path, keep_as: Path | None = None) -> Iterator[Path]:
         raise
 
 
+def check_space(folder: Path, needed: int) -> None:
+    """Raises OSError where a file of so many bytes does not fit: found out before, not after writing for a minute."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left")
+
+
 def check_writable(key: str, folder: Path) -> None:
     """Raises UserError, naming the key, for a folder that cannot be made or written. Makes none."""
     for path in (folder.absolute(), *folder.absolute().parents):

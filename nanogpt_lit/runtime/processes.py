@@ -1,6 +1,7 @@
 """The processes that train together, if there are several."""
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -59,16 +60,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_state(state: Any) -> Any:
-    """Gather what is sharded in nested dictionaries and lists, on the first process; others keep nothing of it."""
-    if isinstance(state, dict):
-        return {key: whole_state(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole_state(value) for value in state]
-    if not hasattr(state, "full_tensor"):
-        return state
-    gathered_whole = whole(state)
-    return gathered_whole if rank() == 0 else gathered_whole.new_empty(0)
+def by_first(work: Callable[[], None]) -> None:
+    """Have the first process do something, and raise on all what went wrong. All processes have to call it together."""
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            work()
+        except Exception as problem:
+            error = problem
+    if (error := broadcast(error)) is not None:
+        raise error
 
 
 class Agreement:
