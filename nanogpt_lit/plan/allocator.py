@@ -33,7 +33,7 @@ class Usage(NamedTuple):
 
 def rounded(size: int) -> int:
     """The size of the block for so many bytes: multiples of 512."""
-    return max(512, (size + 511) // 512 * 512)
+    return (size + 511) // 512 * 512 or 512
 
 
 def segment_size(block: int) -> int:
@@ -45,14 +45,15 @@ def segment_size(block: int) -> int:
     return (block + SEGMENT_STEP - 1) // SEGMENT_STEP * SEGMENT_STEP
 
 
-def replay(events: Iterable[Event], expandable: bool = False) -> Usage:
-    """The peaks of a whole sequence."""
+def replay(events: Iterable[tuple[int, int]], expandable: bool = False) -> Usage:
+    """The peaks of a whole sequence of Events."""
     allocator = ExpandableAllocator() if expandable else CachingAllocator()
-    for event in events:
-        if event.bytes > 0:
-            allocator.malloc(event.serial, event.bytes)
+    malloc, free = allocator.malloc, allocator.free
+    for serial, size in events:
+        if size > 0:
+            malloc(serial, size)
         else:
-            allocator.free(event.serial)
+            free(serial)
     return Usage(allocator.peak_allocated, allocator.peak_reserved)
 
 
@@ -65,18 +66,14 @@ class _Block:
     before: "_Block | None" = None
     after: "_Block | None" = None
 
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.size, self.address
-
 
 class CachingAllocator:
     """Segments that are cut into blocks; the best fitting free block is taken, neighbours that are free are joined."""
 
     def __init__(self) -> None:
         self.allocated = self.peak_allocated = self.reserved = self.peak_reserved = 0
-        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # small or not: sorted (size, address)
-        self._at: dict[int, _Block] = {}  # free blocks by address
+        self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
+        """Small or not: (size, address, block), sorted."""
         self._used: dict[int, _Block] = {}  # by the caller's serial
         self._next_address = 0
 
@@ -113,8 +110,9 @@ class CachingAllocator:
         return 0 if small else SMALL_BLOCK
 
     def _best_fit(self, size: int, small: bool) -> _Block | None:
-        index = bisect.bisect_left(self._free[small], (size, 0))
-        return self._take(index, small) if index < len(self._free[small]) else None
+        free = self._free[small]
+        index = bisect.bisect_left(free, (size,))
+        return free.pop(index)[2] if index < len(free) else None
 
     def _more_memory(self, size: int, small: bool) -> _Block:
         segment = segment_size(size)
@@ -135,14 +133,11 @@ class CachingAllocator:
         return first
 
     def _keep(self, block: _Block) -> None:
-        bisect.insort(self._free[block.small], block.key)
-        self._at[block.address] = block
-
-    def _take(self, index: int, small: bool) -> _Block:
-        return self._at.pop(self._free[small].pop(index)[1])
+        bisect.insort(self._free[block.small], (block.size, block.address, block))
 
     def _forget(self, block: _Block) -> None:
-        self._take(bisect.bisect_left(self._free[block.small], block.key), block.small)
+        free = self._free[block.small]
+        del free[bisect.bisect_left(free, (block.size, block.address))]
 
 
 class ExpandableAllocator(CachingAllocator):
@@ -158,11 +153,11 @@ class ExpandableAllocator(CachingAllocator):
 
     def _best_fit(self, size: int, small: bool) -> _Block | None:
         free, end = self._free[small], self._end[small]
-        index = bisect.bisect_left(free, (size, 0))
+        index = bisect.bisect_left(free, (size,))
         # The last block counts for as large as it can grow: any other that will do is taken before it.
-        if index + 1 < len(free) and self._at[free[index][1]].after is end:
+        if index + 1 < len(free) and free[index][2].after is end:
             index += 1
-        return self._take(index, small) if index < len(free) else None
+        return free.pop(index)[2] if index < len(free) else None
 
     def _more_memory(self, size: int, small: bool) -> _Block:
         end = self._end[small]

@@ -6,6 +6,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.prepare import stale_reason
 from nanogpt_lit.data.tokenizer_files import parse_tokenizer, tokenizer_from_file, with_special_tokens
@@ -17,11 +19,12 @@ from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.plan.allocator import MIB
 from nanogpt_lit.plan.budget import Budget
 from nanogpt_lit.plan.plan import Footprint, Plan, make_plan, measure, reserved_mib
 from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.runtime.gpus import Gpu
-from nanogpt_lit.runtime.precision import PRECISIONS, full_precision_name
+from nanogpt_lit.runtime.precision import PRECISIONS, dtype_of, full_precision_name
 
 TOKENIZER_SIZES = {"gpt2": 50257, "byte": 257}
 
@@ -120,6 +123,11 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
 
     def network_fits(sizes: dict[str, Any]) -> bool:
         """Memory grows in a line with depth: two shallow networks tell of the deep one, to a few percent."""
+        weights_mib = 0.0
+        if rung.memory.weights == "device":
+            weights_mib = weights_alone_mib(settings, replace(gpt, **sizes), rung.memory, plan.shape.precision)
+        if 2 * weights_mib > usable_mib:
+            return False  # with their gradients, and without a trace
         if sizes["n_layer"] > 4:
             two, four = (needed_mib(1, **{**sizes, "n_layer": shallow}) for shallow in (2, 4))
             quick_mib = two + (four - two) / 2 * (sizes["n_layer"] - 2)
@@ -132,9 +140,10 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
         for name, (n_layer, n_head, n_embd) in reversed(FAMILY.items())
     )
     name, sizes = next(((name, sizes) for name, sizes in networks if network_fits(sizes)), (None, None))
-    batch_size = largest(of_batch, rung.batch_size if known else 1, 2 * rung.batch_size, usable_mib)
-    tokens = gpt.block_size * (batch_size or 1)  # a single sequence may have about as many
-    block_size = largest(of_block, gpt.block_size, int(NEAR * tokens), usable_mib, unit=64)
+    twice = 2 * rung.batch_size
+    batch_size = largest(of_batch, rung.batch_size if known else twice, twice, usable_mib)
+    tokens = int(NEAR * gpt.block_size * (batch_size or 1))  # a single sequence may have about as many
+    block_size = largest(of_block, tokens, tokens, usable_mib, unit=64)
     return {
         "rung": rung.name,
         "yaml": rung.yaml(plan.own.rung),
@@ -155,6 +164,13 @@ def module(settings: Any, gpt: NetworkConfig, memory: MemoryConfig) -> LitNanoGP
     # Without torch.compile: a trace sees what the network does, and a compiled one does no more.
     optim, schedule = AdamWConfig(**settings.model.optim), ScheduleConfig(**settings.model.schedule)
     return LitNanoGPT(optim=optim, schedule=schedule, memory=memory, **described(gpt))
+
+
+def weights_alone_mib(settings: Any, gpt: NetworkConfig, memory: MemoryConfig, precision: str) -> float:
+    dtype = dtype_of(PRECISIONS[precision].weights)
+    assert dtype is not None
+    with torch.device("meta"):
+        return sum(weights.numel() for weights in module(settings, gpt, memory).parameters()) * dtype.itemsize / MIB
 
 
 def step_shape(settings: Any, gpt: NetworkConfig, lightning: bool) -> StepShape:
@@ -232,10 +248,12 @@ def largest(needed_mib: Callable[[int], float], small: int, large: int, usable_m
         enough = max(unit, int(0.03 * fitting) // unit * unit)
         if too_large is not None and too_large - fitting <= enough:
             return fitting or None
+        # Of a line of which one size is known: what is left, shared out as if all that is needed grew with the size.
+        in_proportion = int(NEAR * size * usable_mib / known[size])
         if fitting == 0:
-            size = size // 2  # nothing is known of the line yet
+            size = in_proportion if len(known) == 1 else size // 2
         elif len(known) == 1:
-            size = max(fitting + unit, large)
+            size = max(fitting + unit, large, in_proportion)
         else:
             lower = max((size for size in known if size < fitting), default=None)
             if lower is not None:

@@ -11,7 +11,7 @@ from torch import nn
 from nanogpt_lit.gpt import loss
 from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
-from nanogpt_lit.plan.allocator import MIB, Event, Usage, replay
+from nanogpt_lit.plan.allocator import MIB, Usage, replay
 from nanogpt_lit.plan.budget import Budget
 from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.roofline import Roofline
@@ -51,7 +51,7 @@ class Footprint:
     """At the lowest clock of such a GPU."""
     timeline: tuple[Moment, ...]
     """One optimizer step, operation by operation; bytes."""
-    events: list[Event]
+    events: list[tuple[int, int]]
     """Allocations and releases of several steps."""
 
     @cached_property

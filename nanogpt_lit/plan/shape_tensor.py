@@ -77,7 +77,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.aten._local_scalar_dense.default:
         # A count of steps, say, by which an optimizer divides: one number is as good as another.
         return torch.ones((), dtype=args[0].dtype).item()
-    how = _how(func)
+    number = id(func)  # to hash an operation takes as long as to hash its arguments
+    how = _hows.get(number) or _hows.setdefault(number, _how(func))
     if how.written is not None:
         given = [kwargs[name] if name in kwargs else args[index] for index, name in how.written]
         return given[0] if len(given) == 1 else tuple(given) or None
@@ -89,7 +90,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return type(seen)(ShapeTensor(part, source.fake_device) for part in seen)
     if not how.makes_new:
         return _run_on_contents(func, args, kwargs)
-    key = (func, _signature(args), _signature(tuple(kwargs.items())), torch.get_default_dtype())
+    key = (number, _signature(args), _signature(tuple(kwargs.items())), torch.get_default_dtype())
     if key not in _results:
         result = _run_on_contents(func, args, kwargs)
         leaves = tuple(result) if isinstance(result, tuple | list) else (result,)
@@ -108,6 +109,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 class _How(NamedTuple):
     """The effect of an operation, from its schema."""
 
+    operation: Any
+    """Held, so that its id() is no other's."""
     written: tuple[tuple[int, str], ...] | None
     """(index, name) of the arguments that it returns, where it only writes into its arguments."""
     views: bool
@@ -116,7 +119,10 @@ class _How(NamedTuple):
     """Its results share memory with nothing, and depend on the signatures of tensors."""
 
 
-@cache
+_hows: dict[int, _How] = {}
+"""Of each operation by its id()."""
+
+
 def _how(func: Any) -> _How:
     arguments, returns = func._schema.arguments, func._schema.returns
     changes_shape = torch.Tag.inplace_view in func.tags
@@ -127,13 +133,14 @@ def _how(func: Any) -> _How:
             for index, argument in enumerate(arguments)
             for letter in (argument.alias_info.before_set if argument.alias_info is not None else ())
         }
-        return _How(tuple(of[min(result.alias_info.before_set)] for result in returns), views=False, makes_new=False)
+        written = tuple(of[min(result.alias_info.before_set)] for result in returns)
+        return _How(func, written, views=False, makes_new=False)
     tensors = [argument for argument in arguments if "Tensor" in str(argument.type)]
     makes_tensors = len(returns) > 0 and all("Tensor" in str(result.type) for result in returns)
     shares = any(described.alias_info is not None for described in [*arguments, *returns])
     # The schema of _unsafe_view does not say so.
     views = (func.is_view or func is torch.ops.aten._unsafe_view.default) and tensors == arguments[:1]
-    return _How(None, views, makes_new=makes_tensors and not shares)
+    return _How(func, None, views, makes_new=makes_tensors and not shares)
 
 
 def _signature(value: Any) -> Any:

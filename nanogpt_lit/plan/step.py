@@ -5,7 +5,7 @@ What is reserved grows until the allocator has seen a few steps; two tell what t
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.plan.allocator import Event
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.roofline import Roofline
@@ -156,9 +155,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def long_run(trace: MemoryTrace, accumulate_grad_batches: int) -> list[Event]:
+def long_run(trace: MemoryTrace, accumulate_grad_batches: int) -> list[tuple[int, int]]:
     """The events of a run of several steps, from the trace of two."""
-    events, marks = list(trace.events), trace.marks
+    events: Sequence[tuple[int, int]] = trace.events
+    marks = trace.marks
     end = marks["step end"]
     more = min(accumulate_grad_batches - 2, MORE_MICRO_BATCHES)
     if more > 0:
@@ -168,15 +168,15 @@ def long_run(trace: MemoryTrace, accumulate_grad_batches: int) -> list[Event]:
     return repeated(events, marks["step"], end, MORE_STEPS)
 
 
-def repeated(events: list[Event], start: int, stop: int, times: int) -> list[Event]:
-    """The events, with those of events[start:stop] happening `times` times more, to new blocks.
+def repeated(events: Sequence[tuple[int, int]], start: int, stop: int, times: int) -> list[tuple[int, int]]:
+    """The events, with those of events[start:stop] happening `times` times more, at least once, to new blocks.
 
     What the stretch releases and did not allocate (the gradients of the step before, say) is in each repetition what
     the one before left over, matched by size and by age.
     """
     stretch = events[start:stop]
-    born = {event.serial: event.bytes for event in stretch if event.bytes > 0}
-    released = {event.serial: -event.bytes for event in stretch if event.bytes < 0}
+    born = {serial: size for serial, size in stretch if size > 0}
+    released = {serial: -size for serial, size in stretch if size < 0}
     left_over: dict[int, deque[int]] = defaultdict(deque)
     for serial, size in born.items():
         if serial not in released:
@@ -187,15 +187,18 @@ def repeated(events: list[Event], start: int, stop: int, times: int) -> list[Eve
             takes_place_of[serial] = left_over[released[serial]].popleft()
     piles_up = [serial for serials in left_over.values() for serial in serials]
 
-    result = events[:stop]
-    names = {serial: serial for serial in born}
-    fresh = 1 + max(event.serial for event in events)
-    for _ in range(times):
-        before = names
-        names = {serial: fresh + i for i, serial in enumerate(born)}
-        fresh += len(born)
-        now = names | {serial: before[other] for serial, other in takes_place_of.items()}
-        result += [Event(now[serial], size) for serial, size in stretch if serial in now]
-        # A run does not leak: what would be left once more in each repetition is replaced by the newest.
-        result += [Event(before[serial], -born[serial]) for serial in piles_up]
-    return result + [Event(names.get(serial, serial), size) for serial, size in events[stop:]]
+    # A block by its number among those that a repetition allocates, or less than 0 among those of the one before.
+    index = {serial: i for i, serial in enumerate(born)}
+    before = {serial: index[other] - len(born) for serial, other in takes_place_of.items()}
+    block = index | before
+    again = [(block[serial], size) for serial, size in stretch if serial in block]
+    # A run does not leak: what would be left once more in each repetition is replaced by the newest.
+    again += [(index[serial] - len(born), -born[serial]) for serial in piles_up]
+
+    fresh, traced = 1 + max(serial for serial, _ in events), list(born)
+    result = [*events[:stop], *((fresh + i if i >= 0 else traced[i], size) for i, size in again)]
+    for first in range(fresh + len(born), fresh + times * len(born), len(born) or 1):
+        result += [(first + i, size) for i, size in again]
+    newest = fresh + (times - 1) * len(born)
+    names = {serial: newest + i for serial, i in index.items()}
+    return result + [(names.get(serial, serial), size) for serial, size in events[stop:]]
