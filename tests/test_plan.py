@@ -176,6 +176,27 @@ def test_the_largest_is_told_for_the_yaml_and_for_the_leanest_way_with_its_lines
     assert all(f"    {line}\n" in text for line in leanest["yaml"])
 
 
+def test_a_network_whose_weights_alone_do_not_fit_is_not_traced(monkeypatch):
+    monkeypatch.setattr(planning, "FAMILY", {"small": (1, 2, 64), "wide": (2, 2, 1024)})
+    asked = set()
+
+    def traced_mib(build, rung, shape, gpu):
+        asked.add((rung.memory.weights, build.args[1].n_embd))
+        return rung.batch_size * shape.block_size / 100
+
+    configured = settings(
+        "--data.block_size=128", "--trainer.accumulate_grad_batches=1", "--trainer.limit_val_batches=0"
+    )
+    plan = plan_run(configured, choose_budget("rtx2050", usable="200MiB"))  # of which weights and gradients take 196
+    monkeypatch.setattr(planning, "reserved_mib", traced_mib)
+    assert [found["network"] for found in largest_that_fits(configured, plan)] == ["wide", "wide"]
+    assert {("device", 1024), ("streamed", 1024)} <= asked
+    asked.clear()
+    plan = replace(plan, budget=replace(plan.budget, measured_mib=190))
+    assert [found["network"] for found in largest_that_fits(configured, plan)] == ["small", "wide"]
+    assert ("device", 1024) not in asked
+
+
 @pytest.mark.parametrize("rung", [0, 3, -1])
 def test_what_the_search_of_the_largest_traces_in_part_is_what_a_whole_trace_reserves(rung):
     # 15 chunks, of which the last is shorter; the head and its logits are most of the memory.

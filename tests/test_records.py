@@ -12,6 +12,7 @@ from test_planned_configs import CONFIGS, header
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
+from nanogpt_lit.parity.grid import AXES, every_combination
 from nanogpt_lit.plan.budget import choose_budget
 from nanogpt_lit.plan.command import plan_run
 
@@ -200,7 +201,76 @@ def test_the_tables_of_speed_say_what_their_records_hold():
         assert f"| {title} | {' | '.join(shares)} |" in page
 
 
+def test_lightning_beside_a_plain_loop_is_as_its_record_says():
+    page = PAGES["benchmarks.md"]
+    runs = {run["size"]: run["variants"] for run in record("bench_frameworks")["runs"]}
+    for title, name in (
+        ("speed of our module under the Trainer", "lightning"),
+        ("speed of transformers' GPT-2 in the same loop", "transformers"),
+    ):
+        measured = [runs[size][name] for size in ("10M", "30M")]
+        cells = ["{:.2f} ({:.2f} to {:.2f})".format(of["speed"], *of["quartiles"]) for of in measured]
+        assert f"| {title} | {' | '.join(cells)} |" in page
+    trainer, plain, theirs = (
+        f"{runs['30M'][name]['peak_mib']:,.0f} MiB" for name in ("lightning", "plain", "transformers")
+    )
+    assert f"at 30M: {trainer} under the Trainer, {plain} in the plain loop, {theirs} for transformers." in page
+
+
+def test_what_is_measured_beside_the_step_is_what_the_records_hold():
+    page = PAGES["benchmarks.md"]
+    saving, preparing, generating = (record(f"bench_{name}") for name in ("checkpoint", "prepare", "generate"))
+    pauses = saving["step_stands_still_s"]
+    assert f"({saving['file_mib'] / 1024:.1f} GiB)" in page
+    assert (
+        f"pauses for {pauses['background']:.2f} s; without the background it would be {pauses['waited']:.1f} s" in page
+    )
+    assert f"{saving['peak_memory_added_mib']:.2f} MiB of memory" in page
+    speedup = preparing["speedup"], *preparing["speedup_range"]
+    assert "{:.2f} times as fast ({:.2f} to {:.2f})".format(*speedup) in page
+    assert "{ours:.0f} MiB against {nanogpt:.0f} MiB".format(**preparing["peak_mib"]) in page
+    first, *_, last = (bucket["cached_ms"] for bucket in generating["buckets"])
+    assert generating["buckets"][0]["last"] == 99
+    assert f"{generating['ratio']:.0f} times as fast as without it; {first:.1f} ms a token among the first" in page
+    assert f"hundred, {last:.1f} ms among the last" in page
+
+
+def test_what_the_page_of_models_says_was_measured_is_what_the_records_hold():
+    page = " ".join(PAGES["models.md"].split())
+    (run,) = record("bench_documents")["runs"]
+    apart = run["variants"]["documents apart"]
+    high, low = (1 / quartile for quartile in apart["quartiles"])
+    assert f"takes {1 / apart['speed']:.2f} times as long ({low:.2f} to {high:.2f} between the quartiles" in page
+    tuned = record("finetune")
+    losses = dict(tuned["validation"])
+    said = f"{tuned['before']:.3f} before, {losses[20]:.3f} after 20 steps and {losses[200]:.3f} after 200"
+    assert said in page
+
+
+def test_half_the_tokens_are_enough_as_the_record_of_the_recipe_says():
+    page = " ".join(PAGES["recipes.md"].split())
+    losses = record("ablation")["tokens"]["validation_loss"]
+    half, whole = (
+        "{:.3f}, {:.3f} and {:.3f}".format(*losses[name]) for name in ("modern on half the tokens", "nanogpt")
+    )
+    assert f"ends 75 steps at {half} for the three seeds, below the {whole} of `nanogpt` after 150" in page
+
+
+def test_the_price_of_a_head_of_its_own_is_the_size_of_the_matrix():
+    settings = SettingsCLI(args=["--config", str(CONFIGS / "modern_rtx2050.yaml")]).settings.model.llama
+    mib = settings.vocab_size * settings.n_embd * 4 / 2**20
+    (reserved,) = re.findall(r"# Planned: ([\d,]+) MiB", (CONFIGS / "modern_rtx2050.yaml").read_text(encoding="utf-8"))
+    assert f"({mib:.0f} MiB of {reserved} in `configs/modern_rtx2050.yaml`)" in PAGES["recipes.md"]
+
+
+def test_the_grid_of_parity_has_as_many_cases_as_the_readme_says():
+    cases = [point for point in every_combination(AXES) if point["processes"] == "1"]
+    assert f"the whole grid, {len(cases)} cases in one process" in " ".join(PAGES["README.md"].split())
+
+
 def test_what_the_pages_claim_of_torture_its_record_holds():
+    processes = record("torture_processes")
+    assert processes["passed"] == processes["trials"]
     torture = record("torture")
     assert torture["passed"] == torture["trials"] == 100
     for name, text in PAGES.items():
