@@ -187,6 +187,24 @@ def test_accelerates_fsdp2_gives_the_bits_of_lightnings(home, fsdp2):
     assert not different(*(home / name / "checkpoints/last.safetensors" for name in ("version_0", "accelerate_0")))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("strategy", "lightnings"), [("ddp", "ddp"), ("ModelParallelStrategy", "fsdp2")])
+def test_accelerate_launch_starts_on_cpus_what_the_file_of_accelerate_config_says(
+    strategy, lightnings, home, capsys, request
+):
+    request.getfixturevalue(lightnings)
+    folder = home / f"launched_{strategy}"
+    more = [*options(folder), "--trainer.devices=2", f"--trainer.strategy={strategy}", *validation(1)]
+    assert main(["accelerate-config", f"--from={PAGE.parents[1] / 'configs' / 'quickstart.yaml'}", *more]) == 0
+    file = folder.with_suffix(".yaml")
+    file.write_text(capsys.readouterr().out)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(file), "-m", "nanogpt_lit", "fit-accelerate"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run([sys.executable, *launch, *more], env=environ, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    assert curves(folder / "accelerate_0") == curves(home / lightnings / "version_0")
+
+
 @pytest.mark.slow
 def test_under_fsdp2_each_process_holds_half_of_the_weights(one, fsdp2):
     total = sum(weight.numel() for weight in one.weights.values())

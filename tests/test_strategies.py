@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import yaml
 from accelerate.commands.config import cluster
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DistributedType, PrecisionType, constants
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, PrecisionType, constants
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
@@ -29,7 +31,10 @@ from nanogpt_lit.accelerate_config.into_accelerate import into_accelerate
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import Block
+from nanogpt_lit.gpt.networks import section_of
+from nanogpt_lit.loops.compatibility import check_together
 from nanogpt_lit.loops.trainer_section import SHORT_NAMES, STRATEGIES
+from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.runtime.precision import OF_ACCELERATE
 
 THREE_NODES = {
@@ -154,14 +159,14 @@ QUESTIONNAIRE = {
         {"Which type": "multi-GPU", "How many GPU": "2", "Do you want to use Fully": "yes",
          "What should be your FSDP v": "1",
          "What should be your shard": "SHARD_GRAD_OP", "Do you want to offload": "yes",
-         "Specify the comma-separated": "Block", "Do you want to enable FSDP act": "yes",
+         "Specify the comma-separated": "GPTBlock", "Do you want to enable FSDP act": "yes",
          "Do you want to enable CPU RAM": "no", "Do you want each": "yes", "Do you wish to use mixed": "fp16"},
     ),
     "FSDP2": (
         ["--trainer.devices=2", "--trainer.precision=bf16-mixed", "--trainer.strategy=ModelParallelStrategy",
          "--trainer.strategy.save_distributed_checkpoint=true"],
         {"Which type": "multi-GPU", "How many GPU": "2", "Do you want to use Fully": "yes",
-         "Specify the comma-separated": "Block", "Do you want to enable CPU RAM": "no",
+         "Specify the comma-separated": "GPTBlock", "Do you want to enable CPU RAM": "no",
          "Do you wish to use mixed": "bf16"},
     ),
     "DeepSpeed": (
@@ -194,7 +199,8 @@ ROUND_TRIPS = [
     (ONE, "dynamo_config.dynamo_backend", "INDUCTOR"),
     ({"num_processes": 1}, "distributed_type", "NO"),
     ({"num_processes": 2}, "distributed_type", "MULTI_GPU"),
-    ({"num_processes": 2, "use_cpu": True}, "distributed_type", "MULTI_CPU"),
+    ({"num_processes": 2, "use_cpu": True}, "distributed_type", "MULTI_GPU"),
+    ({**FSDP2, "use_cpu": True}, "distributed_type", "FSDP"),
     ({"num_processes": 2}, "distributed_type", "FSDP"),
     ({"num_processes": 2}, "distributed_type", "DEEPSPEED"),
     ({"distributed_type": "MULTI_GPU"}, "num_processes", 8),
@@ -212,9 +218,9 @@ ROUND_TRIPS = [
     *((FSDP1, "fsdp_config.fsdp_auto_wrap_policy", value) for value in ("TRANSFORMER_BASED_WRAP", "NO_WRAP")),
     (
         {**FSDP1, "fsdp_config.fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
-        "fsdp_config.fsdp_transformer_layer_cls_to_wrap", "Block",
+        "fsdp_config.fsdp_transformer_layer_cls_to_wrap", "GPTBlock",
     ),
-    (FSDP2, "fsdp_config.fsdp_transformer_layer_cls_to_wrap", "Block"),
+    (FSDP2, "fsdp_config.fsdp_transformer_layer_cls_to_wrap", "GPTBlock"),
     (FSDP2, "fsdp_config.fsdp_reshard_after_forward", True),
     *((FSDP1, "fsdp_config.fsdp_state_dict_type", value) for value in ("FULL_STATE_DICT", "SHARDED_STATE_DICT")),
     *((FSDP2, "fsdp_config.fsdp_state_dict_type", value) for value in constants.FSDP2_STATE_DICT_TYPE),
@@ -305,10 +311,39 @@ def test_what_accelerate_config_writes_whatever_is_asked_has_no_remark(monkeypat
     assert "accelerate keeps both in your script" in remark
 
 
-def test_processes_on_cpus_are_started_by_torchrun_since_accelerate_launch_starts_one(defaults):
-    changes = {"accelerator": "cpu", "devices": 2}
+@pytest.mark.parametrize(("strategy", "trains"), [("ddp", "trains alone"), ("ModelParallelStrategy", "trains DDP")])
+def test_a_script_of_the_users_is_told_what_accelerate_does_on_cpus(strategy, trains, defaults):
+    changes = {"accelerator": "cpu", "devices": 2, "strategy": strategy}
     remarks = into_accelerate({**defaults, **changes}, changes, False, {}).remarks
-    assert any("torchrun --nproc-per-node=2" in line for line in remarks)
+    assert [line for line in remarks if line.startswith("use_cpu") and trains in line] != []
+
+
+@pytest.mark.parametrize("network", ["gpt2", "llama"])
+def test_accelerate_finds_the_layers_that_the_file_names(network, defaults):
+    changes = {"devices": 2, "strategy": "ModelParallelStrategy"}
+    section = into_accelerate({**defaults, **changes}, changes, False, {}, network).content["fsdp_config"]
+    shape = {"vocab_size": 9, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8}
+    module = LitNanoGPT(network=network, **{section_of({"network": network}): shape})
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy=section["fsdp_auto_wrap_policy"],
+        transformer_cls_names_to_wrap=[section["fsdp_transformer_layer_cls_to_wrap"]],
+    )
+    plugin.set_auto_wrap_policy(module)
+    wraps = fsdp2_prepare_auto_wrap_policy(plugin, module)
+    assert [part for part in module.modules() if wraps(part)] == list(module.gpt.blocks)
+
+
+def test_a_deepspeed_that_offloads_is_told_of_the_optimizer_that_it_takes(defaults, tmp_path):
+    values = {**DEEPSPEED, "deepspeed_config.zero_stage": 2, "deepspeed_config.offload_optimizer_device": "cpu"}
+    (option,) = re.findall(r"--model\.optim\.class_path=(\S+)", " ".join(to_trainer(read(tmp_path, **values)).remarks))
+    offloads = {"trainer.strategy": "DeepSpeedStrategy", "trainer.strategy.offload_optimizer": True}
+    with pytest.raises(UserError, match=option):
+        check_together({**offloads, "model.optim.class_path": None})
+    check_together({**offloads, "model.optim.class_path": option})
+    changes = {"devices": 2, "strategy": "deepspeed_stage_2_offload"}
+    remarks = into_accelerate({**defaults, **changes}, changes, False, {}).remarks
+    assert any(option in line for line in remarks)
 
 
 @pytest.mark.parametrize(
@@ -333,10 +368,14 @@ def test_a_key_of_the_trainer_without_a_counterpart_is_named_when_it_is_set(name
             {"multi_gpu": False, "use_fsdp": False, "mixed_precision": "fp16", "num_processes": 1},
         ),
         ({"devices": 2}, {"multi_gpu": True, "num_processes": 2}),
-        ({"devices": 2, "accelerator": "cpu"}, {"multi_gpu": False, "use_cpu": True}),
+        ({"devices": 2, "accelerator": "cpu"}, {"multi_gpu": True, "num_processes": 2, "use_cpu": True, "cpu": False}),
+        (
+            {"devices": 2, "accelerator": "cpu", "strategy": "ModelParallelStrategy"},
+            {"use_fsdp": True, "num_processes": 2, "use_cpu": True, "cpu": False},
+        ),
         (
             {"devices": 2, "strategy": "ModelParallelStrategy", "precision": "bf16-mixed"},
-            {"use_fsdp": True, "fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": "Block"},
+            {"use_fsdp": True, "fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": "GPTBlock"},
         ),
         (
             {"devices": 2, "strategy": "fsdp_cpu_offload", "gradient_clip_val": None},
@@ -410,7 +449,7 @@ def test_reading_accelerates_file_needs_no_torch(tmp_path):
     [
         ({"distributed_type": "NO", "num_processes": 2}, "contradicts distributed_type=NO"),
         ({**TWO_CARDS, "num_machines": 3}, "num_processes=2 does not divide over num_machines=3"),
-        ({**TWO_CARDS, "use_cpu": True}, "use_cpu=True contradicts distributed_type=MULTI_GPU"),
+        ({**FSDP1, "use_cpu": True}, "use_cpu=True contradicts distributed_type=FSDP"),
         ({**TWO_CARDS, "num_machines": 2}, "num_machines=2 needs main_process_ip and main_process_port"),
         ({**TWO_CARDS, "fsdp_config.fsdp_version": 2}, "does not read fsdp_config.fsdp_version beside"),
         ({**FSDP2, "mixed_precision": "fp16"}, "precision=16-mixed does not go with"),
@@ -447,7 +486,6 @@ def test_a_missing_file_is_named(tmp_path, capsys):
         ({"precision": "64-true"}, "trainer.precision=64-true has no name in accelerate"),
         ({"strategy": "ddp"}, "trainer.devices=auto leaves the number of processes open"),
         ({"strategy": "my.Strategy"}, "trainer.strategy=my.Strategy has no name in accelerate"),
-        ({"strategy": "ModelParallelStrategy", "accelerator": "cpu", "devices": 2}, "would train DDP without a word"),
         ({"strategy": "deepspeed", "accelerator": "cpu", "devices": 2}, "does not go with trainer.accelerator=cpu"),
         ({"strategy": "ModelParallelStrategy", "precision": "16-mixed", "devices": 2}, "=16-mixed does not go with"),
         ({"strategy": "fsdp", "devices": 2}, "gradient_clip_val=1.0 does not go with trainer.strategy=FSDP"),

@@ -17,8 +17,13 @@ from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 DISTRIBUTED_TYPES = {
     SINGLE: ("NO",), DDP: ("MULTI_GPU", "MULTI_CPU"), FSDP: ("FSDP",), FSDP2: ("FSDP",), DEEPSPEED: ("DEEPSPEED",)
 }  # fmt: skip
-"""distributed_type of each strategy; where there are two, on GPUs and on CPUs."""
+"""distributed_type of each strategy. The first is written, for CPUs too: of MULTI_CPU `accelerate launch` starts one
+process, whatever num_processes says."""
 LAYER = "nanogpt_lit.gpt.network.Block"  # what FSDP gathers at a time
+BLOCKS = {"gpt2": "GPTBlock", "llama": "LlamaBlock"}
+"""The classes of such layers, by model.network. accelerate looks for the name of a module's own class."""
+CPU_OPTIMIZER = "deepspeed.ops.adam.DeepSpeedCPUAdam"
+"""The optimizer without which DeepSpeed does not offload."""
 
 OURS = "fit-accelerate"
 FSDP_STATE_DICTS = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
@@ -80,8 +85,8 @@ TABLE: tuple[Row, ...] = (
     Row(_ARGUMENT + "cpu_offload", _FSDP + "offload_params", False, "set fsdp_version: 1, whose strategy offloads"),
     Row(_ARGUMENT + "auto_wrap_policy", _FSDP + "auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
         "the network is wrapped block by block instead, as TRANSFORMER_BASED_WRAP with Block does"),
-    Row(_ARGUMENT + "auto_wrap_policy", _FSDP + "transformer_layer_cls_to_wrap", "Block",
-        "the network's layers are of class Block"),
+    Row(_ARGUMENT + "auto_wrap_policy", _FSDP + "transformer_layer_cls_to_wrap", None,
+        "the network's layers are of class GPTBlock or LlamaBlock"),
     Row(None, _FSDP + "backward_prefetch", "BACKWARD_PRE", "Lightning keeps torch's BACKWARD_PRE"),
     Row(_KEYWORD + "forward_prefetch", _FSDP + "forward_prefetch", False, _NO_SUCH_SWITCH),
     Row(_KEYWORD + "use_orig_params", _FSDP + "use_orig_params", True, "leave it out: FSDP2 always keeps them"),

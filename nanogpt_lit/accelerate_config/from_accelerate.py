@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanogpt_lit.accelerate_config.accelerate_file import (
+    BLOCKS,
+    CPU_OPTIMIZER,
     FSDP_STATE_DICTS,
     LAYER,
     RENDEZVOUS,
@@ -16,6 +18,7 @@ from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE,
 from nanogpt_lit.runtime.precision import OF_ACCELERATE
 
 SHARDINGS = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
+WRAPPED = "fsdp_config.fsdp_transformer_layer_cls_to_wrap"
 FSDP_KEYWORDS = ("forward_prefetch", "use_orig_params", "sync_module_states")
 
 
@@ -52,6 +55,8 @@ def _remark(key: str, value: Any) -> str | None:
 def to_trainer(values: Mapping[str, Any]) -> Translation:
     """The trainer section for what read_accelerate_file read. Raises UserError for values at odds with each other."""
     source = Source(values)
+    if source.left.get(WRAPPED) in BLOCKS.values():
+        source.take(WRAPPED)
     kind, use_cpu = source.take("distributed_type"), source.take("use_cpu", values["distributed_type"] == "MULTI_CPU")
     processes, machines = source.take("num_processes", 1), source.take("num_machines", 1)
     strategy = _strategy(kind, source.take("fsdp_config.fsdp_version", 1), use_cpu)
@@ -84,7 +89,8 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
         )
     elif trainer["strategy"].get("init_args", {}).get("offload_optimizer"):
         remarks.append(
-            "deepspeed_config.offload_optimizer_device: DeepSpeed offloads its own optimizer, DeepSpeedCPUAdam"
+            "deepspeed_config.offload_optimizer_device: DeepSpeed offloads its own optimizer only; start fit with "
+            f"--model.optim.class_path={CPU_OPTIMIZER} --trust deepspeed.ops.adam"
         )
     return Translation(content, remarks + source.remarks())
 
@@ -92,18 +98,14 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
 def _strategy(kind: str, fsdp_version: int, use_cpu: bool) -> str:
     if kind == "FSDP" and fsdp_version not in (1, 2):
         raise UserError(f"accelerate's fsdp_config.fsdp_version={fsdp_version} is not known; 1 and 2 are.")
-    if kind == "FSDP" and use_cpu:
-        raise UserError(
-            "accelerate's distributed_type=FSDP beside use_cpu=True is trained as DDP without a word; set "
-            "distributed_type: MULTI_CPU for that, or use_cpu: false."
-        )
-    if (use_cpu and kind not in ("NO", "MULTI_CPU")) or (kind == "MULTI_CPU" and not use_cpu):
-        raise UserError(
-            f"accelerate's use_cpu={use_cpu} contradicts distributed_type={kind}; CPUs are NO or MULTI_CPU with "
-            "use_cpu: true."
-        )
     choices = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "DEEPSPEED": DEEPSPEED}
-    return choices[kind] if kind != "FSDP" else (FSDP, FSDP2)[fsdp_version - 1]
+    strategy = choices[kind] if kind != "FSDP" else (FSDP, FSDP2)[fsdp_version - 1]
+    if (use_cpu and strategy in (FSDP, DEEPSPEED)) or (kind == "MULTI_CPU" and not use_cpu):
+        raise UserError(
+            f"accelerate's use_cpu={use_cpu} contradicts distributed_type={kind}; on CPUs use_cpu: true goes with NO, "
+            "MULTI_CPU, MULTI_GPU, and FSDP with fsdp_version: 2."
+        )
+    return strategy
 
 
 def _gpu_ids(value: Any) -> list[int]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanogpt_lit.accelerate_config.accelerate_file import (
+    BLOCKS,
+    CPU_OPTIMIZER,
     DISTRIBUTED_TYPES,
     FSDP_STATE_DICTS,
     LAYER,
@@ -41,12 +43,17 @@ PLUGINS = {
 
 
 def into_accelerate(
-    trainer: Mapping[str, Any], changed: Mapping[str, Any], compiles: bool, environ: Mapping[str, str]
+    trainer: Mapping[str, Any],
+    changed: Mapping[str, Any],
+    compiles: bool,
+    environ: Mapping[str, str],
+    network: str = "gpt2",
 ) -> Translation:
     """accelerate's file for a trainer section.
 
     trainer: the whole section, as plain data (null may be left out)   changed: what in it is not fit's default
     compiles: model.compile   environ: where the first node of several is (MASTER_ADDR, MASTER_PORT, NODE_RANK)
+    network: model.network
     Raises UserError for what accelerate has no name for and without which it would train another thing.
     """
     remarks: list[str] = []
@@ -61,7 +68,7 @@ def into_accelerate(
         strategy = SINGLE  # accelerate starts no group of one
     content: dict[str, Any] = {
         **ALWAYS,
-        "distributed_type": DISTRIBUTED_TYPES[strategy][-1 if use_cpu else 0],
+        "distributed_type": DISTRIBUTED_TYPES[strategy][0],
         "mixed_precision": IN_ACCELERATE[full_precision_name(trainer.get("precision"))],
         "num_machines": trainer["num_nodes"],
         "num_processes": processes,
@@ -71,9 +78,10 @@ def into_accelerate(
         devices = trainer["devices"]
         content["gpu_ids"] = ",".join(map(str, devices)) if isinstance(devices, list) else "all"
     if use_cpu and processes > 1:
+        alone, there = {FSDP2: ("DDP", "none, and FSDP2 runs in")}.get(strategy, ("alone", "Accelerator(cpu=True), as"))
         remarks.append(
-            f"num_processes={processes}: `accelerate launch` starts one process on CPUs; start them by "
-            f"`torchrun --nproc-per-node={processes} -m nanogpt_lit {OURS}`"
+            f"use_cpu=True: `accelerate launch` starts {processes} processes and does not say so to them; one of "
+            f"Accelerator() trains {alone}, and what helps is {there} {OURS}"
         )
     if compiles:
         content["dynamo_config"] = {"dynamo_backend": "INDUCTOR"}
@@ -81,7 +89,9 @@ def into_accelerate(
     if trainer["num_nodes"] > 1:
         remarks += _rendezvous(content, environ)
     arguments = _arguments(trainer["strategy"])
-    section, carried = _section(strategy, arguments, trainer)
+    section, carried = _section(strategy, arguments, trainer, BLOCKS[network])
+    if arguments.get("offload_optimizer"):
+        remarks.append(f"offload_optimizer_device: needs {CPU_OPTIMIZER} for an optimizer, also in your script")
     content |= section
     for name in sorted(_arguments(changed.get("strategy", "auto")).keys() - carried):
         plugin = PLUGINS.get(strategy, "Accelerator")
@@ -104,11 +114,6 @@ def _checked(strategy: str | None, trainer: Mapping[str, Any], processes: int | 
     clip, device = trainer.get("gradient_clip_val"), "cpu" if use_cpu else "cuda"
     chosen = {"trainer.strategy": strategy, "trainer.precision": precision, "trainer.gradient_clip_val": clip}
     check_together(chosen | {"trainer.accelerator": device})
-    if use_cpu and strategy == FSDP2:
-        raise UserError(
-            f"trainer.strategy={strategy} with trainer.accelerator=cpu: accelerate would train DDP without a "
-            "word; set trainer.strategy=ddp, or trainer.accelerator=gpu."
-        )
     if processes is None and strategy != SINGLE:
         raise UserError(
             f"trainer.devices={trainer['devices']} leaves the number of processes open, which accelerate's file "
@@ -132,8 +137,10 @@ def _arguments(strategy: Any) -> dict[str, Any]:
     return {**(strategy.get("init_args") or {}), **(strategy.get("dict_kwargs") or {})}
 
 
-def _section(strategy: str, arguments: Mapping[str, Any], trainer: Mapping[str, Any]) -> tuple[dict, set[str]]:
-    """The section of the file that speaks of the strategy, and the arguments that it carries."""
+def _section(
+    strategy: str, arguments: Mapping[str, Any], trainer: Mapping[str, Any], block: str
+) -> tuple[dict, set[str]]:
+    """The section of the file that speaks of the strategy, and the arguments that it carries. block: the class"""
     if strategy == DEEPSPEED:
         return {"deepspeed_config": _deepspeed(arguments, trainer)}, {
             "config", "stage", "offload_optimizer", "offload_optimizer_device", "offload_parameters",
@@ -170,7 +177,7 @@ def _section(strategy: str, arguments: Mapping[str, Any], trainer: Mapping[str, 
         carried = {"data_parallel_size", "tensor_parallel_size", "save_distributed_checkpoint"}
     values["auto_wrap_policy"] = "TRANSFORMER_BASED_WRAP" if wraps else "NO_WRAP"
     if wraps:
-        values["transformer_layer_cls_to_wrap"] = LAYER.rpartition(".")[2]
+        values["transformer_layer_cls_to_wrap"] = block
     return {"fsdp_config": {f"fsdp_{name}": value for name, value in values.items()}}, carried
 
 

@@ -184,8 +184,9 @@ def accelerate_config(arguments: list[str]) -> int:
     quiet_lightning()
     cli = SettingsCLI(args=[f"--config={options.yaml}", *settings_of_fit])
     whole, changed = (yaml.safe_load(cli.parser.dump(cli.config, skip_default=skip)) for skip in (False, True))
+    model = whole["model"]
     translation = into_accelerate(
-        whole["trainer"], changed.get("trainer", {}), whole["model"]["compile"], environ=os.environ
+        whole["trainer"], changed.get("trainer", {}), model["compile"], os.environ, model["network"]
     )
     print(translation.text("Without a counterpart in accelerate's file:"), end="")
     return 0
