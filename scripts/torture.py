@@ -2,6 +2,7 @@
 
     python scripts/torture.py --count 100 --jobs 2 --out docs/torture.json
     python scripts/torture.py --count 4 --processes 2
+    python scripts/torture.py --count 4 --processes 3 --strategy ModelParallelStrategy
     python scripts/torture.py --count 1 --only 37          # one trial of them again
 
 A trial is one run of a small network on real text, by `fit`, by raw accelerate, or by either after each resume, as a
@@ -21,12 +22,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torture_process import warm_up
 from torture_trial import GOES_ON, KINDS, STEPS, STOPS, Reference, Result, Setup, Trial, left_out, reference
 
+from nanogpt_lit.loops.compatibility import FSDP2
 from nanogpt_lit.runtime.machine import hardware
 
 SETUPS = [
@@ -43,6 +45,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of what happens when (1)")
     parser.add_argument("--loop", choices=("fit", "accelerate", "both"), default="both")
     parser.add_argument("--processes", type=int, default=1, help="of each run, joined under gloo (1)")
+    parser.add_argument("--strategy", choices=("ddp", FSDP2), default="ddp", help="of several processes (ddp)")
     parser.add_argument("--jobs", type=int, default=1, help="trials at the same time (1)")
     parser.add_argument("--only", type=int, help="the trial of this number alone")
     parser.add_argument("--setups", type=int, default=len(SETUPS), help=f"of {len(SETUPS)}, the first so many")
@@ -75,7 +78,9 @@ def main() -> int:
 
 def trial(number: int, args: argparse.Namespace) -> Trial:
     draw = random.Random(f"{args.seed} {number}")
-    setup = SETUPS[number % args.setups]
+    # FSDP2 has no Muon, which the modern recipe trains with.
+    setups = [replace(s, strategy=args.strategy) for s in SETUPS if args.strategy != FSDP2 or s.recipe == "nanogpt"]
+    setup = setups[number % min(args.setups, len(setups))]
     # The first disturbances take turns, so that few trials have all of them; the others are drawn.
     disturbances = [KINDS[number % len(KINDS)], *draw.choices(KINDS, k=draw.randint(0, 2))]
     return Trial(number, setup, disturbances, draw, args.loop, args.processes)

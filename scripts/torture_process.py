@@ -43,6 +43,8 @@ class Within:
     number: int
     after: bool = False
     size: int = 0
+    rank: int = 0
+    """The process that it happens in."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ def run(piece: Piece) -> int:
         os.environ |= of_torchrun(piece)
     if piece.nan_every:
         LitNanoGPT.forward = with_nan(LitNanoGPT.forward, piece.nan_every)  # type: ignore[method-assign]
-    if piece.within is not None and piece.rank == 0:
-        arrange(piece.within)
+    if piece.within is not None:
+        arrange(piece.within, piece.rank)
     return main(["fit" if piece.loop == "fit" else "fit-accelerate", *piece.options])
 
 
@@ -146,7 +148,11 @@ def with_nan(forward: Callable[..., Tensor], every: int) -> Callable[..., Tensor
     return poisoned
 
 
-def arrange(within: Within) -> None:
+def arrange(within: Within, rank: int) -> None:
+    if within.kind == "full to the end":  # of all: the first process may be waiting for another's disk
+        disk.END_S, disk.PAUSE_S = 1.0, 0.2
+    if within.rank != rank:
+        return
     if within.kind == "kill at call":
         kill_at_call(within.number, within.after)
     else:
@@ -184,8 +190,6 @@ def limit_nth_file(within: Within) -> None:
 
     files, hard = 0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if within.kind == "full to the end":
-        disk.END_S, disk.PAUSE_S = 1.0, 0.2
     if within.kind == "kill at byte":
         # Python ignores SIGXFSZ, and a write then fails; by default the signal ends the process at that byte.
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

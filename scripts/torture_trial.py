@@ -21,7 +21,8 @@ from torture_process import Forked, Piece, Within
 from torture_ranks import Failed, alive, start_all, wait, wait_for_training
 
 from nanogpt_lit.checkpoint.newest import Newest, newest_checkpoint
-from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, verify_run
+from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, opened, verify_run
+from nanogpt_lit.checkpoint.shards import FOLDER, sweep_shards
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.compatibility import keys_of
 from nanogpt_lit.parity.record import leaves, same
@@ -63,6 +64,8 @@ class Setup:
     nan_every: int
     """One micro-batch in so many has gradients that are NaN; 0 for none."""
     recipe: str
+    strategy: str = "ddp"
+    """Of several processes."""
 
     def options(self, text: Path, root: Path, processes: int) -> list[str]:
         return [
@@ -76,7 +79,7 @@ class Setup:
             "--data.block_size=32", "--data.batch_size=4", "--data.val_fraction=0.1",
             "--resume=auto",
             *recipe_options(self.recipe),
-            *(["--trainer.strategy=ddp", f"--trainer.devices={processes}"] if processes > 1 else []),
+            *([f"--trainer.strategy={self.strategy}", f"--trainer.devices={processes}"] if processes > 1 else []),
         ]  # fmt: skip
 
 
@@ -93,7 +96,7 @@ class Reference:
     state: dict[str, Any]
     curves: list[tuple[str, int, str]]
     size: int
-    """Of a checkpoint, in bytes."""
+    """Of a checkpoint's largest file, in bytes."""
     training_s: float
 
 
@@ -125,7 +128,7 @@ def reference(setup: Setup, root: Path, processes: int, fresh: bool) -> Referenc
     state, curves = final_state(newest.path), final_curves(newest.run_folder)
     if setup.nan_every and not 0 < state["schedule skipped_steps"] < STEPS:
         raise Failed(f"the undisturbed run of {setup} left out {state['schedule skipped_steps']} of {STEPS} steps")
-    return Reference(text, state, curves, newest.path.stat().st_size, training_s)
+    return Reference(text, state, curves, max(path.stat().st_size for path in files_of(newest.path)), training_s)
 
 
 class Trial:
@@ -231,14 +234,20 @@ class Trial:
     def _within(self, kind: str) -> Within | None:
         if kind == "killed at a call":
             # Of the 6 calls of a checkpoint, of up to two checkpoints after each validation.
-            return Within("kill at call", self._draw.randint(1, 60), after=self._draw.random() < 0.5)
+            number, after = self._draw.randint(1, 60), self._draw.random() < 0.5
+            return Within("kill at call", number, after=after, rank=self._any_writer())
         if kind in FROM_WITHIN:
             # The curves are a few dozen KiB: below that, they meet the full disk too.
             size = self._draw.choice(
                 [self._draw.randint(2**12, 2**15), self._draw.randint(2**16, self._reference.size)]
             )
-            return Within(FROM_WITHIN[kind], self._draw.randint(1, 8), size=size)  # type: ignore[arg-type]
+            number, writer = self._draw.randint(1, 8), self._any_writer()
+            return Within(FROM_WITHIN[kind], number, size=size, rank=writer)  # type: ignore[arg-type]
         return None
+
+    def _any_writer(self) -> int:
+        """The rank of a process that writes checkpoints: under DDP the first, of shards each."""
+        return 0 if self.setup.strategy == "ddp" else self._draw.randrange(self._processes)
 
     def _strike(
         self, kind: str, running: "list[Forked | subprocess.Popen[bytes]]", output: Path, left: float
@@ -314,7 +323,7 @@ class Trial:
     # What happens to its files between two processes.
 
     def _damage(self, kind: str) -> None:
-        """Of the newest step, one or all of its files. Where no other is left, the next start has to refuse."""
+        """Of the newest step, one or all of its files. Where none is left whole, the next start has to refuse."""
         newest = newest_checkpoint(self._folder)
         if newest is None:
             return
@@ -322,10 +331,11 @@ class Trial:
         damaged = [newest.path]
         if self._draw.random() < 0.5:
             damaged = [path for path, step in files.items() if step == newest.step]
+        damaged = [self._draw.choice(files_of(path)) for path in damaged]
         whole = {path: (path.read_bytes(), path.stat()) for path in damaged}
         for path, (content, _) in whole.items():
             path.write_bytes(self._damaged(kind, content))
-        if len(damaged) < len(files):
+        if any(whole_step(path) is not None for path in files):
             return
         output = self._folder / f"refused_{len(self.result.pieces)}"
         options = self.setup.options(self._reference.text, self._folder, self._processes)
@@ -374,6 +384,10 @@ class Trial:
             raise Failed(f"the curves differ: {sorted(set(curves) ^ set(expected.curves))[:4]}")
         if leftovers := list(newest.path.parent.glob(f"*{PARTIAL}")):
             raise Failed(f"{leftovers[0]} is left")
+        before = sorted(newest.path.parent.glob(f"*{FOLDER}"))
+        sweep_shards(newest.path.parent)
+        if unnamed := [folder for folder in before if not folder.exists()]:
+            raise Failed(f"{unnamed[0]} is left, and no checkpoint names it")
         deadline_s = time.monotonic() + 30  # a process of several may still be ending
         while left := [group for group in self._groups if alive(group)]:
             if time.monotonic() > deadline_s:
@@ -383,6 +397,12 @@ class Trial:
 
 def read(output: Path) -> str:
     return output.read_text(encoding="utf-8", errors="replace")
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """A checkpoint's own file, and those of its shards."""
+    with opened(checkpoint)[1] as stored:
+        return stored.files
 
 
 def whole_step(path: Path) -> int | None:

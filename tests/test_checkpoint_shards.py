@@ -20,6 +20,7 @@ from nanogpt_lit.checkpoint.run_file import load_run, load_stored_network, save_
 from nanogpt_lit.checkpoint.sharded_network import load_into, unread_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import TensorFile, write_tensors
+from nanogpt_lit.doctor.examination import check_checkpoints, largest_checkpoint
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.networks import described
@@ -130,6 +131,21 @@ def test_a_sharded_checkpoint_is_read_whole_as_one_file_is(kept):
     assert not different(as_of_run(load_run(folder / "best.safetensors")), second)
     weights = dict(leaves("", {"weights": load_stored_network(folder / "best.safetensors").weights}))
     assert not different(weights, {name: second[name] for name in second if name.startswith("weights ")})
+
+
+def test_the_doctor_sees_a_checkpoint_with_its_shards_as_one(folder):
+    assert [finding.level for finding in check_checkpoints(folder)] == ["ok"] * 3
+    (shard_folder,) = folder.glob("step_3-*")
+    assert largest_checkpoint(folder) == sum(path.stat().st_size for path in shard_folder.iterdir())
+    (shard_folder / "0.safetensors").unlink()
+    assert sorted(finding.level for finding in check_checkpoints(folder)) == ["ok", "ok", "wrong"]
+
+
+def test_the_state_of_another_optimizer_is_refused(kept):
+    module = network(0)[0]
+    optimizer = torch.optim.AdamW(module.parameters())
+    with pytest.raises(UserError, match=r"last\.safetensors holds the state of another optimizer"):
+        load_into(unread_run(kept[0] / "last.safetensors"), module, optimizer)
 
 
 def test_each_process_writes_its_part_and_best_and_last_of_one_step_share_theirs(kept):

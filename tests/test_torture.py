@@ -31,10 +31,13 @@ def test_killed_and_stopped_runs_end_with_the_bits_of_the_undisturbed_one(tmp_pa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_every_disturbance(processes, tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "ModelParallelStrategy"), (3, "ModelParallelStrategy")]
+)
+def test_every_disturbance(processes, strategy, tmp_path):
     record = tmp_path / "record.json"
-    check(torture(f"--count={COUNT}", f"--processes={processes}", f"--out={record}"), record, COUNT)
+    options = f"--count={COUNT}", f"--processes={processes}", f"--strategy={strategy}", f"--out={record}"
+    check(torture(*options), record, COUNT)
 
 
 BREAKS = {

@@ -11,6 +11,7 @@ from nanogpt_lit.checkpoint.run_file import SHARED, STATES, decoded, incomplete,
 from nanogpt_lit.checkpoint.shards import StoredTensors, is_sharded
 from nanogpt_lit.checkpoint.state import UnreadRun
 from nanogpt_lit.checkpoint.tensor_file import unflatten
+from nanogpt_lit.errors import UserError
 
 MOMENTS = "optimizer.state."
 """What the names of an optimizer's tensors begin with; the number of the parameter follows."""
@@ -31,7 +32,7 @@ def load_into(run: UnreadRun, module: nn.Module, optimizer: Optimizer | None) ->
     """Put the weights and moments of a run into a sharded network; all processes together, each its part.
 
     optimizer: None leaves its state where it is
-    Raises UserError, on all processes, as `load_run` does.
+    Raises UserError, on all processes, as `load_run` does, and for the state of another optimizer.
     """
     description, stored = opened(run.path)
     with stored:
@@ -40,6 +41,9 @@ def load_into(run: UnreadRun, module: nn.Module, optimizer: Optimizer | None) ->
         if missing := places.keys() - set(stored.names):
             raise incomplete(run.path, KeyError(min(missing)))
         if optimizer is not None:
+            groups = [group["params"] for group in unflatten(description["optimizer"]["param_groups"], {})]
+            if groups != [group["params"] for group in optimizer.state_dict()["param_groups"]]:
+                raise UserError(f"{run.path} holds the state of another optimizer; set model.optim as it was.")
             places |= moments(stored, optimizer)
         for name, tensor in stored.read(name for name in places if not is_sharded(places[name])).items():
             places[name].copy_(tensor)

@@ -197,6 +197,11 @@ class StoredTensors:
     def names(self) -> list[str]:
         return list(self._described)
 
+    @property
+    def files(self) -> list[Path]:
+        """The checkpoint's own, and those of its shards."""
+        return [file.path for file in (self._file, *self._shards.values())]
+
     def described(self, name: str) -> tuple[torch.dtype, torch.Size]:
         """The type and the shape of the whole tensor."""
         return self._described[name]

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import PARTIAL, check_writable
 
-SUFFIX = ".safetensors"
-"""As in checkpoint/run_file.py, which imports torch."""
+SUFFIX, SHARDS = ".safetensors", ".shards"
+"""As in checkpoint/, which imports torch: of a checkpoint, and of the folder with its parts where it has several."""
 GPT2_CHECKPOINT_BYTES = 1_500_000_000
 """Weights and AdamW's moments of 124M parameters, in float32."""
 TRIED_BYTES = 64 * 2**20
@@ -236,7 +236,7 @@ def check_source(source: str) -> Iterator[Finding]:
 
 def check_checkpoints(run: Path) -> Iterator[Finding]:
     """Compare each checkpoint with its checksums, and look for weights that are no numbers."""
-    files = sorted(run.rglob(f"*{SUFFIX}"))
+    files = checkpoints_in(run)
     if not files:
         yield Finding("look", "checkpoint", f"none is in {run} yet")
     for path in files:
@@ -247,38 +247,45 @@ def check_checkpoints(run: Path) -> Iterator[Finding]:
             yield Finding("look", "checkpoint", text)
 
 
+def checkpoints_in(run: Path) -> list[Path]:
+    return [path for path in sorted(run.rglob(f"*{SUFFIX}")) if path.parent.suffix != SHARDS]
+
+
 def check_checkpoint(path: Path) -> Finding:
     """Read one, tensor by tensor, so that the memory it takes is that of the largest."""
     import torch
 
-    from nanogpt_lit.checkpoint.run_file import STATES, description_of, open_run
+    from nanogpt_lit.checkpoint.run_file import STATES, opened
 
     if path.is_symlink() and not path.exists():
         return Finding("wrong", "checkpoint", f"{path} is a link to {path.readlink()}, which is not there")
     states = tuple(f"{state}." for state in STATES)
     try:
-        with open_run(path) as file:
-            step = description_of(file).get("step")
-            for name in file.names:
-                tensor = file.read([name])[name]
+        description, stored = opened(path)
+        with stored:
+            step, size = description.get("step"), sum(file.stat().st_size for file in stored.files)
+            for name in stored.names:
+                tensor = stored.read([name])[name]
                 if not name.startswith(states) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     text = f"{path} holds weights that are not numbers ({name}): go on from another one"
                     return Finding("wrong", "checkpoint", text)
     except (UserError, OSError) as error:
         return Finding("wrong", "checkpoint", str(error).rstrip("."))
     said = f" step {step:,}," if isinstance(step, int) else ""
-    text = f"{path}:{said} {path.stat().st_size / 1e6:,.1f} MB, every byte as it was written"
+    text = f"{path}:{said} {size / 1e6:,.1f} MB, every byte as it was written"
     return Finding("ok", "checkpoint", text)
 
 
 def largest_checkpoint(run: Path) -> int | None:
     """The bytes of the largest; None without any."""
-    return max((path.stat().st_size for path in run.rglob(f"*{SUFFIX}") if path.is_file()), default=None)
+    sizes = [path.stat().st_size for path in checkpoints_in(run) if path.is_file()]
+    sizes += [sum(part.stat().st_size for part in folder.iterdir()) for folder in run.rglob(f"*{SHARDS}")]
+    return max(sizes, default=None)
 
 
 def check_times(run: Path) -> Iterator[Finding]:
     """Name checkpoints of the future."""
-    for path in sorted(run.rglob(f"*{SUFFIX}")):
+    for path in checkpoints_in(run):
         if path.is_file() and (ahead_s := path.stat().st_mtime - time.time()) > 60:
             text = f"{path} was saved {ahead_s / 3600:,.1f} hours from now: a clock was set back, set it right"
             yield Finding("look", "clock", f"{text}; of several runs, fit goes on with the one that was saved last")
