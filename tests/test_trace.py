@@ -52,7 +52,7 @@ def test_the_events_are_those_of_the_allocator(tensors):
         x = torch.zeros(256)
         y = torch.zeros(512)
         del x, y
-    assert [size for _, size in trace.events] == [1024, 2048, -1024, -2048]
+    assert [event.bytes for event in trace.events] == [1024, 2048, -1024, -2048]
     assert replay(trace.events).allocated == 3072
 
 

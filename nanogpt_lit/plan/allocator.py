@@ -1,12 +1,13 @@
 """PyTorch's CUDA caching allocator, simulated: what it takes from the GPU for a given sequence of allocations.
 
 A GPU must hold what is reserved, not what is allocated: blocks are cut from segments, segments are kept, and what is
-left between blocks may fit nothing. The rules are those of c10/cuda/CUDACachingAllocator.cpp with default settings, for
-one stream and as long as memory lasts. `expandable` is PYTORCH_ALLOC_CONF=expandable_segments:True, which only Linux
-has. tests/fake_gpu compares both with PyTorch's own.
+left between blocks may fit nothing; what one stream has released, another never takes. The rules are those of
+c10/cuda/CUDACachingAllocator.cpp with default settings, as long as memory lasts. `expandable` is
+PYTORCH_ALLOC_CONF=expandable_segments:True, which only Linux has. tests/fake_gpu compares both with PyTorch's own.
 """
 
 import bisect
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,15 @@ class Event(NamedTuple):
 
     serial: int
     bytes: int
+    stream: int = 0
+    """That it was allocated in; 0 is the one that computes."""
+
+
+class Pool(NamedTuple):
+    """The blocks that may take each other's place."""
+
+    small: bool
+    stream: int
 
 
 class Usage(NamedTuple):
@@ -45,13 +55,13 @@ def segment_size(block: int) -> int:
     return (block + SEGMENT_STEP - 1) // SEGMENT_STEP * SEGMENT_STEP
 
 
-def replay(events: Iterable[tuple[int, int]], expandable: bool = False) -> Usage:
+def replay(events: Iterable[tuple[int, int, int]], expandable: bool = False) -> Usage:
     """The peaks of a whole sequence of Events."""
     allocator = ExpandableAllocator() if expandable else CachingAllocator()
     malloc, free = allocator.malloc, allocator.free
-    for serial, size in events:
+    for serial, size, stream in events:
         if size > 0:
-            malloc(serial, size)
+            malloc(serial, size, stream)
         else:
             free(serial)
     return Usage(allocator.peak_allocated, allocator.peak_reserved)
@@ -61,7 +71,7 @@ def replay(events: Iterable[tuple[int, int]], expandable: bool = False) -> Usage
 class _Block:
     address: int
     size: int
-    small: bool
+    pool: Pool
     free: bool = True
     before: "_Block | None" = None
     after: "_Block | None" = None
@@ -72,18 +82,18 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.allocated = self.peak_allocated = self.reserved = self.peak_reserved = 0
-        self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
-        """Small or not: (size, address, block), sorted."""
+        self._free: dict[Pool, list[tuple[int, int, _Block]]] = defaultdict(list)
+        """(size, address, block), sorted."""
         self._used: dict[int, _Block] = {}  # by the caller's serial
         self._next_address = 0
 
-    def malloc(self, serial: int, size: int) -> None:
+    def malloc(self, serial: int, size: int, stream: int = 0) -> None:
         size = rounded(size)
-        small = size <= SMALL_BLOCK
-        block = self._best_fit(size, small) or self._more_memory(size, small)
+        pool = Pool(size <= SMALL_BLOCK, stream)
+        block = self._best_fit(size, pool) or self._more_memory(size, pool)
         rest = block.size - size
-        if rest > self._too_little_to_split(small):
-            tail = _Block(block.address + size, rest, small, before=block, after=block.after)
+        if rest > self._too_little_to_split(pool):
+            tail = _Block(block.address + size, rest, pool, before=block, after=block.after)
             if block.after is not None:
                 block.after.before = tail
             block.after, block.size = tail, size
@@ -106,19 +116,19 @@ class CachingAllocator:
             block = self._joined(block, block.after)
         self._keep(block)
 
-    def _too_little_to_split(self, small: bool) -> int:
-        return 0 if small else SMALL_BLOCK
+    def _too_little_to_split(self, pool: Pool) -> int:
+        return 0 if pool.small else SMALL_BLOCK
 
-    def _best_fit(self, size: int, small: bool) -> _Block | None:
-        free = self._free[small]
+    def _best_fit(self, size: int, pool: Pool) -> _Block | None:
+        free = self._free[pool]
         index = bisect.bisect_left(free, (size,))
         return free.pop(index)[2] if index < len(free) else None
 
-    def _more_memory(self, size: int, small: bool) -> _Block:
+    def _more_memory(self, size: int, pool: Pool) -> _Block:
         segment = segment_size(size)
         self._count_reserved(segment)
         self._next_address += segment + MIB  # segments never touch
-        return _Block(self._next_address - segment, segment, small)
+        return _Block(self._next_address - segment, segment, pool)
 
     def _count_reserved(self, size: int) -> None:
         self.reserved += size
@@ -133,43 +143,49 @@ class CachingAllocator:
         return first
 
     def _keep(self, block: _Block) -> None:
-        bisect.insort(self._free[block.small], (block.size, block.address, block))
+        bisect.insort(self._free[block.pool], (block.size, block.address, block))
 
     def _forget(self, block: _Block) -> None:
-        free = self._free[block.small]
+        free = self._free[block.pool]
         del free[bisect.bisect_left(free, (block.size, block.address))]
 
 
 class ExpandableAllocator(CachingAllocator):
-    """One segment for small and one for large blocks, which grow at their ends by pages of 2 and 20 MiB."""
+    """For each stream one segment for small and one for large blocks, which grow at their ends by pages of 2 and 20
+    MiB."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._end = {small: _Block(0 if small else 2**50, 0, small, free=False) for small in (True, False)}
+        self._ends: dict[Pool, _Block] = {}
         """The end of each segment, a block that is never free."""
 
-    def _too_little_to_split(self, small: bool) -> int:
+    def _too_little_to_split(self, pool: Pool) -> int:
         return 0
 
-    def _best_fit(self, size: int, small: bool) -> _Block | None:
-        free, end = self._free[small], self._end[small]
+    def _end(self, pool: Pool) -> _Block:
+        if pool not in self._ends:
+            self._ends[pool] = _Block(len(self._ends) * 2**50, 0, pool, free=False)
+        return self._ends[pool]
+
+    def _best_fit(self, size: int, pool: Pool) -> _Block | None:
+        free, end = self._free[pool], self._end(pool)
         index = bisect.bisect_left(free, (size,))
         # The last block counts for as large as it can grow: any other that will do is taken before it.
         if index + 1 < len(free) and free[index][2].after is end:
             index += 1
         return free.pop(index)[2] if index < len(free) else None
 
-    def _more_memory(self, size: int, small: bool) -> _Block:
-        end = self._end[small]
+    def _more_memory(self, size: int, pool: Pool) -> _Block:
+        end = self._end(pool)
         last = end.before
         if last is not None and last.free:
             self._forget(last)
         else:
-            last = _Block(end.address, 0, small, before=last, after=end)
+            last = _Block(end.address, 0, pool, before=last, after=end)
             if last.before is not None:
                 last.before.after = last
             end.before = last
-        page = SMALL_SEGMENT if small else LARGE_SEGMENT
+        page = SMALL_SEGMENT if pool.small else LARGE_SEGMENT
         growth = (size - last.size + page - 1) // page * page
         self._count_reserved(growth)
         last.size += growth

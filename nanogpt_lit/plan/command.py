@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.prepare import stale_reason
@@ -14,6 +15,8 @@ from nanogpt_lit.data.tokenizer_files import parse_tokenizer, tokenizer_from_fil
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.network import NetworkConfig
 from nanogpt_lit.gpt.networks import config_of, described, section_of
+from nanogpt_lit.loops.compatibility import DDP, FSDP2
+from nanogpt_lit.loops.trainer_section import asked_processes, named_strategy
 from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
@@ -21,7 +24,8 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.plan.allocator import MIB
 from nanogpt_lit.plan.budget import Budget
-from nanogpt_lit.plan.plan import Footprint, Plan, make_plan, measure, reserved_mib
+from nanogpt_lit.plan.many import Step, growth, machines, step_of
+from nanogpt_lit.plan.plan import Footprint, Plan, goes_with, make_plan, measure, reserved_mib
 from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.runtime.gpus import Gpu
 from nanogpt_lit.runtime.precision import PRECISIONS, dtype_of, full_precision_name
@@ -37,8 +41,18 @@ FAMILY = {
     "GPT-2 XL": (48, 25, 1600),
 }
 
+# Of GPT-3's, whose table 2.1 these are (Brown et al., arXiv:2005.14165): for many devices.
+LARGER = {
+    "GPT-3 2.7B": (32, 32, 2560),
+    "GPT-3 6.7B": (32, 32, 4096),
+    "GPT-3 13B": (40, 40, 5120),
+    "GPT-3 175B": (96, 96, 12288),
+}
+
 SHAPED_BY_HAND = {"n_kv_head", "head_size", "n_hidden"}
 """Sizes of a Llama that follow from the others where they are None, as they are in a network of another size."""
+
+DDP_OPTIONS = ("gradient_as_bucket_view", "bucket_cap_mb")
 
 QUICK_TOLERANCE = 0.1
 """Share of the usable memory: nearer to it than this, a line through two shallow networks does not decide what
@@ -68,6 +82,20 @@ def plan_rung(settings: Any, rung: Rung, gpu: Gpu, lightning: bool = True) -> Fo
     return measure(partial(module, settings, of_yaml), rung, shape, gpu)
 
 
+def growth_of(settings: Any, plan: Plan, interconnect: str | None) -> tuple[Step, list[Step]]:
+    """A step of the run on its own machines, and on 1 to 512 devices."""
+    nodes = settings.trainer.num_nodes
+    where = machines(nodes, plan.shape.devices // nodes, plan.budget.gpu, interconnect)
+    of_yaml, rung = network(settings), plan.own.rung
+
+    def measured(shape: StepShape) -> Footprint:
+        sized = replace(rung, accumulate_grad_batches=shape.accumulate_grad_batches)
+        return measure(partial(module, settings, of_yaml), sized, shape, plan.budget.gpu)
+
+    own = step_of(where, plan.shape, plan.own.footprint)
+    return own, growth(own, plan.shape, measured)
+
+
 def own_rung(settings: Any) -> Rung:
     """The YAML as it is."""
     memory = MemoryConfig(**(settings.model.get("memory") or {}))
@@ -92,7 +120,9 @@ def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> list
     own = plan.own.rung
     casts_weights = PRECISIONS[plan.shape.precision].autocast is not None
     *_, leanest = (
-        rung for rung in ladder(own, plan.shape.block_size, casts_weights) if rung.batch_size == own.batch_size
+        rung
+        for rung in ladder(own, plan.shape.block_size, casts_weights)
+        if rung.batch_size == own.batch_size and goes_with(rung.memory, plan.shape.strategy)
     )
     rungs = [own] if own.same_training(leanest) else [own, leanest]
     return [_largest_of(settings, plan, rung, lightning) for rung in rungs]
@@ -137,7 +167,7 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
 
     networks = (
         (name, {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **by_themselves})
-        for name, (n_layer, n_head, n_embd) in reversed(FAMILY.items())
+        for name, (n_layer, n_head, n_embd) in reversed((FAMILY | (LARGER if plan.shape.devices > 1 else {})).items())
     )
     name, sizes = next(((name, sizes) for name, sizes in networks if network_fits(sizes)), (None, None))
     twice = 2 * rung.batch_size
@@ -192,7 +222,28 @@ def step_shape(settings: Any, gpt: NetworkConfig, lightning: bool) -> StepShape:
         validates=trainer.limit_val_batches != 0,
         tf32=settings.model.get("tf32", False),
         deterministic=bool(trainer.deterministic),
+        **spread_over(trainer),
     )
+
+
+def spread_over(trainer: Any) -> dict[str, Any]:
+    """StepShape's fields of the strategy and the devices in the trainer section; none for one device.
+
+    Raises UserError for a strategy whose memory is not known here.
+    """
+    devices = asked_processes(vars(trainer)) or 1
+    strategy = {DDP: "ddp", FSDP2: "fsdp2"}.get(named_strategy(trainer.strategy, devices) or "")
+    if devices == 1:
+        return {}
+    if strategy is None:
+        name = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.class_path
+        raise UserError(
+            f"trainer.strategy={name} on {devices} devices cannot be planned: what it allocates is not known here; "
+            f"ddp and {FSDP2} (--strategy fsdp2) are."
+        )
+    given = {} if isinstance(trainer.strategy, str) else vars(trainer.strategy.get("init_args") or Namespace())
+    options = tuple((name, given[name]) for name in DDP_OPTIONS if given.get(name) is not None)
+    return {"strategy": strategy, "devices": devices, "strategy_options": options if strategy == "ddp" else ()}
 
 
 def vocab_size(settings: Any) -> int:

@@ -1,7 +1,7 @@
 """The plan of a run: does it fit a GPU, where does its memory go, and what is the cheapest way to make it fit."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +16,7 @@ from nanogpt_lit.plan.budget import Budget
 from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.step import StepShape, long_run, trace_steps
+from nanogpt_lit.plan.strategies import Strategy
 from nanogpt_lit.plan.trace import CATEGORIES, Moment
 from nanogpt_lit.runtime.collector import no_collector
 from nanogpt_lit.runtime.gpus import Gpu
@@ -51,8 +52,10 @@ class Footprint:
     """At the lowest clock of such a GPU."""
     timeline: tuple[Moment, ...]
     """One optimizer step, operation by operation; bytes."""
-    events: list[tuple[int, int]]
+    events: list[tuple[int, int, int]]
     """Allocations and releases of several steps."""
+    exchanged: dict[str, int] = field(default_factory=dict)
+    """Bytes that each of several devices gathers, scatters or adds up in a step, by collective."""
 
     @cached_property
     def expandable(self) -> Usage:
@@ -144,6 +147,8 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
     for rung in ladder(own, shape.block_size, casts_weights=PRECISIONS[shape.precision].autocast is not None):
         if rung.last_resort(own) and any(other.reserved_mib <= budget.usable_mib for other in footprints):
             continue
+        if not goes_with(rung.memory, shape.strategy) and not own.same_training(rung):
+            continue
         rungs.append(rung)
         footprints.append(measure(build, rung, shape, budget.gpu))
     plain = next(i for i, rung in enumerate(rungs) if rung.memory == MemoryConfig())
@@ -164,6 +169,12 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
     free, fixed = (other, yours.footprint) if shape.deterministic else (yours.footprint, other)
     price = fixed.reserved_mib - free.reserved_mib, fixed.step_s / free.step_s
     return Plan(shape, footprints[plain].parameters, max_steps, budget, yours, price, planned)
+
+
+def goes_with(memory: MemoryConfig, strategy: Strategy) -> bool:
+    """Tell whether a strategy leaves what it exchanges on the device: DDP the gradients, FSDP2 the moments too."""
+    on_device = memory.weights == "device"
+    return strategy == "single" or (on_device and (strategy == "ddp" or memory.optimizer_state == "device"))
 
 
 @no_collector()  # which would look through the events, a hundred thousand objects, again and again
@@ -205,4 +216,5 @@ def measure(build: Build, rung: Rung, shape: StepShape, gpu: Gpu) -> Footprint:
         longest_step_s=roofline.seconds_at_lowest_clock,
         timeline=tuple(trace.timeline or ()),
         events=events,
+        exchanged=dict(roofline.exchanged),
     )

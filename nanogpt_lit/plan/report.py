@@ -16,6 +16,7 @@ LOCKED_BY_ALL_MIB = 2048
 COLOURS = {
     "weights": "#33548f", "gradients": "#6c8ebf", "optimizer": "#a9c0e0", "activations": "#e08f3e",
     "logits": "#c0392b", "casts": "#e5c07b", "temporaries": "#8e9aa6", "workspace": "#c9ced6", "batch": "#555555",
+    "communication": "#5f9e6e",
 }  # fmt: skip
 COLUMNS = 800
 """Moments to draw; a step has thousands of operations."""
@@ -35,6 +36,8 @@ def _head(plan: Plan, title: str) -> list[str]:
     desktop = " with the desktop on the GPU" if budget.desktop_on_gpu else ""
     usable = f"{budget.usable_mib:,} usable " + ("as you measured" if budget.measured_mib else system + desktop)
     batches = f"{shape.accumulate_grad_batches} x {shape.batch_size} x {shape.block_size:,} = {tokens:,} tokens a step"
+    if shape.devices > 1:
+        batches += f" of each of {shape.devices} devices, {shape.strategy}"
     return [
         f"{title}: {plan.parameters / 1e6:,.0f}M parameters, {shape.precision}, {batches}",
         f"{budget.gpu.name}: {budget.gpu.vram_mib:,} MiB, {usable}",
@@ -71,6 +74,8 @@ def _verdict(plan: Plan) -> list[str]:
 def _time(plan: Plan, planned: PlannedRung) -> str:
     tokens = plan.shape.batch_size * plan.shape.block_size * plan.shape.accumulate_grad_batches
     shortest_s, longest_s = planned.footprint.step_s, planned.footprint.longest_step_s
+    if plan.shape.devices > 1:
+        return f"Computation alone takes {_range(_duration, shortest_s, longest_s)} per step; see below for the rest."
     peaks = "its peaks" if shortest_s == longest_s else "its peaks, from the highest power limit to the lowest"
     return (
         f"About {_range(_duration, shortest_s, longest_s)} per step "

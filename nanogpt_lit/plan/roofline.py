@@ -49,6 +49,8 @@ class Roofline:
         self.weight = 1
         """How often the operations that follow count."""
         self.flops = 0
+        self.exchanged: dict[str, int] = defaultdict(int)
+        """Bytes of the whole tensors that devices gather, scatter or add up in a step, by collective."""
         self._phases: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))  # seconds, by what is busy
 
     @property
@@ -69,6 +71,11 @@ class Roofline:
     def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name = name_of(func)
         if name in VIEWS:
+            return
+        if func.namespace == "c10d":
+            # DDP adds up once a step, FSDP2 gathers and scatters with each micro-batch.
+            times = 1 if name == "allreduce_" else self.weight
+            self.exchanged[name] += times * max(sum(map(_traffic, tensors_in(argument))) for argument in args[:2])
             return
         inputs = tensors_in(args) + tensors_in(tuple(kwargs.values()))
         outputs = tensors_in(result)

@@ -6,8 +6,9 @@ What is reserved grows until the allocator has seen a few steps; two tell what t
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.plan.cuda_paths import cuda_paths
 from nanogpt_lit.plan.kernels import Kernels
 from nanogpt_lit.plan.roofline import Roofline
-from nanogpt_lit.plan.shape_tensor import ShapeMode, run
+from nanogpt_lit.plan.shape_tensor import ShapeMode
+from nanogpt_lit.plan.strategies import Strategies, Strategy, compute
 from nanogpt_lit.plan.trace import GPU, MemoryTrace
 from nanogpt_lit.runtime.collector import no_collector
 from nanogpt_lit.runtime.gpus import GPUS, Gpu
@@ -48,6 +50,11 @@ class StepShape:
     validates: bool = True
     tf32: bool = False
     deterministic: bool = False
+    strategy: Strategy = "single"
+    devices: int = 1
+    """That the strategy spreads the run over, of all machines together."""
+    strategy_options: tuple[tuple[str, Any], ...] = ()
+    """Arguments of DistributedDataParallel that change its memory."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -64,30 +71,34 @@ class StepShape:
 def trace_steps(
     build: Callable[[], nn.Module], shape: StepShape, gpu: Gpu = GPUS[0], roofline: Roofline | None = None
 ) -> MemoryTrace:
-    """Two optimizer steps, of two micro-batches each where gradients accumulate, and a batch of validation.
+    """Two optimizer steps (three of DDP), of two micro-batches each where gradients accumulate, and a validation batch.
 
     build: makes the module; what it makes has no content, so that no memory is taken for it
-    The trace's timeline is of the second step, and so are the operations that roofline adds up.
+    The trace's timeline is of the last step, and so are the operations that roofline adds up.
     """
     precision = PRECISIONS[shape.precision]
     autocast_dtype, weight_dtype = dtype_of(precision.autocast), dtype_of(precision.weights)
     assert weight_dtype is not None
-    last = TRACED_STEPS - 1
+    # DDP makes its buckets anew in the second step.
+    last = TRACED_STEPS - 1 + (shape.strategy == "ddp")
     micro_batches = min(shape.accumulate_grad_batches, TRACED_MICRO_BATCHES)
     kernels = Kernels(gpu, shape.deterministic)
-    trace = MemoryTrace(kernels, vocab_size=shape.vocab_size, compute=run)
-    with cuda_paths(kernels):
+    trace = MemoryTrace(kernels, vocab_size=shape.vocab_size, compute=compute)
+    many = Strategies(
+        shape.strategy, shape.devices, dict(shape.strategy_options), own_stream=shape.zeroes_after_forward
+    )
+    with many.processes(), cuda_paths(kernels):
         with ShapeMode():
             with _default_dtype(weight_dtype):
                 module = build()
             _cast_buffers(module, weight_dtype)
         autocast = torch.autocast("cpu", dtype=autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False)
-        with trace:
-            trace.label_module(module)
+        with trace, many.followed_by(trace):
+            driven = many.spread(module, trace)
             optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[operator]
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             on_gpu = parameters[0].device.type == GPU
-            for step in range(TRACED_STEPS):
+            for step in range(last + 1):
                 if step == last:
                     trace.timeline = []
                     trace.mark("step")
@@ -102,12 +113,14 @@ def trace_steps(
                         trace.mark("micro-batch")
                     trace.phase = "forward"
                     tokens, targets = _batch(trace, shape)
-                    with autocast:
-                        loss = module(tokens, targets)
-                    if shape.zeroes_after_forward and micro_batch == 0:
-                        optimizer.zero_grad()
-                    trace.phase = "backward"
-                    scaler.scale(loss / shape.accumulate_grad_batches).backward()
+                    exchanges = micro_batch == micro_batches - 1
+                    with nullcontext() if exchanges else many.unsynchronized(driven):
+                        with autocast:
+                            loss = driven(tokens, targets)
+                        if shape.zeroes_after_forward and micro_batch == 0:
+                            optimizer.zero_grad()
+                        trace.phase = "backward"
+                        scaler.scale(loss / shape.accumulate_grad_batches).backward()
                     loss = loss.detach()
                     trace.label([parameter.grad for parameter in parameters], "gradients")
                 trace.mark("optimizer")
@@ -126,7 +139,7 @@ def trace_steps(
                 trace.phase = "validation"
                 module.eval()
                 with torch.no_grad(), autocast:
-                    module(*_batch(trace, shape))
+                    driven(*_batch(trace, shape))
     return trace
 
 
@@ -155,9 +168,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def long_run(trace: MemoryTrace, accumulate_grad_batches: int) -> list[tuple[int, int]]:
+def long_run(trace: MemoryTrace, accumulate_grad_batches: int) -> list[tuple[int, int, int]]:
     """The events of a run of several steps, from the trace of two."""
-    events: Sequence[tuple[int, int]] = trace.events
+    events: Sequence[tuple[int, int, int]] = trace.events
     marks = trace.marks
     end = marks["step end"]
     more = min(accumulate_grad_batches - 2, MORE_MICRO_BATCHES)
@@ -168,19 +181,19 @@ def long_run(trace: MemoryTrace, accumulate_grad_batches: int) -> list[tuple[int
     return repeated(events, marks["step"], end, MORE_STEPS)
 
 
-def repeated(events: Sequence[tuple[int, int]], start: int, stop: int, times: int) -> list[tuple[int, int]]:
+def repeated(events: Sequence[tuple[int, int, int]], start: int, stop: int, times: int) -> list[tuple[int, int, int]]:
     """The events, with those of events[start:stop] happening `times` times more, at least once, to new blocks.
 
     What the stretch releases and did not allocate (the gradients of the step before, say) is in each repetition what
-    the one before left over, matched by size and by age.
+    the one before left over, matched by size, stream and age.
     """
     stretch = events[start:stop]
-    born = {serial: size for serial, size in stretch if size > 0}
-    released = {serial: -size for serial, size in stretch if size < 0}
-    left_over: dict[int, deque[int]] = defaultdict(deque)
-    for serial, size in born.items():
+    born = {serial: (size, stream) for serial, size, stream in stretch if size > 0}
+    released = {serial: (-size, stream) for serial, size, stream in stretch if size < 0}
+    left_over: dict[tuple[int, int], deque[int]] = defaultdict(deque)
+    for serial, kind in born.items():
         if serial not in released:
-            left_over[size].append(serial)
+            left_over[kind].append(serial)
     takes_place_of: dict[int, int] = {}
     for serial in sorted(released.keys() - born.keys()):
         if left_over[released[serial]]:
@@ -191,14 +204,14 @@ def repeated(events: Sequence[tuple[int, int]], start: int, stop: int, times: in
     index = {serial: i for i, serial in enumerate(born)}
     before = {serial: index[other] - len(born) for serial, other in takes_place_of.items()}
     block = index | before
-    again = [(block[serial], size) for serial, size in stretch if serial in block]
+    again = [(block[serial], size, stream) for serial, size, stream in stretch if serial in block]
     # A run does not leak: what would be left once more in each repetition is replaced by the newest.
-    again += [(index[serial] - len(born), -born[serial]) for serial in piles_up]
+    again += [(index[serial] - len(born), -born[serial][0], born[serial][1]) for serial in piles_up]
 
-    fresh, traced = 1 + max(serial for serial, _ in events), list(born)
-    result = [*events[:stop], *((fresh + i if i >= 0 else traced[i], size) for i, size in again)]
+    fresh, traced = 1 + max(event[0] for event in events), list(born)
+    result = [*events[:stop], *((fresh + i if i >= 0 else traced[i], size, stream) for i, size, stream in again)]
     for first in range(fresh + len(born), fresh + times * len(born), len(born) or 1):
-        result += [(first + i, size) for i, size in again]
+        result += [(first + i, size, stream) for i, size, stream in again]
     newest = fresh + (times - 1) * len(born)
     names = {serial: newest + i for serial, i in index.items()}
-    return result + [(names.get(serial, serial), size) for serial, size in events[stop:]]
+    return result + [(names.get(serial, serial), size, stream) for serial, size, stream in events[stop:]]

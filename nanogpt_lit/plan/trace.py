@@ -10,7 +10,8 @@ technique that moves tensors to the host moves them there while it is traced.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, Self
@@ -28,9 +29,11 @@ GPU, HOST = "cpu", "meta"
 
 CATEGORIES = (
     "weights", "gradients", "optimizer", "activations", "logits", "casts", "temporaries", "workspace", "batch",
+    "communication",
 )  # fmt: skip
 """activations: kept by the forward pass   logits: whatever is as wide as the vocabulary   casts: 16-bit copies of
-weights   temporaries: of the backward pass and the optimizer   workspace: held by kernels, not by tensors"""
+weights   temporaries: of the backward pass and the optimizer   workspace: held by kernels, not by tensors
+communication: what devices exchange, such as the whole weights of a block of which each keeps a share"""
 
 MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
@@ -55,6 +58,7 @@ class _Block:
     category: str
     host: bool
     page_locked: bool
+    stream: int
     finalizer: weakref.ref
 
 
@@ -97,6 +101,8 @@ class MemoryTrace(TorchDispatchMode):
         self._threads_with_cublas: set[str] = set()
         self._peak_bytes: dict[str, int] = {}  # by phase
         self._serial = 0
+        self._counted_as: str | None = None
+        self._streams = {torch.cpu.current_stream(): 0}
 
     @property
     def peak(self) -> Moment:
@@ -121,6 +127,7 @@ class MemoryTrace(TorchDispatchMode):
         """Count these tensors, of any nesting, under a category from now on; new ones are followed from here."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
+                tensor = getattr(tensor, "_local_tensor", tensor)  # the shard of a DTensor
                 self._follow(tensor, category)
                 block = self._live.get(tensor.untyped_storage()._cdata)
                 if block is not None and not block.host and block.category != category:
@@ -132,10 +139,28 @@ class MemoryTrace(TorchDispatchMode):
         """Label a module's weights, and its gradients from the moment they are made."""
         for parameter in module.parameters():
             self.parameters += parameter.numel()
-            self._weights.add(parameter.untyped_storage()._cdata)
+            self._weights.add(getattr(parameter, "_local_tensor", parameter).untyped_storage()._cdata)
             self.label(parameter, "weights")
             parameter.register_post_accumulate_grad_hook(lambda p: self.label(p.grad, "gradients"))
         self.label(list(module.buffers()), "weights")
+
+    def resized(self, tensor: Tensor) -> None:
+        """Follow a storage that was given back to the allocator, or taken from it once more, by resize_()."""
+        block = self._live.get(key := tensor.untyped_storage()._cdata)
+        if block is not None:
+            self._freed(key, block.serial)
+        self._weights.add(key)
+        self._follow(tensor, "communication")
+        self._record()
+
+    @contextmanager
+    def counted_as(self, category: str) -> Iterator[None]:
+        """Count what is allocated inside the `with` block under a category."""
+        before, self._counted_as = self._counted_as, category
+        try:
+            yield
+        finally:
+            self._counted_as = before
 
     # Following storages.
 
@@ -147,6 +172,8 @@ class MemoryTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # it comes back with what it does to its shards
         if func is torch.ops.prim.device.default:
             # What FakeTensorMode's tensors are asked at every turn; it is no operation.
             return args[0].fake_device if hasattr(args[0], "fake_device") else func(*args)
@@ -157,6 +184,8 @@ class MemoryTrace(TorchDispatchMode):
         category = self._category(name, args)
         # In the order in which CUDA's host code takes memory, which decides into which gap it goes.
         made = tensors_in(result)
+        if func.namespace == "c10d":
+            self.label(made, "communication")
         if name == "t":
             made[0].is_transposed = True  # type: ignore[attr-defined]
         for tensor in made[::-1] if name == "native_dropout" else made:
@@ -190,6 +219,8 @@ class MemoryTrace(TorchDispatchMode):
         )
 
     def _category(self, name: str, args: tuple[Any, ...]) -> str:
+        if self._counted_as is not None:
+            return self._counted_as
         if self.phase == "optimizer":
             return "temporaries"
         if name == "_to_copy" and args[0].untyped_storage()._cdata in self._weights:
@@ -203,13 +234,16 @@ class MemoryTrace(TorchDispatchMode):
             return
         self._serial += 1
         host = tensor.device.type == HOST
+        stream = self._streams.setdefault(torch.cpu.current_stream(), len(self._streams))
         finalizer = weakref.ref(storage, lambda _, key=key, serial=self._serial: self._freed(key, serial))  # type: ignore[misc]
-        self._live[key] = _Block(self._serial, size if host else rounded(size), category, host, False, finalizer)
+        self._live[key] = _Block(
+            self._serial, size if host else rounded(size), category, host, False, stream, finalizer
+        )
         if host:
             self.host_bytes += size
             self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
         else:
-            self._allocate(self._serial, rounded(size), category)
+            self._allocate(self._serial, rounded(size), category, stream)
 
     def _freed(self, key: int, serial: int) -> None:
         block = self._live.get(key)
@@ -220,7 +254,7 @@ class MemoryTrace(TorchDispatchMode):
             self.host_bytes -= block.bytes
             self.page_locked_bytes -= block.bytes * block.page_locked
         else:
-            self._release(serial, block.bytes, block.category)
+            self._release(serial, block.bytes, block.category, block.stream)
 
     def _note_page_lock(self, tensor: Tensor) -> None:
         """Count a tensor on the host as page-locked: a GPU would copy it asynchronously."""
@@ -230,15 +264,15 @@ class MemoryTrace(TorchDispatchMode):
             self.page_locked_bytes += block.bytes
             self.page_locked_peak_bytes = max(self.page_locked_peak_bytes, self.page_locked_bytes)
 
-    def _allocate(self, serial: int, size: int, category: str) -> None:
+    def _allocate(self, serial: int, size: int, category: str, stream: int = 0) -> None:
         self.allocated += size
         self._bytes[category] += size
-        self.events.append(Event(serial, size))
+        self.events.append(Event(serial, size, stream))
 
-    def _release(self, serial: int, size: int, category: str) -> None:
+    def _release(self, serial: int, size: int, category: str, stream: int = 0) -> None:
         self.allocated -= size
         self._bytes[category] -= size
-        self.events.append(Event(serial, -size))
+        self.events.append(Event(serial, -size, stream))
 
     def _use_and_release(self, sizes: list[int]) -> None:
         first = self._serial + 1

@@ -93,3 +93,15 @@ def runs_elsewhere() -> list[Run]:
         name = f"{run.name}, {gpu.name}, deterministic"
         runs.append(replace(run, name=name, gpu=gpu, options=run.options + fixed))
     return runs
+
+
+def strategy_runs() -> list[tuple[Run, str, int]]:
+    """Runs on several devices, each with its strategy."""
+    by_name = {run.name: run for run in other_runs()}
+    bf16 = ("--trainer.precision=bf16-mixed",)
+    plain, llama, full = (
+        replace(by_name[name], options=by_name[name].options + bf16)
+        for name in ("plain, float16", "Llama family, shared keys, qk-norm", "full in every third block")
+    )
+    runs = [replace(plain, name="plain, bfloat16"), llama, full]
+    return [(run, strategy, devices) for run in runs for strategy in ("ddp", "fsdp2") for devices in (2, 4)]

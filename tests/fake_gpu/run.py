@@ -118,11 +118,18 @@ def elsewhere(device: Device, options: argparse.Namespace) -> dict[str, Any]:
     return fits_of(device, options, "--elsewhere", "--lags", "0", "--allocators", "native")
 
 
-def fits_of(device: Device, options: argparse.Namespace, *more: str) -> dict[str, Any]:
+def many(device: Device, options: argparse.Namespace) -> dict[str, Any]:
+    """DDP and FSDP2 on two and four devices."""
+    return fits_of(device, options, script="many_against_plan.py")
+
+
+def fits_of(
+    device: Device, options: argparse.Namespace, *more: str, script: str = "fit_against_plan.py"
+) -> dict[str, Any]:
     out = device.work / "fits.json"
     out.unlink(missing_ok=True)
     more += ("--only", *options.only) if options.only else ()
-    code = device.run(str(HERE / "fit_against_plan.py"), f"--work={device.work}", f"--out={out}", *more, **ROOM)
+    code = device.run(str(HERE / script), f"--work={device.work}", f"--out={out}", *more, **ROOM)
     rows = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
     worst = max((fit["reserved_error_percent"] for fit in fits_in(rows)), key=abs, default=None)
     passed = code == 0 and bool(rows) and all(as_planned(row) for row in rows)
@@ -202,7 +209,8 @@ def outcomes_of(report: Path) -> dict[str, str]:
 
 
 PARTS: dict[str, Callable[[Device, argparse.Namespace], dict[str, Any]]] = {
-    "fit": fits, "expandable": expandable, "elsewhere": elsewhere, "proof": proof, "tests": tests, "gpu": gpu,
+    "fit": fits, "expandable": expandable, "elsewhere": elsewhere, "many": many, "proof": proof, "tests": tests,
+    "gpu": gpu,
 }  # fmt: skip
 
 
