@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.module import LitNanoGPT
-from nanogpt_lit.plan.allocator import MIB, Event, replay
+from nanogpt_lit.plan.allocator import MIB, Event, replay, rounded
 from nanogpt_lit.plan.budget import gpu_named
 from nanogpt_lit.plan.command import own_rung, plan_rung, step_shape
 from nanogpt_lit.plan.kernels import Kernels
@@ -76,8 +75,11 @@ def test_fsdp2_keeps_a_share_of_everything_and_gathers_everything_twice(devices)
     trace, exchanged = traced("fsdp2", devices, accumulate=2)
     assert exchanged["_reduce_scatter_base_"] == 2 * 4 * (L * BLOCK + ROOT)
     assert exchanged["_allgather_base_"] == 2 * exchanged["_reduce_scatter_base_"]
-    for category in ("weights", "gradients", "optimizer"):
-        assert fullest(trace, category) == pytest.approx(fullest(one, category) / devices, rel=0.06)  # rounded up
+    shapes = [parameter.shape for parameter in LitNanoGPT(GPTConfig(T, V, L, 2, C)).parameters()]
+    weights = sum(rounded(4 * math.ceil(shape[0] / devices) * math.prod(shape[1:])) for shape in shapes)
+    assert fullest(trace, "weights") == weights
+    assert fullest(trace, "optimizer") == 2 * weights + 512 * len(shapes)  # each has its count of steps
+    assert fullest(trace, "gradients") == pytest.approx(4 * (L * BLOCK + ROOT) / devices, rel=0.01)
     # Whole: what is in no block, the block that computes, and the buffer in which the next one is gathered.
     least = 4 * (ROOT + 2 * BLOCK)
     assert least <= fullest(trace, "communication") <= 1.7 * least
@@ -156,15 +158,3 @@ def test_nothing_of_the_processes_that_are_not_there_is_left():
     traced("fsdp2", 2)
     assert not torch.distributed.is_initialized()
     assert torch.cpu.current_stream() is not None
-
-
-def test_the_page_claims_of_several_devices_what_the_record_holds():
-    root = Path(__file__).parents[1]
-    record = json.loads((root / "docs" / "fake_gpu.json").read_text(encoding="utf-8"))["many"]
-    assert record["passed"]
-    rows = {(row["strategy"], row["devices"]) for row in record["rows"]}
-    assert rows == {(strategy, devices) for strategy in ("ddp", "fsdp2") for devices in (2, 4)}
-    worst = max(abs(fit["reserved_error_percent"]) for row in record["rows"] for fit in row["fits"])
-    page = " ".join((root / "docs" / "scale_out.md").read_text(encoding="utf-8").split())
-    assert f"within {math.ceil(10 * worst) / 10} %" in page
-    assert worst <= 2

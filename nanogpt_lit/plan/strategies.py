@@ -6,6 +6,7 @@ which has nobody to agree with; resize_(), by which FSDP2 gives whole weights ba
 which a trace would not know; and the fake tensors by which DTensor finds out shapes, of which it must not know.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +41,7 @@ class Strategies:
         import torch.distributed as dist
         from torch._C._distributed_c10d import HashStore
         from torch.distributed.device_mesh import init_device_mesh
+        from torch.testing._internal.distributed import fake_pg  # noqa: F401 - whose import makes "fake" known
 
         dist.init_process_group("fake", rank=0, world_size=self.devices, store=HashStore())
         try:
@@ -79,6 +81,7 @@ class Strategies:
         if self.strategy == "fsdp2":
             module._device_mesh = self.mesh  # as Lightning's strategy, whose property device_mesh reads it
             module.configure_model()
+            gc.collect()  # whole weights that setting up leaves in cycles, as a run's collector finds them
         trace.label_module(module)
         if self.strategy != "ddp":
             return module
