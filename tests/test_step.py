@@ -256,7 +256,7 @@ def test_what_a_stretch_leaves_is_what_its_repetition_releases():
 def test_what_is_left_once_does_not_pile_up():
     events = [Event(0, 8), Event(1, 5), Event(0, -8)]
     run = repeated(events, 1, 2, 3)
-    assert sum(event.bytes for event in run) == 5
+    assert sum(event[1] for event in run) == 5
 
 
 @pytest.mark.parametrize("zeroes_after_forward", [True, False])

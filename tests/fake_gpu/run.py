@@ -34,6 +34,8 @@ TORCH = "torch===2.13.0"
 """Three equal signs: a build for CPUs, 2.13.0+cpu, would do for two."""
 TOLERANCE_PERCENT, PAGE_MIB = 1, 2
 """Of what PyTorch reserves, at every lag; or one page, of which it takes no less."""
+OF_SEVERAL_PERCENT = 2
+"""The same, of each of several devices."""
 NEEDS_A_GPU = (
     "tokens per second", "the CUDA context and its loaded kernels", "what kernels round, and whether they are right",
     "cuDNN's attention, which compute capabilities 9.0 and 10.0 take: it is switched off here",
@@ -120,7 +122,9 @@ def elsewhere(device: Device, options: argparse.Namespace) -> dict[str, Any]:
 
 def many(device: Device, options: argparse.Namespace) -> dict[str, Any]:
     """DDP and FSDP2 on two and four devices."""
-    return fits_of(device, options, script="many_against_plan.py")
+    answer = fits_of(device, options, script="many_against_plan.py")
+    errors = [abs(fit.get("reserved_error_percent", 100)) for row in answer["rows"] for fit in row["fits"]]
+    return answer | {"passed": bool(errors) and max(errors) <= OF_SEVERAL_PERCENT}
 
 
 def fits_of(
