@@ -22,10 +22,13 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.loops.compatibility import check_together
 from nanogpt_lit.loops.trainer_section import strategy_settings
+from nanogpt_lit.runtime.launch import lost_restart
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale_out.md"
 STEPS, BATCH_SIZE, BLOCK_SIZE = 5, 2, 16
 RECORDED_FIT = '''
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -60,6 +63,18 @@ class RecordedCLI(cli.NanoGPTCLI):
         return trainer
 
 
+class Killer(Callback):
+    """Ends the second process in its third step as a power loss would, once."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        is_first_time = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        if trainer.global_step == 3 and trainer.global_rank == 1 and is_first_time:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if "--kill" in sys.argv:
+    sys.argv.remove("--kill")
+    Recorder = lambda folder: Killer()  # noqa: E731
 cli.NanoGPTCLI = RecordedCLI
 sys.exit(main(["fit", *sys.argv[1:]]))
 '''
@@ -109,7 +124,7 @@ def fit(home, name, launcher, *more):
     # Threads are pinned: the sum of a matrix product depends on their number.
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(home / "fit.py"), *options(home / name), *more]
-    return subprocess.run(command, env=environ, capture_output=True, text=True)
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
 
 
 def recorded(home, name, processes, launcher, *more):
@@ -217,6 +232,32 @@ def test_what_a_sharded_run_says_to_type_for_more_text_can_be_typed(fsdp2, capsy
     (command,) = re.findall(r"^write more +python -m nanogpt_lit (.+)$", fsdp2.said, flags=re.MULTILINE)
     assert main([*shlex.split(command), "--max-new-tokens=2"]) == 0
     assert not capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_torchrun_restarts_killed_processes_which_go_on_to_the_same_bits(home, ddp, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", *validation(1), "--checkpoint_every_steps=1"]
+    answer = fit(home, "killed", [*TORCHRUN, "--max-restarts=1"], *more, "--resume=auto", "--kill")
+    assert answer.returncode == 0, answer.stderr
+    assert "going on from" in answer.stdout
+    runs = [home / name / "version_0" for name in ("ddp", "killed")]
+    assert not different(*(run / "checkpoints" / "last.safetensors" for run in runs))
+    undisturbed, killed = (curves(run) for run in runs)
+    assert {point: killed[point] for point in undisturbed} == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("environ", "warns"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}, True),
+        ({"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_USE_AGENT_STORE": "False"}, False),
+    ],
+)
+def test_a_restart_that_would_find_no_other_process_is_announced(environ, warns):
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (lost_restart(environ) or "")) == warns
 
 
 @pytest.mark.slow

@@ -45,7 +45,15 @@ from nanogpt_lit.run.curves import SampleConfig
 from nanogpt_lit.run.observers import RunConfig
 from nanogpt_lit.run.stops import seconds_of
 from nanogpt_lit.runtime.durable import check_writable
-from nanogpt_lit.runtime.launch import RANKS, SIZES, is_first, launched_processes, was_requeued, whole_number
+from nanogpt_lit.runtime.launch import (
+    RANKS,
+    SIZES,
+    is_first,
+    launched_processes,
+    lost_restart,
+    was_requeued,
+    whole_number,
+)
 from nanogpt_lit.runtime.machine import device_type, precision_remark, unused_gpu, usable_precision
 from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.process_settings import keep_freed_memory
@@ -144,8 +152,9 @@ class SettingsCLI(LightningCLI):
         if settings.trainer.callbacks is not None and not isinstance(settings.trainer.callbacks, list):
             settings.trainer.callbacks = [settings.trainer.callbacks]  # one may stand alone
         self._check_values()
-        if sentence := unused_gpu():
-            rank_zero_print(sentence)
+        for sentence in (unused_gpu(), lost_restart()):
+            if sentence:
+                rank_zero_print(sentence)
         self.device = device_type(settings.trainer.accelerator)
         self._find_resumed()
         self.find_beginning()
