@@ -42,7 +42,7 @@ def test_the_script_runs_after_the_commands(script, root, first_run):
 def test_the_first_command_prints_what_the_readme_shows(first_run):
     shown = next(text for language, text in BLOCKS if not language)
     rows = re.findall(r"^([a-z]+(?: [a-z]+)?)  +\S", shown, flags=re.M)
-    assert {"steps", "tokens", "time", "validation loss", "curves"} <= set(rows)
+    assert {"steps", "tokens", "validation loss", "curves"} <= set(rows)
     assert rows == [row for row in re.findall(r"^([a-z]+(?: [a-z]+)?)  +\S", first_run, flags=re.M) if row in rows]
 
 

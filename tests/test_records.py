@@ -1,12 +1,14 @@
 """Pictures and numbers of README and docs against what they were made from: the plan, and the records beside them."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from small_networks import new_tokenizer, saved, trained
 from test_planned_configs import CONFIGS, header
 
@@ -14,7 +16,7 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.parity.grid import AXES, every_combination
 from nanogpt_lit.plan.budget import choose_budget
-from nanogpt_lit.plan.command import plan_run
+from nanogpt_lit.plan.command import own_rung, plan_rung, plan_run
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -83,6 +85,16 @@ def test_what_current_small_networks_take_on_4_gb_is_what_is_planned(name):
     assert f"| {name} | {own_mib} | `{told}` | {fits_mib} | {host_mib} |" in PAGES["memory.md"].splitlines()
 
 
+@pytest.mark.long
+def test_what_the_page_of_memory_says_of_page_locked_memory_is_what_is_planned():
+    settings = SettingsCLI(args=["--config", str(CONFIGS / "rtx2050_xl.yaml")]).settings
+    planned = plan_rung(settings, own_rung(settings), choose_budget("rtx2050").gpu)
+    locked_gib, host_gib = planned.page_locked_mib / 1024, planned.host_memory_mib / 1024
+    assert f"copy of the weights, {locked_gib:.1f} GiB of GPT-2 XL's {host_gib:.0f}." in " ".join(
+        PAGES["memory.md"].split()
+    )
+
+
 def test_the_picture_of_memory_draws_what_is_planned():
     reserved, usable = header("rtx2050")[0], choose_budget("rtx2050").usable_mib
     words = words_of("memory_rtx2050.svg")
@@ -117,6 +129,41 @@ def test_the_ladder_that_is_shown_is_what_plan_prints_today(capsys):
 
 
 # What was measured.
+
+
+def test_the_first_picture_and_the_losses_of_the_readme_are_those_of_the_quickstart_as_it_is_now(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import plot_curves
+
+    quickstart, page = record("quickstart"), PAGES["README.md"]
+    told, yaml_now = (
+        quickstart["configuration"],
+        yaml.safe_load((CONFIGS / "quickstart.yaml").read_text(encoding="utf-8")),
+    )
+    yaml_now["trainer"].pop("default_root_dir")
+    assert holds(told, yaml_now), "docs/quickstart.json is of an earlier configs/quickstart.yaml"
+    plot_curves.draw({"version_0": quickstart["curves"]}, tmp_path / "again.svg")
+    assert coordinates(DOCS / "quickstart.svg") == pytest.approx(coordinates(tmp_path / "again.svg"), abs=0.01)
+
+    steps, losses = quickstart["curves"]["val/loss"]
+    best, tokens = min(losses), steps[-1] * told["data"]["batch_size"] * told["data"]["block_size"]
+    assert steps[-1] == told["trainer"]["max_steps"]
+    for row in (
+        f"steps            {steps[-1]:,}",
+        f"tokens           {tokens:,}",
+        f"validation loss  {losses[-1]:.4f}, perplexity {math.exp(losses[-1]):.2f}",
+        f"best             {best:.4f} at step {steps[losses.index(best)]:,}",
+    ):
+        assert row in page.splitlines()
+
+
+def holds(told, wanted):
+    """Whether `told` has each value of `wanted`; it may have others, which are defaults."""
+    if isinstance(wanted, dict):
+        return isinstance(told, dict) and all(key in told and holds(told[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, list):
+        return len(told) == len(wanted) and all(map(holds, told, wanted))
+    return told == wanted
 
 
 def test_the_picture_of_scaling_is_drawn_from_its_record(tmp_path, monkeypatch):
