@@ -16,7 +16,7 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.parity.grid import AXES, every_combination
 from nanogpt_lit.plan.budget import choose_budget
-from nanogpt_lit.plan.command import own_rung, plan_rung, plan_run
+from nanogpt_lit.plan.command import own_rung, plan_run, plan_rung
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
