@@ -30,6 +30,8 @@ from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.record import leaves, same
 from nanogpt_lit.runtime.processes import rank
 
+pytestmark = pytest.mark.slow  # most start processes
+
 # Of 5 rows of positions the third of three processes gets one, and of a vector of 1 x 8 two get nothing.
 CONFIG = GPTConfig(block_size=5, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 
@@ -95,6 +97,7 @@ def train_and_save(processes, folder):
         for name in ("best", "last")[step == 3 :]:
             saver.save(folder / f"{name}.safetensors", state_of(module, optimizer, step))
         states.append(of_run(module, optimizer))
+    saver.save(folder.with_name("elsewhere") / "kept.safetensors", state_of(module, optimizer, 3))
     return states
 
 
@@ -113,7 +116,7 @@ def go_on(processes, path, save_as):
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """A folder of checkpoints by two processes, and the states that they had."""
-    folder = tmp_path_factory.mktemp("sharded")
+    folder = tmp_path_factory.mktemp("sharded") / "checkpoints"
     states, others = run_together(2, train_and_save, 2, folder)
     assert not different(states[2], others[2])
     return folder, states
@@ -129,6 +132,7 @@ def test_a_sharded_checkpoint_is_read_whole_as_one_file_is(kept):
     assert [step_of(folder / f"{name}.safetensors") for name in ("last", "previous", "best")] == [3, 2, 2]
     assert not different(as_of_run(load_run(folder / "last.safetensors")), third)
     assert not different(as_of_run(load_run(folder / "best.safetensors")), second)
+    assert not different(as_of_run(load_run(folder.with_name("elsewhere") / "kept.safetensors")), third)
     weights = dict(leaves("", {"weights": load_stored_network(folder / "best.safetensors").weights}))
     assert not different(weights, {name: second[name] for name in second if name.startswith("weights ")})
 

@@ -38,8 +38,8 @@ class BestEffortSaver:
         self._writing: list[Future[None]] = []
         self._unsaved: dict[Path, tuple[RunContent, int]] = {}
         """What the disk did not take of the step that the run stands at, with that step."""
-        self._shards: tuple[int, Index] | None = None
-        """A step whose shards are written, and their index: for another file of the same step."""
+        self._shards: dict[tuple[int, Path], Index] = {}
+        """The latest that are written, by step and folder: for another file of the same step there."""
 
     def save(self, path: Path, state: RunState) -> None:
         """Raises UserError as `save_run` does."""
@@ -100,9 +100,8 @@ class BestEffortSaver:
         try:
             if not content.sharded:  # whose processes find out together
                 check_space(path.parent, content.nbytes)
-            written = self._shards[1] if self._shards is not None and self._shards[0] == step else None
-            if (shards := content.write(path, written)) is not None:
-                self._shards = step, shards
+            if (shards := content.write(path, self._shards.get((step, path.parent)))) is not None:
+                self._shards = {(step, path.parent): shards}
             if rank() == 0:
                 sweep_shards(path.parent)
         except OSError as error:
