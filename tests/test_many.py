@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +159,36 @@ def test_nothing_of_the_processes_that_are_not_there_is_left():
     traced("fsdp2", 2)
     assert not torch.distributed.is_initialized()
     assert torch.cpu.current_stream() is not None
+
+
+def test_the_page_claims_of_several_devices_what_the_record_holds():
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "docs" / "fake_gpu.json").read_text(encoding="utf-8"))["many"]
+    assert record["passed"]
+    rows = {(row["strategy"], row["devices"]) for row in record["rows"]}
+    assert rows == {(strategy, devices) for strategy in ("ddp", "fsdp2") for devices in (2, 4)}
+    worst = max(abs(fit["reserved_error_percent"]) for row in record["rows"] for fit in row["fits"])
+    page = " ".join((root / "docs" / "scale_out.md").read_text(encoding="utf-8").split())
+    assert f"within {math.ceil(10 * worst) / 10} %" in page
+    assert worst <= 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("strategy", "nodes"), [("ddp", 1), ("ModelParallelStrategy", 1), ("ModelParallelStrategy", 16)]
+)
+def test_the_page_says_what_llama_3_8b_takes_of_each_gpu(strategy, nodes):
+    sizes = {
+        "n_layer": 32, "n_head": 32, "n_kv_head": 8, "n_embd": 4096, "n_hidden": 14336, "vocab_size": 128256,
+        "tied_head": "false",
+    }  # fmt: skip
+    settings = SettingsCLI(
+        args=[
+            "--model.network=llama", *(f"--model.llama.{name}={size}" for name, size in sizes.items()),
+            "--model.memory.recompute=full", "--model.memory.loss_chunk_tokens=1024", "--data.block_size=8192",
+            "--data.batch_size=1", "--trainer.precision=bf16-mixed", "--trainer.max_steps=1000", "--trainer.devices=8",
+            f"--trainer.num_nodes={nodes}", f"--trainer.strategy={strategy}",
+        ]
+    ).settings  # fmt: skip
+    page = (Path(__file__).parents[1] / "docs" / "scale_out.md").read_text(encoding="utf-8")
+    assert f"{plan_rung(settings, own_rung(settings), H100).reserved_mib:,.0f}" in page
