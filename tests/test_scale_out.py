@@ -277,6 +277,12 @@ def commands_of(page):
                 yield shlex.split(line.partition(" > ")[0], comments=True)
 
 
+SMALLEST = [
+    "--model.gpt.n_layer=1", "--model.gpt.n_head=1", "--model.gpt.n_embd=8", "--model.gpt.vocab_size=100",
+    "--data.block_size=8", "--data.batch_size=1", "--trainer.limit_val_batches=0",
+]  # fmt: skip
+
+
 def test_every_command_of_the_page_is_one_that_we_understand(capsys, monkeypatch):
     monkeypatch.chdir(PAGE.parents[1])
     commands = list(commands_of(PAGE.read_text(encoding="utf-8")))
@@ -286,6 +292,9 @@ def test_every_command_of_the_page_is_one_that_we_understand(capsys, monkeypatch
         if arguments[0] in ("fit", "fit-accelerate"):
             trainer = SettingsCLI(args=arguments[1:]).settings.trainer
             check_together(strategy_settings(vars(trainer), "cuda"))
+        elif arguments[0] == "plan":
+            assert main([*arguments, *SMALLEST]) == 0
+            assert "on 2 x 8 devices, ddp" in capsys.readouterr().out
         else:
             assert main(arguments) == 0
             assert "distributed_type: MULTI_GPU" in capsys.readouterr().out
