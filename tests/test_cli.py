@@ -432,6 +432,12 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(trained, more, capsys)
 
 def test_generate_refuses_what_is_no_checkpoint_of_ours(tmp_path, capsys):
     assert "nowhere.safetensors does not exist" in refusal(capsys, "generate", "--ckpt=nowhere.safetensors")
+    best = tmp_path / "runs" / "version_0" / "checkpoints" / "best.safetensors"
+    best.parent.mkdir(parents=True)
+    best.touch()
+    assert f"a folder of runs; name a checkpoint in it, such as {best}." in refusal(
+        capsys, "generate", f"--ckpt={tmp_path / 'runs'}"
+    )
     foreign = tmp_path / "foreign.safetensors"
     foreign.write_bytes(b"not a checkpoint")
     assert f"{foreign} is not a checkpoint" in refusal(capsys, "generate", f"--ckpt={foreign}")

@@ -162,6 +162,12 @@ def test_the_loss_begins_where_the_model_was_and_not_where_a_new_one_is(text, tm
     [
         (["--data.block_size=64"], "data.block_size=64 is longer than the 32 positions of init_from="),
         (["--init_from=nowhere"], "nowhere does not exist"),
+        (["--init_from=out/ckpt.pt"], "out/ckpt.pt does not exist"),
+        (
+            ["--init_from=gpt2"],
+            "init_from=gpt2 is no file or folder here; a model of the hub is named as in hf:openai-",
+        ),
+        (["--init_from=Qwen/Qwen3-0.6B"], "a model of the hub is named as in hf:Qwen/Qwen3-0.6B."),
         (["--init_from=hf:gpt2"], "hf:gpt2: a model of the hub is written hf:OWNER/NAME"),
         (["--init_from=https://x/y"], "is an address"),
     ],

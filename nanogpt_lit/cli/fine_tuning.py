@@ -1,6 +1,7 @@
 """A run that begins with the weights and the tokenizer of another model: step 0, a schedule and a best of its own."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ EMBEDDINGS = tuple(network.EMBEDDING for _, network in NETWORKS.values())
 ONES_OWN = ("dropout", "block_size", "document_start", "document_end")
 """Fields that a fine-tuned network need not have in common with the one it begins from."""
 
+SUFFIXES = (".safetensors", ".gguf", ".pt", ".ckpt", ".bin")
+"""Of files that hold a network; what ends otherwise may be a name on the hub."""
+
 
 @dataclass(frozen=True)
 class Beginning:
@@ -42,6 +46,12 @@ class Beginning:
 
         chats: whether it is to have conversations, for which a tokenizer without a chat template gets one
         """
+        of_hub = re.fullmatch(r"gpt2(-\w+)?|[\w-]+/[\w.-]+", source) and Path(source).suffix not in SUFFIXES
+        if of_hub and not Path(source).exists():
+            name = f"openai-community/{source}" if "/" not in source else source
+            raise UserError(
+                f"init_from={source} is no file or folder here; a model of the hub is named as in hf:{name}."
+            )
         path, source = fetched(source)
         what, stored = read_network(path)
         tokenizer = tokenizer_from_files(stored.tokenizer_files)

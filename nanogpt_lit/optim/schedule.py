@@ -29,7 +29,8 @@ class ScheduleConfig:
         if self.total_steps < 1:
             raise UserError(
                 f"trainer.max_steps={self.total_steps} gives the learning rate no end to decay to; "
-                "set the number of optimizer steps, for example trainer.max_steps=1000."
+                "set the number of optimizer steps, for example trainer.max_steps=1000, or begin with a YAML that "
+                "has it: --config quickstart."
             )
         if self.warmup_steps < 0:
             raise UserError(f"model.schedule.warmup_steps={self.warmup_steps} must not be negative; 0 means none.")
