@@ -288,6 +288,6 @@ def test_a_plan_is_of_so_many_steps_that_more_reserve_nothing(implementation, mo
 
 def totals(events):
     total = 0
-    for _, size in events:
+    for _, size, _ in events:
         total += size
         yield total
