@@ -33,7 +33,7 @@ def traced(monkeypatch, mode, shape, gpt, memory, optim):
                 return func(*args, **kwargs)
 
         monkeypatch.setattr(step, "ShapeMode", lambda: fake)
-        monkeypatch.setattr(step, "run", compute)
+        monkeypatch.setattr(step, "compute", compute)
     roofline = Roofline(Kernels())
     trace = trace_steps(
         lambda: LitNanoGPT(**described(gpt), memory=memory, optim=AdamWConfig(**optim)), shape, roofline=roofline
