@@ -227,7 +227,7 @@ def test_two_shards_are_trained_as_a_loop_trains_them_that_knows_nothing_of_ours
 @pytest.mark.long
 def test_three_processes_give_the_same_bits_in_each_of_the_three_loops(data):
     data.position = None
-    cases = [replace(it, processes=3) for it in ON_TWO.values()]
+    cases = [replace(it, processes=3, settings=replace(it.settings, limit_val_batches=3)) for it in ON_TWO.values()]
     of_ranks = run_together(3, compare_cases, cases, data)
     assert all(outcome.identical for outcomes in of_ranks for outcome in outcomes)
 

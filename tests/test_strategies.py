@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -473,6 +474,14 @@ def test_an_accelerate_file_at_odds_with_itself_is_refused_in_one_sentence(value
     (line,) = captured.err.strip().splitlines()
     assert sentence in line
     assert captured.out == ""
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
+def test_lightnings_deepspeed_runs_on_no_cpu():
+    """Where it one day does, docs/scale_out.md has a cell to fill and compatibility.py a row to drop."""
+    trainer = Trainer(accelerator="cpu", devices=1, strategy="deepspeed_stage_2", logger=False)
+    with pytest.raises(RuntimeError, match="only supported on CUDA GPUs"):
+        trainer.strategy.setup_environment()
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):
