@@ -31,6 +31,7 @@ from nanogpt_lit.loops.contract import (
     Training,
     check_precision,
     clipping_order,
+    is_sharded,
     optimizer_and_schedule,
     running,
     scaler_beside,
@@ -122,7 +123,11 @@ def train(
     training = Training(module, optimizer, schedule, accelerator.scaler, settings, accelerator.device, rank, processes)
     # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
     # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.
+    own = [group["params"][:] for group in optimizer.param_groups] if is_sharded(module) else []
     module, optimizer, train_loader, val_loader = accelerator.prepare(module, optimizer, train_loader, val_loader)
+    # accelerate knows parameters by their addresses, and those of which this process has an empty share have the same.
+    for group, parameters in zip(optimizer.param_groups, own, strict=False):
+        group["params"] = parameters
     # Not module.parameters(): the norm would be summed in another order than Lightning's.
     parameters = clipping_order(optimizer)
     with running(training, observers) as observer:
