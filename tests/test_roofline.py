@@ -106,6 +106,21 @@ def test_attention_is_slower_than_a_product():
     assert roofline.seconds == pytest.approx(roofline.flops / (GPU.fp16 * ATTENTION_SHARE))
 
 
+def test_attention_is_as_fast_backward_as_forward():
+    """Its backward takes the numbers of a random state, which are none of the precision that it multiplies in."""
+
+    def program(inputs):
+        if inputs is None:
+            return torch.zeros(4, 12, 1024, 64, dtype=torch.float16, requires_grad=True)
+        return F.scaled_dot_product_attention(inputs, inputs, inputs, is_causal=True).backward(inputs.detach())
+
+    forward_and_backward = 3.5 * 2 * 2 * 4 * 12 * 1024 * 1024 * 64  # 2 products and 5
+    roofline = estimate(program)
+    assert roofline.flops == forward_and_backward
+    # A twentieth more: queries, keys and values are one tensor here, whose three gradients are added up.
+    assert roofline.seconds == pytest.approx(forward_and_backward / (GPU.fp16 * ATTENTION_SHARE), rel=0.06)
+
+
 def test_copies_to_the_host_run_beside_the_computation_of_their_phase():
     def program(inputs):
         if inputs is None:

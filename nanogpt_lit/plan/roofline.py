@@ -92,9 +92,11 @@ class Roofline:
         if func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
             self.flops += flops * self.weight
-            share = ATTENTION_SHARE if "attention" in name else MATRIX_SHARE
-            share *= self.kernels.share_at_work(name, args)
-            arithmetic_s = flops / (self._peak(inputs[-1].dtype) * share)
+            attends = "attention" in name
+            share = (ATTENTION_SHARE if attends else MATRIX_SHARE) * self.kernels.share_at_work(name, args)
+            # Attention's backward ends in the numbers of its random state, a product that is added in what it adds.
+            multiplied = inputs[0] if attends else inputs[-1]
+            arithmetic_s = flops / (self._peak(multiplied.dtype) * share)
             work_s, slow_s = max(work_s, arithmetic_s), max(slow_s, arithmetic_s / self.gpu.lowest_clock)
         busy[WORK] += work_s * self.weight
         busy[WORK_AT_LOWEST_CLOCK] += slow_s * self.weight
