@@ -23,7 +23,6 @@ from nanogpt_lit.loops.lightning_run import (
     run_folder,
     with_writer,
 )
-from nanogpt_lit.loops.lightning_sharded import ShardedStrategy
 from nanogpt_lit.loops.trainer_section import named_strategy, writes_run_files
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.metrics import perplexity
@@ -89,6 +88,8 @@ class NanoGPTCLI(SettingsCLI):
         if writes_run_files(trainer):
             kwargs["plugins"] = with_writer(kwargs.get("plugins", trainer.plugins), writer := RunFileIO())
             if named_strategy(trainer.strategy) == FSDP2 and writer in kwargs["plugins"]:
+                from nanogpt_lit.loops.lightning_sharded import ShardedStrategy  # late, for few runs are sharded
+
                 kwargs["strategy"] = ShardedStrategy(**self.settings.trainer.strategy.init_args)
         if self.subcommand != "fit":
             # Only a fit makes a run: the others leave no folder behind.

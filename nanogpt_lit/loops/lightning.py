@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Training, clipping_order, running, scaler_beside
 from nanogpt_lit.run.curves import SampleConfig
 from nanogpt_lit.runtime.process_settings import RandomState
-from nanogpt_lit.runtime.processes import whole
 
 
 class Ended(Exception):  # noqa: N818 - it is no error
@@ -181,7 +180,8 @@ class MeasuredClipping(LightningPrecision):
         # Not super(), whose MixedPrecision refuses every fused optimizer here: see below.
         by_norm = clip_val > 0 and gradient_clip_algorithm == GradClipAlgorithmType.NORM
         # An infinite limit measures the norm and leaves the gradients alone.
-        self.grad_norm = whole(nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val if by_norm else math.inf))
+        norm = nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val if by_norm else math.inf)
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is a share of it
         if not by_norm:
             LightningPrecision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
         for tell in self.listeners:
