@@ -59,15 +59,18 @@ def assert_same(weights, others):
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def test_a_trainer_of_ones_own_trains_to_the_bits_of_fit(folder):
+@pytest.fixture(scope="module")
+def of_a_trainer(folder):
+    """The weights of the page's first program."""
     run(WITH_TRAINER, folder)
-    expected = weights_of_fit(folder, "--trainer.precision=bf16-mixed", "--model.gpt.dropout=0.1")
-    assert_same(load_run(folder / "runs" / "mine.safetensors").weights, expected)
+    return load_run(folder / "runs" / "mine.safetensors").weights
 
 
-def test_a_trainer_of_ones_own_resumes_to_the_bit(folder):
-    run(WITH_TRAINER, folder)
-    whole = load_run(folder / "runs" / "mine.safetensors").weights
+def test_a_trainer_of_ones_own_trains_to_the_bits_of_fit(folder, of_a_trainer):
+    assert_same(of_a_trainer, weights_of_fit(folder, "--trainer.precision=bf16-mixed", "--model.gpt.dropout=0.1"))
+
+
+def test_a_trainer_of_ones_own_resumes_to_the_bit(folder, of_a_trainer):
     run(WITH_TRAINER.replace("max_steps=20", "max_steps=10"), folder)
     half = load_run(folder / "runs" / "mine.safetensors")
     assert half.step == 10
@@ -75,7 +78,7 @@ def test_a_trainer_of_ones_own_resumes_to_the_bit(folder):
         "trainer.fit(module, data)", "trainer.fit(module, data, ckpt_path='runs/mine.safetensors')"
     )
     run(resumed, folder)
-    assert_same(load_run(folder / "runs" / "mine.safetensors").weights, whole)
+    assert_same(load_run(folder / "runs" / "mine.safetensors").weights, of_a_trainer)
 
 
 def test_an_accelerator_of_ones_own_trains_to_the_bits_of_fit(folder):

@@ -60,7 +60,13 @@ SLOW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+MARKED = dict.fromkeys(SLOW, pytest.mark.slow) | {
+    "thirty layers, every third recomputed": pytest.mark.long,
+    "modern, streamed": pytest.mark.long,
+}
+
+
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(name, marks=mark) for name, mark in MARKED.items())])
 def test_the_peak_its_phase_and_the_host_memory_are_those_of_a_trace_by_hand(case):
     network, optim, memory, batch_size, accumulate, precision, clips, lightning, validates = (QUICK | SLOW)[case]
     shape = StepShape(
