@@ -430,14 +430,23 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(trained, more, capsys)
     assert "model.gpt.n_embd is 8 there and 16 here" in sentence
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate", "--ckpt=runs"], ["eval", "--ckpt=runs"], ["convert", "runs", "to.safetensors"],
+     ["fit", "--data.source=text.txt", "--data.tokenizer=byte", "--init_from=runs", "--trainer.max_steps=2"]],
+)  # fmt: skip
+def test_a_folder_of_runs_is_no_checkpoint_and_one_in_it_is_named(tmp_path, monkeypatch, capsys, text, arguments):
+    monkeypatch.chdir(text.parent)
+    checkpoints = Path("runs/version_0/checkpoints")
+    checkpoints.mkdir(parents=True)
+    for name in ("last", "best"):
+        (checkpoints / f"{name}.safetensors").touch()
+    sentence = refusal(capsys, *arguments)
+    assert f"runs is a folder of runs; name a checkpoint in it, such as {checkpoints / 'best.safetensors'}." in sentence
+
+
 def test_generate_refuses_what_is_no_checkpoint_of_ours(tmp_path, capsys):
     assert "nowhere.safetensors does not exist" in refusal(capsys, "generate", "--ckpt=nowhere.safetensors")
-    best = tmp_path / "runs" / "version_0" / "checkpoints" / "best.safetensors"
-    best.parent.mkdir(parents=True)
-    best.touch()
-    assert f"a folder of runs; name a checkpoint in it, such as {best}." in refusal(
-        capsys, "generate", f"--ckpt={tmp_path / 'runs'}"
-    )
     foreign = tmp_path / "foreign.safetensors"
     foreign.write_bytes(b"not a checkpoint")
     assert f"{foreign} is not a checkpoint" in refusal(capsys, "generate", f"--ckpt={foreign}")

@@ -90,7 +90,7 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
     elif trainer["strategy"].get("init_args", {}).get("offload_optimizer"):
         remarks.append(
             "deepspeed_config.offload_optimizer_device: DeepSpeed offloads its own optimizer only; start fit with "
-            f"--model.optim.class_path={CPU_OPTIMIZER} --trust deepspeed.ops.adam"
+            f"--model.optim.class_path={CPU_OPTIMIZER} --trust deepspeed"
         )
     return Translation(content, remarks + source.remarks())
 

@@ -78,10 +78,13 @@ def into_accelerate(
         devices = trainer["devices"]
         content["gpu_ids"] = ",".join(map(str, devices)) if isinstance(devices, list) else "all"
     if use_cpu and processes > 1:
-        alone, there = {FSDP2: ("DDP", "none, and FSDP2 runs in")}.get(strategy, ("alone", "Accelerator(cpu=True), as"))
+        script = (
+            f"in a script of your own Accelerator() then trains DDP in place of FSDP2; {OURS} trains FSDP2"
+            if strategy == FSDP2
+            else f"a script of your own needs Accelerator(cpu=True), as {OURS} has, or each process trains alone"
+        )
         remarks.append(
-            f"use_cpu=True: `accelerate launch` starts {processes} processes and does not say so to them; one of "
-            f"Accelerator() trains {alone}, and what helps is {there} {OURS}"
+            f"use_cpu=True: `accelerate launch` starts {processes} processes without telling them of CPUs; {script}"
         )
     if compiles:
         content["dynamo_config"] = {"dynamo_backend": "INDUCTOR"}

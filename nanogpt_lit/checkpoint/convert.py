@@ -20,6 +20,7 @@ from nanogpt_lit.checkpoint import (
 from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder, write_folder
 from nanogpt_lit.checkpoint.foreign_files import is_zip, known_as, read_torch_file, words_of
 from nanogpt_lit.checkpoint.network import Described, network_of, size
+from nanogpt_lit.checkpoint.newest import newest_run
 from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, check_counts, load_run, load_stored_network, save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import Tokenizer
@@ -126,6 +127,9 @@ def read(source: Path, tokenizer: str | None = None, described: Described | None
         return "a checkpoint of Lightning", read_ckpt(source, described)
     if source.is_dir() and lightning_format.is_sharded(source):
         return "a folder of Lightning's shards", read_ckpt(source, described)
+    if source.is_dir() and (run := newest_run(source)) is not None:
+        saved = min((run / "checkpoints").glob(f"*{SUFFIX}"))  # best, where there is one
+        raise UserError(f"{source} is a folder of runs; name a checkpoint in it, such as {saved}.")
     if source.is_dir() and ((source / BESIDE).is_file() or known_as(source) is None):
         return "a folder of accelerate", read_folder(source, described)
     if source.exists() and (what := known_as(source)) is not None:

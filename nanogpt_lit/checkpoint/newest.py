@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_lit.checkpoint.run_file import SUFFIX, load_run, step_of, verify_run
-from nanogpt_lit.checkpoint.sharded_network import unread_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, TensorFile
 from nanogpt_lit.errors import UserError
@@ -94,6 +93,8 @@ def load_together(path: Path | None, sharded: bool = False) -> RunState | None:
     Raises UserError, on all of them, where the first one cannot read it.
     """
     if sharded:
+        from nanogpt_lit.checkpoint.sharded_network import unread_run  # late, for few runs are sharded
+
         path = broadcast(path)
         return None if path is None else unread_run(path)
     if not are_several():

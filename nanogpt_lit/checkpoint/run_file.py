@@ -16,13 +16,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.shards import FOLDER, SHARDS, Index, StoredTensors, is_sharded, local_part, write_shards
+from nanogpt_lit.checkpoint.shards import FOLDER, SHARDS, Index, StoredTensors, write_shards
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import HEADER_DIGEST, TensorFile, flatten, unflatten, write_tensors
 from nanogpt_lit.checkpoint.tensor_file import SUFFIX as SUFFIX
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import durable_file
-from nanogpt_lit.runtime.processes import broadcast, by_first, gathered
+from nanogpt_lit.runtime.processes import any_sharded, broadcast, by_first, gathered, is_sharded, local_part
 
 FORMAT = 1
 DESCRIPTION = "nanogpt_lit"
@@ -110,7 +110,7 @@ def check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Raises UserError for weights that are not finite; of a sharded network on all processes, which call it
     together."""
     mine = next((name for name, tensor in weights.items() if not is_finite(tensor)), None)
-    found = gathered(mine) if any(is_sharded(tensor) for tensor in weights.values()) else [mine]
+    found = gathered(mine) if any_sharded(weights.values()) else [mine]
     if (name := next(filter(None, found), None)) is not None:
         raise UserError(
             f"{name} holds numbers that are not finite, and {path} is not written with them; go on from a "
@@ -282,7 +282,7 @@ def stored_once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
             tensors[name] = tensor
         else:
             shared[name] = first
-    if any(is_sharded(tensor) for tensor in weights.values()):
+    if any_sharded(weights.values()):
         shared = broadcast(shared)  # of a small tensor a process may hold nothing, which has no place in memory
         tensors = {name: tensor for name, tensor in weights.items() if name not in shared}
     return tensors, shared

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanogpt_lit.checkpoint.run_file import SHARED, STATES, decoded, incomplete, opened
-from nanogpt_lit.checkpoint.shards import StoredTensors, is_sharded
+from nanogpt_lit.checkpoint.shards import StoredTensors
 from nanogpt_lit.checkpoint.state import UnreadRun
 from nanogpt_lit.checkpoint.tensor_file import unflatten
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.processes import is_sharded
 
 MOMENTS = "optimizer.state."
 """What the names of an optimizer's tensors begin with; the number of the parameter follows."""

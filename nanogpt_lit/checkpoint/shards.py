@@ -34,17 +34,6 @@ Part = tuple[TensorFile, torch.Size, torch.Size]
 """The file, under the whole tensor's name; where in the whole the part begins; its shape."""
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which each process holds a part."""
-    return hasattr(tensor, "to_local")
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process holds; another tensor whole."""
-    part: Tensor = getattr(tensor, "to_local", lambda: tensor)()
-    return part
-
-
 # Writing.
 
 

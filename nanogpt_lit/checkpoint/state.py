@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.process_settings import RandomState
+from nanogpt_lit.runtime.processes import any_sharded
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class RunState:
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the weights, and all of them save it together."""
-        return any(hasattr(weight, "to_local") for weight in self.weights.values())
+        return any_sharded(self.weights.values())
 
     def batches_on(self, processes: int, accumulate_grad_batches: int, dropout: float) -> int:
         """Micro-batches of each of `processes` processes that go on with the sample that follows.

@@ -71,8 +71,6 @@ def generate(arguments: list[str]) -> int:
     from nanogpt_lit.gpt.generate import continue_text, printable
     from nanogpt_lit.runtime.machine import chosen_device
 
-    if saved := sorted(options.ckpt.glob("version_*/checkpoints/best.safetensors")):
-        raise UserError(f"--ckpt={options.ckpt} is a folder of runs; name a checkpoint in it, such as {saved[-1]}.")
     gpt, tokenizer = load_network(options.ckpt, chosen_device(options.device))
     if options.chat:
         from nanogpt_lit.cli.chat import talk

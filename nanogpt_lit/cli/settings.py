@@ -86,7 +86,7 @@ class SettingsCLI(LightningCLI):
         describes_options: whether the parser's options have their descriptions also when the user asks for no help
         """
         self.lock = lock
-        self._commands = COMMANDS if args[:1] not in ([name] for name in COMMANDS) else args[:1]
+        self._commands = [name for name in COMMANDS if name in args[:1]] or COMMANDS
         # Field docstrings become --help. To read them out of the source takes longer than all else of the parser.
         describes = describes_options or any(WORDED.search(argument) for argument in args)
         set_parsing_settings(docstring_parse_attribute_docstrings=describes)

@@ -29,9 +29,9 @@ from nanogpt_lit.loops.contract import (
     MeanLoss,
     Observer,
     Training,
+    any_sharded,
     check_precision,
     clipping_order,
-    is_sharded,
     optimizer_and_schedule,
     running,
     scaler_beside,
@@ -121,9 +121,9 @@ def train(
         accelerator.scaler = scaler_beside(clipping_order(optimizer), accelerator.scaler, accelerator.device)
     rank, processes = accelerator.process_index, accelerator.num_processes
     training = Training(module, optimizer, schedule, accelerator.scaler, settings, accelerator.device, rank, processes)
+    own = [group["params"][:] for group in optimizer.param_groups] if any_sharded(module.parameters()) else []
     # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
     # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.
-    own = [group["params"][:] for group in optimizer.param_groups] if is_sharded(module) else []
     module, optimizer, train_loader, val_loader = accelerator.prepare(module, optimizer, train_loader, val_loader)
     # accelerate knows parameters by their addresses, and those of which this process has an empty share have the same.
     for group, parameters in zip(optimizer.param_groups, own, strict=False):

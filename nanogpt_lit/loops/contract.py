@@ -26,7 +26,7 @@ from nanogpt_lit.runtime.process_settings import (
     set_for_process,
     set_random_state,
 )
-from nanogpt_lit.runtime.processes import is_sharded as is_sharded
+from nanogpt_lit.runtime.processes import any_sharded as any_sharded
 from nanogpt_lit.runtime.processes import whole as whole
 
 Batch = tuple[Tensor, Tensor]

@@ -36,7 +36,9 @@ def train(
     scaler = contract.scaler_beside(parameters, scaler or contract.scaler_for(settings, device), device)
     distributed = dist.is_available() and dist.is_initialized()
     # Processes exchange their gradients once a window, in its last backward, or after each, where each keeps a share.
-    replica = DistributedDataParallel(module) if distributed and not contract.is_sharded(module) else module
+    replica = (
+        DistributedDataParallel(module) if distributed and not contract.any_sharded(module.parameters()) else module
+    )
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     used_scaler = scaler if scaler.is_enabled() else None
     training = Training(module, optimizer, schedule, used_scaler, settings, device, rank, processes)

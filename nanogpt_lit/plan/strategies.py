@@ -1,6 +1,6 @@
 """DDP and FSDP2 in a trace: PyTorch's own code, in one process of many that are not there.
 
-What they allocate, and when, and on which stream, is theirs. Only three things are put in the place of others: the
+What they allocate, and when, and on which stream, is theirs. Only four things are put in the place of others: the
 collectives, which give back the tensors that they were given, as NCCL's do; the exchange of sizes between processes,
 which has nobody to agree with; resize_(), by which FSDP2 gives whole weights back and takes their memory again, and of
 which a trace would not know; and the fake tensors by which DTensor finds out shapes, of which it must not know.

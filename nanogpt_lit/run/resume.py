@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from nanogpt_lit.checkpoint.sharded_network import load_into
 from nanogpt_lit.checkpoint.shards import sweep_shards
 from nanogpt_lit.checkpoint.state import RunState, UnreadRun
 from nanogpt_lit.errors import UserError
@@ -84,6 +83,8 @@ def restore(training: Training, state: RunState) -> None:
     check_network(training.module, state)
     chosen = chosen_settings(training.optimizer)
     if isinstance(state, UnreadRun):
+        from nanogpt_lit.checkpoint.sharded_network import load_into  # late, for few runs are sharded
+
         load_into(state, training.module, training.optimizer)
     else:
         training.module.load_state_dict(state.weights)

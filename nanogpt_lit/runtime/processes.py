@@ -1,11 +1,11 @@
 """The processes that train together, if there are several."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -50,14 +50,25 @@ def broadcast(mine: T) -> T:
     return its[0]
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether this process holds a share of each parameter, as FSDP2 leaves it."""
-    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each process holds a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether there is one among them, as among the parameters of a module under FSDP2."""
+    return any(is_sharded(tensor) for tensor in tensors)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds; another tensor whole."""
+    part: Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return part
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Gather a tensor of which each process holds a share; others stay as they are. All processes call it together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """Gather a sharded tensor; others stay as they are. All processes call it together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def by_first(work: Callable[[], None]) -> None:
