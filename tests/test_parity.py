@@ -348,7 +348,7 @@ def test_the_command_compares_reports_and_leaves_with_0(options, tmp_path, capsy
     assert "2 cases" in out
     assert "all identical" in out
     picture = ElementTree.parse(tmp_path / "parity_0" / "curves.svg").getroot()
-    assert_readable((tmp_path / "parity_0" / "report.html").read_text(), picture, len(rows))
+    assert_three_loops_are_one_curve(picture, len(rows))
     for case_, loop in itertools.product((1, 2), LOOPS):
         events = EventAccumulator(str(tmp_path / "parity_0" / f"case_{case_:02}" / loop))
         events.Reload()
@@ -362,7 +362,7 @@ TAGS = (
 )  # fmt: skip
 
 
-def assert_readable(html, picture, cases):
+def assert_three_loops_are_one_curve(picture, cases):
     lines = {}
     for group in picture.findall(".//{*}g"):
         if match := re.fullmatch(r"(case_\d+)_(reference|lightning|accelerate)", group.get("id", "")):
@@ -371,7 +371,6 @@ def assert_readable(html, picture, cases):
     for drawn in lines.values():
         assert len(drawn) == 3
         assert len(set(drawn)) == 1  # over each other
-    assert not re.search(r"src=|href=\"(?!#)", html)  # needs nothing else
 
 
 def test_on_a_gpu_the_command_compares_loops_that_are_strict_and_not_only_warned(options, monkeypatch):
@@ -403,10 +402,7 @@ def test_the_comparison_names_the_first_difference_and_leaves_with_1(options, tm
     assert (row["accelerate"]["when"], row["accelerate"]["quantity"]) == ("step 1", "gradient norm")
     assert report["peak_memory_growth_mib"] is None
     assert "step 1: gradient norm by" in capsys.readouterr().out
-    html = (out / "report.html").read_text()
-    assert "1 differ" in html
-    assert "<td class=differs>step 1: gradient norm by" in html
-    assert 'id="case_1_parted"' in html  # the mark at the step
+    assert 'id="case_1_parted"' in (out / "curves.svg").read_text()  # the mark at the step
 
 
 def test_explain_prints_a_table_of_every_known_difference(options, on_two, tmp_path, capsys, monkeypatch):
@@ -420,7 +416,6 @@ def test_explain_prints_a_table_of_every_known_difference(options, on_two, tmp_p
     assert all(re.search(r"step \d: [a-z ]+ by \d\.\de-\d\d; weights at the end by", row) for row in rows[2:])
     report = json.loads((tmp_path / "parity_0" / "report.json").read_text())
     assert [row["difference"] for row in report["explained"]] == [known.name for known in few]
-    assert few[0].name in (tmp_path / "parity_0" / "report.html").read_text()
 
 
 def test_two_orders_that_this_cpu_rounds_alike_are_explained_so_and_are_no_failure(

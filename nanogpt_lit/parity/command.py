@@ -11,14 +11,15 @@ parameter, the states of optimizer, schedule and scaler, and the random state: b
 under DistributedDataParallel or FSDP2, in processes that it starts itself. The network, its optimizer, the text and the
 tokenizer are the YAML's, made small where they are large; every option of fit works here too, and what it sets stays.
 
-Leaves report.html (verdict, curves, table, costs), curves.svg, report.json and TensorBoard runs in a folder parity_N
-beside the runs of fit. The exit code is 0 only when every case is identical, 1 when one differs, 2 for a mistake in
-the options.
+Prints a row for each case and what each loop costs, and leaves report.json, curves.svg and TensorBoard runs in a folder
+parity_N beside the runs of fit. The exit code is 0 only when every case is identical, 1 when one differs, 2 for a
+mistake in the options.
 """
 
 import argparse
 import json
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import quantiles
@@ -53,13 +54,23 @@ from nanogpt_lit.parity.grid import (
 )
 from nanogpt_lit.parity.known_differences import KNOWN_DIFFERENCES, effects_together
 from nanogpt_lit.parity.record import Difference
-from nanogpt_lit.parity.report import markdown_table, page, picture
+from nanogpt_lit.parity.picture import picture
 from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
 from nanogpt_lit.run.resume import next_folder
 from nanogpt_lit.run.terminal import relative_to_here
 from nanogpt_lit.runtime.machine import hardware
 
 OF_A_LAUNCHER = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+
+MEANINGS = {
+    "precision": "as Lightning names it; overflow: float16 whose scale starts too high, skips steps and grows later",
+    "accumulate": "micro-batches per optimizer step",
+    "clip": "gradients clipped by their global norm",
+    "dropout": "its probability",
+    "optimizer": "the implementation of torch's AdamW",
+    "ragged": "the training loader ends inside an accumulation window, and starts again",
+    "processes": "2 under DistributedDataParallel (gloo), or each with its share of the weights under FSDP2",
+}
 
 
 def compare(arguments: list[str]) -> int:
@@ -71,7 +82,7 @@ def compare(arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     for axis, values in AXES.items():
-        parser.add_argument(f"--{axis}", nargs="+", type=type(values[0]), choices=values, help="only these")
+        parser.add_argument(f"--{axis}", nargs="+", type=type(values[0]), choices=values, help=MEANINGS[axis])
     parser.add_argument("--all", action="store_true", help="every combination, not only enough to have every pair")
     parser.add_argument("--explain", action="store_true", help="bring each known difference back: what does it change?")
     parser.add_argument(
@@ -126,7 +137,7 @@ def compare(arguments: list[str]) -> int:
 
     out = options.out or next_folder(Path(cli.settings.trainer.default_root_dir), "parity")
     write(out, report, outcomes)
-    print(f"{relative_to_here(out / 'report.html')}\n{report['hardware']}; {report['compared']}")
+    print(f"{relative_to_here(out / 'report.json')}\n{report['hardware']}; {report['compared']}")
     return 0 if succeeded else 1
 
 
@@ -242,6 +253,11 @@ def explain(base: Case, data: TokenDataModule) -> list[dict[str, Any]]:
     return rows
 
 
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def as_json(difference: Difference | None) -> dict[str, Any] | None:
     return None if difference is None else asdict(difference)
 
@@ -249,7 +265,6 @@ def as_json(difference: Difference | None) -> dict[str, Any] | None:
 def write(out: Path, report: dict[str, Any], outcomes: list[tuple[Point, Outcome]]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(page(report, outcomes), encoding="utf-8")
     if outcomes:
         if (drawn := picture(outcomes)) is None:
             print('no curves.svg: matplotlib is missing (pip install "nanogpt_lit[plot]")')

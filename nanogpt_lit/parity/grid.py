@@ -146,15 +146,12 @@ def of_all_ranks(outcomes: Sequence[Outcome]) -> Outcome:
     )
 
 
-MEMORY_MEASURED = (
-    "Growth of a fresh process's peak resident memory from just before the loop is called to its end: weights, "
-    "gradients, optimizer states, activations, the comparison's own copies, and what the loop's library loads and "
-    "keeps. The libraries' import is not in it."
-)
-
-
 def peak_growth_mib(case: Case, data: TokenDataModule) -> dict[str, float] | None:
-    """Measure each loop in a process of its own. None where the system does not tell a process its peak (Windows)."""
+    """The growth of a fresh process's peak resident memory from just before each loop is called to its end.
+
+    Weights, gradients, optimizer states, activations, the comparison's own copies, and what the loop's library loads
+    are in it, the libraries' import is not. None where the system does not tell a process its peak (Windows).
+    """
     if peak_bytes() is None:
         return None
     data.position = None
