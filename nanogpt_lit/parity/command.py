@@ -53,8 +53,8 @@ from nanogpt_lit.parity.grid import (
     warm_up,
 )
 from nanogpt_lit.parity.known_differences import KNOWN_DIFFERENCES, effects_together
-from nanogpt_lit.parity.record import Difference
 from nanogpt_lit.parity.picture import picture
+from nanogpt_lit.parity.record import Difference
 from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
 from nanogpt_lit.run.resume import next_folder
 from nanogpt_lit.run.terminal import relative_to_here
