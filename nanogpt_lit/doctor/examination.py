@@ -64,7 +64,7 @@ def examine(
             yield from unless_it_fails("settings", lambda: check_settings(config, remarks_on))
         if (source := setting(settings, "data", "source")) is not None:
             yield from unless_it_fails("source", lambda: check_source(source))
-    for name in ("packages", "environment", "clock", "cpu", "gpu", "sleep"):
+    for name in ("packages", "cpu", "gpu", "sleep"):
         yield from unless_it_fails(name, getattr(machine, f"check_{name}"))
     if config is not None and page_locked_mib is not None:
         yield from unless_it_fails("memory", lambda: machine.check_page_locks(lambda: page_locked_mib(config)))
@@ -86,7 +86,7 @@ def examine(
     for folder in sorted(folders):
         yield from unless_it_fails("shards", lambda folder=folder: check_shards(folder))  # type: ignore[misc]
     yield from unless_it_fails("checkpoint", lambda: check_checkpoints(root))
-    for check in (check_times, check_holders, check_strays):
+    for check in (check_times, check_holders):
         yield from unless_it_fails("run", lambda check=check: check(root))  # type: ignore[misc]
 
 
@@ -302,12 +302,4 @@ def check_holders(run: Path) -> Iterator[Finding]:
             yield Finding("ok", "run", f"{path.parent} is trained by {holder}")
         else:
             text = f"{path.parent} was trained by {holder}, which was killed: fit --resume auto goes on with it"
-            yield Finding("look", "run", text)
-
-
-def check_strays(root: Path) -> Iterator[Finding]:
-    """Name folders where a run expects files. fit passes them over."""
-    for path in sorted([*root.rglob(f"checkpoints/*{PARTIAL}"), *root.rglob("stop")]):
-        if path.is_dir():
-            text = f"{path} is a folder, and a run looks there for a file of that name only: remove it"
             yield Finding("look", "run", text)

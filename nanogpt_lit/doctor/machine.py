@@ -7,8 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from nanogpt_lit.doctor.examination import Finding, unless_it_fails
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.launch import RANKS, SIZES, whole_number
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -31,18 +29,17 @@ MALWARE = {"lightning": ("2.6.2", "2.6.3")}
 NVIDIA, DISPLAY_CLASS = "0x10de", "0x03"
 WINDOWS_LOCKS = 0.5
 """Share of the memory that Windows and WSL2 let be page-locked, about."""
-DAY_S = 86_400
 CROWDED = 0.25
 """Share of a GPU's memory in other hands that is worth a word."""
-WINDOWS_QUESTIONS = {
-    ("SUB_SLEEP", "STANDBYIDLE"): (
-        "sleeps when nobody types, even plugged in, and the run with it: powercfg /change standby-timeout-ac 0"
-    ),
-    ("SUB_BUTTONS", "LIDACTION"): (
-        "does something when its lid is closed, most likely sleep: powercfg /setacvalueindex SCHEME_CURRENT "
-        "SUB_BUTTONS LIDACTION 0, then powercfg /setactive SCHEME_CURRENT"
-    ),
+AWAKE = {
+    "win32": "powercfg /change standby-timeout-ac 0 keeps Windows awake while plugged in, its lid open",
+    "darwin": "a Mac sleeps with its lid closed: start the run with caffeinate -i before it",
 }
+AWAKE_LINUX = (
+    "a closed lid or an idle desktop puts a laptop to sleep, and the run with it: start it as "
+    "systemd-inhibit --what=sleep:idle:handle-lid-switch python -m nanogpt_lit fit --keep-alive ..."
+)
+"""What keeps a laptop awake, by its system."""
 
 
 def check_packages() -> Iterator[Finding]:
@@ -78,30 +75,6 @@ def check_package(requirement: "Requirement") -> Iterator[Finding]:
         yield Finding("wrong", name, f'{found} is not {asked}{REASONS.get(name, "")}: pip install "{name}{asked}"')
     elif name in SHOWN:
         yield Finding("ok", name, found)
-
-
-def check_environment(environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Look for variables that are no numbers where a launcher or a scheduler writes some, and folders that are gone."""
-    for name in (*SIZES, *RANKS, "SLURM_RESTART_COUNT"):
-        try:
-            whole_number(name, environ)
-        except UserError as error:
-            yield Finding("wrong", "environment", str(error).rstrip("."))
-    for name, use in (("HOME", "what is downloaded is not kept"), ("TMPDIR", "temporary files go elsewhere")):
-        if (folder := environ.get(name)) and not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            yield Finding("look", "environment", f"{name}={folder} is not a folder that can be written: {use}")
-    if (encoding := sys.getfilesystemencoding()) != "utf-8":
-        text = f"this system writes names of files in {encoding}, which lacks most characters: set PYTHONUTF8=1"
-        yield Finding("look", "environment", text)
-
-
-def check_clock() -> Iterator[Finding]:
-    """Compare this machine's clock with the date of this program, which was written before it runs."""
-    written_s = Path(__file__).stat().st_mtime
-    if time.time() < written_s - DAY_S:
-        now, written = (time.strftime("%Y-%m-%d", time.localtime(seconds)) for seconds in (time.time(), written_s))
-        text = f"it is {now} by this machine, and this program was written on {written}: set the date"
-        yield Finding("look", "clock", f"{text}; runs are told apart by the times of their checkpoints")
 
 
 def check_cpu(root: Path = Path("/")) -> Iterator[Finding]:
@@ -240,63 +213,17 @@ def advice(error: str) -> str:
     return f"{said}; a reboot may mend it"
 
 
-def check_sleep(root: Path = Path("/"), platform: str = sys.platform) -> Iterator[Finding]:
-    """Check whether the machine may fall asleep in the middle of a run, and whether the GPU survives it."""
-    if platform == "win32":
-        yield from windows_sleep()
-    elif platform == "darwin":
-        yield Finding("look", "sleep", "a Mac sleeps with its lid closed: start the run with caffeinate -i before it")
-    else:
-        yield from linux_sleep(root)
+def check_sleep(platform: str = sys.platform) -> Iterator[Finding]:
+    """Say how a laptop is kept awake through a run, and whether it runs on its battery."""
+    import psutil
 
-
-def windows_sleep() -> Iterator[Finding]:
-    program, sleeps = shutil.which("powercfg"), False
-    for (group, setting), sentence in WINDOWS_QUESTIONS.items() if program is not None else ():
-        command = [str(program), "/query", "SCHEME_CURRENT", group, setting]
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5).stdout
-        except (OSError, subprocess.SubprocessError):
-            continue
-        # The words of the answer are in the user's language. Its last two numbers are: plugged in, on battery.
-        numbers = re.findall(r"0x[0-9a-fA-F]{8}", answer)
-        if len(numbers) >= 2 and int(numbers[-2], 16) != 0:
-            sleeps = True
-            yield Finding("look", "sleep", f"this machine {sentence}")
-    if not sleeps:
-        yield Finding("ok", "sleep", "nothing that powercfg shows puts this machine to sleep while it is plugged in")
-
-
-def linux_sleep(root: Path) -> Iterator[Finding]:
-    supplies = {path.parent: content(path) for path in (root / "sys/class/power_supply").glob("*/type")}
-    # A mouse has a battery too.
-    batteries = [path for path, kind in supplies.items() if kind == "Battery" and content(path / "scope") != "Device"]
-    mains = [content(path / "online") for path, kind in supplies.items() if kind in ("Mains", "USB")]
-    if batteries and mains and "1" not in mains:
+    if (battery := psutil.sensors_battery()) is None:
+        yield Finding("ok", "sleep", "no battery is here, so no laptop that sleeps with its lid closed")
+        return
+    if battery.power_plugged is False:
         text = "on battery: the GPU is slowed down, and the run ends when it is empty; plug it in"
         yield Finding("look", "power", text)
-    target = root / "etc/systemd/system/suspend.target"
-    if target.is_symlink() and str(target.readlink()) == "/dev/null":
-        yield Finding("ok", "sleep", "suspend.target is masked: this machine does not sleep")
-    elif batteries:
-        yield Finding(
-            "look",
-            "sleep",
-            "a closed lid or an idle desktop puts a laptop to sleep, and the run with it; start it as "
-            "systemd-inhibit --what=sleep:idle:handle-lid-switch python -m nanogpt_lit fit --keep-alive ...",
-        )
-    else:
-        yield Finding("ok", "sleep", "no battery is here, so no laptop that sleeps with its lid closed")
-    parameters = content(root / "proc/driver/nvidia/params")
-    kept = re.search(r"^(PreserveVideoMemoryAllocations|UseKernelSuspendNotifiers): 1", parameters, re.MULTILINE)
-    if batteries and parameters and not kept:
-        yield Finding(
-            "look",
-            "sleep",
-            "the driver drops the GPU's memory in sleep, which ends a run; to keep it, write "
-            "options nvidia NVreg_PreserveVideoMemoryAllocations=1 NVreg_TemporaryFilePath=/var/tmp into "
-            "/etc/modprobe.d/nvidia-sleep.conf, sudo systemctl enable nvidia-suspend nvidia-resume, reboot",
-        )
+    yield Finding("look", "sleep", AWAKE.get(platform, AWAKE_LINUX))
 
 
 def content(path: Path) -> str:
