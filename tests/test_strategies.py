@@ -13,16 +13,16 @@ import yaml
 from accelerate.commands.config import cluster
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.to_fsdp2 import to_fsdp2_command, to_fsdp2_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, PrecisionType, constants
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.accelerate_config.accelerate_file import (
     DISTRIBUTED_TYPES,
-    LAYER,
     ROW_OF,
     TABLE,
     read_accelerate_file,
@@ -31,7 +31,6 @@ from nanogpt_lit.accelerate_config.from_accelerate import to_trainer
 from nanogpt_lit.accelerate_config.into_accelerate import into_accelerate
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.gpt2 import Block
 from nanogpt_lit.gpt.networks import section_of
 from nanogpt_lit.loops.compatibility import check_together
 from nanogpt_lit.loops.trainer_section import SHORT_NAMES, STRATEGIES
@@ -48,8 +47,7 @@ THREE_NODES = {
 ONE = {"distributed_type": "NO", "num_processes": 1}
 RTX2050 = Path(__file__).parents[1] / "configs" / "rtx2050.yaml"
 TWO_CARDS = {"distributed_type": "MULTI_GPU", "num_processes": 2, "mixed_precision": "fp16"}
-FSDP1 = {**TWO_CARDS, "distributed_type": "FSDP", "fsdp_config.fsdp_version": 1}
-FSDP2 = {**FSDP1, "mixed_precision": "bf16", "fsdp_config.fsdp_version": 2}
+FSDP2 = {**TWO_CARDS, "distributed_type": "FSDP", "mixed_precision": "bf16", "fsdp_config.fsdp_version": 2}
 DEEPSPEED = {**TWO_CARDS, "distributed_type": "DEEPSPEED"}
 
 
@@ -152,17 +150,6 @@ QUESTIONNAIRE = {
         ["--trainer.devices=[0,2]", "--trainer.precision=bf16-mixed"],
         {"Which type": "multi-GPU", "How many GPU": "2", "What GPU": "0,2", "Do you wish to use mixed": "bf16"},
     ),
-    "FSDP": (
-        ["--trainer.devices=2", "--trainer.gradient_clip_val=null", "--trainer.strategy=FSDPStrategy",
-         "--trainer.strategy.sharding_strategy=SHARD_GRAD_OP", f"--trainer.strategy.auto_wrap_policy=[{LAYER}]",
-         f"--trainer.strategy.activation_checkpointing_policy=[{LAYER}]", "--trainer.strategy.cpu_offload=true",
-         "--trainer.strategy.dict_kwargs={sync_module_states: true}"],
-        {"Which type": "multi-GPU", "How many GPU": "2", "Do you want to use Fully": "yes",
-         "What should be your FSDP v": "1",
-         "What should be your shard": "SHARD_GRAD_OP", "Do you want to offload": "yes",
-         "Specify the comma-separated": "GPTBlock", "Do you want to enable FSDP act": "yes",
-         "Do you want to enable CPU RAM": "no", "Do you want each": "yes", "Do you wish to use mixed": "fp16"},
-    ),
     "FSDP2": (
         ["--trainer.devices=2", "--trainer.precision=bf16-mixed", "--trainer.strategy=ModelParallelStrategy",
          "--trainer.strategy.save_distributed_checkpoint=true"],
@@ -202,7 +189,6 @@ ROUND_TRIPS = [
     ({"num_processes": 2}, "distributed_type", "MULTI_GPU"),
     ({"num_processes": 2, "use_cpu": True}, "distributed_type", "MULTI_GPU"),
     ({**FSDP2, "use_cpu": True}, "distributed_type", "FSDP"),
-    ({"num_processes": 2}, "distributed_type", "FSDP"),
     ({"num_processes": 2}, "distributed_type", "DEEPSPEED"),
     ({"distributed_type": "MULTI_GPU"}, "num_processes", 8),
     (TWO_CARDS, "gpu_ids", "0,2"),
@@ -212,18 +198,7 @@ ROUND_TRIPS = [
             ("num_machines", 2), ("machine_rank", 1), ("main_process_ip", "10.1.1.1"), ("main_process_port", 12345),
         )
     ),
-    *((FSDP1, "fsdp_config.fsdp_reshard_after_forward", value) for value in constants.FSDP_SHARDING_STRATEGY),
-    *(({**FSDP1, "mixed_precision": "bf16"}, "fsdp_config.fsdp_version", value) for value in (1, 2)),
-    *((FSDP1, f"fsdp_config.fsdp_{name}", value) for value in (True, False) for name in (
-        "offload_params", "forward_prefetch", "use_orig_params", "sync_module_states", "activation_checkpointing")),
-    *((FSDP1, "fsdp_config.fsdp_auto_wrap_policy", value) for value in ("TRANSFORMER_BASED_WRAP", "NO_WRAP")),
-    (
-        {**FSDP1, "fsdp_config.fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
-        "fsdp_config.fsdp_transformer_layer_cls_to_wrap", "GPTBlock",
-    ),
-    (FSDP2, "fsdp_config.fsdp_transformer_layer_cls_to_wrap", "GPTBlock"),
-    (FSDP2, "fsdp_config.fsdp_reshard_after_forward", True),
-    *((FSDP1, "fsdp_config.fsdp_state_dict_type", value) for value in ("FULL_STATE_DICT", "SHARDED_STATE_DICT")),
+    (FSDP2, "fsdp_config.fsdp_version", 2),
     *((FSDP2, "fsdp_config.fsdp_state_dict_type", value) for value in constants.FSDP2_STATE_DICT_TYPE),
     (DEEPSPEED, "deepspeed_config.deepspeed_config_file", "ds.json"),
     *((DEEPSPEED, "deepspeed_config.zero_stage", stage) for stage in (0, 1, 2, 3)),
@@ -240,7 +215,6 @@ ROUND_TRIPS = [
     (DEEPSPEED, "deepspeed_config.gradient_clipping", 0.5),
 ]  # fmt: skip
 OTHER_WORDS = {
-    "fsdp_config.fsdp_sharding_strategy": "an older name of fsdp_reshard_after_forward",
     "parallelism_config.parallelism_config_dp_shard_size": "the number of processes",
 }
 
@@ -273,7 +247,7 @@ def test_the_round_trips_leave_out_no_key_that_has_a_counterpart():
     assert made == {row.accelerate for row in TABLE if row.lightning is not None}
 
 
-BASE_OF = {"fsdp_config": FSDP1, "parallelism_config": FSDP2}
+BASE_OF = {"fsdp_config": FSDP2, "parallelism_config": FSDP2}
 
 
 def test_a_key_without_a_counterpart_is_named_or_refused_and_its_default_is_neither(tmp_path):
@@ -379,10 +353,6 @@ def test_a_key_of_the_trainer_without_a_counterpart_is_named_when_it_is_set(name
             {"use_fsdp": True, "fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": "GPTBlock"},
         ),
         (
-            {"devices": 2, "strategy": "fsdp_cpu_offload", "gradient_clip_val": None},
-            {"use_fsdp": True, "fsdp_version": 1, "fsdp_offload_params": True, "fsdp_use_orig_params": True},
-        ),
-        (
             {"devices": 2, "strategy": "deepspeed_stage_3", "accumulate_grad_batches": 4},
             {"use_deepspeed": True, "zero_stage": 3, "gradient_accumulation_steps": 4, "gradient_clipping": 1.0},
         ),
@@ -403,8 +373,6 @@ def test_accelerate_loads_the_file_and_would_launch_what_the_trainer_says(change
         (ONE, None),
         ({"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True}, DDPStrategy),
         (TWO_CARDS, None),
-        ({**FSDP1, "fsdp_config.fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-          "fsdp_config.fsdp_activation_checkpointing": True}, FSDPStrategy),
         (FSDP2, ModelParallelStrategy),
         ({**DEEPSPEED, "deepspeed_config.zero_stage": 2, "deepspeed_config.offload_optimizer_device": "cpu"}, None),
     ],
@@ -427,8 +395,6 @@ def test_our_parser_and_lightning_take_the_trainer_section(values, kind, tmp_pat
         parser.add_argument("--strategy", type=Strategy)
         strategy = parser.instantiate(parser.parse_object({"strategy": settings.strategy})).strategy
         assert isinstance(strategy, kind)
-        if kind is FSDPStrategy:
-            assert strategy.kwargs["auto_wrap_policy"]._module_classes == {Block}
 
 
 def test_reading_accelerates_file_needs_no_torch(tmp_path):
@@ -450,15 +416,10 @@ def test_reading_accelerates_file_needs_no_torch(tmp_path):
     [
         ({"distributed_type": "NO", "num_processes": 2}, "contradicts distributed_type=NO"),
         ({**TWO_CARDS, "num_machines": 3}, "num_processes=2 does not divide over num_machines=3"),
-        ({**FSDP1, "use_cpu": True}, "use_cpu=True contradicts distributed_type=FSDP"),
+        ({**DEEPSPEED, "use_cpu": True}, "use_cpu=True contradicts distributed_type=DEEPSPEED"),
         ({**TWO_CARDS, "num_machines": 2}, "num_machines=2 needs main_process_ip and main_process_port"),
         ({**TWO_CARDS, "fsdp_config.fsdp_version": 2}, "does not read fsdp_config.fsdp_version beside"),
         ({**FSDP2, "mixed_precision": "fp16"}, "precision=16-mixed does not go with"),
-        (
-            {**FSDP1, "fsdp_config.fsdp_sharding_strategy": "NO_SHARD",
-             "fsdp_config.fsdp_reshard_after_forward": "FULL_SHARD"},
-            "name both FULL_SHARD and NO_SHARD",
-        ),
         ({**FSDP2, "parallelism_config.parallelism_config_tp_size": 2}, "tp_size=2 has no counterpart"),
         ({**FSDP2, "parallelism_config.parallelism_config_dp_shard_size": 4}, "dp_shard_size=4 leaves some"),
         (
@@ -484,6 +445,24 @@ def test_lightnings_deepspeed_runs_on_no_cpu():
         trainer.strategy.setup_environment()
 
 
+def test_a_file_of_fsdp1_is_told_of_accelerates_own_command_and_is_taken_once_that_was_run(monkeypatch, tmp_path):
+    answers = {"Which type": "multi-GPU", "How many GPU": "2", "Do you want to use Fully": "yes",
+               "What should be your FSDP v": "1", "Specify the comma-separated": "GPTBlock",
+               "Do you wish to use mixed": "bf16"}  # fmt: skip
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(yaml.safe_dump(accelerate_config(monkeypatch, answers)))
+    with pytest.raises(
+        UserError, match=r"fsdp_version=1 is not translated.*`accelerate to-fsdp2 --config_file"
+    ) as told:
+        to_trainer(read_accelerate_file(first))
+    (command,) = re.findall("`accelerate to-fsdp2 (.*?)`", str(told.value))
+    words = command.replace("FILE", str(first)).replace("NEW", str(second)).split()
+    to_fsdp2_command(to_fsdp2_command_parser().parse_args(words))
+    strategy = to_trainer(read_accelerate_file(second)).content["trainer"]["strategy"]
+    assert strategy["class_path"] == "lightning.pytorch.strategies.ModelParallelStrategy"
+    assert strategy["init_args"]["data_parallel_size"] == 2
+
+
 def test_a_missing_file_is_named(tmp_path, capsys):
     assert main(["accelerate-config", f"--to-trainer={tmp_path / 'nowhere.yaml'}"]) == 2
     assert "nowhere.yaml is no file; `accelerate config` writes one" in capsys.readouterr().err
@@ -494,10 +473,10 @@ def test_a_missing_file_is_named(tmp_path, capsys):
     [
         ({"precision": "64-true"}, "trainer.precision=64-true has no name in accelerate"),
         ({"strategy": "ddp"}, "trainer.devices=auto leaves the number of processes open"),
-        ({"strategy": "my.Strategy"}, "trainer.strategy=my.Strategy has no name in accelerate"),
+        ({"strategy": "my.Strategy"}, "trainer.strategy=my.Strategy is not translated"),
         ({"strategy": "deepspeed", "accelerator": "cpu", "devices": 2}, "does not go with trainer.accelerator=cpu"),
         ({"strategy": "ModelParallelStrategy", "precision": "16-mixed", "devices": 2}, "=16-mixed does not go with"),
-        ({"strategy": "fsdp", "devices": 2}, "gradient_clip_val=1.0 does not go with trainer.strategy=FSDP"),
+        ({"strategy": "fsdp", "devices": 2}, "trainer.strategy=fsdp is not translated"),
         ({"accelerator": "hpu"}, "trainer.accelerator=hpu is not translated"),
     ],
 )

@@ -11,22 +11,21 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE
+from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP2, SINGLE
 from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 DISTRIBUTED_TYPES = {
-    SINGLE: ("NO",), DDP: ("MULTI_GPU", "MULTI_CPU"), FSDP: ("FSDP",), FSDP2: ("FSDP",), DEEPSPEED: ("DEEPSPEED",)
+    SINGLE: ("NO",), DDP: ("MULTI_GPU", "MULTI_CPU"), FSDP2: ("FSDP",), DEEPSPEED: ("DEEPSPEED",)
 }  # fmt: skip
 """distributed_type of each strategy. The first is written, for CPUs too: of MULTI_CPU `accelerate launch` starts one
 process, whatever num_processes says."""
-LAYER = "nanogpt_lit.gpt.network.Block"  # what FSDP gathers at a time
 BLOCKS = {"gpt2": "GPTBlock", "llama": "LlamaBlock"}
-"""The classes of such layers, by model.network. accelerate looks for the name of a module's own class."""
+"""The layers that FSDP gathers one at a time, by model.network; accelerate looks for the name of a module's class."""
 CPU_OPTIMIZER = "deepspeed.ops.adam.DeepSpeedCPUAdam"
 """The optimizer without which DeepSpeed does not offload."""
 
 OURS = "fit-accelerate"
-FSDP_STATE_DICTS = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
+FSDP_STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 RENDEZVOUS = {"machine_rank": "NODE_RANK", "main_process_ip": "MASTER_ADDR", "main_process_port": "MASTER_PORT"}
 
 
@@ -58,9 +57,8 @@ class Row:
     """Another value would train something else: no file is made from it."""
 
 
-_ARGUMENT, _KEYWORD = "trainer.strategy.init_args.", "trainer.strategy.dict_kwargs."
+_ARGUMENT = "trainer.strategy.init_args."
 _FSDP, _DEEPSPEED, _PARALLEL = "fsdp_config.fsdp_", "deepspeed_config.", "parallelism_config.parallelism_config_"
-_NO_SUCH_SWITCH = "leave it out: FSDP2 has no such switch"
 _FROM_YAML = f"{OURS} takes it from the YAML"
 
 TABLE: tuple[Row, ...] = (
@@ -77,24 +75,18 @@ TABLE: tuple[Row, ...] = (
     Row(None, "same_network", True, "start fit by torchrun with --rdzv_endpoint=HOST:PORT, reachable from every node"),
     Row(None, "main_training_function", "main", "leave it out: fit is a command and names no function"),
     Row("model.compile", "dynamo_config.dynamo_backend", "NO", "model.compile=true is torch.compile with inductor"),
-    # FSDP
+    # FSDP, version 2
     Row("trainer.strategy", _FSDP + "version"),
-    Row(_ARGUMENT + "sharding_strategy", _FSDP + "reshard_after_forward", True,
+    Row(None, _FSDP + "reshard_after_forward", True,
         "the module gives every block's weights back after its forward; change fully_shard in nanogpt_lit/module.py"),
-    Row(_ARGUMENT + "sharding_strategy", _FSDP + "sharding_strategy"),
-    Row(_ARGUMENT + "cpu_offload", _FSDP + "offload_params", False, "set fsdp_version: 1, whose strategy offloads"),
-    Row(_ARGUMENT + "auto_wrap_policy", _FSDP + "auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
-        "the network is wrapped block by block instead, as TRANSFORMER_BASED_WRAP with Block does"),
-    Row(_ARGUMENT + "auto_wrap_policy", _FSDP + "transformer_layer_cls_to_wrap", None,
+    Row(None, _FSDP + "offload_params", False, "model.memory.recompute=full takes less of a GPU"),
+    Row(None, _FSDP + "auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
+        "the network is wrapped block by block instead, as TRANSFORMER_BASED_WRAP with GPTBlock does"),
+    Row(None, _FSDP + "transformer_layer_cls_to_wrap", None,
         "the network's layers are of class GPTBlock or LlamaBlock"),
-    Row(None, _FSDP + "backward_prefetch", "BACKWARD_PRE", "Lightning keeps torch's BACKWARD_PRE"),
-    Row(_KEYWORD + "forward_prefetch", _FSDP + "forward_prefetch", False, _NO_SUCH_SWITCH),
-    Row(_KEYWORD + "use_orig_params", _FSDP + "use_orig_params", True, "leave it out: FSDP2 always keeps them"),
-    Row(_KEYWORD + "sync_module_states", _FSDP + "sync_module_states", True, _NO_SUCH_SWITCH),
-    Row(_ARGUMENT + "state_dict_type", _FSDP + "state_dict_type", None,
+    Row(_ARGUMENT + "save_distributed_checkpoint", _FSDP + "state_dict_type", None,
         "choose FULL_STATE_DICT or SHARDED_STATE_DICT"),
-    Row(_ARGUMENT + "activation_checkpointing_policy", _FSDP + "activation_checkpointing", False,
-        "FSDP2 leaves it to the module, which keeps its activations"),
+    Row(None, _FSDP + "activation_checkpointing", False, "model.memory.recompute=full is the same in the YAML"),
     *(
         Row(None, _PARALLEL + name, 1, "this network is only sharded over all processes alike; set it to 1", True)
         for name in ("dp_replicate_size", "tp_size", "cp_size", "sp_size")

@@ -8,18 +8,15 @@ from nanogpt_lit.accelerate_config.accelerate_file import (
     BLOCKS,
     CPU_OPTIMIZER,
     FSDP_STATE_DICTS,
-    LAYER,
     RENDEZVOUS,
     ROW_OF,
     Translation,
 )
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE, check_together
+from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP2, SINGLE, check_together
 from nanogpt_lit.runtime.precision import OF_ACCELERATE
 
-SHARDINGS = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 WRAPPED = "fsdp_config.fsdp_transformer_layer_cls_to_wrap"
-FSDP_KEYWORDS = ("forward_prefetch", "use_orig_params", "sync_module_states")
 
 
 class Source:
@@ -79,9 +76,6 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
     if str(source.left.get("dynamo_config.dynamo_backend")).upper() == "INDUCTOR":
         del source.left["dynamo_config.dynamo_backend"]
         content["model"] = {"compile": True}
-    if strategy == FSDP:
-        trainer["gradient_clip_val"] = None
-        remarks.append("trainer.gradient_clip_val: Lightning cannot clip the norm here; fsdp_version: 2 can")
     if strategy != DEEPSPEED:
         remarks.append(
             "trainer.accumulate_grad_batches, trainer.gradient_clip_val: accelerate keeps both in your script "
@@ -96,14 +90,16 @@ def to_trainer(values: Mapping[str, Any]) -> Translation:
 
 
 def _strategy(kind: str, fsdp_version: int, use_cpu: bool) -> str:
-    if kind == "FSDP" and fsdp_version not in (1, 2):
-        raise UserError(f"accelerate's fsdp_config.fsdp_version={fsdp_version} is not known; 1 and 2 are.")
-    choices = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "DEEPSPEED": DEEPSPEED}
-    strategy = choices[kind] if kind != "FSDP" else (FSDP, FSDP2)[fsdp_version - 1]
-    if (use_cpu and strategy in (FSDP, DEEPSPEED)) or (kind == "MULTI_CPU" and not use_cpu):
+    if kind == "FSDP" and fsdp_version != 2:
+        raise UserError(
+            f"accelerate's fsdp_config.fsdp_version={fsdp_version} is not translated, 2 is; `accelerate to-fsdp2 "
+            "--config_file FILE --output_file NEW` writes it, and fit has version 1 by trainer.strategy: fsdp."
+        )
+    strategy = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "FSDP": FSDP2, "DEEPSPEED": DEEPSPEED}[kind]
+    if (use_cpu and strategy == DEEPSPEED) or (kind == "MULTI_CPU" and not use_cpu):
         raise UserError(
             f"accelerate's use_cpu={use_cpu} contradicts distributed_type={kind}; on CPUs use_cpu: true goes with NO, "
-            "MULTI_CPU, MULTI_GPU, and FSDP with fsdp_version: 2."
+            "MULTI_CPU, MULTI_GPU and FSDP."
         )
     return strategy
 
@@ -157,33 +153,9 @@ def _strategy_section(strategy: str, source: Source, processes: int) -> dict[str
     section: dict[str, Any] = {"class_path": f"lightning.pytorch.strategies.{strategy}"}
     if strategy == DEEPSPEED:
         section["init_args"], beside = _deepspeed_arguments(source)
-    elif strategy == FSDP:
-        section["init_args"], section["dict_kwargs"] = _fsdp_arguments(source)
     else:
         section["init_args"] = _fsdp2_arguments(source, processes)
     return {"strategy": {key: value for key, value in section.items() if value}, **beside}
-
-
-def _fsdp_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    # accelerate's older and newer name of the same.
-    keys = [f"fsdp_config.fsdp_{name}" for name in ("sharding_strategy", "reshard_after_forward")]
-    named = sorted({source.take(key) for key in keys if source.left.get(key) in SHARDINGS})
-    if len(named) > 1:
-        raise UserError(f"accelerate's {' and '.join(keys)} name both {' and '.join(named)}; keep one.")
-    arguments: dict[str, Any] = {
-        "sharding_strategy": named[0] if named else SHARDINGS[0],
-        "cpu_offload": source.take("fsdp_config.fsdp_offload_params", False),
-    }
-    if (source.left.get("fsdp_config.fsdp_auto_wrap_policy") or "NO_WRAP") == "NO_WRAP":
-        source.take("fsdp_config.fsdp_auto_wrap_policy")
-    else:
-        arguments["auto_wrap_policy"] = [LAYER]  # by size has no counterpart: its remark says so
-    if source.take("fsdp_config.fsdp_activation_checkpointing", False):
-        arguments["activation_checkpointing_policy"] = [LAYER]
-    if source.left.get("fsdp_config.fsdp_state_dict_type") in FSDP_STATE_DICTS:
-        arguments["state_dict_type"] = FSDP_STATE_DICTS[source.take("fsdp_config.fsdp_state_dict_type")]
-    given = {name: source.take(f"fsdp_config.fsdp_{name}") for name in FSDP_KEYWORDS}
-    return arguments, {name: value for name, value in given.items() if value is not None}
 
 
 def _fsdp2_arguments(source: Source, processes: int) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from nanogpt_lit.accelerate_config.accelerate_file import (
     BLOCKS,
     CPU_OPTIMIZER,
     DISTRIBUTED_TYPES,
-    FSDP_STATE_DICTS,
-    LAYER,
     OURS,
     RENDEZVOUS,
     TABLE,
@@ -36,7 +34,6 @@ ALWAYS = {
 }  # fmt: skip
 PLUGINS = {
     DDP: "DistributedDataParallelKwargs",
-    FSDP: "FullyShardedDataParallelPlugin",
     FSDP2: "FullyShardedDataParallelPlugin",
     DEEPSPEED: "DeepSpeedPlugin",
 }
@@ -107,11 +104,12 @@ def _checked(strategy: str | None, trainer: Mapping[str, Any], processes: int | 
     accelerator, precision = trainer["accelerator"], full_precision_name(trainer.get("precision"))
     if accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
         raise UserError(f"trainer.accelerator={accelerator} is not translated; auto, cpu, gpu, cuda and mps are.")
-    if strategy is None:
+    if strategy in (None, FSDP):
         raise UserError(
-            f"trainer.strategy={trainer['strategy']} has no name in accelerate; auto, ddp, fsdp, ModelParallelStrategy "
-            "and deepspeed have."
+            f"trainer.strategy={trainer['strategy']} is not translated; auto, ddp, ModelParallelStrategy (FSDP, "
+            "version 2) and deepspeed are."
         )
+    assert strategy is not None
     if precision not in IN_ACCELERATE:
         raise UserError(f"trainer.precision={precision} has no name in accelerate; {', '.join(IN_ACCELERATE)} have.")
     clip, device = trainer.get("gradient_clip_val"), "cpu" if use_cpu else "cuda"
@@ -149,38 +147,20 @@ def _section(
             "config", "stage", "offload_optimizer", "offload_optimizer_device", "offload_parameters",
             "offload_params_device", "nvme_path",
         }  # fmt: skip
-    if strategy not in (FSDP, FSDP2):
+    if strategy != FSDP2:
         return {}, {"start_method"}  # accelerate launch always starts processes anew
-    values: dict[str, Any] = {
-        "version": 1 if strategy == FSDP else 2,
+    sharded = arguments.get("save_distributed_checkpoint", False)
+    values = {
+        "version": 2,
         "reshard_after_forward": True,
-        "offload_params": bool(arguments.get("cpu_offload")),
-        "activation_checkpointing": bool(arguments.get("activation_checkpointing_policy")),
+        "offload_params": False,
+        "activation_checkpointing": False,
         "cpu_ram_efficient_loading": False,
+        "state_dict_type": "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT",
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": block,
     }
-    if strategy == FSDP:
-        wraps = arguments.get("auto_wrap_policy") == [LAYER]
-        state_dicts = {ours: theirs for theirs, ours in FSDP_STATE_DICTS.items()}
-        values |= {
-            "reshard_after_forward": arguments.get("sharding_strategy", "FULL_SHARD"),
-            "backward_prefetch": "BACKWARD_PRE",  # torch's, which Lightning keeps
-            "state_dict_type": state_dicts[arguments.get("state_dict_type", "full")],
-            "forward_prefetch": arguments.get("forward_prefetch", False),
-            "use_orig_params": arguments.get("use_orig_params", True),  # Lightning's default; accelerate's was false
-            "sync_module_states": arguments.get("sync_module_states", False),
-        }
-        carried = {
-            "sharding_strategy", "cpu_offload", "state_dict_type", "forward_prefetch", "use_orig_params",
-            "sync_module_states", "activation_checkpointing_policy", *(["auto_wrap_policy"] if wraps else []),
-        }  # fmt: skip
-    else:
-        wraps = True
-        sharded = arguments.get("save_distributed_checkpoint", False)
-        values["state_dict_type"] = "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT"
-        carried = {"data_parallel_size", "tensor_parallel_size", "save_distributed_checkpoint"}
-    values["auto_wrap_policy"] = "TRANSFORMER_BASED_WRAP" if wraps else "NO_WRAP"
-    if wraps:
-        values["transformer_layer_cls_to_wrap"] = block
+    carried = {"data_parallel_size", "tensor_parallel_size", "save_distributed_checkpoint"}
     return {"fsdp_config": {f"fsdp_{name}": value for name, value in values.items()}}, carried
 
 
