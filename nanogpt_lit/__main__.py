@@ -19,31 +19,31 @@ COMMANDS = {
         "the same run, driven by raw accelerate; accelerate launch -m nanogpt_lit fit-accelerate for several processes",
     ),
     "keep-alive-unit": (
-        "nanogpt_lit.cli.commands:keep_alive_unit",
+        "nanogpt_lit.supervise.units:keep_alive_unit",
         "what starts fit --keep-alive again after a reboot, for systemd or Windows",
     ),
     "init-config": (
         "nanogpt_lit.cli.packaged_configs:init_config",
         "a copy of a configuration that comes with the package",
     ),
-    "doctor": ("nanogpt_lit.cli.commands:doctor", "checks this machine, and a run, and says what to do"),
+    "doctor": ("nanogpt_lit.doctor.command:doctor", "checks this machine, and a run, and says what to do"),
     "prepare": (
-        "nanogpt_lit.cli.commands:prepare",
+        "nanogpt_lit.cli.prepare:prepare",
         "text to token shards; fit makes them where they are missing",
     ),
-    "plan": ("nanogpt_lit.cli.commands:plan", "whether a run fits a GPU, and what to change when it does not"),
+    "plan": ("nanogpt_lit.cli.plan:plan", "whether a run fits a GPU, and what to change when it does not"),
     "tune": ("nanogpt_lit.tune.command:tune", "a better learning rate, batch and recipe for your text and machine"),
     "accelerate-config": (
-        "nanogpt_lit.cli.commands:accelerate_config",
+        "nanogpt_lit.accelerate_config.command:accelerate_config",
         "accelerate's default_config.yaml for a YAML of fit, and back",
     ),
-    "convert": ("nanogpt_lit.cli.commands:convert", "a checkpoint from and to the formats of others"),
+    "convert": ("nanogpt_lit.cli.convert:convert", "a checkpoint from and to the formats of others"),
     "eval": ("nanogpt_lit.evaluate.command:evaluate", "loss, bits per byte, HellaSwag and lm-eval's tasks"),
     "parity": (
         "nanogpt_lit.parity.command:compare",
         "Lightning, accelerate and a plain loop on the same module: the same bits?",
     ),
-    "generate": ("nanogpt_lit.cli.commands:generate", "text from a checkpoint, streamed as it is made"),
+    "generate": ("nanogpt_lit.cli.generate:generate", "text from a checkpoint, streamed as it is made"),
 }
 OTHER_NAMES = {
     "train": "fit", "finetune": "fit", "resume": "fit", "evaluate": "eval",
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def help_text() -> str:
-    from nanogpt_lit.cli.commands import program
+    from nanogpt_lit.cli.options import program
 
     return "\n".join(
         [

@@ -20,7 +20,7 @@ from nanogpt_lit.checkpoint.run_file import load_run, load_stored_network, save_
 from nanogpt_lit.checkpoint.sharded_network import load_into, unread_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import TensorFile, write_tensors
-from nanogpt_lit.doctor.examination import check_checkpoints, largest_checkpoint
+from nanogpt_lit.doctor.run import check_checkpoints, largest_checkpoint
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.networks import described

@@ -486,7 +486,7 @@ def test_an_error_that_is_no_users_mistake_keeps_its_traceback(monkeypatch):
     def broken(arguments):
         int("x")
 
-    monkeypatch.setattr("nanogpt_lit.cli.commands.generate", broken)
+    monkeypatch.setattr("nanogpt_lit.cli.generate.generate", broken)
     with pytest.raises(ValueError, match="invalid literal"):
         main(["generate"])
 

@@ -21,9 +21,11 @@ from nanogpt_lit.checkpoint.run_file import save_run
 from nanogpt_lit.checkpoint.run_lock import HOLDER
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.prepare import PrepareConfig, prepare
-from nanogpt_lit.doctor import examination, machine
-from nanogpt_lit.doctor.examination import Finding, check_checkpoints, check_disk, check_shards
+from nanogpt_lit.doctor import machine
+from nanogpt_lit.doctor import run as of_run
+from nanogpt_lit.doctor.finding import Finding
 from nanogpt_lit.doctor.machine import advice, check_cpu, check_gpu, check_packages, check_page_locks, check_sleep
+from nanogpt_lit.doctor.run import check_checkpoints, check_disk, check_shards
 
 posix = pytest.mark.skipif(os.name != "posix", reason="its programs are shell scripts")
 
@@ -77,7 +79,7 @@ def sound_machine(monkeypatch):
     """So that what this machine lacks is not what a test sees."""
     monkeypatch.setattr(machine, "check_gpu", lambda: iter(()))
     monkeypatch.setattr(machine, "check_sleep", lambda: iter(()))
-    monkeypatch.setattr(examination, "TRIED_BYTES", 2**20)
+    monkeypatch.setattr(of_run, "TRIED_BYTES", 2**20)
 
 
 def test_a_sound_run_passes(sound_machine, a_run, capsys):
@@ -149,7 +151,7 @@ def yaml_of(content):
 
 
 def disk_of_no_bytes(a_run, monkeypatch):
-    monkeypatch.setattr(examination.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    monkeypatch.setattr(of_run.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
 
 
 def a_clock_set_back(a_run, monkeypatch):
@@ -177,7 +179,7 @@ def metadata_without_a_version(a_run, monkeypatch):
 
 
 def a_checkpoint_that_breaks_its_reader(a_run, monkeypatch):
-    monkeypatch.setattr(examination, "check_checkpoint", lambda path: 1 // 0)
+    monkeypatch.setattr(of_run, "check_checkpoint", lambda path: 1 // 0)
 
 
 def numbers_of_proc_that_are_none(a_run, monkeypatch):
@@ -340,8 +342,8 @@ def test_a_write_that_was_cut_short_is_told_and_no_checkpoint_is_no_error(tmp_pa
 
 
 def test_a_disk_too_small_for_the_next_checkpoint_is_wrong(monkeypatch, tmp_path):
-    monkeypatch.setattr(examination, "TRIED_BYTES", 2**20)
-    monkeypatch.setattr(examination.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(of_run, "TRIED_BYTES", 2**20)
+    monkeypatch.setattr(of_run.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
     assert levels(check_disk(tmp_path / "not" / "yet", 10**8)) == ["ok", "ok"]
     assert levels(check_disk(tmp_path, 4 * 10**8)) == ["look", "ok"]
     assert levels(check_disk(tmp_path, None)) == ["look", "ok"]  # the size is a guess
@@ -349,13 +351,13 @@ def test_a_disk_too_small_for_the_next_checkpoint_is_wrong(monkeypatch, tmp_path
 
 
 def test_a_disk_that_cannot_be_written_or_is_slow_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(examination, "bytes_per_s", lambda folder: 5e6)
+    monkeypatch.setattr(of_run, "bytes_per_s", lambda folder: 5e6)
     assert [f.level for f in check_disk(tmp_path, 10**6) if f.check == "disk"] == ["look"]
 
     def refused(folder):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(examination, "bytes_per_s", refused)
+    monkeypatch.setattr(of_run, "bytes_per_s", refused)
     assert "Read-only file system" in only(f for f in check_disk(tmp_path, 10**6) if f.level == "wrong").text
 
 

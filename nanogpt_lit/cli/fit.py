@@ -53,15 +53,6 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def prepare(arguments: list[str]) -> int:
-    """`prepare`: the YAML and the options of fit."""
-    quiet_lightning()
-    cli = SettingsCLI(arguments)
-    cli.find_beginning()  # which brings the tokenizer
-    cli.prepare_data()
-    return 0
-
-
 class NanoGPTCLI(SettingsCLI):
     """Builds `LitNanoGPT`, `TokenDataModule` and a Trainer, and runs them."""
 

@@ -5,7 +5,7 @@ import re
 import shutil
 import textwrap
 
-from nanogpt_lit.cli.commands import program
+from nanogpt_lit.cli.options import program
 from nanogpt_lit.runtime.launch import KEEP_ALIVE
 from nanogpt_lit.untrusted.allowlist import TRUST
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanogpt_lit.cli.commands import parser_of
+from nanogpt_lit.cli.options import parser_of
 from nanogpt_lit.errors import UserError
 
 NAMED_BY = ("--config", "-c", "--from")

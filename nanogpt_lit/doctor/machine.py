@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_lit.doctor.examination import Finding, unless_it_fails
+from nanogpt_lit.doctor.finding import Finding, unless_it_fails
 from nanogpt_lit.errors import UserError
 
 if TYPE_CHECKING:

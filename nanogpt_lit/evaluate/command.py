@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_lit.cli.commands import parser_of
+from nanogpt_lit.cli.options import parser_of
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.collector import quick_imports
 

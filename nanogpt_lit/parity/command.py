@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from nanogpt_lit.cli.commands import OptionParser, program
+from nanogpt_lit.cli.options import OptionParser, program
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.networks import described, section_of

@@ -8,7 +8,28 @@ from importlib.resources import files
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from nanogpt_lit.cli.options import parser_of
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.supervise.supervisor import supervised_fit
+
+
+def keep_alive_unit(arguments: list[str]) -> int:
+    """`keep-alive-unit --config FILE`: prints what starts `fit --keep-alive` again after a reboot."""
+    parser = parser_of(
+        "keep-alive-unit",
+        "Prints a unit for systemd, or a task for the Windows Task Scheduler, which starts "
+        "`fit --keep-alive` with these options in this folder after a reboot. Its beginning says how to install it.",
+        usage="[--systemd | --task-scheduler] [--option.of.fit VALUE ...]",
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--systemd", action="store_true", help="the default everywhere but on Windows")
+    kind.add_argument("--task-scheduler", action="store_true", help="the default on Windows")
+    options, settings_of_fit = parser.parse_known_args(arguments[1:])
+
+    command = supervised_fit(settings_of_fit)
+    as_task = options.task_scheduler or (os.name == "nt" and not options.systemd)
+    print((scheduled_task if as_task else systemd_unit)(command, Path.cwd()), end="")
+    return 0
 
 
 def systemd_unit(command: Sequence[str], folder: Path) -> str:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from nanogpt_lit.cli.commands import parser_of
+from nanogpt_lit.cli.options import parser_of
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.collector import quick_imports
 

@@ -1,15 +1,14 @@
-"""The doctor's examination: a finding a line, of this machine and of a run."""
+"""Disk, shards and checkpoints of a run, compared with their checksums. NumPy and torch are imported late."""
 
 import hashlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
+from nanogpt_lit.doctor.finding import Finding, unless_it_fails
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import PARTIAL, check_writable
 
@@ -19,123 +18,6 @@ GPT2_CHECKPOINT_BYTES = 1_500_000_000
 """Weights and AdamW's moments of 124M parameters, in float32."""
 TRIED_BYTES = 64 * 2**20
 SLOW_BYTES_PER_S = 30e6
-
-
-@dataclass(frozen=True)
-class Finding:
-    level: Literal["ok", "look", "wrong"]
-    """Nothing to do; something that may cost time, or comfort; something that fails, or will."""
-    check: str
-    """The subject, in a word."""
-    text: str
-    """The state, and unless it is ok, what to do."""
-
-    def __str__(self) -> str:
-        line = f"{self.level:<6} {self.check:<11} {self.text}"
-        # Names of files and settings may come from elsewhere, with characters in them that a terminal would obey.
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-
-
-def examine(
-    run: Path | None,
-    config: Path | None,
-    page_locked_mib: Callable[[Path], float] | None = None,
-    remarks_on: Callable[[Path], list[str]] | None = None,
-) -> Iterator[Finding]:
-    """Examine this machine, and a run if one is named; a check that fails stops none of the others.
-
-    run: a run's folder, or one of several runs   config: a YAML of fit, for the run that it has made or will make
-    page_locked_mib: plans the run of a YAML   remarks_on: what fit says of a YAML before it makes anything
-    Raises UserError for a folder or file that is not there.
-    """
-    from nanogpt_lit.doctor import machine
-
-    if run is not None and not run.is_dir():
-        raise UserError(f"--run={run} is not a folder; fit names its own when it begins and when it ends.")
-    if config is not None and not config.is_file():
-        raise UserError(f"{config} is not a file; --config names a YAML of fit.")
-    settings: dict[str, Any] = {}
-    if config is not None:
-        try:
-            settings = read_settings(config)
-        except Exception as error:
-            yield failed("settings", error)
-        else:
-            yield from unless_it_fails("settings", lambda: check_settings(config, remarks_on))
-        if (source := setting(settings, "data", "source")) is not None:
-            yield from unless_it_fails("source", lambda: check_source(source))
-    for name in ("packages", "cpu", "gpu", "sleep"):
-        yield from unless_it_fails(name, getattr(machine, f"check_{name}"))
-    if config is not None and page_locked_mib is not None:
-        yield from unless_it_fails("memory", lambda: machine.check_page_locks(lambda: page_locked_mib(config)))
-    root = run or Path(setting(settings, "trainer", "default_root_dir") or "runs")
-    yield from unless_it_fails("disk", lambda: check_disk(root, largest_checkpoint(root)))
-    if run is None and config is None:
-        return
-    folders = {shards_of(settings, root)}
-    if config is None:
-        folders = set()
-        for path in sorted(root.rglob("config*.yaml")):  # what fit keeps of its settings in the folder of a run
-            try:
-                folders.add(shards_of(read_settings(path), path.parent.parent))
-            except UserError as error:
-                text = f"{str(error).rstrip('.')}: fit passes it over when it resumes"
-                yield Finding("look", "settings", text)
-            except Exception as error:
-                yield failed("settings", error)
-    for folder in sorted(folders):
-        yield from unless_it_fails("shards", lambda folder=folder: check_shards(folder))  # type: ignore[misc]
-    yield from unless_it_fails("checkpoint", lambda: check_checkpoints(root))
-    for check in (check_times, check_holders):
-        yield from unless_it_fails("run", lambda check=check: check(root))  # type: ignore[misc]
-
-
-def unless_it_fails(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """The findings of a check; one that breaks is a finding itself."""
-    try:
-        yield from check()
-    except Exception as error:
-        yield failed(name, error)
-
-
-def failed(name: str, error: Exception) -> Finding:
-    """What a check ended by: a sentence of ours, a package that is not there, or anything else."""
-    if isinstance(error, UserError):
-        return Finding("wrong", name, str(error).rstrip("."))
-    reason = f"could not be looked at ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        reason += f": pip install --force-reinstall {error.name.partition('.')[0]}"
-    return Finding("wrong", name, reason)
-
-
-def check_settings(config: Path, remarks_on: Callable[[Path], list[str]] | None) -> Iterator[Finding]:
-    """Let fit look at a YAML as far as it does before it makes anything."""
-    if remarks_on is not None:
-        for line in remarks_on(config):
-            yield Finding("look", "settings", line.rstrip("."))
-        yield Finding("ok", "settings", f"fit takes {config}")
-
-
-def shards_of(settings: dict[str, Any], root: Path) -> Path:
-    """data.shards_dir, by default beside the runs."""
-    return Path(setting(settings, "data", "shards_dir") or root / "shards")
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """A YAML, as far as it says where a run is. Raises UserError for one that cannot be read."""
-    from nanogpt_lit.untrusted.yaml_file import load_yaml_file  # PyYAML may be what is missing
-
-    settings = load_yaml_file(path)
-    return settings if isinstance(settings, dict) else {}
-
-
-def setting(settings: dict[str, Any], section: str, key: str) -> str | None:
-    value = settings.get(section)
-    text = value.get(key) if isinstance(value, dict) else None
-    return text if isinstance(text, str) else None
-
-
-# Disk, shards and checkpoints of a run, compared with their checksums. NumPy and torch are imported late.
 
 
 def check_disk(folder: Path, checkpoint_bytes: int | None) -> Iterator[Finding]:
@@ -224,14 +106,6 @@ def tokens_sha256(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(HEADER_BYTES)
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_source(source: str) -> Iterator[Finding]:
-    """Check whether there is text; that of the hub is not asked for. Raises UserError where there is none."""
-    from nanogpt_lit.data.sources import open_source
-
-    open_source(source)
-    yield Finding("ok", "source", source)
 
 
 def check_checkpoints(run: Path) -> Iterator[Finding]:

@@ -1,0 +1,72 @@
+"""`generate`: text from a checkpoint, or answers. It imports torch late."""
+
+import sys
+from pathlib import Path
+
+from nanogpt_lit.cli.options import parser_of
+from nanogpt_lit.errors import UserError
+
+
+def generate(arguments: list[str]) -> int:
+    """`generate --ckpt FILE --prompt TEXT`: streams text to standard output."""
+    parser = parser_of(
+        "generate",
+        "Text from a checkpoint, streamed as it is made. The tokenizer is the checkpoint's own.",
+    )
+    parser.add_argument(
+        "--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint, or any model that convert reads"
+    )
+    parser.add_argument("--prompt", default="", help="how the text begins; empty begins a new document")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer each line of standard input, by the model's chat template, and --prompt before them",
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="with --chat: what the conversation begins with")
+    parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="tokens to make (500)")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to make (1)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is the likeliest token, 1 as trained (0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that together have P")
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text (1337)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
+    options = parser.parse_args(arguments[1:])
+    if options.num_samples < 1:
+        raise UserError(f"--num-samples={options.num_samples} must be at least 1.")
+    if not abs(options.seed) < 2**63:
+        raise UserError(f"--seed={options.seed} is more than 64 bits hold; 1337 works.")
+
+    if options.chat and options.num_samples > 1:
+        raise UserError(f"--num-samples={options.num_samples} is for texts; --chat gives one answer to each question.")
+    if options.system and not options.chat:
+        raise UserError(f"--system={options.system} is for --chat; --prompt begins a text.")
+
+    from nanogpt_lit.checkpoint.convert import load_network
+    from nanogpt_lit.gpt.generate import continue_text, printable
+    from nanogpt_lit.runtime.machine import chosen_device
+
+    gpt, tokenizer = load_network(options.ckpt, chosen_device(options.device))
+    if options.chat:
+        from nanogpt_lit.cli.chat import talk
+
+        talk(gpt, tokenizer, options)
+        return 0
+    for sample in range(options.num_samples):
+        pieces = continue_text(
+            gpt,
+            tokenizer,
+            options.prompt,
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed + sample,
+        )
+        if sample:
+            print("\n" + "-" * 20)
+        sys.stdout.write(options.prompt)
+        for piece in pieces:
+            sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
+            sys.stdout.flush()
+        print()
+    return 0

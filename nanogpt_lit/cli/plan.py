@@ -1,0 +1,81 @@
+"""`plan`: its arguments, and what it prints. It imports torch late."""
+
+import json
+from pathlib import Path
+
+from nanogpt_lit.cli.options import parser_of
+from nanogpt_lit.errors import UserError
+
+
+def plan(arguments: list[str]) -> int:
+    """`plan --config FILE`: whether a run fits a GPU, before it runs, on any machine."""
+    parser = parser_of(
+        "plan",
+        "Whether a run fits a GPU, where its memory goes, and what to change when it does not. Needs no "
+        "GPU and trains nothing. Takes every option of fit besides these.",
+        usage="--config FILE [--gpu NAME | --vram SIZE] [...] [--SECTION.KEY VALUE ...]",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--gpu", metavar="NAME", help="rtx2050 (the default where torch sees none), t4, a100, ...")
+    which.add_argument("--vram", metavar="SIZE", help="the memory of another, such as 6GiB")
+    parser.add_argument("--usable", metavar="SIZE", help="how much of it you found free, in place of an estimate")
+    parser.add_argument("--os", choices=["linux", "windows"], help="what the GPU's machine runs (either)")
+    parser.add_argument("--desktop-on-gpu", action="store_true", help="the screen is drawn by this GPU")
+    parser.add_argument("--loop", choices=["lightning", "accelerate"], default="lightning", help="what drives the run")
+    parser.add_argument("--devices", metavar="N", help="GPUs of each machine, as trainer.devices")
+    parser.add_argument("--nodes", metavar="N", help="machines, as trainer.num_nodes")
+    parser.add_argument("--strategy", metavar="NAME", help="ddp or fsdp2, as trainer.strategy (ddp)")
+    parser.add_argument(
+        "--interconnect", metavar="NAMES", help="of several GPUs, within and between machines: nvlink4,8xndr"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan for a program")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory of one step, .svg or .png")
+    parser.add_argument(
+        "--largest", action="store_true", help="also find the largest that fits, as configured and with all techniques"
+    )
+    options, settings_of_fit = parser.parse_known_args(arguments[1:])
+    strategy = "ModelParallelStrategy" if options.strategy == "fsdp2" else options.strategy
+    for key, value in (("devices", options.devices), ("num_nodes", options.nodes), ("strategy", strategy)):
+        settings_of_fit += [] if value is None else [f"--trainer.{key}={value}"]
+
+    from nanogpt_lit.runtime.collector import quick_imports
+
+    with quick_imports():
+        from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
+        from nanogpt_lit.plan.budget import choose_budget
+        from nanogpt_lit.plan.command import growth_of, largest_that_fits, plan_run
+        from nanogpt_lit.plan.many import report_many
+        from nanogpt_lit.plan.report import check_picture, report, report_largest, write_picture
+
+    quiet_lightning()
+    budget = choose_budget(options.gpu, options.vram, options.usable, options.os, options.desktop_on_gpu)
+    if options.picture is not None:
+        check_picture(options.picture)
+    cli = SettingsCLI(args=settings_of_fit)
+    cli.find_beginning()
+    title = ", ".join(str(path) for path in cli.config.get("config") or []) or "the defaults"
+    planned = plan_run(cli.settings, budget, lightning=options.loop == "lightning")
+    if options.picture is not None:
+        write_picture(planned, title, options.picture)
+    several = planned.shape.devices > 1
+    if several:
+        step, steps = growth_of(cli.settings, planned, options.interconnect)
+        tokens = step.tokens * planned.max_steps
+    elif options.interconnect is not None:
+        raise UserError(f"--interconnect={options.interconnect} is for several devices; --devices 8 are.")
+    if options.json:
+        answer = planned.as_json()
+        if several:
+            answer["step"] = step.as_json(tokens)
+            answer["growth"] = [grown.as_json(tokens) for grown in steps]
+        if options.largest:
+            answer["largest"] = largest_that_fits(cli.settings, planned, lightning=options.loop == "lightning")
+        print(json.dumps(answer, indent=1))
+        return 0
+    print(report(planned, title), flush=True)
+    if several:
+        print("\n" + report_many(steps, step, planned.shape.strategy, tokens), flush=True)
+    if options.largest:
+        found = largest_that_fits(cli.settings, planned, lightning=options.loop == "lightning")
+        print("\n" + report_largest(found, planned))
+    return 0
