@@ -4,9 +4,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision as LightningMixedPrecision
+from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanogpt_lit.loops.lightning import FullPrecision, MixedPrecision, precision_plugin
+from nanogpt_lit.loops.lightning_run import RunFileIO, run_plugins
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -104,3 +106,16 @@ def test_precisions_that_lightning_handles_alone_are_left_to_it():
     assert isinstance(precision_plugin("32-true", "cpu"), FullPrecision)
     assert precision_plugin("64-true", "cpu") is None
     assert precision_plugin("bf16-true", "cpu") is None
+
+
+def test_a_run_adds_to_the_users_plugins_a_precision_and_a_writer_where_they_have_none():
+    own_writer, own_precision = TorchCheckpointIO(), LightningMixedPrecision("bf16-mixed", "cpu")
+    for given, kinds in (
+        (None, [MixedPrecision, RunFileIO]),
+        (own_writer, [TorchCheckpointIO, MixedPrecision]),
+        ([own_precision], [LightningMixedPrecision, RunFileIO]),
+        ([own_precision, own_writer], [LightningMixedPrecision, TorchCheckpointIO]),
+    ):
+        assert [type(plugin) for plugin in run_plugins(given, "bf16-mixed", "cpu")["plugins"]] == kinds
+    assert run_plugins(None, "bf16-mixed", "cpu")["precision"] is None  # Lightning refuses it beside a plugin
+    assert run_plugins(None, "bf16-true", "cpu")["precision"] == "bf16-true"

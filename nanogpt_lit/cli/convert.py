@@ -1,8 +1,12 @@
 """`convert`: its arguments. It imports torch late."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanogpt_lit.cli.options import parser_of
+
+if TYPE_CHECKING:
+    from nanogpt_lit.checkpoint.network import Described
 
 
 def convert(arguments: list[str]) -> int:
@@ -46,10 +50,34 @@ def convert(arguments: list[str]) -> int:
         print(f"{options.source} is {pinned} today")
     described = None
     if options.config is not None:
-        from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
-
-        quiet_lightning()
-        described = SettingsCLI(args=[f"--config={options.config}", *settings_of_fit]).described()
+        described = described_by([f"--config={options.config}", *settings_of_fit])
     for line in convert(source, options.target, options.to, options.dtype, options.tokenizer, described):
         print(line)
     return 0
+
+
+def described_by(settings_of_fit: list[str]) -> "Described":
+    """Describe a run by its YAML. Raises UserError where a tokenizer that is made from text is not made yet."""
+    from nanogpt_lit.checkpoint.network import Described, chosen_tokenizer
+    from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
+    from nanogpt_lit.data.datamodule import ORDER_FIELDS
+    from nanogpt_lit.data.tokenizer_files import parse_tokenizer
+    from nanogpt_lit.gpt.networks import config_of, section_of
+    from nanogpt_lit.optim.adamw import AdamWConfig
+    from nanogpt_lit.optim.schedule import ScheduleConfig
+
+    quiet_lightning()
+    cli = SettingsCLI(args=settings_of_fit)
+    settings, data = cli.settings, cli.data_module()
+    name = settings.data.tokenizer
+    made_of_text = parse_tokenizer(name)[0] in ("char", "bpe")
+    tokenizer = data.tokenizer if made_of_text else chosen_tokenizer(Path(name), 0, name)
+    vocab_size = settings.model[section_of(settings.model)].vocab_size or tokenizer.vocab_size
+    return Described(
+        network=config_of(settings.model, vocab_size=vocab_size),
+        optim=AdamWConfig(**settings.model.optim),
+        schedule=ScheduleConfig(**settings.model.schedule),
+        tokenizer=tokenizer,
+        order={name: settings.data[name] for name in ORDER_FIELDS},
+        accumulate_grad_batches=settings.trainer.accumulate_grad_batches,
+    )

@@ -13,15 +13,15 @@ from lightning.pytorch.cli import LightningCLI
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print
 from nanogpt_lit.errors import UserError, refused_by
-from nanogpt_lit.loops.compatibility import DDP, FSDP2, SINGLE
-from nanogpt_lit.loops.lightning import Ended, precision_plugin
+from nanogpt_lit.loops.compatibility import FSDP2
+from nanogpt_lit.loops.lightning import Ended
 from nanogpt_lit.loops.lightning_run import (
     BestEffortLogger,
     LightningRun,
     RunFileIO,
     go_on,
     run_folder,
-    with_writer,
+    run_plugins,
 )
 from nanogpt_lit.loops.trainer_section import named_strategy, writes_run_files
 from nanogpt_lit.memory.oom import oom_explained
@@ -72,13 +72,10 @@ class NanoGPTCLI(SettingsCLI):
         trainer = self._get(self.config_init, "trainer")
         # Before the Trainer looks at the GPU, and for validate and test too.
         set_for_process(self.model, torch.device(self.device), trainer.deterministic)
-        plugin = precision_plugin(trainer.precision, self.device)
-        # FSDPStrategy and DeepSpeedStrategy bring precision plugins of their own.
-        if plugin is not None and named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2) and not trainer.plugins:
-            kwargs |= {"plugins": [plugin], "precision": None}
-        if writes_run_files(trainer):
-            kwargs["plugins"] = with_writer(kwargs.get("plugins", trainer.plugins), writer := RunFileIO())
-            if named_strategy(trainer.strategy) == FSDP2 and writer in kwargs["plugins"]:
+        if writes_run_files(trainer):  # FSDPStrategy and DeepSpeedStrategy have precisions and checkpoints of their own
+            kwargs |= run_plugins(trainer.plugins, trainer.precision, self.device)
+            ours = any(isinstance(plugin, RunFileIO) for plugin in kwargs["plugins"])
+            if named_strategy(trainer.strategy) == FSDP2 and ours:
                 from nanogpt_lit.loops.lightning_sharded import ShardedStrategy  # late, for few runs are sharded
 
                 kwargs["strategy"] = ShardedStrategy(**self.settings.trainer.strategy.init_args)

@@ -15,9 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.parser import Parser
-from nanogpt_lit.data.datamodule import ORDER_FIELDS, TokenDataModule
+from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.shards import first_words, val_tokens_per_byte
-from nanogpt_lit.data.tokenizer_files import parse_tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.networks import NETWORKS, config_of, section_of
 from nanogpt_lit.loops.compatibility import (
@@ -59,7 +58,6 @@ from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.process_settings import keep_freed_memory
 
 if TYPE_CHECKING:
-    from nanogpt_lit.checkpoint.network import Described
     from nanogpt_lit.cli.fine_tuning import Beginning
     from nanogpt_lit.cli.resumed import Resumed
 
@@ -329,37 +327,18 @@ class SettingsCLI(LightningCLI):
 
     def prepare_data(self) -> TokenDataModule:
         """Text to shards, when they are missing or were made from something else."""
-        datamodule = self._data()
+        datamodule = self.data_module()
         datamodule.prepare_data()
         for remark in datamodule.remarks():
             rank_zero_print(remark)
         return datamodule
 
-    def _data(self) -> TokenDataModule:
+    def data_module(self) -> TokenDataModule:
         settings = self.settings
         if settings.data.shards_dir is None:
             self._chose_shards_dir = True
             settings.data.shards_dir = str(Path(settings.trainer.default_root_dir) / "shards")
         return TokenDataModule(**settings.data)
-
-    def described(self) -> "Described":
-        """Describe a run by its settings. Raises UserError where a tokenizer that is made from text is not made yet."""
-        from nanogpt_lit.checkpoint.network import Described, chosen_tokenizer  # convert alone asks for it
-
-        settings = self.settings
-        data = self._data()
-        name = settings.data.tokenizer
-        made_of_text = parse_tokenizer(name)[0] in ("char", "bpe")
-        tokenizer = data.tokenizer if made_of_text else chosen_tokenizer(Path(name), 0, name)
-        vocab_size = settings.model[section_of(settings.model)].vocab_size or tokenizer.vocab_size
-        return Described(
-            network=config_of(settings.model, vocab_size=vocab_size),
-            optim=AdamWConfig(**settings.model.optim),
-            schedule=ScheduleConfig(**settings.model.schedule),
-            tokenizer=tokenizer,
-            order={name: settings.data[name] for name in ORDER_FIELDS},
-            accumulate_grad_batches=settings.trainer.accumulate_grad_batches,
-        )
 
     def build(self) -> tuple[LitNanoGPT, TokenDataModule]:
         """The module and the data, as fit builds them, once the settings are complete."""

@@ -14,6 +14,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only
 
 from nanogpt_lit.checkpoint.disk import BestEffortSaver
@@ -24,7 +25,7 @@ from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.checkpoint.shards import sweep_shards
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Observer
-from nanogpt_lit.loops.lightning import Observed
+from nanogpt_lit.loops.lightning import Observed, precision_plugin
 from nanogpt_lit.run.curves import BestEffortWriter, Curves, code_block
 from nanogpt_lit.run.metrics import say
 from nanogpt_lit.run.observers import RunObservers
@@ -215,10 +216,14 @@ class RunFileIO(CheckpointIO):
         sweep_shards(Path(path).parent)
 
 
-def with_writer(plugins: Any, writer: CheckpointIO) -> list[Any]:
-    """A Trainer's plugins, and `writer` where none of them writes checkpoints."""
-    given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
-    return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, writer]
+def run_plugins(given: Any, precision: str, device: str) -> dict[str, Any]:
+    """A Trainer's `plugins` and `precision`: those given, and ours where none of them is a precision or writes
+    checkpoints."""
+    plugins = [] if given is None else given if isinstance(given, list) else [given]
+    own = None if any(isinstance(plugin, Precision) for plugin in plugins) else precision_plugin(precision, device)
+    writer = [] if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [RunFileIO()]
+    ours = [] if own is None else [own]
+    return {"plugins": [*plugins, *ours, *writer], "precision": precision if own is None else None}
 
 
 def check_trigger(callback: ModelCheckpoint, accumulate_grad_batches: int) -> None:

@@ -6,8 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from nanogpt_lit.loops.contract import Observer
-from nanogpt_lit.loops.lightning import precision_plugin
-from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO, with_writer
+from nanogpt_lit.loops.lightning_run import LightningRun, run_plugins
 from nanogpt_lit.loops.trainer_section import TRAINER_DEFAULTS
 from nanogpt_lit.run.stops import seconds_of
 from nanogpt_lit.runtime.machine import device_type
@@ -34,19 +33,16 @@ def trainer_options(
 
         Trainer(**trainer_options("bf16-mixed", seed=1337, max_steps=1000))
     """
-    precision = full_precision_name(precision)
-    plugin = precision_plugin(precision, device_type(accelerator))
     options = {**TRAINER_DEFAULTS, **options}
     max_time_s = seconds_of(options.pop("max_time", None))  # Lightning's timer ends inside a step
     run = LightningRun(
         seed=seed, observers=observers, log_every_n_steps=options["log_every_n_steps"], max_time_s=max_time_s
     )
-    ours = [] if plugin is None else [plugin]
+    plugins = run_plugins(options.pop("plugins", None), full_precision_name(precision), device_type(accelerator))
     return {
-        **({"precision": precision} if plugin is None else {}),
         "accelerator": accelerator,
         "enable_checkpointing": False,  # Lightning's own, besides those of the run
         **options,
-        "plugins": [*ours, *with_writer(options.get("plugins"), RunFileIO())],
+        **plugins,
         "callbacks": [*callbacks, run],  # which has drawn its random numbers before dropout is seeded
     }
