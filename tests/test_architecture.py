@@ -45,8 +45,8 @@ ALLOWED: dict[str, set[str]] = {
 FRAMEWORKS = {
     "lightning": {
         "cli.fit", "cli.fit_accelerate", "cli.settings", "cli.parser", "module", "data.datamodule",
-        "loops.lightning", "loops.lightning_run", "loops.lightning_sharded", "loops.trainer_options", "parity.runs",
-        "parity.known_differences",
+        "loops.lightning", "loops.lightning_loggers", "loops.lightning_run", "loops.lightning_sharded",
+        "loops.trainer_options", "parity.runs", "parity.known_differences",
     },
     "accelerate": {"cli.fit_accelerate", "loops.accelerate", "parity.runs", "parity.known_differences"},
 }  # fmt: skip

@@ -16,7 +16,8 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.run.guards import EarlyStopping
-from nanogpt_lit.run.metrics import StepMetrics, ValidationRecord
+from nanogpt_lit.run.metrics import StepMetrics
+from nanogpt_lit.run.validations import ValidationRecord
 
 WORSE = ["--model.optim.lr=3", "--model.schedule.warmup_steps=0", "--trainer.max_steps=40", "--model.gpt.dropout=0"]
 """The network is soon worse than in the beginning. A validation after each second step."""

@@ -6,7 +6,8 @@ from trainings import training_of
 
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.run import metrics as metrics_module
-from nanogpt_lit.run.metrics import StepMetrics, ValidationRecord, perplexity
+from nanogpt_lit.run.metrics import StepMetrics
+from nanogpt_lit.run.validations import ValidationRecord, perplexity
 
 
 class Clock:

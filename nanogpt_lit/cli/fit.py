@@ -15,19 +15,13 @@ from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_pri
 from nanogpt_lit.errors import UserError, refused_by
 from nanogpt_lit.loops.compatibility import FSDP2
 from nanogpt_lit.loops.lightning import Ended
-from nanogpt_lit.loops.lightning_run import (
-    BestEffortLogger,
-    LightningRun,
-    RunFileIO,
-    go_on,
-    run_folder,
-    run_plugins,
-)
+from nanogpt_lit.loops.lightning_loggers import BestEffortLogger, go_on
+from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO, run_folder, run_plugins
 from nanogpt_lit.loops.trainer_section import named_strategy, writes_run_files
 from nanogpt_lit.memory.oom import oom_explained
-from nanogpt_lit.run.metrics import perplexity
 from nanogpt_lit.run.stops import Stopped, print_stopped
 from nanogpt_lit.run.terminal import closing_table, opening_lines, relative_to_here
+from nanogpt_lit.run.validations import perplexity
 from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.runtime.processes import has_group
 

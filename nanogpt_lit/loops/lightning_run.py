@@ -1,21 +1,16 @@
-"""A run of ours under Lightning's Trainer: what is Lightning's own in its folder, checkpoints, loggers and signals."""
+"""A run of ours under Lightning's Trainer: what is Lightning's own in its folder, checkpoints and signals."""
 
-import csv
 import signal
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.utilities import rank_zero_only
 
 from nanogpt_lit.checkpoint.disk import BestEffortSaver
 from nanogpt_lit.checkpoint.lightning_format import CURVES, RUN, from_lightning, loops, to_lightning
@@ -26,14 +21,13 @@ from nanogpt_lit.checkpoint.shards import sweep_shards
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.contract import Observer
 from nanogpt_lit.loops.lightning import Observed, precision_plugin
-from nanogpt_lit.run.curves import BestEffortWriter, Curves, code_block
+from nanogpt_lit.loops.lightning_loggers import LoggerCurves
 from nanogpt_lit.run.metrics import say
 from nanogpt_lit.run.observers import RunObservers
 from nanogpt_lit.run.resume import (
     batches_done,
     choose_again,
     chosen_settings,
-    claim_folder,
     keep_config,
     random_state_of,
     tidied,
@@ -249,82 +243,3 @@ def requeue_signal(trainer: Trainer) -> int | None:
     return (
         environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
     )
-
-
-# Loggers.
-
-
-class LoggerCurves(Curves):
-    """Curves that go to every logger of the Trainer."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def begin(self, config: str | None, step: int) -> None:
-        for logger in self._trainer.loggers:
-            if isinstance(logger, BestEffortLogger):
-                logger.experiment.begin(config, step)
-        if config is not None:
-            self.add_text("config", config, step)
-
-    def add(self, values: dict[str, float], step: int) -> None:
-        values = {tag: value for tag, value in values.items() if tag != "val/loss"}  # which validation_step logs
-        for logger in self._trainer.loggers:
-            logger.log_metrics(values, step=step)
-
-    def add_text(self, tag: str, text: str, step: int) -> None:
-        for logger in self._trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(tag, code_block(text), step)
-
-    def flush(self) -> None:
-        for logger in self._trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.flush()
-            elif isinstance(logger, CSVLogger):
-                logger.save()
-
-
-class BestEffortLogger(TensorBoardLogger):
-    """Lightning's logger, with a writer that does not end the training, and a folder of its own."""
-
-    @property
-    def version(self) -> int | str:
-        # Lightning's own would be looked for here and made later: two runs that start together would have the same.
-        if self._version is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            self._version = claim_folder(Path(self.root_dir), "version").name
-        return super().version
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> BestEffortWriter:
-        if self._experiment is None:
-            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
-            self._experiment = BestEffortWriter(log_dir=self.log_dir, **self._kwargs)
-        return self._experiment  # type: ignore[return-value]
-
-
-@rank_zero_only
-def go_on(logger: Logger | bool | None, run_folder: Path, step: int) -> None:
-    """Has a CSVLogger of the YAML's continue its file in the run's folder, without what came after the checkpoint.
-
-    By itself it would begin another version or, told its version, delete the file that is there.
-    """
-    path = run_folder / "metrics.csv"
-    kept = path.with_name("metrics_before.csv")  # until the new one is there; a start that was killed leaves it
-    if not isinstance(logger, CSVLogger) or Path(logger.root_dir) != run_folder.parent:
-        return
-    if path.exists() and not kept.exists():
-        path.replace(kept)
-    if not kept.exists():
-        return
-    with kept.open(newline="", encoding="utf-8") as file:
-        # A power loss may have left half a row, or zeros.
-        rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdecimal() and int(row["step"]) <= step]
-    logger._version = run_folder.name
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning warns that it will delete what was put aside above
-        writer = logger.experiment
-    writer.metrics = [{name: value for name, value in row.items() if value} for row in rows]
-    logger.save()
-    kept.unlink()
