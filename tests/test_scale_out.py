@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from page_commands import clone
 from small_runs import accelerate, curves, different, on_two_processes, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
-from nanogpt_lit.loops.compatibility import check_together
+from nanogpt_lit.loops.compatibility import check_together, keys_of
 from nanogpt_lit.loops.trainer_section import strategy_settings
 from nanogpt_lit.runtime.launch import lost_restart
 
@@ -273,7 +274,7 @@ def commands_of(page):
     """The commands of its bash blocks, as lists of arguments."""
     for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if "nanogpt_lit" in line and "trainer.yaml" not in line:
+            if "-m nanogpt_lit" in line and "trainer.yaml" not in line:
                 yield shlex.split(line.partition(" > ")[0], comments=True)
 
 
@@ -283,18 +284,20 @@ SMALLEST = [
 ]  # fmt: skip
 
 
-def test_every_command_of_the_page_is_one_that_we_understand(capsys, monkeypatch):
-    monkeypatch.chdir(PAGE.parents[1])
+def test_every_command_of_the_page_is_one_that_we_understand(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(clone(tmp_path))
     commands = list(commands_of(PAGE.read_text(encoding="utf-8")))
     assert len(commands) >= 7
     for command in commands:
         arguments = command[command.index("nanogpt_lit") + 1 :]
         if arguments[0] in ("fit", "fit-accelerate"):
-            trainer = SettingsCLI(args=arguments[1:]).settings.trainer
-            check_together(strategy_settings(vars(trainer), "cuda"))
+            settings = SettingsCLI(args=arguments[1:]).settings
+            of_network = keys_of("model", settings.model.as_dict())
+            check_together(of_network | strategy_settings(vars(settings.trainer), "cuda"))
         elif arguments[0] == "plan":
             assert main([*arguments, *SMALLEST]) == 0
             assert "on 2 x 8 devices, ddp" in capsys.readouterr().out
         else:
-            assert main(arguments) == 0
+            assert main([*arguments, *(["--data.block_size=8"] if arguments[0] == "prepare" else [])]) == 0
+        if arguments[0] == "accelerate-config":
             assert "distributed_type: MULTI_GPU" in capsys.readouterr().out

@@ -56,14 +56,16 @@ def whole_number(name: str, environ: Mapping[str, str], least: int = 0) -> int |
 def lost_restart(environ: Mapping[str, str] = os.environ) -> str | None:
     """Say that a restart by torchrun would not work; None where it would, or none was asked for.
 
-    torch 2.13 keeps the store of a group for the next one: its processes find addresses of those that are gone.
+    torch 2.13 keeps the store of a group for the next one: its processes find addresses of those that are gone. With
+    --node_rank and --master_addr it does so always, otherwise unless a variable forbids it.
     """
     restarts = whole_number("TORCHELASTIC_MAX_RESTARTS", environ)
     if not restarts or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     return (
         f"torchrun --max-restarts={restarts}: restarted processes would look for those that are gone; start it with "
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, and fit with --resume auto"
+        "--standalone or --rdzv_backend c10d, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, and fit with "
+        "--resume auto"
     )
 
 
