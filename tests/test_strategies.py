@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from accelerate.commands.config import cluster
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.commands.to_fsdp2 import to_fsdp2_command, to_fsdp2_command_parser
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, PrecisionType, constants
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PrecisionType,
+    constants,
+    write_basic_config,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
@@ -109,74 +114,6 @@ def test_every_distributed_type_and_precision_is_known_or_refused(tmp_path):
             to_trainer(read(tmp_path, **TWO_CARDS | {"mixed_precision": precision}))
 
 
-# What is written for a YAML is what accelerate itself would have written.
-
-
-def accelerate_config(monkeypatch, answers):
-    """The file of `accelerate config` for answers to the questions that begin so; others take their default."""
-    asked = set()
-
-    def answer(question, convert, default):
-        for start, value in answers.items():
-            if question.startswith(start):
-                asked.add(start)
-                return value if convert is None else convert(value)
-        return default
-
-    def ask_options(question, options=(), convert=None, default=0):
-        for start, value in answers.items():
-            if question.startswith(start):
-                asked.add(start)
-                return convert([str(o).lower() for o in options].index(str(value).lower())) if convert else value
-        return convert(default) if convert else default
-
-    def ask_field(question, convert=None, default=None, error_message=None):
-        return answer(question, convert, default)
-
-    monkeypatch.setattr(cluster, "_ask_options", ask_options)
-    monkeypatch.setattr(cluster, "_ask_field", ask_field)
-    monkeypatch.setattr(cluster, "is_deepspeed_available", lambda: True)
-    monkeypatch.setattr(cluster, "is_mps_available", lambda: False)
-    config = cluster.get_cluster_input()
-    assert asked == set(answers), "accelerate asks other questions than it did"
-    # TPUs have no place here, and the rest of these is accelerate's default.
-    left_out = ("downcast_bf16", "enable_cpu_affinity", "tpu_env", "tpu_use_cluster", "tpu_use_sudo")
-    return {key: value for key, value in config.to_dict().items() if key not in left_out}
-
-
-QUESTIONNAIRE = {
-    "one card, fp16": ([], {"Do you wish to use mixed": "fp16"}),
-    "chosen cards": (
-        ["--trainer.devices=[0,2]", "--trainer.precision=bf16-mixed"],
-        {"Which type": "multi-GPU", "How many GPU": "2", "What GPU": "0,2", "Do you wish to use mixed": "bf16"},
-    ),
-    "FSDP2": (
-        ["--trainer.devices=2", "--trainer.precision=bf16-mixed", "--trainer.strategy=ModelParallelStrategy",
-         "--trainer.strategy.save_distributed_checkpoint=true"],
-        {"Which type": "multi-GPU", "How many GPU": "2", "Do you want to use Fully": "yes",
-         "Specify the comma-separated": "GPTBlock", "Do you want to enable CPU RAM": "no",
-         "Do you wish to use mixed": "bf16"},
-    ),
-    "DeepSpeed": (
-        ["--trainer.devices=2", "--trainer.strategy=deepspeed_stage_2_offload"],
-        {"Which type": "multi-GPU", "How many GPU": "2", "Do you want to use DeepSpeed": "yes",
-         "Where to offload opt": "cpu", "How many gradient": "4", "Do you want to use gradient": "yes",
-         "Do you wish to use mixed": "fp16"},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", QUESTIONNAIRE)
-def test_the_file_is_the_one_that_accelerate_config_writes_for_the_same_answers(name, monkeypatch, capsys):
-    options, answers = QUESTIONNAIRE[name]
-    for variable, value in {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}.items():
-        monkeypatch.setenv(variable, value)
-    assert main(["accelerate-config", f"--from={RTX2050}", *options]) == 0
-    ours = yaml.safe_load(capsys.readouterr().out)
-    theirs = accelerate_config(monkeypatch, answers)
-    assert ours == theirs
-
-
 # There and back: every key with a counterpart keeps its value, every other one is named.
 
 ROUND_TRIPS = [
@@ -247,7 +184,9 @@ def test_the_round_trips_leave_out_no_key_that_has_a_counterpart():
     assert made == {row.accelerate for row in TABLE if row.lightning is not None}
 
 
-BASE_OF = {"fsdp_config": FSDP2, "parallelism_config": FSDP2}
+BASE_OF = {
+    "fsdp_config": FSDP2, "parallelism_config": FSDP2, "rdzv_backend": THREE_NODES, "same_network": THREE_NODES,
+}  # fmt: skip
 
 
 def test_a_key_without_a_counterpart_is_named_or_refused_and_its_default_is_neither(tmp_path):
@@ -279,9 +218,9 @@ def test_a_key_that_the_table_does_not_have_is_listed_without_a_counterpart(valu
     assert [line for line in remarks if line.startswith(remark)] != []
 
 
-def test_what_accelerate_config_writes_whatever_is_asked_has_no_remark(monkeypatch, tmp_path):
+def test_what_accelerate_itself_writes_has_no_remark_but_of_the_script(tmp_path):
     path = tmp_path / "default_config.yaml"
-    path.write_text(yaml.safe_dump(accelerate_config(monkeypatch, {"Do you wish to use mixed": "fp16"})))
+    write_basic_config(mixed_precision="no", save_location=str(path))
     (remark,) = to_trainer(read_accelerate_file(path)).remarks
     assert "accelerate keeps both in your script" in remark
 
@@ -367,6 +306,18 @@ def test_accelerate_loads_the_file_and_would_launch_what_the_trainer_says(change
     assert {name: getattr(args, name) for name in launches} == launches
 
 
+def test_the_command_writes_the_file_of_a_yaml_and_of_the_first_node(monkeypatch, capsys):
+    for variable, value in {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}.items():
+        monkeypatch.setenv(variable, value)
+    options = ["--trainer.num_nodes=2", "--trainer.devices=[0,2]", "--trainer.precision=bf16-mixed"]
+    assert main(["accelerate-config", f"--from={RTX2050}", *options]) == 0
+    out = capsys.readouterr().out
+    asked = {"num_machines": 2, "num_processes": 4, "gpu_ids": "0,2", "mixed_precision": "bf16"}
+    node = {"machine_rank": 1, "main_process_ip": "10.0.0.1", "main_process_port": 29501}
+    assert asked.items() | node.items() <= yaml.safe_load(out).items()
+    assert "trainer.accumulate_grad_batches: Accelerator(gradient_accumulation_steps=4)" in out
+
+
 @pytest.mark.parametrize(
     ("values", "kind"),
     [
@@ -445,17 +396,18 @@ def test_lightnings_deepspeed_runs_on_no_cpu():
         trainer.strategy.setup_environment()
 
 
-def test_a_file_of_fsdp1_is_told_of_accelerates_own_command_and_is_taken_once_that_was_run(monkeypatch, tmp_path):
-    answers = {"Which type": "multi-GPU", "How many GPU": "2", "Do you want to use Fully": "yes",
-               "What should be your FSDP v": "1", "Specify the comma-separated": "GPTBlock",
-               "Do you wish to use mixed": "bf16"}  # fmt: skip
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text(yaml.safe_dump(accelerate_config(monkeypatch, answers)))
-    with pytest.raises(
-        UserError, match=r"fsdp_version=1 is not translated.*`accelerate to-fsdp2 --config_file"
-    ) as told:
+def test_a_file_of_fsdp1_is_told_of_accelerates_own_command_and_is_taken_once_that_was_run(tmp_path):
+    asked = {
+        "version": 1,
+        "sharding_strategy": "FULL_SHARD",
+        "use_orig_params": True,
+        "backward_prefetch": "NO_PREFETCH",
+    }
+    first = write(tmp_path, FSDP2 | {f"fsdp_config.fsdp_{name}": value for name, value in asked.items()})
+    with pytest.raises(UserError, match="fsdp_version=1 is not translated, 2 is;") as told:
         to_trainer(read_accelerate_file(first))
     (command,) = re.findall("`accelerate to-fsdp2 (.*?)`", str(told.value))
+    second = tmp_path / "second.yaml"
     words = command.replace("FILE", str(first)).replace("NEW", str(second)).split()
     to_fsdp2_command(to_fsdp2_command_parser().parse_args(words))
     strategy = to_trainer(read_accelerate_file(second)).content["trainer"]["strategy"]

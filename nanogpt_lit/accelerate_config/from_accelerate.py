@@ -133,6 +133,8 @@ def _check_processes(strategy: str, processes: int, machines: int, gpu_ids: list
 def _rendezvous(source: Source, machines: int) -> list[str]:
     rank, address, port = (source.take(key) for key in RENDEZVOUS)
     if machines == 1:
+        for key in ("rdzv_backend", "same_network"):  # which say how several machines find each other
+            source.take(key)
         return []
     if rank is not None and rank >= machines:
         raise UserError(f"accelerate's machine_rank={rank} is not below num_machines={machines}; the first is 0.")
