@@ -151,18 +151,12 @@ def test_the_environment_does_not_get_past(mark, tmp_path, monkeypatch, capsys):
     assert "names payload.Evil" in one_line(capsys)
 
 
-@pytest.mark.parametrize("command", ["fit", "accelerate-config"])
+@pytest.mark.parametrize("command", ["fit", "fit-accelerate", "accelerate-config"])
 def test_every_command_reads_a_yaml_by_the_same_rule(command, mark, tmp_path, capsys):
     path = tmp_path / "hostile.yaml"
     path.write_text("trainer: {callbacks: [{class_path: payload.Evil}]}")
     option = "--from" if command == "accelerate-config" else "--config"
     assert run(command, option, str(path)) == 2
-    assert not mark.exists()
-    assert "--trust payload" in capsys.readouterr().err
-
-
-def test_the_accelerate_loop_reads_a_yaml_by_the_same_rule(mark, capsys):
-    assert main(["fit-accelerate", "--trainer.callbacks=payload.Evil"]) == 2
     assert not mark.exists()
     assert "--trust payload" in capsys.readouterr().err
 
@@ -181,17 +175,6 @@ def test_only_the_command_line_trusts_and_only_for_itself(mark, tmp_path, parser
     assert not mark.exists()
     for words in (["--trust"], ["--trust=os.path:x"], ["--trust", "jsonargparse.typing"]):
         refusal(*words)
-
-
-def test_a_command_takes_the_word_of_its_own_line(mark, capsys):
-    stopped_early = "--trainer.max_steps=0"  # by the schedule, once everything is parsed
-    assert main(["fit", "--trust", "payload", "--trainer.callbacks=payload.Evil", stopped_early]) == 2
-    assert "trainer.max_steps=0" in capsys.readouterr().err
-    assert mark.exists()
-    mark.unlink()
-    del sys.modules["payload"]
-    assert main(["fit", "--trainer.callbacks=payload.Evil", stopped_early]) == 2
-    assert not mark.exists()
 
 
 def test_what_an_allowed_module_has_imported_is_not_allowed_by_that(refusal):
@@ -436,13 +419,6 @@ def test_no_file_of_ours_unpickles_or_evaluates():
         assert bool(found) == (path.relative_to(REPOSITORY).as_posix() in OUR_OWN_PICKLES), found
 
 
-def test_the_walk_over_the_source_sees(tmp_path):
-    for line in ("pickle.load(f)", "torch.load(f)", "torch.load(f, weights_only=x)", "yaml.load(f)", "eval(x)",
-                 "np.load(f, allow_pickle=True)", "subprocess.run(x, shell=True)"):  # fmt: skip
-        (tmp_path / "x.py").write_text(line)
-        assert list(unsafe_calls(tmp_path / "x.py")), line
-
-
 # Versions, network, accelerate, documents.
 
 
@@ -488,7 +464,6 @@ def watch(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request"):
         seen.append((event, str(arguments)))
 sys.addaudithook(watch)
-{also}
 import nanogpt_lit.__main__
 from nanogpt_lit.__main__ import main
 code = main(sys.argv[1:])
@@ -497,20 +472,11 @@ sys.exit(code)
 """
 
 
-def watched(also, arguments, cwd):
-    command = [sys.executable, "-c", WATCHED.format(also=also), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
 def test_a_fit_connects_to_nothing(small, tmp_path):
     """From its first import to its last line, under the interpreter's own audit of sockets."""
-    result = watched("", ["fit", *small], tmp_path)
+    command = [sys.executable, "-c", WATCHED, "fit", *small]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-
-
-def test_the_watch_sees_a_connection(tmp_path):
-    result = watched("import socket; socket.getaddrinfo('localhost', 1)", ["--help"], tmp_path)
-    assert "socket.getaddrinfo" in result.stderr
 
 
 def test_what_no_loop_follows_in_accelerates_environment_is_shown():
@@ -525,16 +491,6 @@ def test_mpirun_counts_as_a_launcher_and_nonsense_does_not():
     assert launched_processes({}) == 1
     with pytest.raises(ValueError, match="WORLD_SIZE=two"):
         launched_processes({"WORLD_SIZE": "two"})
-
-
-def documents():
-    return [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *SOURCES]
-
-
-def test_tensorboard_is_shown_to_this_machine_alone_in_every_document():
-    for path in documents():
-        text = path.read_text(encoding="utf-8")
-        assert not re.search(r"tensorboard[^\n]*(--bind_all|--host)", text), path
 
 
 def test_every_test_that_security_md_points_to_is_there():
