@@ -176,6 +176,29 @@ def test_the_largest_is_told_for_the_yaml_and_for_the_leanest_way_with_its_lines
     assert all(f"    {line}\n" in text for line in leanest["yaml"])
 
 
+@pytest.mark.parametrize(("of_a_layer", "deep_traces"), [(0, 2), (1e-5, 4), (1e-2, 20)])
+def test_two_layers_find_the_size_that_asking_every_size_of_the_network_finds(
+    plan, monkeypatch, of_a_layer, deep_traces
+):
+    monkeypatch.setattr(planning, "FAMILY", {})
+    configured, usable_mib, asked = settings("--model.gpt.n_layer=12"), plan.budget.usable_mib, []
+
+    def needed_mib(tokens, n_layer):
+        return 30 + n_layer + (0.02 + of_a_layer * n_layer) * tokens
+
+    def traced_mib(build, rung, shape, gpu):
+        asked.append((rung.memory.weights, build.args[1].n_layer))
+        return needed_mib(rung.batch_size * shape.block_size, build.args[1].n_layer)
+
+    monkeypatch.setattr(planning, "reserved_mib", traced_mib)
+    _, leanest = largest_that_fits(configured, plan)
+    for found, unit, tokens in ((leanest["batch_size"], 1, 512), (leanest["block_size"], 64, 1)):
+        every = range(unit, 1_000_000 // tokens, unit)
+        exactly = max(size for size in every if needed_mib(size * tokens, 12) <= usable_mib)
+        assert found <= exactly <= found + max(unit, 0.03 * found)
+    assert asked.count(("streamed", 12)) <= deep_traces
+
+
 def test_a_network_whose_weights_alone_do_not_fit_is_not_traced(monkeypatch):
     monkeypatch.setattr(planning, "FAMILY", {"small": (1, 2, 64), "wide": (2, 2, 1024)})
     asked = set()

@@ -54,6 +54,8 @@ SHAPED_BY_HAND = {"n_kv_head", "head_size", "n_hidden"}
 
 DDP_OPTIONS = ("gradient_as_bucket_view", "bucket_cap_mb")
 
+SHALLOW = 2
+"""Layers of a network that stands for a deeper one."""
 QUICK_TOLERANCE = 0.1
 """Share of the usable memory: nearer to it than this, a line through two shallow networks does not decide what
 fits."""
@@ -145,11 +147,21 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
         shape, resized = step_shape(settings, changed, lightning), replace(rung, batch_size=batch_size)
         return reserved_mib(partial(module, settings, changed), resized, shape, plan.budget.gpu)
 
-    def of_batch(size: int) -> float:
-        return needed_mib(size, block_size=gpt.block_size)
+    def of_batch(size: int, **depth: int) -> float:
+        return needed_mib(size, block_size=gpt.block_size, **depth)
 
-    def of_block(size: int) -> float:
-        return needed_mib(1, block_size=size)
+    def of_block(size: int, **depth: int) -> float:
+        return needed_mib(1, block_size=size, **depth)
+
+    def searched(needed: Callable[..., float], small: int, large: int, unit: int = 1) -> int | None:
+        """The largest size. Where weights are on the host, depth adds little: two layers find what the network then is
+        asked for. What two layers have no room for, more of them have not."""
+        if rung.memory.weights == "device" or gpt.n_layer <= SHALLOW:
+            return largest(needed, small, large, usable_mib, unit)
+        found = largest(partial(needed, n_layer=SHALLOW), small, large, usable_mib, unit)
+        if found is None or (deep_mib := needed(found)) <= usable_mib:
+            return found
+        return largest(needed, int(NEAR * found * usable_mib / deep_mib), found, usable_mib, unit)
 
     def network_fits(sizes: dict[str, Any]) -> bool:
         """Memory grows in a line with depth: two shallow networks tell of the deep one, to a few percent."""
@@ -158,9 +170,9 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
             weights_mib = weights_alone_mib(settings, replace(gpt, **sizes), rung.memory, plan.shape.precision)
         if 2 * weights_mib > usable_mib:
             return False  # with their gradients, and without a trace
-        if sizes["n_layer"] > 4:
-            two, four = (needed_mib(1, **{**sizes, "n_layer": shallow}) for shallow in (2, 4))
-            quick_mib = two + (four - two) / 2 * (sizes["n_layer"] - 2)
+        if sizes["n_layer"] > 2 * SHALLOW:
+            two, four = (needed_mib(1, **{**sizes, "n_layer": shallow}) for shallow in (SHALLOW, 2 * SHALLOW))
+            quick_mib = two + (four - two) / SHALLOW * (sizes["n_layer"] - SHALLOW)
             if abs(quick_mib / usable_mib - 1) > QUICK_TOLERANCE:
                 return quick_mib <= usable_mib
         return needed_mib(1, **sizes) <= usable_mib
@@ -171,9 +183,9 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
     )
     name, sizes = next(((name, sizes) for name, sizes in networks if network_fits(sizes)), (None, None))
     twice = 2 * rung.batch_size
-    batch_size = largest(of_batch, rung.batch_size if known else twice, twice, usable_mib)
+    batch_size = searched(of_batch, rung.batch_size if known else twice, twice)
     tokens = int(NEAR * gpt.block_size * (batch_size or 1))  # a single sequence may have about as many
-    block_size = largest(of_block, tokens, tokens, usable_mib, unit=64)
+    block_size = searched(of_block, tokens, tokens, unit=64)
     return {
         "rung": rung.name,
         "yaml": rung.yaml(plan.own.rung),
