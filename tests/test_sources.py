@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import http_backoff
 
 from nanogpt_lit.data.sources import FilesSource, open_source
 from nanogpt_lit.errors import UserError
@@ -135,6 +136,24 @@ def test_a_hub_data_set_is_streamed_with_its_configuration(monkeypatch: pytest.M
     module.load_dataset = no_network  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"hf:owner/name cannot be read: no route"):
         texts("hf:owner/name")
+
+
+def test_a_hub_that_does_not_answer_is_one_line_and_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        """As datasets does, through the hub's own library."""
+        try:
+            http_backoff("HEAD", "http://127.0.0.1:9/datasets/owner/name", max_retries=2, base_wait_time=0)
+        except Exception as error:
+            raise ConnectionError("Couldn't reach 'owner/name' on the Hub") from error
+
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    with pytest.raises(ValueError, match=r"hf:owner/name cannot be read: Couldn't reach"):
+        texts("hf:owner/name")
+    assert capfd.readouterr().err == "hub: no answer; trying again for half a minute\n"
 
 
 @pytest.mark.parametrize(

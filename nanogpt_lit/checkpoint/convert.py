@@ -29,6 +29,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.gpt.networks import config_of
 from nanogpt_lit.runtime.durable import durable_file
+from nanogpt_lit.runtime.hub import retries_said_once
 
 FORMATS = {"hf": "", "gguf": gguf_format.SUFFIX, "nanogpt": nanogpt_format.SUFFIX}
 """Names for --to, and the suffix of such a target."""
@@ -187,7 +188,8 @@ def fetched(source: str) -> tuple[Path, str]:
     try:
         revision = match[2]
         for weights in HUB_WEIGHTS:
-            folder = Path(snapshot_download(match[1], revision=revision, allow_patterns=[*HUB_FILES, *weights]))
+            with retries_said_once():
+                folder = Path(snapshot_download(match[1], revision=revision, allow_patterns=[*HUB_FILES, *weights]))
             revision = folder.name  # it is named after the commit
             if any(file.match(weights[0]) for file in folder.iterdir()):
                 break

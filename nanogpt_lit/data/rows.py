@@ -9,6 +9,7 @@ from typing import Any
 from nanogpt_lit.data.documents import TextDocument, UndecodableError, opened
 from nanogpt_lit.data.tokenizer import without_surrogates
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.runtime.hub import retries_said_once
 
 ROWS_AT_ONCE = 256
 
@@ -103,9 +104,10 @@ def hub_documents(name: str, config: str | None, key: str) -> Iterator[TextDocum
     except ImportError as error:
         raise UserError(f'{source} needs the package datasets: `pip install "nanogpt_lit[hub]"`.') from error
     try:
-        rows = load_dataset(name, config, split="train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield TextDocument(text_of(row, key, f"{source}, row {number}"))
+        with retries_said_once():
+            rows = load_dataset(name, config, split="train", streaming=True)
+            for number, row in enumerate(rows, 1):
+                yield TextDocument(text_of(row, key, f"{source}, row {number}"))
     except OSError as error:  # no such data set, no network, a connection that broke: all are OSErrors
         raise UserError(f"{source} cannot be read: {error}") from error
 
