@@ -144,7 +144,7 @@ def exit_code(command: Callable[[], int]) -> int:
 
 
 def is_output_closed() -> bool:
-    """Whether what read the output, `head` perhaps, has gone; nothing more is then written. Other pipes break too."""
+    """Tell whether the reader of the output has gone, `head` perhaps: then we stop writing. Other pipes break too."""
     if not hasattr(select, "poll"):  # Windows, whose pipes break with another error
         return False
     try:
@@ -160,7 +160,7 @@ def is_output_closed() -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """What is wrong with a file, by its name; what any other error says."""
+    """Describe an error in a sentence, with the name of the file where it is about one."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}."
     return str(error)

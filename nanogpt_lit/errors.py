@@ -30,7 +30,7 @@ def refused_by(package: str) -> Iterator[None]:
 
 
 class NothingToDo(Exception):  # noqa: N818 - it is no error
-    """What was asked for is done already: the command line prints why, and exits with 0."""
+    """Raised where all that was asked for is done already: the command line prints why, and exits with 0."""
 
 
 def shown(text: object) -> str:

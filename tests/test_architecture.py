@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ LIGHT = {
     "cli.packaged_configs", "cli.plan", "cli.prepare", "doctor.command", "doctor.finding", "supervise.units",
 }  # fmt: skip
 """These answer before torch is imported."""
+NO_SUBJECT = {"Of", "What", "Whether", "Where", "When", "How", "That", "Those", "As", "By", "For", "None"}
+"""Words with which no docstring begins: it begins with a verb or a noun."""
 EVERYWHERE = {"errors", ""}  # light files that every room may import; the second is __init__, for __version__
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -161,3 +164,22 @@ def test_torch_load_always_says_weights_only():
     for path in FILES:
         for call in re.findall(r"torch\.load\(.*?\)", path.read_text(), flags=re.DOTALL):
             assert "weights_only=True" in call, f"{dotted(path)}: {call}"
+
+
+def test_every_docstring_begins_with_a_verb_or_a_noun() -> None:
+    openings = {
+        f"{path.relative_to(PACKAGE)}:{line}": text.split()[0]
+        for path in PACKAGE.rglob("*.py")
+        for line, text in docstrings(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert len(openings) > 1000
+    assert [place for place, word in openings.items() if word in NO_SUBJECT] == []
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Those of modules, classes and functions, and the strings below attributes, each with its line."""
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            match child:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    yield child.lineno, text

@@ -29,15 +29,15 @@ class BestEffortSaver:
 
     def __init__(self) -> None:
         self.failing = False
-        """Whether the latest save failed."""
+        """True where the latest save failed."""
         self.in_background = False
-        """Whether the loop calls `let_go` before each optimizer step; otherwise `save` waits."""
+        """True where the loop calls `let_go` before each optimizer step; otherwise `save` waits."""
         self.holds_tensors = False
-        """Whether the run's own tensors are still to be written: until `let_go`."""
+        """True while the run's own tensors are still to be written: until `let_go`."""
         self._thread: ThreadPoolExecutor | None = None  # not yet: a Trainer that starts processes pickles its plugins
         self._writing: list[Future[None]] = []
         self._unsaved: dict[Path, tuple[RunContent, int]] = {}
-        """What the disk did not take of the step that the run stands at, with that step."""
+        """Checkpoints that the disk did not take, of the step that the run stands at, with that step."""
         self._shards: dict[tuple[int, Path], Index] = {}
         """The latest that are written, by step and folder: for another file of the same step there."""
 

@@ -30,7 +30,7 @@ LLM_C = {
     20240527: "llm.c's optimizer state (state_*.bin), which is of one process; give the model_*.bin beside it",
     20240803: "llm.c's Llama 3; take Hugging Face's folder of it",
 }
-"""By their first four bytes."""
+"""Kinds of llm.c's files, by their first four bytes."""
 FOLDERS = {
     "lit_model.pth": "a checkpoint of LitGPT; `litgpt convert_from_litgpt` makes Hugging Face's weights of it",
     "consolidated.00.pth": "a Llama as Meta publishes it; take Hugging Face's folder of it",

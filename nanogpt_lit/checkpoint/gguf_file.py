@@ -39,7 +39,7 @@ FLOATS = ("F32", "F16", "BF16")
 class StoredTensor:
     name: str
     shape: tuple[int, ...]
-    """As torch has it; in the file the innermost dimension comes first."""
+    """Sizes in torch's order; in the file the innermost dimension comes first."""
     kind: Any
     """gguf.GGMLQuantizationType"""
     start: int

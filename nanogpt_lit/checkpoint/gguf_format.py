@@ -38,7 +38,7 @@ MODELFILE = "Modelfile"
 
 
 def read(path: Path) -> tuple[str, RunState]:
-    """What the file is, and its network at step 0.
+    """Read a file: its description, and its network at step 0.
 
     Raises UserError, naming the file, for what ours lacks, and for one that is damaged or lies about its shapes.
     """

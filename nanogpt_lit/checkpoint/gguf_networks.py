@@ -85,7 +85,7 @@ LLAMA_NAMES = Names(
     },
 )
 NAMES = {"gpt2": GPT2_NAMES, "llama": LLAMA_NAMES, "qwen3": LLAMA_NAMES}
-"""By llama.cpp's name of the architecture."""
+"""Names of the weights, by llama.cpp's name of the architecture."""
 
 
 def architecture_of(config: NetworkConfig) -> str:
@@ -160,7 +160,7 @@ def add_shape(writer: Any, config: NetworkConfig, name: str) -> None:
 
 
 def rope_factors(config: NetworkConfig) -> Tensor | None:
-    """By how much each pair of channels turns more slowly, (D / 2,); None where none does."""
+    """Divisors of each pair of channels' angles, (D / 2,); None where no rotation is slowed down."""
     if not isinstance(config, LlamaConfig) or config.rope_scaling is None:
         return None
     D, base = config.channels_per_head, config.rope_base

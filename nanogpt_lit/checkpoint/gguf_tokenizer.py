@@ -113,7 +113,7 @@ def merges_for(tokenizer: Tokenizer) -> list[Merge]:
 
 
 def remarks(tokenizer: Tokenizer) -> list[str]:
-    """Where llama.cpp's tokenizer is another one than ours."""
+    """Remarks on where llama.cpp's tokenizer differs from ours."""
     if tokenizer.kind == "char":
         return ["A character that the text did not have is left out by its tokenizer there, and refused here."]
     if isinstance(tokenizer, BytePairTokenizer) and tokenizer.nfc:

@@ -33,7 +33,7 @@ CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"
 ARCHITECTURES: dict[str, Any] = {"gpt2": hugging_face_gpt2, "llama": hugging_face_llama, "qwen3": hugging_face_llama}
-"""By model_type: config.json and the names of the weights, there and here."""
+"""The two files that know an architecture's config.json and names of weights, by model_type."""
 MODULES: dict[type, Any] = {GPTConfig: hugging_face_gpt2, LlamaConfig: hugging_face_llama}
 
 

@@ -32,7 +32,7 @@ SIZES: dict[str, dict[str, tuple[str, int | None]]] = {
         "n_hidden": ("intermediate_size", 11_008),
     }
 }
-"""By model_type: our names, theirs, and their default."""
+"""Our names, theirs, and their default, by model_type."""
 SIZES["qwen3"] = SIZES["llama"] | {
     "block_size": ("max_position_embeddings", 32_768),
     "vocab_size": ("vocab_size", 151_936),

@@ -13,7 +13,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.network import NetworkConfig
 
 QUESTION, ANSWER, SYSTEM = (f"\N{SNOWMAN}{letter}" for letter in "qas")
-"""What is said where a template is tried; no template has it."""
+"""Messages with which a template is tried; no template has them in its own text."""
 
 
 def modelfile_of(target: Path, config: NetworkConfig, tokenizer: Tokenizer) -> str:
@@ -39,8 +39,8 @@ def modelfile_of(target: Path, config: NetworkConfig, tokenizer: Tokenizer) -> s
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a template writes before the first question, after each question but the last, after that, and after each
-    answer."""
+    """The text that a template writes before the first question, after each question but the last, after that, and
+    after each answer."""
 
     before: str
     question: str
@@ -78,7 +78,7 @@ def go_template(chat: Chat) -> str | None:
 
 
 def surroundings(chat: Chat, begin: list[Message]) -> Surroundings | None:
-    """None where they differ from one conversation to the next, or the template takes none that begins so."""
+    """The surroundings, or None where they differ between conversations or the template takes none that begins so."""
     turn = [{"role": "user", "content": QUESTION}, {"role": ANSWERS, "content": ANSWER}]
     try:
         prompts = [chat.render([*begin, *turn * n, turn[0]], add_generation_prompt=True) for n in range(4)]

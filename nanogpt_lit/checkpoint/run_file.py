@@ -54,7 +54,7 @@ class RunContent:
 
     tensors: Mapping[str, Tensor]
     sharded: Mapping[str, Tensor]
-    """Those of which each process holds a part."""
+    """Tensors of which each process holds a part."""
     description: str
     """JSON"""
     step: int
@@ -75,7 +75,7 @@ class RunContent:
 
     @property
     def nbytes(self) -> int:
-        """Of the file, or a little more, without what lies in shards."""
+        """The size of the file or a little more, without its shards."""
         header = 2 * len(self.description) + 512 * (len(self.tensors) + 1)  # as JSON in JSON, and digests
         return sum(tensor.nbytes for tensor in self.tensors.values()) + header
 
@@ -119,7 +119,7 @@ def check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a tensor are finite, or of a sharded one all that this process holds."""
+    """Tell whether all numbers of a tensor are finite; of a sharded one, all that this process holds."""
     local = local_part(tensor)
     # The two ends tell of all, nan too, and hold no mask the size of the tensor.
     return not (local.is_floating_point() and local.numel() and not torch.isfinite(torch.stack(local.aminmax())).all())

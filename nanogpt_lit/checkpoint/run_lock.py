@@ -47,7 +47,7 @@ class RunLock:
 
     def __init__(self) -> None:
         self.folder: Path | None = None
-        """That is locked."""
+        """The folder that is locked."""
         self._lock: Any = None
         self._ended: threading.Event | None = None
 
@@ -130,7 +130,7 @@ def is_gone(holder: Holder | None, locked: bool) -> bool:
 
 
 def sign_of(folder: Path) -> int | None:
-    """When the holder gave its latest sign; None where there is none."""
+    """The time of the holder's latest sign; None where there is none."""
     try:
         # Opened, not only asked for: NFS may answer from memory otherwise.
         with (folder / HOLDER).open("rb") as file:

@@ -15,7 +15,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.processes import is_sharded
 
 MOMENTS = "optimizer.state."
-"""What the names of an optimizer's tensors begin with; the number of the parameter follows."""
+"""The beginning of the names of an optimizer's tensors; the number of the parameter follows."""
 
 
 def unread_run(path: Path) -> UnreadRun:

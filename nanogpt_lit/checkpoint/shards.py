@@ -63,7 +63,7 @@ def first_of(failed: Any) -> BaseException:
 
 
 def part_writer(folder: Path, tensors: Mapping[str, Tensor], finish: Callable[[Index], None]) -> Any:
-    """What the plan of a distributed checkpoint is carried out by."""
+    """Writer that carries out the plan of a distributed checkpoint."""
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
     from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -239,7 +239,7 @@ class StoredTensors:
 
 
 def part_reader(stored: StoredTensors, names: Iterable[str]) -> Any:
-    """What the plan of a distributed checkpoint is carried out by."""
+    """Reader that carries out the plan of a distributed checkpoint."""
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
         Metadata,

@@ -49,7 +49,7 @@ class RunState:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds a part of the weights, and all of them save it together."""
+        """True where each process holds a part of the weights, and all of them save it together."""
         return any_sharded(self.weights.values())
 
     def batches_on(self, processes: int, accumulate_grad_batches: int, dropout: float) -> int:

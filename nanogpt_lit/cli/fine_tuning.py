@@ -27,7 +27,7 @@ ONES_OWN = ("dropout", "block_size", "document_start", "document_end")
 """Fields that a fine-tuned network need not have in common with the one it begins from."""
 
 SUFFIXES = (".safetensors", ".gguf", ".pt", ".ckpt", ".bin")
-"""Of files that hold a network; what ends otherwise may be a name on the hub."""
+"""Endings of files that hold a network; any other may be a name on the hub."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ SHORT = {
         "gradient_clip_val", "val_check_interval", "limit_val_batches", "log_every_n_steps", "deterministic",
     ),
 }  # fmt: skip
-"""What users set, by section, the most frequent first."""
+"""Options that users set, by section, the most frequent first."""
 
 WORDS = {
     "config": "A YAML, or the name of one that init-config lists; of several, each wins over those before it.",

@@ -120,7 +120,7 @@ class Parser(LightningArgumentParser):
 
 
 class Mistake(SystemExit):
-    """What the parser ends with: jsonargparse tries one type after the other, and would take any Exception for a no."""
+    """The end of a parser: jsonargparse tries one type after the other, and would take any Exception for a no."""
 
 
 def sentence(message: str, options: list[str]) -> str:

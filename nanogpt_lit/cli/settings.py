@@ -348,7 +348,7 @@ class SettingsCLI(LightningCLI):
 
 
 def sample_prompt(data: TokenDataModule, asked: str | None) -> str:
-    """What samples begin with. asked: a text, or a question to answer; None takes that of the validation part"""
+    """The beginning of samples. asked: a text, or a question to answer; None takes that of the validation part"""
     if data.documents != "conversations":
         return first_words(data.folder, data.tokenizer) if asked is None else asked
     from nanogpt_lit.data.chat import Chat  # few runs learn to answer

@@ -12,7 +12,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.untrusted.jinja_template import JinjaTemplate
 
 Message = dict[str, Any]
-"""With `role` and `content`, and whatever else the template may read."""
+"""A message with `role` and `content`, and whatever else the template may read."""
 
 ANSWERS = "assistant"
 """The role whose messages are learned."""
@@ -47,7 +47,7 @@ class Turn:
 
     context: str
     answer: str
-    """What is learned: with the special token that ends it, and without what follows that token."""
+    """The tokens to learn: with the special token that ends the answer, and without what follows it."""
 
 
 class Chat:

@@ -26,7 +26,7 @@ class Conversation:
     """File and line, for errors."""
 
     def pieces(self) -> Iterator[str]:
-        """What is said, for a vocabulary and for the choice of what is held out."""
+        """The messages' text, for a vocabulary and for the choice of what is held out."""
         # A system's message last: it may be long, and the same in all conversations.
         in_order = sorted(self.messages, key=lambda message: message["role"] == "system")
         yield without_surrogates("\n".join(message["content"] for message in in_order))

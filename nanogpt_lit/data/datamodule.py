@@ -173,7 +173,7 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def _manifest(self) -> dict[str, Any]:
-        """Of our shards; empty for those of others."""
+        """The manifest of our shards; empty for those of others."""
         return read_manifest(self.folder) if ready_format(self.folder) == "ours" else {}
 
     # The vocabulary.

@@ -252,7 +252,7 @@ def val_tokens_per_byte(folder: Path, tokenizer: Tokenizer) -> float | None:
 
 
 def first_words(folder: Path, tokenizer: Tokenizer, most_characters: int = 24) -> str:
-    """How the validation part of a folder of shards begins: whole words of its first document."""
+    """The beginning of the validation part of a folder of shards: whole words of its first document."""
     shards = TokenShards.open(folder, "val")
     ids = shards.read(0, min(len(shards), 8 * most_characters))
     begins = int(ids[0] == tokenizer.eot)

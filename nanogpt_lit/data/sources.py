@@ -87,7 +87,7 @@ class FilesSource:
         self.text_key = text_key
         self.skip_undecodable = skip_undecodable
         self.conversations = False
-        """Whether rows are conversations, and not texts."""
+        """True where rows are conversations, and not texts."""
         self.skipped: set[str] = set()
         # Known before anything is read, so that a file that changes meanwhile makes the result stale.
         self._stats = {path: path.stat() for path in paths}

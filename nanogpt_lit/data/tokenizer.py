@@ -47,9 +47,9 @@ class Tokenizer(ABC):
     eot_text: str = EOT
     """End-of-text as it is written when tokens are decoded."""
     conventions: "Conventions | None" = None
-    """Of a tokenizer that comes from elsewhere."""
+    """Conventions of the program that the tokenizer comes from."""
     chat_template: str | None = None
-    """How a conversation is written as one text, in Jinja; `with_chat_template` sets it."""
+    """Jinja template that writes a conversation as one text; `with_chat_template` sets it."""
 
     def __init__(self, name: str, token_bytes: Sequence[bytes], eot: int) -> None:
         self.name = name
@@ -161,7 +161,7 @@ class CharTokenizer(Tokenizer):
 
 @dataclass(frozen=True)
 class Conventions:
-    """What other programs do with the special tokens of a tokenizer that comes from them; exports hand it on."""
+    """Conventions of other programs for the special tokens of a tokenizer of theirs; exports hand them on."""
 
     bos: str | None
     """Begins a text there."""

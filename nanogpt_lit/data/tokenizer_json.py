@@ -134,7 +134,7 @@ def check_added(added: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def conventions_of(post_processor: Any, config: Mapping[str, Any], words: list[str], path: Path) -> Conventions:
-    """What the folder does with its special tokens. Raises UserError where it adds others than one before a text."""
+    """The folder's use of its special tokens. Raises UserError where it adds others than one before a text."""
     bos, eos = (as_text(config.get(name)) for name in ("bos_token", "eos_token"))
     steps = post_processor["processors"] if (post_processor or {}).get("type") == "Sequence" else [post_processor]
     adds_bos = False

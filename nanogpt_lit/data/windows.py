@@ -34,7 +34,7 @@ class Windows(Dataset[Batch]):
         raise NotImplementedError
 
     def remark(self) -> str:
-        """What a user may want to know about them; empty where there is nothing."""
+        """A sentence about them that a user may want to know; empty where there is none."""
         return ""
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class Turns:
         return np.flatnonzero(np.logical_or.reduceat(has_answer, self.first[:-1]))
 
     def is_answer(self, sequence: int) -> np.ndarray:
-        """Of each token of a sequence."""
+        """Mask of a sequence: True for each token of an answer."""
         lengths = self.lengths[self.first[sequence] : self.first[sequence + 1]].ravel()
         return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
 
@@ -192,7 +192,7 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_question(folder: Path, tokenizer: Tokenizer) -> str:
-    """How the validation part of a folder of conversations begins: all before the first answer."""
+    """The beginning of the validation part of a folder of conversations: all before the first answer."""
     shards = TokenShards.open(folder, "val")
     turns = Turns(folder / read_manifest(folder)["splits"]["val"]["turns"]["file"], len(shards))
     return tokenizer.decode(shards.read(0, int(turns.lengths[0, 0])))

@@ -10,7 +10,7 @@ from nanogpt_lit.errors import UserError
 @dataclass(frozen=True)
 class Finding:
     level: Literal["ok", "look", "wrong"]
-    """Nothing to do; something that may cost time, or comfort; something that fails, or will."""
+    """ok: nothing to do; look: something that may cost time, or comfort; wrong: something that fails, or will."""
     check: str
     """The subject, in a word."""
     text: str
@@ -31,7 +31,7 @@ def unless_it_fails(name: str, check: Callable[[], Iterable[Finding]]) -> Iterat
 
 
 def failed(name: str, error: Exception) -> Finding:
-    """What a check ended by: a sentence of ours, a package that is not there, or anything else."""
+    """The finding of a check that an error has ended: a sentence of ours, a missing package, or anything else."""
     if isinstance(error, UserError):
         return Finding("wrong", name, str(error).rstrip("."))
     reason = f"could not be looked at ({type(error).__name__}: {' '.join(str(error).split())[:200]})"

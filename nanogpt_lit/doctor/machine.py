@@ -39,7 +39,7 @@ AWAKE_LINUX = (
     "a closed lid or an idle desktop puts a laptop to sleep, and the run with it: start it as "
     "systemd-inhibit --what=sleep:idle:handle-lid-switch python -m nanogpt_lit fit --keep-alive ..."
 )
-"""What keeps a laptop awake, by its system."""
+"""Commands that keep a laptop awake, by its system."""
 
 
 def check_packages() -> Iterator[Finding]:

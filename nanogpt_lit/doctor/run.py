@@ -13,7 +13,7 @@ from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.durable import PARTIAL, check_writable
 
 SUFFIX, SHARDS = ".safetensors", ".shards"
-"""As in checkpoint/, which imports torch: of a checkpoint, and of the folder with its parts where it has several."""
+"""Endings of a checkpoint and of the folder with its parts, as in checkpoint/, which imports torch."""
 GPT2_CHECKPOINT_BYTES = 1_500_000_000
 """Weights and AdamW's moments of 124M parameters, in float32."""
 TRIED_BYTES = 64 * 2**20

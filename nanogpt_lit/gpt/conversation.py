@@ -14,7 +14,7 @@ from nanogpt_lit.gpt.network import Network
 
 
 class Conversation:
-    """What was said so far, and the keys and values of what the network has read of it.
+    """The messages so far, with the keys and values of those that the network has read.
 
     options: of `generate`; the tokenizer has a chat template
     """
@@ -92,5 +92,5 @@ def noted(token: torch.Tensor, made: list[int]) -> torch.Tensor:
 
 
 def common_beginning(one: list[int], other: list[int]) -> int:
-    """How many ids two sequences begin with in common."""
+    """The number of ids that two sequences begin with in common."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

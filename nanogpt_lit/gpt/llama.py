@@ -102,7 +102,8 @@ class Llama(Network):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As gpt2.py: N(0, 0.02), norms one, each projection into the residual stream scaled down by its depth."""
+        """Initialise as gpt2.py does: N(0, 0.02), norms one, each projection into the residual stream scaled down by
+        the network's depth."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(parameter)
@@ -229,7 +230,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """What the gate, between 0 and its input, lets through of `up_proj`."""
+    """SwiGLU: `up_proj` times the SiLU of `gate_proj`, brought back to C channels. Shazeer (arXiv:2002.05202)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

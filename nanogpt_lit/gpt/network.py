@@ -1,4 +1,4 @@
-"""What all networks have in common, and all that the rest of the program sees of one: its shape, blocks and loss.
+"""The part that all networks share, and all that the rest of the program sees of one: its shape, blocks and loss.
 
 Shapes: B batch, T time, C channels (n_embd), V vocabulary, H heads, D channels per head.
 """
@@ -16,7 +16,7 @@ from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
 HEAD = "lm_head.weight"
 """The name of the head's matrix in every network's state_dict()."""
 MOST_HEADS = 2**16
-"""As far as a number that works is looked for: a stranger's file may name billions."""
+"""Largest number of heads to propose in an error: a stranger's file may name billions."""
 GPT2_SMALL = {"block_size": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
 """Sizes that an error names as an example."""
 
@@ -55,8 +55,8 @@ class NetworkConfig:
     alone. None lets attention cross documents. data.documents decides; the CLI fills it in."""
 
     document_end: int | None = None
-    """In the place of document_start, an id that ends a document and is seen by no other: so conversations are told
-    apart, each of which begins as its chat template says."""
+    """The id that ends a document, in place of document_start: so conversations are kept apart, each of which begins
+    as its chat template says."""
 
     def __post_init__(self) -> None:
         self.check_sizes("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -112,7 +112,7 @@ class Network(nn.Module):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """Of the tokens, (V, C)."""
+        """The embedding of the tokens, (V, C)."""
         raise NotImplementedError
 
     @property
@@ -190,7 +190,7 @@ class Block(nn.Module):
     """
 
     draws: bool
-    """Whether dropout draws random numbers in training."""
+    """True where dropout draws random numbers in training."""
 
     @property
     def attention_projection(self) -> nn.Linear:
@@ -198,19 +198,19 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def into_attention(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What attention works on: products of the normed x."""
+        """The linear layers before attention, applied to the normed x: queries, keys and values, together or apart."""
         raise NotImplementedError
 
     def attend(self, *products: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What attention adds to x. mask: of documents (B, 1, T, T); None attends to all tokens so far"""
+        """Attention and its projection (B, T, C). mask: of documents (B, 1, T, T); None sees all tokens so far"""
         raise NotImplementedError
 
     def into_mlp(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the activation works on: products of the normed x."""
+        """The linear layers before the activation, applied to the normed x."""
         raise NotImplementedError
 
     def out_of_mlp(self, *products: Tensor) -> Tensor:
-        """What the MLP adds to x, before dropout: so a product of matrices is the last that is computed."""
+        """The rest of the MLP before its dropout, (B, T, C): so a product of matrices is the last that is computed."""
         raise NotImplementedError
 
     def drop(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ NETWORKS: dict[str, tuple[type[NetworkConfig], type[Network]]] = {
     "gpt2": (GPTConfig, GPT),
     "llama": (LlamaConfig, Llama),
 }
-"""By the name that model.network has in the YAML."""
+"""Config and network, by the name that model.network has in the YAML."""
 
 ONCE_IN_GPT2 = {"positions": "learned", "qk_norm": False, "activation": "gelu"}
 """Fields that GPTConfig had before 0.2, with the value that is GPT-2's."""
@@ -53,7 +53,7 @@ def config_of(model: Mapping[str, Any], **changes: Any) -> NetworkConfig:
 
 
 def described(config: NetworkConfig) -> dict[str, Any]:
-    """What config_of reads: the network's name, and the section with its shape."""
+    """The network's name, and the section with its shape, as config_of reads them."""
     name = next(name for name, (kind, _) in NETWORKS.items() if kind is type(config))
     return {"network": name, config.SECTION: asdict(config)}
 

@@ -14,7 +14,7 @@ class RopeScaling:
     """Llama 3's way to longer sequences: slow rotations are slowed down, fast ones stay, those between are blended."""
 
     factor: float = 8.0
-    """By how much the slow ones are slowed down."""
+    """Factor by which slow rotations are slowed down."""
 
     low_freq_factor: float = 1.0
     """Slow is what turns less often than this in original_block_size tokens."""

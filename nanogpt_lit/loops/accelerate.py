@@ -183,7 +183,7 @@ def validate(accelerator: Accelerator, module: nn.Module, loader: DataLoader, li
 
 
 def end(loader: DataLoader) -> None:
-    """Tells accelerate that a loader is done with, though it was not read to its end.
+    """Tell accelerate that a loader is done with, though it was not read to its end.
 
     accelerate asks the loader that was started last whether its batches end. One that was left half-way is asked for
     ever: a ragged window at the end of the training loader then takes no step.

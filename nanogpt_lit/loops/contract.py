@@ -52,7 +52,7 @@ class LoopSettings:
     seed: int | None = None
     """Seed of dropout; None goes on with the random state as it is."""
     deterministic: Deterministic = None
-    """Whether a GPU, which otherwise adds up in no fixed order, repeats the run to the bit."""
+    """True has a GPU, which otherwise adds up in no fixed order, repeat the run to the bit."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "accumulate_grad_batches", "val_check_interval", "limit_val_batches"):
@@ -63,7 +63,7 @@ class LoopSettings:
                 raise UserError(f"trainer.{name}={value} must be at least 1.")
 
     def validates_after(self, batches: int, step: int) -> bool:
-        """Whether to validate, `batches` micro-batches and `step` optimizer steps into the run."""
+        """Tell whether to validate, `batches` micro-batches and `step` optimizer steps into the run."""
         if self.val_check_interval is None:
             return False
         return batches % self.val_check_interval == 0 or step == self.max_steps
@@ -88,13 +88,13 @@ class Training:
     batches: int = 0
     """Micro-batches so far, of this process."""
     is_stopped: bool = False
-    """Whether an observer has asked for the end."""
+    """True once an observer has asked for the end."""
     random: RandomState | None = None
     """The state that dropout goes on from; None begins at the seed."""
     save: Callable[[Path], None] | None = None
     """Writes a checkpoint, where the framework has to do it; None where this object holds all that there is to save."""
     zeroes_after_forward: bool = False
-    """Whether the gradients of a step live until the next one's first forward is done, as under Lightning."""
+    """True where the gradients of a step live until the next one's first forward is done, as under Lightning."""
 
     def loss_scale(self) -> float | None:
         """The scaler's. To read it is to wait for the device."""

@@ -42,7 +42,7 @@ class Observed(Callback):
         self._step_ended = False
         self._loss: Tensor | None = None
         self.has_begun = False
-        """Whether it has trained: a Trainer that has all its steps already does not begin."""
+        """True once it has trained: a Trainer that has all its steps already does not begin."""
         self._lr = 0.0
         self._grad_norm: Tensor | None = None
 

@@ -65,7 +65,7 @@ class BestEffortLogger(TensorBoardLogger):
 
 @rank_zero_only
 def go_on(logger: Logger | bool | None, run_folder: Path, step: int) -> None:
-    """Has a CSVLogger of the YAML's continue its file in the run's folder, without what came after the checkpoint.
+    """Continue the file of the YAML's CSVLogger in the run's folder, without what came after the checkpoint.
 
     By itself it would begin another version or, told its version, delete the file that is there.
     """

@@ -31,7 +31,7 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
-"""What `fit` sets otherwise than Lightning's Trainer, unless told."""
+"""Defaults of `fit` that differ from those of Lightning's Trainer."""
 CHOICES = {
     "gradient_clip_algorithm": ("norm", "value"),
     "profiler": ("simple", "advanced", "pytorch"),
@@ -85,7 +85,7 @@ def named_strategy(strategy: Any, processes: int | None = 1) -> str | None:
 
 
 def writes_run_files(trainer: Namespace) -> bool:
-    """Whether checkpoints are in the format of every loop; DeepSpeed and FSDP 1 write them their own way."""
+    """Tell whether checkpoints are in the format of every loop; DeepSpeed and FSDP 1 write them their own way."""
     return named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2)
 
 

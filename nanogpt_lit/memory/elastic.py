@@ -40,13 +40,13 @@ SEQUENCES = ("sequences", "validation_sequences")
 
 @dataclass(frozen=True)
 class ElasticConfig:
-    """What happens when memory ends. Until then it costs nothing."""
+    """Settings for a step that runs out of memory. Until one does, they cost nothing."""
 
     enabled: bool = True
     """Do a step that does not fit again, in less memory. False ends the run there."""
 
     budget_mib: int | None = None
-    """What PyTorch may reserve of the GPU, in MiB; memory ends there. None is all of the GPU, under Windows what is
+    """Most memory that PyTorch may reserve of the GPU, in MiB. None is all of the GPU, under Windows what is
     free of it when training starts."""
 
     def __post_init__(self) -> None:

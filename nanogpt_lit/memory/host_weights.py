@@ -30,7 +30,7 @@ class _Copy:
     version: int
     """The version of the weight that it was made of."""
     arrived: Mark = field(default_factory=Mark)
-    """When this copy, or the latest one made of it, is on the GPU."""
+    """Event of this copy's arrival on the GPU, or of the latest one made of it."""
 
     def is_of(self, version: int, dtype: torch.dtype, device: torch.device) -> bool:
         return (self.version, self.tensor.dtype, self.tensor.device) == (version, dtype, device)
@@ -172,7 +172,7 @@ class _HostResident(nn.Module):
 
     host: HostWeights
     keep: bool
-    """Whether copies of its matrix stay on the GPU."""
+    """True where copies of its matrix stay on the GPU."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype), recurse)

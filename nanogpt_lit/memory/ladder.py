@@ -43,7 +43,7 @@ class Rung:
     state_bits: int = 32
     """model.optim.state_bits. 8 changes the numerics: no rung proposes it, all keep it."""
     state_moves: bool = True
-    """Whether the optimizer's state may live in host memory."""
+    """True where the optimizer's state may live in host memory."""
 
     def same_training(self, other: "Rung") -> bool:
         return replace(self, name="") == replace(other, name="")
@@ -59,7 +59,7 @@ class Rung:
         )
 
     def last_resort(self, own: "Rung") -> bool:
-        """Whether it is of use only where nothing else fits: it keeps the GPU waiting."""
+        """Tell whether it is of use only where nothing else fits, since it keeps the GPU waiting."""
         return self.memory.weights not in ("device", own.memory.weights) or self.batch_size < own.batch_size
 
     def yaml(self, own: "Rung") -> list[str]:

@@ -30,7 +30,7 @@ class MicroBatch:
 
     @property
     def casts_weights(self) -> bool:
-        """Whether autocast copies the weights to 16 bits."""
+        """True where autocast copies the weights to 16 bits."""
         return self.autocast_dtype is not None
 
     def autocast(self) -> Any:

@@ -35,8 +35,8 @@ class MemoryConfig:
     bits."""
 
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again instead of keeping it. selective: norms and activations, which cost little; full:
-    whole blocks, of which only the input is kept. Same bits."""
+    """Parts of the forward pass that backward computes again instead of keeping what they gave. selective: norms and
+    activation functions, which cost little; full: whole blocks, of which only the input is kept. Same bits."""
 
     recompute_every: int = 1
     """Recompute in every k-th block only, beginning with the first."""

@@ -30,7 +30,7 @@ class AdamWConfig:
     """One kernel for all (fused), one per operation (foreach), or one per tensor and operation (for-loop).
     foreach needs a temporary as large as the parameters; the three agree only up to rounding."""
     matrices: Literal["adamw", "muon"] = "adamw"
-    """What trains the matrices of the blocks. muon: see optim/muon.py; it keeps 4 bytes of state a parameter, not 8."""
+    """Optimizer of the matrices of the blocks. muon: see optim/muon.py; it keeps 4 bytes a parameter, not 8."""
     muon_lr: float | None = None
     """Muon's peak learning rate, in AdamW's measure; None takes lr."""
     muon_momentum: float = 0.95
@@ -49,7 +49,7 @@ class AdamWConfig:
 
     @property
     def state_moves(self) -> bool:
-        """Whether its state may live in host memory."""
+        """True where its state may live in host memory."""
         return self.class_path is None and self.state_bits == 32
 
     def __post_init__(self) -> None:

@@ -221,7 +221,8 @@ def whole_windows(num_steps: int, sync_each_batch: bool) -> GradientAccumulation
 
 @contextmanager
 def sharded_by_accelerate() -> Iterator[None]:
-    """As by `accelerate launch` with a file that says FSDP, version 2, and bf16."""
+    """Context in which accelerate itself shards, as by `accelerate launch` with a file that says FSDP, version 2, and
+    bf16."""
     with (
         swapped(runs, "shard_over_all", lambda *_: None),
         swapped(accelerate, "fsdp2", lambda: FullyShardedDataParallelPlugin(fsdp_version=2)),

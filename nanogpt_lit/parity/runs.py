@@ -51,7 +51,7 @@ class Case:
     processes: int = 1
     """More than one train together under DistributedDataParallel, inside processes.run_together."""
     sharded: bool = False
-    """Whether they train under FSDP2 instead."""
+    """True where they train under FSDP2 instead."""
     device: str = "cpu"
     """Or "cuda": one process then."""
     module: type[LitNanoGPT] = LitNanoGPT

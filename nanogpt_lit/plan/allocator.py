@@ -24,7 +24,7 @@ class Event(NamedTuple):
     serial: int
     bytes: int
     stream: int = 0
-    """That it was allocated in; 0 is the one that computes."""
+    """Stream that it was allocated in; 0 is the one that computes."""
 
 
 class Pool(NamedTuple):
@@ -151,8 +151,8 @@ class CachingAllocator:
 
 
 class ExpandableAllocator(CachingAllocator):
-    """For each stream one segment for small and one for large blocks, which grow at their ends by pages of 2 and 20
-    MiB."""
+    """PyTorch's allocator with expandable_segments: for each stream one segment for small and one for large blocks,
+    which grow at their ends by pages of 2 and 20 MiB."""
 
     def __init__(self) -> None:
         super().__init__()

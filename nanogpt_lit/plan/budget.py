@@ -17,7 +17,7 @@ System = Literal["linux", "windows"]
 # GiB reserved under Windows (invoke-ai/InvokeAI #745), 0.79 and 0.82 GiB beyond what was reserved with a desktop
 # (lllyasviel/Fooocus #1316, jhc13/taggui #188).
 OTHERS: dict[System | None, int] = {"linux": 530, "windows": 630, None: 830}
-"""None is any system, unless Linux draws its desktop on the GPU."""
+"""MiB that other programs may hold, by system; None is any, unless Linux draws its desktop on the GPU."""
 DESKTOP: dict[System | None, int] = {"linux": 800, "windows": 200, None: 500}
 
 

@@ -26,7 +26,7 @@ HOPPER_AND_LATER = {(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}
 class Kernels:
     gpu: Gpu = GPUS[0]
     deterministic: bool = False
-    """As trainer.deterministic: kernels that add up in a fixed order."""
+    """Kernels that add up in a fixed order, as trainer.deterministic has it."""
 
     def cublas_bytes(self) -> int:
         """Bytes of cuBLAS's workspace, as PyTorch reads them from the environment; a setting it cannot read is none."""

@@ -27,11 +27,11 @@ BETWEEN = {
     "1gbe": 0.125e9,
 }  # fmt: skip
 OF_GPU = {"a100": "nvlink3", "h100": "nvlink4"}
-"""What connects such GPUs in one machine, unless told; others have PCIe."""
+"""Default connection of such GPUs in one machine; others have PCIe."""
 REACHED = 0.8
 """The share of these rates that collectives reach: an assumption, as for PCIe in runtime/gpus.py."""
 PASSES = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "broadcast_": 1}
-"""How often a ring sends its bytes through each device, but for the share of one."""
+"""Passes of a ring: how often it sends its bytes through each device, but for the share of one."""
 COUNTS = (1, 2, 8, 32, 128, 512)
 COLUMNS = {
     "devices": 7, "accumulate": 12, "tokens/step": 13, "MiB each": 10, "step, s": 20, "tokens/s": 26, "GPU-hours": 20,
@@ -59,7 +59,7 @@ class Machines:
         return REACHED * slowest
 
     def of(self, devices: int) -> "Machines":
-        """So many devices, in nodes of the same size."""
+        """The same machines with another number of devices, in nodes of the same size."""
         return replace(self, nodes=-(-devices // self.per_node), per_node=min(devices, self.per_node))
 
     def __str__(self) -> str:
@@ -102,10 +102,10 @@ class Step:
     shortest_s: float
     """All communication hidden behind the computation, as far as that lasts."""
     longest_s: float
-    """None hidden, at the GPU's lowest clock."""
+    """Time of a step with no communication hidden, at the GPU's lowest clock."""
 
     def hours(self, tokens: int) -> tuple[float, float]:
-        """Of a run of so many tokens, from shortest to longest."""
+        """The shortest and the longest time of a run of so many tokens."""
         return self.shortest_s * tokens / self.tokens / 3600, self.longest_s * tokens / self.tokens / 3600
 
     def as_json(self, tokens: int) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def growth(own: Step, shape: StepShape, measure: Callable[[StepShape], Footprint
 
 
 def report_many(steps: list[Step], own: Step, strategy: str, tokens: int) -> str:
-    """In lines for a terminal. steps: of `growth`   tokens: of the whole run"""
+    """Lines for a terminal. steps: of `growth`   tokens: of the whole run"""
     where = own.machines
     shortest_h, longest_h = own.hours(tokens)
     rate = f"{own.tokens / own.longest_s:,.0f} to {own.tokens / own.shortest_s:,.0f} tokens/s"

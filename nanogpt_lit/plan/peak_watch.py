@@ -35,9 +35,9 @@ class PeakWatch:
         """module: a LightningModule of ours; its like is built, without content, from its hyperparameters
         shape: makes the run's StepShape of a batch_size, a block_size and a vocab_size   report: takes a line"""
         self.is_planned = False
-        """Whether `plan` was called, with success or without."""
+        """True once `plan` was called, with success or without."""
         self.planned_mib: float | None = None
-        """What PyTorch is expected to reserve at most; None where the run cannot be planned."""
+        """Most memory that PyTorch is expected to reserve; None where the run cannot be planned."""
         self._footprint: Footprint | None = None
         self._module, self._optimizer, self._shape, self._report = module, optimizer, shape, report
         self._steps = 0

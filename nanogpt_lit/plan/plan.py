@@ -49,7 +49,7 @@ class Footprint:
     step_s: float
     """An estimate, from the peaks of the GPU."""
     longest_step_s: float
-    """At the lowest clock of such a GPU."""
+    """Time of a step at the lowest clock of such a GPU."""
     timeline: tuple[Moment, ...]
     """One optimizer step, operation by operation; bytes."""
     events: list[tuple[int, int, int]]

@@ -47,7 +47,7 @@ class Roofline:
         self.phase = ""
         """Copies to and from the host run beside the computation of their phase, as far as that lasts."""
         self.weight = 1
-        """How often the operations that follow count."""
+        """Number of times that each of the operations that follow counts."""
         self.flops = 0
         self.exchanged: dict[str, int] = defaultdict(int)
         """Bytes of the whole tensors that devices gather, scatter or add up in a step, by collective."""
@@ -55,7 +55,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """At the GPU's highest clock."""
+        """The time at the GPU's highest clock."""
         return self._seconds(WORK)
 
     @property

@@ -24,7 +24,7 @@ class ShapeTensor(Tensor):
 
     content: Tensor
     fake_device: torch.device
-    """As FakeTensor names it."""
+    """Device that the tensor stands for, under FakeTensor's name."""
     signature: tuple[Any, ...]
     """(shape, strides, dtype, device): all that the shapes of results depend on."""
 
@@ -120,7 +120,7 @@ class _How(NamedTuple):
 
 
 _hows: dict[int, _How] = {}
-"""Of each operation by its id()."""
+"""The effect of each operation seen so far, by its id()."""
 
 
 def _how(func: Any) -> _How:

@@ -52,7 +52,7 @@ class StepShape:
     deterministic: bool = False
     strategy: Strategy = "single"
     devices: int = 1
-    """That the strategy spreads the run over, of all machines together."""
+    """Devices that the strategy spreads the run over, of all machines together."""
     strategy_options: tuple[tuple[str, Any], ...] = ()
     """Arguments of DistributedDataParallel that change its memory."""
 

@@ -77,7 +77,7 @@ class Strategies:
             yield
 
     def spread(self, module: Any, trace: "MemoryTrace") -> nn.Module:
-        """What to call in place of module, which is labelled."""
+        """The strategy's wrapper of module, which is labelled, or module itself."""
         if self.strategy == "fsdp2":
             module._device_mesh = self.mesh  # as Lightning's strategy, whose property device_mesh reads it
             module.configure_model()
@@ -101,12 +101,12 @@ class Strategies:
 
     @staticmethod
     def unsynchronized(module: nn.Module) -> AbstractContextManager[None]:
-        """For all micro-batches of a step but the last: DDP exchanges what they add up to, FSDP2 exchanges each."""
+        """Context of all micro-batches of a step but the last: DDP exchanges their sum, FSDP2 each."""
         return module.no_sync() if hasattr(module, "no_sync") else nullcontext()  # type: ignore[operator]
 
 
 class _Unseen:
-    """What DTensor finds out of whole tensors, by fake ones that no device holds."""
+    """Mode in which DTensor works out shapes by fake tensors that no device holds, in place of whole ones."""
 
     def __enter__(self) -> None:
         self._without_modes = _disable_current_modes()

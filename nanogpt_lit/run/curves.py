@@ -94,7 +94,7 @@ HPARAMS = (
     "seed_everything",
 )  # fmt: skip
 SHAPE = ("n_layer", "n_head", "n_embd", "dropout")
-"""Of the section of the run's network."""
+"""Keys of the section of the run's network."""
 MEASURES = ("val/loss", "val/bits_per_byte", "train/loss", "throughput/tokens_per_s", "throughput/trained_hours")
 """The HPARAMS tab: what is set, and what came of it, a row for each run."""
 

@@ -45,7 +45,7 @@ CURVES = {
     "gpu/slowed_by_heat": "1 where the GPU's driver has lowered the clock because of heat.",
     "gpu/slowed_by_power": "1 where the GPU's driver has lowered the clock because of a limit of power.",
 }
-"""What each tag draws, over optimizer steps; TensorBoard shows it beside the curve."""
+"""Descriptions of the tags, drawn over optimizer steps; TensorBoard shows them beside the curves."""
 
 
 class StepMetrics(Observer):
@@ -79,7 +79,7 @@ class StepMetrics(Observer):
         """Over the steps between the last two that were logged, without validation, sampling, saving and sleep."""
         self.validations = ValidationRecord(text)
         self.of_answers = False
-        """Whether the losses are of answers in conversations."""
+        """True where the losses are of answers in conversations."""
         self._tokens_per_byte = tokens_per_byte
         self._log, self._every, self._rollbacks, self._plans = log, log_every_n_steps, rollbacks, plans
         self._window_loss: Tensor | None = None

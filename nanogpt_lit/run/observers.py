@@ -22,7 +22,7 @@ from nanogpt_lit.runtime.clock import awake_s
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run does beside training."""
+    """Settings of all that a run does beside training."""
 
     resume: Literal["auto"] | None = None
     """auto: go on with the newest run below trainer.default_root_dir, from its newest whole checkpoint; without one,
@@ -33,8 +33,8 @@ class RunConfig:
     hf:OWNER/NAME[@REVISION]. (ckpt_path goes on with a run, its step, schedule and best.)"""
 
     spike_factor: float | None = None
-    """When the loss of a step is above this many times the median of the 64 before, go back to the last checkpoint and
-    leave out the samples since; 2 is usual."""
+    """Limit of a step's loss, as a multiple of the median of the 64 before: above it, go back to the last checkpoint
+    and leave out the samples since; 2 is usual."""
 
     early_stopping_patience: int | None = None
     """End the run after so many validations in a row without a better loss; best is kept. 3 is usual when a model is

@@ -33,7 +33,7 @@ TOKENS, ERROR = "tokens", "error"
 
 
 def is_first(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the first of its run, before the processes know each other."""
+    """Tell whether this process is the first of its run, before the processes know each other."""
     return launched_processes(environ) == 1 or all(environ.get(name, "0") in ("", "0") for name in RANKS)
 
 
@@ -138,7 +138,7 @@ class TokensReport:
         if supervised():
             self._file = FileIO(Path(os.environ[FOLDER], TOKENS), "w")
         self.is_read = self._file is not None
-        """Whether there is a supervisor to read it."""
+        """True where there is a supervisor to read it."""
 
     def write(self, tokens: int) -> None:
         """Costs microseconds: the page stays in memory, and survives the process."""

@@ -22,7 +22,7 @@ class Precision:
 
     @property
     def scales(self) -> bool:
-        """Whether a GradScaler keeps the gradients from vanishing."""
+        """True where a GradScaler keeps the gradients from vanishing."""
         return self.autocast == "float16"
 
 

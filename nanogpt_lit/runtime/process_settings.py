@@ -120,7 +120,7 @@ def by_mkl(device: torch.device) -> Iterator[None]:
 
 @cache
 def onednn_is_exact() -> bool:
-    """Whether oneDNN is the faster library on this CPU, and rounds no more than float32 does."""
+    """Tell whether oneDNN is the faster library on this CPU, and rounds no more than float32 does."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False), restored_matmul_backend():

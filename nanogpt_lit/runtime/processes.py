@@ -19,7 +19,7 @@ def rank() -> int:
 
 
 def has_group() -> bool:
-    """Whether there is a process group, if only of this process."""
+    """Tell whether there is a process group, if only of this process."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -51,12 +51,12 @@ def broadcast(mine: T) -> T:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which each process holds a part."""
+    """Tell whether a tensor is a DTensor, of which each process holds a part."""
     return hasattr(tensor, "full_tensor")
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether there is one among them, as among the parameters of a module under FSDP2."""
+    """Tell whether one of them is sharded, as the parameters of a module under FSDP2 are."""
     return any(is_sharded(tensor) for tensor in tensors)
 
 

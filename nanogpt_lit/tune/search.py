@@ -182,9 +182,9 @@ class Decision:
     gains: tuple[float, ...]
     """Gain in validation loss over the YAML's values, seed by seed."""
     sure: bool | None
-    """Whether the gain is more than the seeds make; None where the search was stopped before it could tell."""
+    """True where the gain is more than the seeds make; None where the search was stopped before it could tell."""
     given_s: float
-    """That each run of the comparison had, at most as long as the whole run."""
+    """Seconds that each run of the comparison had, at most as long as the whole run."""
 
 
 def decide(found: Found) -> Decision | None:
