@@ -7,18 +7,17 @@ import pytest
 import torch
 from small_runs import LOOPS as LOOPS_OF_RUNS
 from small_runs import curves, different, fit, small_run
+from three_loops import assert_loops_agree, prepared_data
 
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.data import prepare
-from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.documents import TextDocument
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity.record import compare
-from nanogpt_lit.parity.runs import LOOPS, Case
+from nanogpt_lit.parity.runs import Case
 from nanogpt_lit.run.metrics import StepMetrics
 
 ROOT = Path(__file__).parents[1]
@@ -55,20 +54,14 @@ def test_an_optimizer_by_its_class_path_takes_the_steps_of_the_class_itself():
 
 
 @pytest.fixture(scope="module")
-def data(text, tmp_path_factory):
-    shards = tmp_path_factory.mktemp("add_x") / "shards"
-    data = TokenDataModule(str(text), "byte", val_fraction=0.1, shards_dir=str(shards), block_size=16, batch_size=2)
-    data.prepare_data()
-    data.setup()
-    return data
+def data(tmp_path_factory):
+    return prepared_data(tmp_path_factory.mktemp("add_x"), block_size=16)
 
 
 def test_the_three_loops_train_with_it_to_the_same_bits(data):
     settings = LoopSettings(4, 2, 1.0, "16-mixed", val_check_interval=4, limit_val_batches=1, seed=3)
     case = Case(settings, TINY, SGD, ScheduleConfig(warmup_steps=1, total_steps=4))
-    runs = {loop: run(case, data).entries for loop, run in LOOPS.items()}
-    assert compare(runs["reference"], runs["lightning"]) is None
-    assert compare(runs["reference"], runs["accelerate"]) is None
+    assert_loops_agree(case, data)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from small_runs import LOOPS as COMMANDS
 from small_runs import accelerate, different, fit, small_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_chat_template import chat_of, theirs
+from three_loops import assert_loops_agree
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import load_network
@@ -35,8 +36,7 @@ from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity.record import compare
-from nanogpt_lit.parity.runs import LOOPS, Case
+from nanogpt_lit.parity.runs import Case
 
 T = 96
 
@@ -159,9 +159,7 @@ def test_the_three_loops_give_the_same_bits(talk_file, tmp_path, precision):
     shape = GPTConfig(T, data.vocab_size, n_layer=1, n_head=2, n_embd=8, document_end=data.document_end)
     settings = LoopSettings(4, 2, 0.05, precision, val_check_interval=4, limit_val_batches=2, seed=7)
     case = Case(settings, shape, AdamWConfig(lr=0.01), ScheduleConfig(warmup_steps=2, total_steps=4))
-    expected = LOOPS["reference"](case, data).entries
-    for loop in ("lightning", "accelerate"):
-        assert compare(expected, LOOPS[loop](case, data).entries) is None, loop
+    assert_loops_agree(case, data)
 
 
 class Gradients(Observer):

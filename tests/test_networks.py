@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_networks import randomised
+from three_loops import assert_loops_agree, prepared_data
 
-from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.attention import KeyValueCache
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.gpt2 import GPTConfig
@@ -24,8 +24,7 @@ from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques, change
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig, block_matrices
 from nanogpt_lit.optim.schedule import ScheduleConfig
-from nanogpt_lit.parity.record import compare
-from nanogpt_lit.parity.runs import LOOPS, OVERFLOWS, Case, quiet
+from nanogpt_lit.parity.runs import OVERFLOWS, Case
 
 SIZES = {"block_size": 16, "vocab_size": 53, "n_layer": 2}
 CONFIGS = {
@@ -187,25 +186,12 @@ def test_it_compiles_as_one_graph(config):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipes")
-    (folder / "text.txt").write_text("".join(f"{n} green bottles hanging on the wall.\n" for n in range(80)))
-    data = TokenDataModule(
-        str(folder / "text.txt"),
-        "byte",
-        val_fraction=0.1,
-        shards_dir=str(folder / "shards"),
-        block_size=8,
-        batch_size=2,
-    )
-    data.prepare_data()
-    data.setup()
-    return data
+    return prepared_data(tmp_path_factory.mktemp("recipes"))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("name", ["qwen3", "llama 3"])
 def test_the_three_loops_give_the_same_bits_with_the_llama_family_and_muon(name, precision, data):
-    quiet()
     torch.set_num_threads(1)
     case = Case(
         LoopSettings(4, 2, 0.05, precision, val_check_interval=4, limit_val_batches=2, seed=7),
@@ -214,9 +200,7 @@ def test_the_three_loops_give_the_same_bits_with_the_llama_family_and_muon(name,
         ScheduleConfig(warmup_steps=1, total_steps=4, decay="cooldown"),
         scaler=OVERFLOWS if precision == "16-mixed" else {},
     )
-    runs = {name: run(case, data) for name, run in LOOPS.items()}
-    for name in ("accelerate", "reference"):
-        assert compare(runs["lightning"].entries, runs[name].entries) is None, name
+    assert_loops_agree(case, data)
 
 
 @every_network

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from three_loops import prepared_data
 
-from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
@@ -45,15 +45,7 @@ def _small_buckets(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("offload")
-    text = folder / "text.txt"
-    text.write_text("".join(f"{n} green bottles hanging on the wall.\n" for n in range(60)))
-    data = TokenDataModule(
-        str(text), "byte", val_fraction=0.1, shards_dir=str(folder / "shards"), block_size=8, batch_size=2
-    )
-    data.prepare_data()
-    data.setup()
-    return data
+    return prepared_data(tmp_path_factory.mktemp("offload"))
 
 
 def case(precision="32-true", clip=0.05, implementation="fused", **rest):

@@ -14,11 +14,11 @@ import small_networks
 import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from three_loops import assert_loops_agree, prepared_data
 from torch.distributed.fsdp import fully_shard
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import quiet_lightning
-from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.loops import accelerate
 from nanogpt_lit.loops.contract import LoopSettings
@@ -52,16 +52,9 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parity")
-    text = folder / "text.txt"
     # 39 windows to validate on, and two processes read 4 in a turn: the last turn is short.
-    text.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(61)))
-    data = TokenDataModule(
-        str(text), "byte", val_fraction=0.1, shards_dir=str(folder / "shards"), block_size=8, batch_size=2
-    )
-    data.prepare_data()
-    data.setup()
-    return data
+    content = "".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(61))
+    return prepared_data(tmp_path_factory.mktemp("parity"), content)
 
 
 STEPS = 6
@@ -100,9 +93,7 @@ GRID = {
 
 @pytest.mark.parametrize("name", GRID)
 def test_the_three_loops_give_the_same_bits(name, data):
-    runs = {loop: run(GRID[name], data).entries for loop, run in LOOPS.items()}
-    assert compare(runs["reference"], runs["lightning"]) is None
-    assert compare(runs["reference"], runs["accelerate"]) is None
+    assert_loops_agree(GRID[name], data)
 
 
 OF_ONE = [known for known in KNOWN_DIFFERENCES if known.case(case()).processes == 1]

@@ -458,12 +458,15 @@ def test_what_python_keeps_out_of_itself_it_keeps_out_of_the_processes_it_starts
 
 
 WATCHED = """
-import sys
+import socket, sys
 seen = []
 def watch(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request"):
         seen.append((event, str(arguments)))
 sys.addaudithook(watch)
+socket.getaddrinfo("localhost", 1)
+assert seen, "the watch sees nothing"
+seen.clear()
 import nanogpt_lit.__main__
 from nanogpt_lit.__main__ import main
 code = main(sys.argv[1:])

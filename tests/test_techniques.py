@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from live_bytes import LiveBytes
+from three_loops import assert_loops_agree, prepared_data
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt_lit.cli.settings import quiet_lightning
-from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.loops.contract import LoopSettings
@@ -43,15 +43,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("techniques")
-    text = folder / "text.txt"
-    text.write_text("".join(f"{n} green bottles hanging on the wall.\n" for n in range(80)))
-    data = TokenDataModule(
-        str(text), "byte", val_fraction=0.1, shards_dir=str(folder / "shards"), block_size=8, batch_size=2
-    )
-    data.prepare_data()
-    data.setup()
-    return data
+    return prepared_data(tmp_path_factory.mktemp("techniques"))
 
 
 def case(memory, precision, dropout):
@@ -79,10 +71,7 @@ def test_training_gives_the_bits_of_plain_training(precision, dropout, data):
 @pytest.mark.parametrize("name", ["every second block, recast", "all"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_the_three_loops_give_the_same_bits_with_techniques(name, precision, data):
-    one = case(ALL[name], precision, 0.1)
-    expected = LOOPS["reference"](one, data).entries
-    for loop in ("lightning", "accelerate"):
-        assert compare(expected, LOOPS[loop](one, data).entries) is None, loop
+    assert_loops_agree(case(ALL[name], precision, 0.1), data)
 
 
 def make(config, memory=None):
