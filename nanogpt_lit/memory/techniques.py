@@ -35,8 +35,8 @@ class MemoryConfig:
     bits."""
 
     recompute: Literal["none", "selective", "full"] = "none"
-    """Compute parts of the forward pass again in the backward pass, to keep less. selective: norms and activation
-    functions, which cost little; full: whole blocks, of which only the input is kept. Same bits."""
+    """Compute parts of the forward pass again in backward, and keep less. selective: norms and activation functions,
+    which cost little; full: whole blocks, of which the input is kept. Same bits."""
 
     recompute_every: int = 1
     """Recompute in every k-th block only, beginning with the first."""
