@@ -35,9 +35,9 @@ class RunState:
     processes: int
     accumulate_grad_batches: int
     tokens: int = 0
-    """Trained on so far, by all processes and over all pieces of the run."""
+    """Trained on so far, by all processes and since the run's first start."""
     trained_s: float = 0.0
-    """Seconds of training so far, over all pieces of the run, without what the machine slept."""
+    """Seconds of training since the run's first start, without what the machine slept."""
     validations: Mapping[str, Any] = field(default_factory=lambda: {"latest": None, "best": None})
     """(step, loss) of the latest and of the best validation."""
     elastic: Mapping[str, Any] = field(default_factory=dict)

@@ -85,7 +85,7 @@ class NanoGPTCLI(SettingsCLI):
             # An empty name and no version: the run is default_root_dir/version_N, checkpoints and all.
             options: dict[str, Any] = {"name": "", "default_hp_metric": False}
             if self.resumed is not None:
-                # What the piece before this one drew past its checkpoint is drawn again: TensorBoard forgets it.
+                # What an earlier start logged past its checkpoint is logged again: TensorBoard forgets it.
                 options |= {"version": self.resumed.run_folder.name, "purge_step": self.resumed.step + 1}
             kwargs["logger"] = BestEffortLogger(trainer.default_root_dir, **options)
         kwargs["max_time"] = None  # Lightning's timer ends inside a step; run/stops.py has it

@@ -56,7 +56,7 @@ def closing_table(run: "RunObservers", folder: Path, checkpoints: Mapping[str, P
     metrics, validations = run.metrics, run.metrics.validations
     time = str(timedelta(seconds=round(run.elapsed_s)))
     if metrics.earlier_s:
-        time += f", {timedelta(seconds=round(metrics.trained_s))} in all pieces of the run"
+        time += f", {timedelta(seconds=round(metrics.trained_s))} with earlier starts"
     if checkpoints is None:
         checkpoints = run.checkpoints.files() if run.checkpoints is not None else {}
     rows = [

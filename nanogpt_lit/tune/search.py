@@ -104,7 +104,7 @@ def search(
             f"--budget={budget_s:g}s is too short: a step of this network takes {step_s:.2g} s here, and comparing "
             f"runs of {MIN_STEPS} steps or more needs --budget {math.ceil(SLOWER * steps * step_s / 60)}min."
         )
-    base = _fastest(trials, [piece for piece in micro_batches(own) if piece == own or fits(piece)], found, budget_s)
+    base = _fastest(trials, [c for c in micro_batches(own) if c == own or fits(c)], found, budget_s)
     measured = [replace(base, recipe=recipe, lr=own.lr) for recipe in recipes]
     _measure(trials, measured, found, 0.04 * budget_s)
 
@@ -150,9 +150,9 @@ def search(
     return found
 
 
-def _fastest(trials: Trials, pieces: list[Candidate], found: Found, budget_s: float) -> Candidate:
-    found.speeds |= trials.speeds(pieces, min(0.04 * budget_s, found.run_s))
-    fastest = min(pieces, key=found.step_s)
+def _fastest(trials: Trials, candidates: list[Candidate], found: Found, budget_s: float) -> Candidate:
+    found.speeds |= trials.speeds(candidates, min(0.04 * budget_s, found.run_s))
+    fastest = min(candidates, key=found.step_s)
     return fastest if found.step_s(fastest) < FASTER * found.step_s(found.own) else found.own
 
 

@@ -77,7 +77,7 @@ class Candidate:
 
 
 def micro_batches(own: Candidate) -> list[Candidate]:
-    """The same optimizer step in other pieces, smaller and larger by factors of 2; the YAML's own first."""
+    """The same optimizer step in micro-batches smaller and larger by factors of 2; the YAML's own first."""
     sizes = [own.batch_size * 2**n for n in range(1, 11)] + [own.batch_size // 2**n for n in (1, 2)]
     sizes = [B for B in dict.fromkeys(sizes) if 0 < B <= own.sequences and own.sequences % B == 0]
     return [own, *(replace(own, batch_size=B, accumulate_grad_batches=own.sequences // B) for B in sizes)]
