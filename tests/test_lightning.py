@@ -2,13 +2,15 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, strategies
 from lightning.pytorch.plugins import MixedPrecision as LightningMixedPrecision
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanogpt_lit.loops.lightning import FullPrecision, MixedPrecision, precision_plugin
 from nanogpt_lit.loops.lightning_run import RunFileIO, run_plugins
+from nanogpt_lit.loops.lightning_sharded import ShardedStrategy
+from nanogpt_lit.loops.trainer_section import PLANNED, named_strategy
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -119,3 +121,21 @@ def test_a_run_adds_to_the_users_plugins_a_precision_and_a_writer_where_they_hav
         assert [type(plugin) for plugin in run_plugins(given, "bf16-mixed", "cpu")["plugins"]] == kinds
     assert run_plugins(None, "bf16-mixed", "cpu")["precision"] is None  # Lightning refuses it beside a plugin
     assert run_plugins(None, "bf16-true", "cpu")["precision"] == "bf16-true"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "planned"),
+    [
+        (strategies.SingleDeviceStrategy("cpu"), "single"),
+        (strategies.DDPStrategy(), "ddp"),
+        (ShardedStrategy(), "fsdp2"),
+        (strategies.FSDPStrategy(), None),
+        (object.__new__(strategies.DeepSpeedStrategy), None),  # a DDPStrategy, that allocates otherwise
+    ],
+)
+def test_a_run_is_planned_by_the_strategy_that_its_trainer_has(strategy, planned):
+    assert PLANNED.get(named_strategy(strategy) or "") == planned
+
+
+def test_lightning_keeps_the_arguments_of_ddp_where_the_plan_of_a_run_looks_for_them():
+    assert strategies.DDPStrategy(bucket_cap_mb=5)._ddp_kwargs == {"bucket_cap_mb": 5}

@@ -178,15 +178,82 @@ def test_planning_draws_no_random_number_and_leaves_the_network_alone(run):
         assert p.grad is None
 
 
-@pytest.mark.parametrize(("device", "processes"), [("cpu", 1), ("cuda", 2)])
-def test_without_a_card_or_among_several_processes_nothing_is_planned(device, processes, monkeypatch):
+@pytest.mark.parametrize(("device", "rank", "strategy"), [("cpu", 0, "single"), ("cuda", 1, "ddp"), ("cuda", 0, None)])
+def test_nothing_is_planned_without_a_card_beside_the_first_process_or_of_a_strategy_unknown(
+    device, rank, strategy, monkeypatch
+):
     monkeypatch.setattr(peak_watch, "measure", lambda *a: pytest.fail("planned"))
     monkeypatch.setattr(metrics_module, "peak_flops_of", lambda *_: None)
     monkeypatch.setattr(gpus, "GpuHealth", lambda device: SimpleNamespace(curves=dict))
     metrics = StepMetrics(lambda *_: None, 1)
-    metrics.on_train_start(training_of(LitNanoGPT(GPT), device=device, processes=processes))
+    training = training_of(LitNanoGPT(GPT), device=device, processes=2)
+    metrics.on_train_start(replace(training, rank=rank, strategy=strategy))
     metrics.on_batch_end(torch.tensor(0.5), tokens=4 * 32)
     assert metrics._peak_watch is None
+
+
+def spread(strategy, **options):
+    """What the first of two devices plans, and whether its steps' time is held against the plan."""
+    training = training_of(LitNanoGPT(GPT, memory=MEMORY), device="cuda", processes=2, **SHAPE)
+    training = replace(training, strategy=strategy, strategy_options=options, zeroes_after_forward=True)
+    said = []
+    watch = metrics_module.peak_watch_of(training)
+    watch._report = said.append
+    watch.plan(4 * 32)
+    for _ in range(3):
+        watch.end_step()
+    watch.compare_time(1.0, 1)
+    return watch.planned_mib, said
+
+
+def by_hand(strategy, **options):
+    shape = StepShape(
+        4, 32, 257, 2, "16-mixed", strategy=strategy, devices=2 if strategy != "single" else 1,
+        strategy_options=tuple(options.items()), zeroes_after_forward=True,
+    )  # fmt: skip
+    return measure(lambda memory: LitNanoGPT(GPT, memory=memory), Rung("", MEMORY, 4, 2), shape, GPUS[0])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("ddp", {}), ("ddp", {"gradient_as_bucket_view": True}), ("fsdp2", {})]
+)
+def test_a_run_of_several_devices_plans_what_its_strategy_lets_this_one_hold(strategy, options, monkeypatch):
+    def in_this_process(command, input, **more):
+        assert "from nanogpt_lit.plan.peak_watch import answer" in command[2]
+        return SimpleNamespace(returncode=0, stdout=f"a remark\n{peak_watch.answer(input)}\n")
+
+    monkeypatch.setattr(peak_watch.subprocess, "run", in_this_process)
+    monkeypatch.setattr(peak_watch, "gpu_here", lambda: GPUS[0])
+    planned_mib, said = spread(strategy, **options)
+    assert planned_mib == by_hand(strategy, **options).reserved_mib
+    assert said == []
+    allocated = [by_hand(*kind).allocated_mib for kind in (("single",), (strategy,))]
+    assert allocated[0] < allocated[1] if strategy == "ddp" else allocated[0] > allocated[1]
+
+
+@pytest.mark.long
+def test_the_process_that_plans_leaves_the_groups_of_the_run_alone(monkeypatch):
+    from torch import distributed
+
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(peak_watch, "gpu_here", lambda: GPUS[0])
+        planned_mib, said = spread("fsdp2")
+        assert said == []
+        assert distributed.get_world_size() == 1
+    finally:
+        distributed.destroy_process_group()
+    assert planned_mib == by_hand("fsdp2").reserved_mib
+
+
+def test_a_plan_that_fails_in_its_own_process_is_one_line_too(monkeypatch):
+    answer = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\n  line\nValueError: no such thing\n")
+    monkeypatch.setattr(peak_watch.subprocess, "run", lambda *a, **more: answer)
+    planned_mib, said = spread("ddp")
+    assert planned_mib is None
+    assert said == ["memory/planned_mib is left out, because planning failed: RuntimeError: ValueError: no such thing"]
 
 
 def test_what_is_on_the_card_is_counted_once():

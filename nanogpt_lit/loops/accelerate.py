@@ -7,7 +7,7 @@ what breaks without it.
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
@@ -38,6 +38,14 @@ from nanogpt_lit.loops.contract import (
     whole,
 )
 from nanogpt_lit.runtime.precision import IN_ACCELERATE
+
+PLANNED: dict[str, Literal["single", "ddp", "fsdp2"]] = {
+    DistributedType.NO: "single",
+    DistributedType.MULTI_GPU: "ddp",
+    DistributedType.MULTI_CPU: "ddp",
+    DistributedType.FSDP: "fsdp2",
+}
+"""Names, in a plan, of the ways in which accelerate spreads a module, where a plan knows them."""
 
 # accelerate leaves autocast's cache of casted weights on, Lightning 2.6 turns it off. With it, the gradients of a
 # weight that a forward uses twice (a head that takes the loss in chunks) are summed in 16 bits; without it, in float32.
@@ -120,7 +128,17 @@ def train(
         module.to(accelerator.device)  # as prepare would; weights that stay in host memory do not follow
         accelerator.scaler = scaler_beside(clipping_order(optimizer), accelerator.scaler, accelerator.device)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    training = Training(module, optimizer, schedule, accelerator.scaler, settings, accelerator.device, rank, processes)
+    training = Training(
+        module,
+        optimizer,
+        schedule,
+        accelerator.scaler,
+        settings,
+        accelerator.device,
+        rank,
+        processes,
+        strategy=PLANNED.get(accelerator.distributed_type),
+    )
     own = [group["params"][:] for group in optimizer.param_groups] if any_sharded(module.parameters()) else []
     # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
     # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.

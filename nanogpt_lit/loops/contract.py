@@ -5,11 +5,11 @@ framework's users expect to read: batches, accumulation, backward, clipping, ste
 run does, curves and checkpoints and guards, is an `Observer` (run/). The settings are named as in Lightning's Trainer.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,10 @@ class Training:
     """Writes a checkpoint, where the framework has to do it; None where this object holds all that there is to save."""
     zeroes_after_forward: bool = False
     """True where the gradients of a step live until the next one's first forward is done, as under Lightning."""
+    strategy: Literal["single", "ddp", "fsdp2"] | None = "single"
+    """Kind of the strategy; None is one of which no plan can tell what a device holds."""
+    strategy_options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of DistributedDataParallel."""
 
     def loss_scale(self) -> float | None:
         """The scaler's. To read it is to wait for the device."""

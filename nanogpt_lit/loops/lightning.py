@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanogpt_lit.loops.contract import LoopSettings, Observer, Training, clipping_order, running, scaler_beside
+from nanogpt_lit.loops.trainer_section import PLANNED, named_strategy
 from nanogpt_lit.run.curves import SampleConfig
 from nanogpt_lit.runtime.process_settings import RandomState
 
@@ -160,6 +161,8 @@ def training_of(trainer: Trainer, module: LightningModule, seed: int | None = No
         batches=trainer.fit_loop.epoch_loop.batch_progress.total.processed,  # type: ignore[attr-defined]
         save=trainer.save_checkpoint,
         zeroes_after_forward=True,
+        strategy=PLANNED.get(named_strategy(trainer.strategy) or ""),
+        strategy_options=getattr(trainer.strategy, "_ddp_kwargs", {}),
     )
 
 

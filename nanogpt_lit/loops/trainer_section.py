@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
@@ -68,10 +68,14 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def named_strategy(strategy: Any, processes: int | None = 1) -> str | None:
-    """The class that trainer.strategy names: by a short name, a class path with its arguments, or Lightning's object.
+PLANNED: Mapping[str, Literal["single", "ddp", "fsdp2"]] = {SINGLE: "single", DDP: "ddp", FSDP2: "fsdp2"}
+"""Strategies of which a plan knows what each device holds, in its words."""
 
-    None for a class of the user's own. processes: what "auto" depends on
+
+def named_strategy(strategy: Any, processes: int | None = 1) -> str | None:
+    """The class that trainer.strategy names: by a short name, a class path with its arguments, or an object of it.
+
+    None for a class path of the user's own. processes: what "auto" depends on
     """
     if isinstance(strategy, str):
         if strategy == "auto":
@@ -79,9 +83,11 @@ def named_strategy(strategy: Any, processes: int | None = 1) -> str | None:
         if strategy in SHORT_NAMES:
             return SHORT_NAMES[strategy][0]
         return FSDP2 if strategy == FSDP2 else None
-    path = strategy.get("class_path") if hasattr(strategy, "get") else type(strategy).__name__
-    name = str(path).rpartition(".")[2]
-    return name if name in STRATEGIES else None
+    if hasattr(strategy, "get"):
+        names = [str(strategy.get("class_path")).rpartition(".")[2]]
+    else:
+        names = [kind.__name__ for kind in type(strategy).__mro__]
+    return next((name for name in names if name in STRATEGIES), None)
 
 
 def writes_run_files(trainer: Namespace) -> bool:

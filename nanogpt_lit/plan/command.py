@@ -15,8 +15,8 @@ from nanogpt_lit.data.tokenizer_files import parse_tokenizer, tokenizer_from_fil
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.network import NetworkConfig
 from nanogpt_lit.gpt.networks import config_of, described, section_of
-from nanogpt_lit.loops.compatibility import DDP, FSDP2
-from nanogpt_lit.loops.trainer_section import asked_processes, named_strategy
+from nanogpt_lit.loops.compatibility import FSDP2
+from nanogpt_lit.loops.trainer_section import PLANNED, asked_processes, named_strategy
 from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
@@ -244,7 +244,7 @@ def spread_over(trainer: Any) -> dict[str, Any]:
     Raises UserError for a strategy whose memory is not known here.
     """
     devices = asked_processes(vars(trainer)) or 1
-    strategy = {DDP: "ddp", FSDP2: "fsdp2"}.get(named_strategy(trainer.strategy, devices) or "")
+    strategy = PLANNED.get(named_strategy(trainer.strategy, devices) or "")
     if devices == 1:
         return {}
     if strategy is None:

@@ -1,8 +1,17 @@
-"""While a run goes on: the peak and the time that were planned for it, beside those that the GPU measures."""
+"""Watch over a run: the peak and the time that were planned for it, beside those that the GPU measures.
 
+A run of several devices is planned in a process of its own: it has a process group already, and the trace of its
+strategy needs one of processes that are not there.
+"""
+
+import importlib
+import json
 import os
-from collections.abc import Callable
-from dataclasses import replace
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,6 +28,8 @@ from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.runtime.gpus import GPUS, Gpu
 
 TOLERANCE = 0.05
+LONGEST_S = 300
+"""Time that a plan in a process of its own may take, for which the run waits."""
 SETTLED_STEPS = 6
 """Steps after which the allocator has met all that repeats; before, less memory than planned proves nothing."""
 
@@ -33,24 +44,29 @@ class PeakWatch:
         self, module: nn.Module, optimizer: Optimizer, shape: Callable[..., StepShape], report: Callable[[str], None]
     ) -> None:
         """module: a LightningModule of ours; its like is built, without content, from its hyperparameters
-        shape: makes the run's StepShape of a batch_size, a block_size and a vocab_size   report: takes a line"""
+        shape: makes the run's StepShape of a batch_size, a block_size and a vocab_size, of one device's micro-batch
+        report: takes a line"""
         self.is_planned = False
         """True once `plan` was called, with success or without."""
         self.planned_mib: float | None = None
         """Most memory that PyTorch is expected to reserve; None where the run cannot be planned."""
         self._footprint: Footprint | None = None
-        self._module, self._optimizer, self._shape, self._report = module, optimizer, shape, report
+        self._module: Any = module
+        self._optimizer, self._shape, self._report = optimizer, shape, report
         self._steps = 0
+        self._exchanges = False
+        """True where devices exchange anything: how long that takes is not in the footprint."""
         self._has_reported = self._has_reported_time = False
 
     def plan(self, tokens: int) -> None:
         """Plan the run for micro-batches of so many tokens. Takes seconds of a CPU."""
         self.is_planned = True
         try:
-            footprint = plan_module(self._module, self._shape, tokens, gpu_here() or GPUS[0])
-            expandable = expandable_segments()
-            self.planned_mib = footprint.expandable_reserved_mib if expandable else footprint.reserved_mib
-            self._footprint = replace(footprint, timeline=(), events=[])  # which are large, and done with
+            of_run, gpu = shape_of_run(self._module, self._shape, tokens), gpu_here() or GPUS[0]
+            self._exchanges = of_run.strategy != "single"
+            plan = plan_apart if self._exchanges else plan_like
+            memory = self._module.memory_config
+            self._footprint, self.planned_mib = plan(type(self._module), self._module.hparams, memory, of_run, gpu)
         except Exception as error:  # a run is worth more than its plan
             reason = " ".join(str(error).split())[:200]
             self._report(f"memory/planned_mib is left out, because planning failed: {type(error).__name__}: {reason}")
@@ -63,6 +79,8 @@ class PeakWatch:
         warmed_up = self._steps > steps
         here = gpu_here()
         if self._footprint is None or self._has_reported_time or not warmed_up or self._has_fallen_back():
+            return
+        if self._exchanges:
             return
         self._has_reported_time = True
         if here is not None and here.name in {gpu.name for gpu in GPUS}:  # of another nothing was estimated
@@ -114,27 +132,78 @@ class PeakWatch:
         return name, *sizes[name]
 
 
-def plan_module(module: Any, shape: Callable[..., StepShape], tokens: int, gpu: Gpu) -> Footprint:
+def shape_of_run(module: Any, shape: Callable[..., StepShape], tokens: int) -> StepShape:
     gpt = module.gpt.config
     batch_size = max(1, tokens // gpt.block_size)
     of_run = shape(
         batch_size=batch_size, block_size=gpt.block_size, vocab_size=gpt.vocab_size, tf32=module.hparams["tf32"]
     )
-    of_run = replace(of_run, deterministic=torch.are_deterministic_algorithms_enabled())
-    rung = Rung("as configured", module.memory_config, batch_size, of_run.accumulate_grad_batches)
+    return replace(of_run, deterministic=torch.are_deterministic_algorithms_enabled())
+
+
+def plan_like(
+    kind: type, hparams: Mapping[str, Any], memory: MemoryConfig, shape: StepShape, gpu: Gpu
+) -> tuple[Footprint, float]:
+    """The footprint of a module of these hyperparameters, and the MiB that PyTorch's allocator reserves for it."""
+    rung = Rung("as configured", memory, shape.batch_size, shape.accumulate_grad_batches)
 
     def build(memory: MemoryConfig) -> nn.Module:
         # As for `plan`, without torch.compile.
-        return type(module)(**{**module.hparams, "memory": memory, "compile": False})
+        module: nn.Module = kind(**{**hparams, "memory": memory, "compile": False})
+        return module
 
-    return measure(build, rung, of_run, gpu)
+    footprint = measure(build, rung, shape, gpu)
+    planned_mib = footprint.expandable_reserved_mib if expandable_segments() else footprint.reserved_mib
+    return replace(footprint, timeline=(), events=[]), planned_mib  # which are large, and done with
+
+
+def plan_apart(
+    kind: type, hparams: Mapping[str, Any], memory: MemoryConfig, shape: StepShape, gpu: Gpu
+) -> tuple[Footprint, float]:
+    """plan_like, in a process that has no part in the run."""
+    asked = {
+        "kind": [kind.__module__, kind.__qualname__],
+        "hparams": dict(hparams),
+        "memory": asdict(memory),
+        "shape": asdict(shape),
+        "gpu": asdict(gpu),
+    }
+    own = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "CUDA_VISIBLE_DEVICES": ""}
+    answer = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import answer; print(answer(input()))"],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **own},
+        timeout=LONGEST_S,
+    )
+    if answer.returncode != 0:
+        raise RuntimeError(answer.stderr.strip().rpartition("\n")[2])
+    footprint, planned_mib = json.loads(answer.stdout.strip().rpartition("\n")[2])
+    return Footprint(**footprint), planned_mib
+
+
+def answer(asked: str) -> str:
+    """plan_apart's question, answered; both are JSON."""
+    given = json.loads(asked)
+    module, name = given["kind"]
+    kind: Any = reduce(getattr, name.split("."), importlib.import_module(module))
+    shape, gpu = StepShape(**with_tuples(given["shape"])), Gpu(**with_tuples(given["gpu"]))
+    footprint, planned_mib = plan_like(kind, given["hparams"], MemoryConfig(**given["memory"]), shape, gpu)
+    return json.dumps([asdict(footprint), planned_mib])
+
+
+def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as they were before they were JSON."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def on_gpu_mib(tensors: list[Any]) -> float:
     """MiB that tensors hold on a GPU; a storage that several share counts once."""
+    parts = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)  # of a DTensor, what this process has
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in tensors
+        for tensor in parts
         if isinstance(tensor, Tensor) and tensor.is_cuda
     }
     return sum(storages.values()) / MIB

@@ -55,7 +55,7 @@ class StepMetrics(Observer):
 
     log: takes the values of a step by their tags, and the step, on every process
     log_every_n_steps: besides the first and the last one   rollbacks: how often the run went back from a spike; None
-    where it is not guarded   plans: whether to hold the peak memory of one GPU against its plan
+    where it is not guarded   plans: whether to hold the first GPU's peak memory against its plan
     text: what identifies the text   tokens_per_byte: of its validation part; None draws no bits per byte
     """
 
@@ -117,8 +117,7 @@ class StepMetrics(Observer):
             from nanogpt_lit.runtime.gpus import GpuHealth  # late, as is the plan: a run on a CPU has neither
 
             self._gpu_curves = GpuHealth(device).curves
-        if self._plans and device.type == "cuda" and training.processes == 1:
-            # What several processes exchange and shard is in no plan.
+        if self._plans and device.type == "cuda" and training.rank == 0 and training.strategy is not None:
             self._peak_watch = peak_watch_of(training)
         self._start()
 
@@ -248,6 +247,9 @@ def peak_watch_of(training: Training) -> "PeakWatch":
         clips=bool(settings.gradient_clip_val),
         zeroes_after_forward=training.zeroes_after_forward,
         validates=settings.val_check_interval is not None,
+        strategy=training.strategy if training.processes > 1 and training.strategy is not None else "single",
+        devices=training.processes,
+        strategy_options=tuple(training.strategy_options.items()) if training.strategy == "ddp" else (),
     )
     return PeakWatch(training.module, training.optimizer, shape, say)
 
