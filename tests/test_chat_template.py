@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 from nanogpt_lit.cli.fine_tuning import option_of
 from nanogpt_lit.data.chat import Chat, able_to_chat
-from nanogpt_lit.data.hugging_face_tokenizer import to_hugging_face
 from nanogpt_lit.data.tokenizer import CHAT_TEMPLATE, EOT
 from nanogpt_lit.data.tokenizer_files import (
     read_tokenizer_files,
@@ -19,6 +18,7 @@ from nanogpt_lit.data.tokenizer_files import (
     with_chat_template,
     with_special_tokens,
 )
+from nanogpt_lit.data.tokenizer_json_writer import to_hugging_face
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.untrusted.jinja_template import JinjaTemplate
 

@@ -14,7 +14,7 @@ from test_tokenizer_json import AWKWARD, KINDS, written
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
 from nanogpt_lit.data.tokenizer_files import with_chat_template
-from nanogpt_lit.data.tokenizer_json import from_hugging_face
+from nanogpt_lit.data.tokenizer_json_reader import from_hugging_face
 from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.rotary import RopeScaling
 

@@ -22,10 +22,10 @@ from transformers import (
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
-from nanogpt_lit.data.hugging_face_tokenizer import to_hugging_face
 from nanogpt_lit.data.tokenizer import EOT, BytePairTokenizer, CharTokenizer, gpt2_tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
-from nanogpt_lit.data.tokenizer_json import from_hugging_face
+from nanogpt_lit.data.tokenizer_json_reader import from_hugging_face
+from nanogpt_lit.data.tokenizer_json_writer import to_hugging_face
 from nanogpt_lit.errors import UserError
 
 ROUNDING = 1e-5

@@ -15,7 +15,7 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files, with_chat_template
-from nanogpt_lit.data.tokenizer_json import from_hugging_face
+from nanogpt_lit.data.tokenizer_json_reader import from_hugging_face
 from nanogpt_lit.gpt.llama import LlamaConfig
 
 ROUNDING = 1e-5

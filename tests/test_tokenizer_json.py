@@ -11,10 +11,10 @@ from tokenizers import Tokenizer as Theirs
 from nanogpt_lit.cli.fine_tuning import option_of
 from nanogpt_lit.data.bpe import all_merges_of, as_characters, merges_of, train_ranks
 from nanogpt_lit.data.documents import cut_pieces
-from nanogpt_lit.data.hugging_face_tokenizer import to_hugging_face
 from nanogpt_lit.data.tokenizer import BytePairTokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_file, tokenizer_from_files, with_special_tokens
-from nanogpt_lit.data.tokenizer_json import from_hugging_face
+from nanogpt_lit.data.tokenizer_json_reader import from_hugging_face
+from nanogpt_lit.data.tokenizer_json_writer import to_hugging_face
 from nanogpt_lit.errors import UserError
 
 WORDS = (

@@ -18,10 +18,10 @@ from nanogpt_lit.checkpoint.export import model_card
 from nanogpt_lit.checkpoint.foreign_files import is_zip, read_torch_file
 from nanogpt_lit.checkpoint.network import chosen_tokenizer, network_of, new_run
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.data.hugging_face_tokenizer import to_hugging_face
 from nanogpt_lit.data.tokenizer import Conventions, Tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
-from nanogpt_lit.data.tokenizer_json import from_hugging_face, read_json
+from nanogpt_lit.data.tokenizer_json_reader import from_hugging_face, read_json
+from nanogpt_lit.data.tokenizer_json_writer import to_hugging_face
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.llama import LlamaConfig

@@ -1,6 +1,6 @@
 """The checkpoint that a fit goes on from: which one it is, whether anything is left to do, and what is set anew."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from nanogpt_lit.errors import NothingToDo, UserError
 from nanogpt_lit.loops.trainer_section import writes_run_files
 from nanogpt_lit.run.resume import changed_settings, latest_config, rate_change
 from nanogpt_lit.runtime.durable import sweep
-from nanogpt_lit.runtime.launch import launched_processes, supervised, was_requeued
+from nanogpt_lit.runtime.launch import is_first, launched_processes, supervised, was_requeued
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,31 @@ class Resumed(Newest):
             yield from changed_settings(before, yaml.safe_load(kept))
             if rate := rate_change(before, settings.as_dict(), self.step):
                 yield rate
+
+
+def go_on_from(settings: Namespace, is_fit: bool, lock: RunLock | None, say: Callable[[str], None]) -> Resumed | None:
+    """Find and check the checkpoint of resume or ckpt_path, which becomes settings.ckpt_path; None for one by name.
+
+    lock: taken on its run   say: takes the lines about it
+    """
+    resumed = None
+    if is_fit and settings.get("resume") is not None:
+        check_resumable(settings)
+        root = Path(settings.trainer.default_root_dir)
+        # The first process decides, and tells the others: they may have no disk in common.
+        resumed = find_resumed(root, lock) if is_first() else None
+        if resumed is None:
+            say(f"resume: no checkpoint in {root}, starting from the beginning")
+        else:
+            for remark in resumed.remarks:
+                say(remark)
+            say(f"resume: going on from {resumed.path}, step {resumed.step:,}")
+            settings.ckpt_path = str(resumed.path)
+    if settings.get("ckpt_path") is None or not is_first():  # whose file is the one that counts
+        return resumed
+    if sentence := check_goes_on(settings, is_fit, found=resumed is not None):
+        say(sentence)
+    return resumed
 
 
 def check_resumable(settings: Namespace) -> None:

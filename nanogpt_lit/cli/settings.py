@@ -266,24 +266,9 @@ class SettingsCLI(LightningCLI):
             settings.resume = "auto"
         if settings.get("resume") is None and settings.get("ckpt_path") is None:
             return
-        from nanogpt_lit.cli.resumed import check_goes_on, check_resumable, find_resumed  # late, for a new run has none
+        from nanogpt_lit.cli.resumed import go_on_from  # late, for a new run goes on from nothing
 
-        if is_fit and settings.get("resume") is not None:
-            check_resumable(settings)
-            root = Path(settings.trainer.default_root_dir)
-            # The first process decides, and tells the others: they may have no disk in common.
-            self.resumed = find_resumed(root, self.lock) if is_first() else None
-            if self.resumed is None:
-                rank_zero_print(f"resume: no checkpoint in {root}, starting from the beginning")
-            else:
-                for remark in self.resumed.remarks:
-                    rank_zero_print(remark)
-                rank_zero_print(f"resume: going on from {self.resumed.path}, step {self.resumed.step:,}")
-                settings.ckpt_path = str(self.resumed.path)
-        if settings.get("ckpt_path") is None or not is_first():  # whose file is the one that counts
-            return
-        if sentence := check_goes_on(settings, is_fit, found=self.resumed is not None):
-            rank_zero_print(sentence)
+        self.resumed = go_on_from(settings, is_fit, self.lock, rank_zero_print)
 
     def find_beginning(self) -> None:
         """init_from: the model to fine-tune, which brings its network and tokenizer.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_lit.data.bpe import Ranks, ranks_of
-from nanogpt_lit.data.hugging_face_tokenizer import check_same_ids, to_hugging_face
 from nanogpt_lit.data.tokenizer import (
     EOT,
     GPT2_PATTERN,
@@ -19,6 +18,7 @@ from nanogpt_lit.data.tokenizer import (
     gpt2_tokenizer,
 )
 from nanogpt_lit.data.tokenizer_files import with_chat_template
+from nanogpt_lit.data.tokenizer_json_writer import check_same_ids, to_hugging_face
 from nanogpt_lit.data.word_patterns import pattern_of
 from nanogpt_lit.errors import UserError
 
