@@ -11,39 +11,30 @@ from importlib import import_module
 from nanogpt_lit.errors import NothingToDo, UserError, shown
 
 COMMANDS = {
-    "fit": ("nanogpt_lit.cli.fit:run", "train, from text or from a checkpoint; with --keep-alive, again after a crash"),
-    "validate": ("nanogpt_lit.cli.fit:run", "validation loss and perplexity of a checkpoint"),
-    "test": ("nanogpt_lit.cli.fit:run", "the same on the test set, which is the validation set unless you bring one"),
-    "fit-accelerate": (
-        "nanogpt_lit.cli.fit_accelerate:run",
-        "the same run, driven by raw accelerate; accelerate launch -m nanogpt_lit fit-accelerate for several processes",
-    ),
-    "keep-alive-unit": (
-        "nanogpt_lit.supervise.units:keep_alive_unit",
-        "what starts fit --keep-alive again after a reboot, for systemd or Windows",
-    ),
+    "fit": ("nanogpt_lit.cli.fit:run", "train, from text or from a checkpoint"),
+    "generate": ("nanogpt_lit.cli.generate:generate", "continue a text with a checkpoint"),
+    "plan": ("nanogpt_lit.cli.plan:plan", "tell whether a run fits a GPU, and what to change if not"),
+    "tune": ("nanogpt_lit.tune.command:tune", "find a better learning rate, batch size and recipe"),
+    "doctor": ("nanogpt_lit.doctor.command:doctor", "check this machine, or a run, and say what to do"),
     "init-config": (
         "nanogpt_lit.cli.packaged_configs:init_config",
-        "a copy of a configuration that comes with the package",
+        "copy a configuration of the package, to change it",
     ),
-    "doctor": ("nanogpt_lit.doctor.command:doctor", "checks this machine, and a run, and says what to do"),
-    "prepare": (
-        "nanogpt_lit.cli.prepare:prepare",
-        "text to token shards; fit makes them where they are missing",
-    ),
-    "plan": ("nanogpt_lit.cli.plan:plan", "whether a run fits a GPU, and what to change when it does not"),
-    "tune": ("nanogpt_lit.tune.command:tune", "a better learning rate, batch and recipe for your text and machine"),
+    "prepare": ("nanogpt_lit.cli.prepare:prepare", "turn text into token shards, as fit does if there are none"),
+    "validate": ("nanogpt_lit.cli.fit:run", "measure validation loss and perplexity of a checkpoint"),
+    "test": ("nanogpt_lit.cli.fit:run", "the same on a test set, if you bring one"),
+    "eval": ("nanogpt_lit.evaluate.command:evaluate", "compare checkpoints: bits per byte, HellaSwag, lm-eval"),
+    "convert": ("nanogpt_lit.cli.convert:convert", "convert checkpoints from and to other formats"),
+    "fit-accelerate": ("nanogpt_lit.cli.fit_accelerate:run", "train with accelerate instead of Lightning, same bits"),
     "accelerate-config": (
         "nanogpt_lit.accelerate_config.command:accelerate_config",
-        "accelerate's default_config.yaml for a YAML of fit, and back",
+        "translate a YAML of fit for accelerate, and back",
     ),
-    "convert": ("nanogpt_lit.cli.convert:convert", "a checkpoint from and to the formats of others"),
-    "eval": ("nanogpt_lit.evaluate.command:evaluate", "loss, bits per byte, HellaSwag and lm-eval's tasks"),
-    "parity": (
-        "nanogpt_lit.parity.command:compare",
-        "Lightning, accelerate and a plain loop on the same module: the same bits?",
+    "parity": ("nanogpt_lit.parity.command:compare", "compare Lightning, accelerate and a plain loop bit by bit"),
+    "keep-alive-unit": (
+        "nanogpt_lit.supervise.units:keep_alive_unit",
+        "print a unit that restarts fit after a reboot",
     ),
-    "generate": ("nanogpt_lit.cli.generate:generate", "text from a checkpoint, streamed as it is made"),
 }
 OTHER_NAMES = {
     "train": "fit", "finetune": "fit", "resume": "fit", "evaluate": "eval",
@@ -94,12 +85,12 @@ def help_text() -> str:
         [
             f"usage: {program()} COMMAND [--help] ...",
             "",
-            "Train a GPT-2-class NanoGPT on a 4 GB laptop.",
+            "Train and fine-tune GPT-2 and Llama networks on a 4 GB laptop GPU or a CPU.",
             "",
             *(f"  {name:<19}{text}" for name, (_, text) in COMMANDS.items()),
             "",
-            f"Start with: {program()} fit --config quickstart",
-            "(--config takes a file, or the name of one that init-config lists.)",
+            f"Start with:  {program()} fit --config quickstart",
+            "--config takes a file, or one of the names that init-config lists.",
         ]
     )
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from nanogpt_lit.__main__ import main
+from nanogpt_lit.__main__ import COMMANDS, main
 from nanogpt_lit.cli.help import MORE, SHORT, WORDS
 
 
@@ -38,6 +38,15 @@ def test_the_help_begins_with_what_users_set_and_fits_two_screens(command, asked
     assert list(dict.fromkeys(sections)) == ["data", "model", "trainer"]
     assert len(text.splitlines()) < 100
     assert "--help all` has every option" in text
+
+
+def test_the_list_of_commands_fits_80_columns_and_begins_with_fit(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    commands = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert commands[0] == "fit"
+    assert commands == list(COMMANDS)
 
 
 def test_help_all_has_every_option_in_the_same_order(asked):

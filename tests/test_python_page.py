@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def run(program, folder):
         [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert answer.returncode == 0, answer.stderr
+    assert "masks of dropout" not in answer.stderr
 
 
 def weights_of_fit(folder, *more):
@@ -114,6 +116,22 @@ def test_a_schedule_of_another_length_than_the_run_warns(folder):
         trainer.fit(module, data)
 
 
+def test_a_stock_trainer_says_that_it_resumes_with_other_masks_of_dropout(folder, tmp_path):
+    stock = {"accelerator": "cpu", "logger": False, "limit_val_batches": 0, "default_root_dir": tmp_path}
+
+    def trained(dropout):
+        data, module = small(folder, dropout=dropout)
+        Trainer(max_steps=1, enable_checkpointing=False, **stock).fit(module, data)
+        module.trainer.save_checkpoint(tmp_path / "stock.ckpt")
+        Trainer(max_steps=2, **stock).fit(module, data, ckpt_path=tmp_path / "stock.ckpt")
+
+    with pytest.warns(UserWarning, match=r"other masks of dropout=0\.1 .*trainer_options"):
+        trained(0.1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*masks of dropout")
+        trained(0.0)
+
+
 def test_a_trainer_of_ones_own_draws_as_often_as_it_is_asked_to_and_keeps_its_plugins(folder):
     data, module = small(folder)
     writer = TorchCheckpointIO()
@@ -144,8 +162,9 @@ def test_the_package_shows_what_it_exports():
     assert all(getattr(nanogpt_lit, name).__doc__ for name in nanogpt_lit.__all__ if name != "__version__")
 
 
-def small(folder, vocab_size=257):
+def small(folder, vocab_size=257, dropout=0.0):
     data = TokenDataModule(
         str(folder / "my_texts"), tokenizer="byte", shards_dir=str(folder / "small"), block_size=16, batch_size=2
     )
-    return data, LitNanoGPT(GPTConfig(block_size=16, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=8))
+    shape = GPTConfig(block_size=16, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=8, dropout=dropout)
+    return data, LitNanoGPT(shape)

@@ -10,7 +10,7 @@ def accelerate_config(arguments: list[str]) -> int:
     """`accelerate-config --from FILE` or `--to-trainer FILE`: prints the other framework's file for the same set-up."""
     parser = parser_of(
         "accelerate-config",
-        "Translates between a YAML of fit and the file of `accelerate config`. What has no counterpart is "
+        "Translate between a YAML of fit and the file of `accelerate config`. What has no counterpart is "
         "listed at the end, as comments, with what to do about it.",
         usage="(--from FILE [--option.of.fit VALUE ...] | --to-trainer FILE)",
     )

@@ -13,9 +13,9 @@ def convert(arguments: list[str]) -> int:
     """`convert FROM TO`: a checkpoint from or to a format of others."""
     parser = parser_of(
         "convert",
-        "Writes the checkpoint FROM anew as TO. FROM is a checkpoint of nanogpt_lit, a .ckpt of Lightning's Trainer, a "
+        "Convert the checkpoint FROM to TO. FROM is a checkpoint of nanogpt_lit, a .ckpt of Lightning's Trainer, a "
         "folder of accelerate's save_state, a Hugging Face folder of GPT-2, Llama or Qwen3, a GGUF file of llama.cpp, "
-        "nanoGPT's ckpt.pt, or a model of llm.c; which, is seen from its content.",
+        "nanoGPT's ckpt.pt, or a model of llm.c; its content tells which.",
     )
     parser.add_argument("source", metavar="FROM", help="a file, a folder, or hf:OWNER/NAME[@REVISION] of the hub")
     parser.add_argument(
@@ -31,13 +31,15 @@ def convert(arguments: list[str]) -> int:
         help="hf: a folder for transformers' AutoModelForCausalLM and AutoTokenizer. gguf: FILE.gguf for llama.cpp, "
         "with a Modelfile for Ollama beside it. nanogpt: FILE.pt for nanoGPT's train.py and sample.py, of a GPT-2",
     )
-    parser.add_argument("--dtype", choices=["f32", "f16", "bf16", "q8_0"], help="of the matrices in FILE.gguf (f32)")
+    parser.add_argument(
+        "--dtype", choices=["f32", "f16", "bf16", "q8_0"], help="dtype of the matrices in FILE.gguf (f32)"
+    )
     parser.add_argument("--tokenizer", metavar="NAME", help="gpt2, byte or FILE.tiktoken, for a FROM that holds none")
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="the YAML of the run, and more options of fit, for a FROM of your own loop (accelerate's save_state, "
-        "Lightning's Trainer), which does not say what network and data it belongs to",
+        help="the YAML of the run, and more options of fit if need be, for a FROM that a loop of your own saved "
+        "(accelerate's save_state, Lightning's Trainer): it does not say which network and data it belongs to",
     )
     options, settings_of_fit = parser.parse_known_args(arguments[1:])
     if settings_of_fit and options.config is None:

@@ -11,7 +11,7 @@ def generate(arguments: list[str]) -> int:
     """`generate --ckpt FILE --prompt TEXT`: streams text to standard output."""
     parser = parser_of(
         "generate",
-        "Text from a checkpoint, streamed as it is made. The tokenizer is the checkpoint's own.",
+        "Continue a text with a checkpoint, token by token, with the checkpoint's own tokenizer.",
     )
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint, or any model that convert reads"
@@ -20,14 +20,20 @@ def generate(arguments: list[str]) -> int:
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="answer each line of standard input, by the model's chat template, and --prompt before them",
+        help="answer --prompt, then each line of standard input, with the model's chat template",
     )
-    parser.add_argument("--system", default="", metavar="TEXT", help="with --chat: what the conversation begins with")
+    parser.add_argument(
+        "--system", default="", metavar="TEXT", help="with --chat: the instructions that the conversation begins with"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="tokens to make (500)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to make (1)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is the likeliest token, 1 as trained (0.8)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token, 1 draws as trained (0.8)"
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that together have P")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have the probability P"
+    )
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text (1337)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     options = parser.parse_args(arguments[1:])

@@ -24,28 +24,28 @@ SHORT = {
 """Options that users set, by section, the most frequent first."""
 
 WORDS = {
-    "config": "A YAML, or the name of one that init-config lists; of several, each wins over those before it.",
-    "print_config": "Print the whole configuration in place of training.",
-    "ckpt_path": "A checkpoint: fit goes on with its run, validate and test measure it.",
-    "seed_everything": "Where the weights of a new network and dropout begin.",
+    "config": "A YAML, or a name that init-config lists; the last of several wins.",
+    "print_config": "Print the whole configuration instead of training.",
+    "ckpt_path": "A checkpoint: fit continues its run; validate and test measure it.",
+    "seed_everything": "Seed of a new network's weights and of dropout.",
     "trainer.max_steps": "Optimizer steps to train.",
-    "trainer.max_time": "Save and end after so long: DD:HH:MM:SS.",
-    "trainer.default_root_dir": "The folder of the runs and, unless data.shards_dir is set, of their shards.",
+    "trainer.max_time": "Save and stop after this time, DD:HH:MM:SS.",
+    "trainer.default_root_dir": "Folder of the runs, and of shards if data.shards_dir is not set.",
     "trainer.accelerator": "cpu, gpu or mps; auto takes a GPU if there is one.",
-    "trainer.devices": "The number of GPUs, or of processes on CPUs; auto is all GPUs, or one process.",
+    "trainer.devices": "Number of GPUs, or of processes on CPUs; auto is all GPUs, or one process.",
     "trainer.precision": "32-true, bf16-mixed or 16-mixed.",
-    "trainer.accumulate_grad_batches": "Micro-batches of an optimizer step.",
-    "trainer.gradient_clip_val": "The greatest norm of the gradients; null leaves them as they are.",
-    "trainer.val_check_interval": "Micro-batches between two validations.",
-    "trainer.limit_val_batches": "Micro-batches of a validation by all processes, or a share; null takes all, 0 none.",
-    "trainer.log_every_n_steps": "Optimizer steps between two points of a curve.",
-    "trainer.deterministic": "true: the same bits at each start on a GPU too, where that costs time.",
+    "trainer.accumulate_grad_batches": "Micro-batches per optimizer step.",
+    "trainer.gradient_clip_val": "Clip the gradients to this norm; null does not clip.",
+    "trainer.val_check_interval": "Micro-batches from one validation to the next.",
+    "trainer.limit_val_batches": "Micro-batches of a validation, of all processes, or a share; null takes all, 0 none.",
+    "trainer.log_every_n_steps": "Optimizer steps from one point of a curve to the next.",
+    "trainer.deterministic": "true: repeated runs give the same bits on a GPU too, but take longer.",
 }
 """Descriptions in place of Lightning's."""
 
 MORE = {
-    KEEP_ALIVE: "fit alone: start again, from the newest checkpoint, after a crash.",
-    f"{TRUST} PACKAGE": "Let the configuration name classes of PACKAGE, whose code then runs.",
+    KEEP_ALIVE: "Of fit alone: restart from the newest checkpoint after a crash.",
+    f"{TRUST} PACKAGE": "Allow the configuration to name classes of PACKAGE, whose code then runs.",
 }
 """Options that are taken from the command line before the parser reads it."""
 
@@ -78,7 +78,7 @@ def short(parser: argparse.ArgumentParser) -> str:
     options = {action.dest: action for action in parser._actions}
     rows = {"": [("-c, --config FILE", WORDS["config"]), ("--print_config", WORDS["print_config"])]}
     for section, names in SHORT.items():
-        title = section or "what a run does beside training"
+        title = section or "besides training"
         keys = [f"{section}.{name}" if section else name for name in names]
         rows[title] = [(f"--{key}", sentence(options[key])) for key in keys]
         if not section:
@@ -88,7 +88,7 @@ def short(parser: argparse.ArgumentParser) -> str:
         lines += ["", *([f"{title}:"] if title else [])]
         for option, said in options_of_section:
             lines += entry(option, said)
-    lines += ["", f"These are the ones that are set most; `{called(parser)} --help all` has every option.", ""]
+    lines += ["", f"These are the options that are set most often; `{called(parser)} --help all` has every option.", ""]
     return "\n".join(lines)
 
 
@@ -108,4 +108,4 @@ def entry(option: str, said: str) -> list[str]:
     indent = 36
     width = max(60, min(120, shutil.get_terminal_size().columns))
     first = f"  {option:<{indent - 2}}"
-    return textwrap.wrap(said, width, initial_indent=first, subsequent_indent=" " * indent)
+    return textwrap.wrap(said, width, initial_indent=first, subsequent_indent=" " * indent, break_on_hyphens=False)

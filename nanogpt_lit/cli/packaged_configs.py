@@ -37,10 +37,10 @@ def init_config(arguments: list[str]) -> int:
     """`init-config NAME [FILE]`: write a copy of a packaged configuration, to be changed."""
     parser = parser_of(
         "init-config",
-        "Write a copy of a configuration that comes with the package, to be changed. Without a NAME, list them: "
-        "--config takes the same names.",
+        "Copy a configuration that comes with the package, to change it. Without NAME, list them; --config takes "
+        "the same names.",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of a packaged configuration, such as rtx2050")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one of them, such as rtx2050")
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="where to write it (NAME.yaml)")
     options = parser.parse_args(arguments[1:])
     configs = packaged_configs()

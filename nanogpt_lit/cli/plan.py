@@ -11,24 +11,24 @@ def plan(arguments: list[str]) -> int:
     """`plan --config FILE`: whether a run fits a GPU, before it runs, on any machine."""
     parser = parser_of(
         "plan",
-        "Whether a run fits a GPU, where its memory goes, and what to change when it does not. Needs no "
-        "GPU and trains nothing. Takes every option of fit besides these.",
+        "Tell whether a run fits a GPU, where its memory goes, and what to change if it does not fit. Needs no "
+        "GPU and trains nothing. Takes every option of fit as well.",
         usage="--config FILE [--gpu NAME | --vram SIZE] [...] [--SECTION.KEY VALUE ...]",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--gpu", metavar="NAME", help="rtx2050 (the default where torch sees none), t4, a100, ...")
-    which.add_argument("--vram", metavar="SIZE", help="the memory of another, such as 6GiB")
-    parser.add_argument("--usable", metavar="SIZE", help="how much of it you found free, in place of an estimate")
-    parser.add_argument("--os", choices=["linux", "windows"], help="what the GPU's machine runs (either)")
-    parser.add_argument("--desktop-on-gpu", action="store_true", help="the screen is drawn by this GPU")
+    which.add_argument("--vram", metavar="SIZE", help="the memory of any other GPU, such as 6GiB")
+    parser.add_argument("--usable", metavar="SIZE", help="how much of it is free, if you have measured that")
+    parser.add_argument("--os", choices=["linux", "windows"], help="what the GPU's machine runs (the stricter of both)")
+    parser.add_argument("--desktop-on-gpu", action="store_true", help="the GPU draws the screen as well")
     parser.add_argument("--loop", choices=["lightning", "accelerate"], default="lightning", help="what drives the run")
     parser.add_argument("--devices", metavar="N", help="GPUs of each machine, as trainer.devices")
     parser.add_argument("--nodes", metavar="N", help="machines, as trainer.num_nodes")
     parser.add_argument("--strategy", metavar="NAME", help="ddp or fsdp2, as trainer.strategy (ddp)")
     parser.add_argument(
-        "--interconnect", metavar="NAMES", help="of several GPUs, within and between machines: nvlink4,8xndr"
+        "--interconnect", metavar="NAMES", help="between GPUs and between machines, such as nvlink4,8xndr"
     )
-    parser.add_argument("--json", action="store_true", help="print the plan for a program")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory of one step, .svg or .png")
     parser.add_argument(
         "--largest", action="store_true", help="also find the largest that fits, as configured and with all techniques"

@@ -8,7 +8,7 @@ def prepare(arguments: list[str]) -> int:
     if set(arguments[1:]) & {"-h", "--help"}:
         print(
             f"usage: {program()} prepare --config FILE [--data.source TEXT] [--data.KEY VALUE ...]\n\n"
-            "Turns the text of data.source into token shards in data.shards_dir, as fit does when they are missing.\n"
+            "Turn the text of data.source into token shards in data.shards_dir, as fit does when they are missing.\n"
             "Takes every option of fit, so that both read the same YAML; `fit --help` lists them."
         )
         return 0

@@ -299,6 +299,8 @@ class TokenDataModule(LightningDataModule):
                 "a step 0, a schedule and a best of their own, name the checkpoint by init_from.",
                 flush=True,
             )
+        if fitting and self.trainer is not None:
+            self._warn_of_dropout(self.trainer)
         for name in ORDER_FIELDS if fitting else ():
             here = getattr(self, name)
             saved = state_dict.get(name, here)  # a run that began elsewhere had no such order
@@ -307,6 +309,19 @@ class TokenDataModule(LightningDataModule):
                     f"data.{name} was {saved} and is {here}: the run goes on in another order of samples, which may "
                     "repeat or leave out some of this epoch."
                 )
+
+    @staticmethod
+    def _warn_of_dropout(trainer: Trainer) -> None:
+        """Lightning itself keeps no random state."""
+        network = getattr(trainer.lightning_module, "gpt", None)
+        dropout = getattr(getattr(network, "config", None), "dropout", 0.0)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        keeps_random_state = any(type(callback).__module__.startswith("nanogpt_lit.") for callback in callbacks)
+        if dropout > 0 and not keeps_random_state:
+            rank_zero_warn(
+                f"this Trainer resumes with other masks of dropout={dropout} than an undisturbed run draws; "
+                "Trainer(**trainer_options(...)) resumes to the bit."
+            )
 
 
 def batch_count(limit: int | float | None) -> int | None:

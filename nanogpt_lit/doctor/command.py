@@ -19,12 +19,12 @@ def doctor(arguments: list[str]) -> int:
     """`doctor [--run FOLDER] [--config FILE]`: one line per check. Returns 1 when something is wrong."""
     parser = parser_of(
         "doctor",
-        "Checks this machine, and a run, and says what to do. Each line begins with ok, with look (it may "
-        "cost time or comfort) or with wrong (it fails, or will). Exits with 1 when something is wrong.",
+        "Check this machine, or a run, and say what to do. Each line begins with ok, with look (it may cost "
+        "time or comfort) or with wrong (it fails, or will). The exit code is 1 if something is wrong.",
     )
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="compare its shards and checkpoints, byte by byte")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="check its shards and checkpoints too, byte by byte")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the same for the run of a YAML of fit")
-    parser.add_argument("--json", action="store_true", help="print a list for a program")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     options = parser.parse_args(arguments[1:])
 
     findings = []

@@ -21,9 +21,9 @@ def evaluate(arguments: list[str]) -> int:
     """`eval --ckpt FILE [FILE ...]`: a table of losses and accuracies, a line for each checkpoint."""
     parser = parser_of(
         "eval",
-        "Measures checkpoints: loss and perplexity per token, bits per byte (comparable between tokenizers), the "
-        "accuracy on HellaSwag, and the tasks of lm-eval. Without --data and tasks, on the validation part of the run "
-        "that a checkpoint belongs to, whole. In float32.",
+        "Measure checkpoints: loss and perplexity per token, bits per byte (comparable between tokenizers), the "
+        "accuracy on HellaSwag, and tasks of lm-eval. Without --data and tasks, the whole validation part of the run "
+        "that a checkpoint belongs to is measured. In float32.",
     )
     parser.add_argument(
         "--ckpt",
@@ -34,13 +34,18 @@ def evaluate(arguments: list[str]) -> int:
         help="checkpoints, or any model that convert reads",
     )
     parser.add_argument("--data", metavar="TEXT", help="a text, a folder or shards, as data.source of fit")
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="of JSON Lines and Parquet (text)")
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="the field of JSON Lines and Parquet that holds the text (text)",
+    )
     parser.add_argument("--hellaswag", type=Path, metavar="FILE.jsonl", help="questions in HellaSwag's format")
     parser.add_argument("--tasks", metavar="NAME,...", help='tasks of lm-eval (pip install "nanogpt_lit[eval]")')
-    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="of lm-eval tasks of your own")
+    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="folder of your own tasks for lm-eval")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
-    parser.add_argument("--json", action="store_true", help="print the results for a program")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the results, .svg or .png")
     options = parser.parse_args(arguments[1:])
     if options.limit is not None and options.limit < 1:

@@ -18,10 +18,10 @@ class ScheduleConfig:
     min_lr_ratio: float = 0.1
     """The floor that the decay ends at, as a fraction of the peak."""
     decay: Literal["cosine", "cooldown"] = "cosine"
-    """cosine: from the end of warm-up on, as nanoGPT. cooldown: at the peak first, then in a straight line: Hu et al.,
-    MiniCPM (arXiv:2404.06395), and Hagele et al. (arXiv:2405.18392)."""
+    """cosine: falls from the end of warm-up on, as in nanoGPT. cooldown: stays at the peak, then falls in a straight
+    line (arXiv:2404.06395, arXiv:2405.18392)."""
     cooldown_ratio: float = 0.4
-    """The last share of the run's steps, over which cooldown falls."""
+    """The last part of the run, as a share of its steps, over which cooldown falls."""
     total_steps: int = 1000
     """Optimizer steps of the whole run: filled in from trainer.max_steps."""
 

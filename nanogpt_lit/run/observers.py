@@ -1,4 +1,4 @@
-"""Everything that a run does beside training, in its order: the same list under every loop."""
+"""Everything that a run does besides training, in its order: the same list under every loop."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,29 +22,29 @@ from nanogpt_lit.runtime.clock import awake_s
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of all that a run does beside training."""
+    """Settings of all that a run does besides training."""
 
     resume: Literal["auto"] | None = None
-    """auto: go on with the newest run below trainer.default_root_dir, from its newest whole checkpoint; without one,
-    start. A job that SLURM has queued again does so by itself."""
+    """auto: continue the newest run below trainer.default_root_dir from its newest undamaged checkpoint, if any;
+    else start one. A job that SLURM has queued again does so by itself."""
 
     init_from: str | None = None
     """Fine-tune: begin at step 0 with the weights, the network and the tokenizer of any model that convert reads, or of
-    hf:OWNER/NAME[@REVISION]. (ckpt_path goes on with a run, its step, schedule and best.)"""
+    hf:OWNER/NAME[@REVISION]. (ckpt_path continues a run, its step, schedule and best.)"""
 
     spike_factor: float | None = None
     """Limit of a step's loss, as a multiple of the median of the 64 before: above it, go back to the last checkpoint
     and leave out the samples since; 2 is usual."""
 
     early_stopping_patience: int | None = None
-    """End the run after so many validations in a row without a better loss; best is kept. 3 is usual when a model is
+    """Stop after this many validations in a row without a better loss; best is kept. 3 is usual when a model is
     fine-tuned on a few megabytes."""
 
     checkpoint_every_minutes: float | None = EVERY_MINUTES
-    """Save last after so many minutes without a checkpoint, whether or not the run validates."""
+    """Save last after this many minutes without a checkpoint, whether or not the run validates."""
 
     checkpoint_every_steps: int | None = None
-    """Save last after every so many optimizer steps, besides after each validation and at the end."""
+    """Save last each time this many optimizer steps are done, besides after each validation and at the end."""
 
     def __post_init__(self) -> None:
         factor, patience = self.spike_factor, self.early_stopping_patience

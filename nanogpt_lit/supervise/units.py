@@ -17,7 +17,7 @@ def keep_alive_unit(arguments: list[str]) -> int:
     """`keep-alive-unit --config FILE`: prints what starts `fit --keep-alive` again after a reboot."""
     parser = parser_of(
         "keep-alive-unit",
-        "Prints a unit for systemd, or a task for the Windows Task Scheduler, which starts "
+        "Print a unit for systemd, or a task for the Windows Task Scheduler, which starts "
         "`fit --keep-alive` with these options in this folder after a reboot. Its beginning says how to install it.",
         usage="[--systemd | --task-scheduler] [--option.of.fit VALUE ...]",
     )

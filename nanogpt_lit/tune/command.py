@@ -14,9 +14,9 @@ def tune(arguments: list[str]) -> int:
     """`tune --config FILE`: proposes a learning rate, a batch and a recipe for this text on this machine."""
     parser = parser_of(
         "tune",
-        "Trains the network of a YAML for moments, with other learning rates, batches and recipes, and writes a YAML "
-        "with what ends at the lowest validation loss in the same time, and a picture. Where nothing is better for "
-        "sure, the values stay. Takes every option of fit besides these. Ctrl-C ends it with the best so far.",
+        "Try other learning rates, batch sizes and recipes in short runs of equal time, and write a YAML with what "
+        "ends at the lowest validation loss, and a picture. Your values stay unless the gain is statistically clear. "
+        "Takes every option of fit as well. Ctrl-C ends it with the best so far.",
         usage="--config FILE [--budget TIME] [--out FILE] [--SECTION.KEY VALUE ...]",
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the YAML to improve on")
