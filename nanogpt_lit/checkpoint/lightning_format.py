@@ -191,7 +191,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     stored: dict[str, Any] = {}
     for name, described in index["state_dict_metadata"].items():
         value: Any
-        if described.by.name != "TensorStorageMetadata":
+        if described.name != "TensorStorageMetadata":
             value = read(name, None)
         else:
             shape = size_of(described.state["size"]) or ()

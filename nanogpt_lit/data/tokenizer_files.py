@@ -219,8 +219,8 @@ def _as_byte_pairs(tokenizer: Tokenizer) -> BytePairTokenizer:
 def characters_of(folder: Path) -> CharTokenizer | None:
     """The tokenizer of the meta.pkl beside nanoGPT's tokens; None for a folder without one.
 
-    It is a pickle, and loading one can run code: `plain_pickle` follows those of its instructions that make a
-    dictionary of numbers and characters, and refuses all others. Raises UserError for one that describes no characters.
+    It is a pickle, and loading one can run code: `plain_pickle` refuses one that names any. Raises UserError for one
+    that describes no characters.
     """
     path = file_inside(folder, META)
     if ready_format(folder) != "nanogpt" or not path.is_file():
@@ -232,7 +232,7 @@ def characters_of(folder: Path) -> CharTokenizer | None:
         with path.open("rb") as file:
             character_of = plain_pickle(file.read(LARGEST))["itos"]
         characters = [character_of[token] for token in range(len(character_of))]
-    except Exception as error:  # what pickletools raises for a damaged file is not one family
+    except Exception as error:  # what the reader raises for a damaged file is not one family
         raise UserError(
             f"{path} does not say which character each token is ({type(error).__name__}: {str(error)[:99]}); nanoGPT's "
             "data/shakespeare_char/prepare.py writes it, and without it data.tokenizer counts."
