@@ -17,7 +17,6 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     PrecisionType,
-    constants,
     write_basic_config,
 )
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
@@ -136,7 +135,6 @@ ROUND_TRIPS = [
         )
     ),
     (FSDP2, "fsdp_config.fsdp_version", 2),
-    *((FSDP2, "fsdp_config.fsdp_state_dict_type", value) for value in constants.FSDP2_STATE_DICT_TYPE),
     (DEEPSPEED, "deepspeed_config.deepspeed_config_file", "ds.json"),
     *((DEEPSPEED, "deepspeed_config.zero_stage", stage) for stage in (0, 1, 2, 3)),
     *(

@@ -25,7 +25,6 @@ CPU_OPTIMIZER = "deepspeed.ops.adam.DeepSpeedCPUAdam"
 """The optimizer without which DeepSpeed does not offload."""
 
 OURS = "fit-accelerate"
-FSDP_STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 RENDEZVOUS = {"machine_rank": "NODE_RANK", "main_process_ip": "MASTER_ADDR", "main_process_port": "MASTER_PORT"}
 
 
@@ -84,8 +83,8 @@ TABLE: tuple[Row, ...] = (
         "the network is wrapped block by block instead, as TRANSFORMER_BASED_WRAP with GPTBlock does"),
     Row(None, _FSDP + "transformer_layer_cls_to_wrap", None,
         "the network's layers are of class GPTBlock or LlamaBlock"),
-    Row(_ARGUMENT + "save_distributed_checkpoint", _FSDP + "state_dict_type", None,
-        "choose FULL_STATE_DICT or SHARDED_STATE_DICT"),
+    Row(None, _FSDP + "state_dict_type", "SHARDED_STATE_DICT",
+        "each process saves its own share; convert makes one file of them"),
     Row(None, _FSDP + "activation_checkpointing", False, "model.memory.recompute=full is the same in the YAML"),
     *(
         Row(None, _PARALLEL + name, 1, "this network is only sharded over all processes alike; set it to 1", True)

@@ -7,7 +7,6 @@ from typing import Any
 from nanogpt_lit.accelerate_config.accelerate_file import (
     BLOCKS,
     CPU_OPTIMIZER,
-    FSDP_STATE_DICTS,
     RENDEZVOUS,
     ROW_OF,
     Translation,
@@ -167,14 +166,7 @@ def _fsdp2_arguments(source: Source, processes: int) -> dict[str, Any]:
             f"accelerate's parallelism_config_dp_shard_size={shards} leaves some of num_processes={processes} "
             "without a share; set one to the other."
         )
-    state_dict_type = source.left.get("fsdp_config.fsdp_state_dict_type", "FULL_STATE_DICT")
-    if state_dict_type in FSDP_STATE_DICTS:
-        source.take("fsdp_config.fsdp_state_dict_type")
-    return {
-        "data_parallel_size": processes,
-        "tensor_parallel_size": 1,
-        "save_distributed_checkpoint": state_dict_type == "SHARDED_STATE_DICT",
-    }
+    return {"data_parallel_size": processes, "tensor_parallel_size": 1}
 
 
 def _deepspeed_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:

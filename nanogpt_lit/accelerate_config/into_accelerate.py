@@ -149,17 +149,17 @@ def _section(
         }  # fmt: skip
     if strategy != FSDP2:
         return {}, {"start_method"}  # accelerate launch always starts processes anew
-    sharded = arguments.get("save_distributed_checkpoint", False)
     values = {
         "version": 2,
         "reshard_after_forward": True,
         "offload_params": False,
         "activation_checkpointing": False,
         "cpu_ram_efficient_loading": False,
-        "state_dict_type": "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT",
+        "state_dict_type": "SHARDED_STATE_DICT",  # as fit-accelerate saves
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_layer_cls_to_wrap": block,
     }
+    # The last changes nothing: each process saves its own share, as the file says.
     carried = {"data_parallel_size", "tensor_parallel_size", "save_distributed_checkpoint"}
     return {"fsdp_config": {f"fsdp_{name}": value for name, value in values.items()}}, carried
 
