@@ -116,7 +116,7 @@ def changed(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"attention_bias": True}, "attention_bias=True; this network has False"),
+        ({"attention_bias": True}, "attention_bias=True, and this network has False"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),

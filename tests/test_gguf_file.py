@@ -142,13 +142,13 @@ VALUES = {
     ),
     "a block without end": ({"llama__context_length": U32(UINT32) + U32(2**30)}, "for 1,073,741,824 tokens at a time"),
     "layers in words": (
-        {"llama__block_count": U32(STRING) + text("many")}, "block_count='many'; one number of type int",
+        {"llama__block_count": U32(STRING) + text("many")}, "block_count='many', which is no size",
     ),
     "not said": ({"llama__block_count": None}, "lacks llama.block_count, which says the network's shape"),
     "other heads": ({"llama__attention__head_count": U32(UINT32) + U32(4)}, "of shape|rope.dimension_count"),
     "other channels": ({"llama__embedding_length": U32(UINT32) + U32(16)}, "of shape"),
     "part of each head": (
-        {"llama__rope__dimension_count": U32(UINT32) + U32(2)}, "rope.dimension_count=2; this network",
+        {"llama__rope__dimension_count": U32(UINT32) + U32(2)}, "rope.dimension_count=2, and this network",
     ),
     "an end that is none": ({"tokenizer__ggml__eos_token_id": U32(UINT32) + U32(9999)}, "a tokenizer that is not as"),
 }  # fmt: skip

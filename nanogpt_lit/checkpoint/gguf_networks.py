@@ -5,7 +5,6 @@ queries and keys, and keeps the channels that a rotation turns together side by 
 order of transformers and ours.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt_lit.checkpoint.foreign_values import ForeignValues
 from nanogpt_lit.checkpoint.gguf_file import GGUFFile
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPTConfig
@@ -167,40 +167,6 @@ def rope_factors(config: NetworkConfig) -> Tensor | None:
     return frequencies(D, base) / frequencies(D, base, config.rope_scaling)
 
 
-class Shape:
-    """The metadata of one architecture. Raises UserError, naming file and key, for values that are none."""
-
-    def __init__(self, file: GGUFFile, architecture: str) -> None:
-        self.file, self.architecture = file, architecture
-
-    def find(self, key: str, kind: type, default: Any = None) -> Any:
-        key = f"{self.architecture}.{key}"
-        value = self.file.metadata.get(key, default)
-        if value is None:
-            raise UserError(f"{self.file.path} lacks {key}, which says the network's shape.")
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-            raise UserError(
-                f"{self.file.path} has {key}={value!r:.60}; one number of type {kind.__name__} can be read."
-            )
-        return value
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.find(key, int, default)
-        if not 1 <= value < 2**31:
-            raise UserError(f"{self.file.path} has {self.architecture}.{key}={value}, which is no size.")
-        return int(value)
-
-    def check(self, key: str, only: Any, absent: Any) -> None:
-        """Raises UserError for another value than the one that our network has."""
-        if (value := self.file.metadata.get(f"{self.architecture}.{key}", absent)) != only:
-            raise UserError(
-                f"{self.file.path} has {self.architecture}.{key}={value!r:.60}; this network has {only!r} and nothing "
-                "else."
-            )
-
-
 def named_architecture(file: GGUFFile) -> str:
     """llama.cpp's name. Raises UserError for one that is none of ours."""
     name = file.metadata.get("general.architecture")
@@ -215,7 +181,8 @@ def config_of(file: GGUFFile, tensors: Mapping[str, Tensor]) -> NetworkConfig:
     Raises UserError for what our network lacks.
     """
     architecture = named_architecture(file)
-    shape, embedding, head = Shape(file, architecture), tensors.get(EMBEDDING), tensors.get(OUTPUT)
+    shape = ForeignValues(file.path, file.metadata, f"{architecture}.")
+    embedding, head = tensors.get(EMBEDDING), tensors.get(OUTPUT)
     if embedding is None:
         raise UserError(f"{file.path} lacks {EMBEDDING}; it holds no network.")
     common: dict[str, Any] = {
@@ -227,16 +194,14 @@ def config_of(file: GGUFFile, tensors: Mapping[str, Tensor]) -> NetworkConfig:
         "tied_head": head is None or torch.equal(head, embedding),
     }
     if architecture == "gpt2":
-        shape.check("feed_forward_length", 4 * common["n_embd"], 4 * common["n_embd"])
-        eps = shape.find("attention.layer_norm_epsilon", float, 1e-5)
+        shape.check({"feed_forward_length": 4 * common["n_embd"]})
+        eps = shape.number("attention.layer_norm_epsilon", 1e-5)
         if abs(eps - 1e-5) > 1e-9:
             raise UserError(f"{file.path} has gpt2.attention.layer_norm_epsilon={eps}; this network has 1e-05.")
         return GPTConfig(**common)
-    for key, only in (("expert_count", 0), ("attention.sliding_window", 0), ("rope.scaling.type", "none")):
-        shape.check(key, only, only)
+    shape.check({"expert_count": 0, "attention.sliding_window": 0, "rope.scaling.type": "none"})
     D = shape.size("attention.key_length", max(1, common["n_embd"] // common["n_head"]))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        shape.check(key, D, D)
+    shape.check({"attention.value_length": D, "rope.dimension_count": D})
     config = LlamaConfig(
         **common,
         n_kv_head=shape.size("attention.head_count_kv", common["n_head"]),
@@ -244,8 +209,8 @@ def config_of(file: GGUFFile, tensors: Mapping[str, Tensor]) -> NetworkConfig:
         n_hidden=shape.size("feed_forward_length"),
         qk_norm=architecture == "qwen3",
         # They are float32 there: 9.999999747378752e-06 is 1e-5 and stays what the file says in float32.
-        norm_eps=float(f"{shape.find('attention.layer_norm_rms_epsilon', float):.7g}"),
-        rope_base=float(f"{shape.find('rope.freq_base', float, 10_000.0):.7g}"),
+        norm_eps=float(f"{shape.number('attention.layer_norm_rms_epsilon'):.7g}"),
+        rope_base=float(f"{shape.number('rope.freq_base', 10_000.0):.7g}"),
     )
     factors = tensors.get(ROPE_FACTORS)
     return config if factors is None else with_rope_factors(config, factors, file)

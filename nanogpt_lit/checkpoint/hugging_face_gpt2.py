@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.hugging_face_values import check_as_ours, sizes_of
+from nanogpt_lit.checkpoint.foreign_values import ForeignValues
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.network import HEAD
@@ -43,8 +43,9 @@ SIZES = {
 
 def config_of(described: Mapping[str, Any], path: Path) -> GPTConfig:
     """The network that config.json describes. Raises UserError, naming the file, for what ours lacks."""
-    check_as_ours(described, AS_OURS, path)
-    sizes = sizes_of(described, SIZES, path)
+    values = ForeignValues(path, described)
+    values.check(AS_OURS)
+    sizes = {ours: values.size(*theirs) for ours, theirs in SIZES.items()}
     inner = described.get("n_inner")
     if inner not in (None, 4 * sizes["n_embd"]):
         raise UserError(f"{path} has n_inner={inner}; four times n_embd is what this network has.")

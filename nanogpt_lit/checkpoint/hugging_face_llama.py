@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.hugging_face_values import check_as_ours, number_of, sizes_of
+from nanogpt_lit.checkpoint.foreign_values import ForeignValues
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.network import HEAD
@@ -51,7 +51,8 @@ SCALING = {
 
 def config_of(described: Mapping[str, Any], path: Path) -> LlamaConfig:
     """The network that config.json describes. Raises UserError, naming the file, for what ours lacks."""
-    check_as_ours(described, AS_OURS, path)
+    values = ForeignValues(path, described)
+    values.check(AS_OURS)
     kinds = described.get("layer_types") or [FULL]
     if any(kind != FULL for kind in kinds):
         raise UserError(f"{path} has layer_types with others than {FULL}; this network attends to all tokens so far.")
@@ -60,14 +61,14 @@ def config_of(described: Mapping[str, Any], path: Path) -> LlamaConfig:
     rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path} has rope_parameters={rope!r:.60}, which is no dictionary.")
-    sizes = sizes_of(described, SIZES[kind], path)
+    sizes = {ours: values.size(*theirs) for ours, theirs in SIZES[kind].items()}
     if sizes["head_size"] == sizes["n_embd"] / sizes["n_head"]:
         sizes["head_size"] = None  # which says the same
     return LlamaConfig(
         **sizes,
         qk_norm=kind == "qwen3",
-        norm_eps=number_of(described, "rms_norm_eps", EPS, path),
-        rope_base=number_of({**described, **rope}, "rope_theta", THETA, path),
+        norm_eps=values.number("rms_norm_eps", EPS),
+        rope_base=ForeignValues(path, {**described, **rope}).number("rope_theta", THETA),
         rope_scaling=scaling_of(rope, path),
         tied_head=bool(described.get("tie_word_embeddings", False)),
     )
@@ -82,7 +83,7 @@ def scaling_of(rope: Mapping[str, Any], path: Path) -> RopeScaling | None:
     missing = [theirs for theirs in SCALING.values() if theirs not in rope]
     if missing:
         raise UserError(f"{path} has rope_type='llama3' without {missing[0]}.")
-    values = {ours: number_of(rope, theirs, 0.0, path) for ours, theirs in SCALING.items()}
+    values = {ours: ForeignValues(path, rope).number(theirs) for ours, theirs in SCALING.items()}
     return RopeScaling(**{**values, "original_block_size": int(values["original_block_size"])})  # type: ignore[arg-type]
 
 

@@ -139,7 +139,7 @@ class SpikeGuard(Observer):
         assert self._window is not None, "a step of no micro-batch"
         loss, self._window = float(mean_of_processes(self._window)), None
         if not math.isfinite(loss):
-            return  # guards.py leaves such a step out
+            return  # FiniteGuard leaves such a step out
         if len(self._losses) == RECENT and loss > self.factor * median(self._losses):
             self._go_back(step, loss)
         else:

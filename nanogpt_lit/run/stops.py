@@ -106,7 +106,7 @@ class Stops(Observer):
     A signal that the process ignores stays ignored: so a run under nohup outlives its terminal.
 
     folder: where the stop file is looked for   max_time_s: counted from when it is entered, each time a run is started
-    requeue_by: the signal that SLURM sends to a job before it stops it (slurm.py)
+    requeue_by: the signal that SLURM sends to a job before it stops it (runtime/launch.py)
     """
 
     def __init__(

@@ -126,6 +126,11 @@ def values_of(
 
 COUNT = 2**31
 """More than anything here is counted to."""
+SIZES = {
+    "n_layer": 2**12, "n_head": 2**16, "n_embd": 2**18, "vocab_size": 2**24, "n_kv_head": 2**16, "head_size": 2**16,
+    "n_hidden": 2**20,
+}  # fmt: skip
+"""The largest of a network's sizes."""
 RANGES: Mapping[str, tuple[float, float]] = {
     "seed_everything": (0, 2**32 - 1),  # NumPy's
     "data.seed": (0, 2**62),
@@ -138,17 +143,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     **{f"trainer.limit_{of}_batches": (0, 2**62) for of in ("train", "val", "test", "predict")},
     "data.block_size": (-math.inf, 2**24),
     "data.batch_size": (-math.inf, 2**24),
-    "model.gpt.n_layer": (-math.inf, 2**12),
-    "model.gpt.n_head": (-math.inf, 2**16),
-    "model.gpt.n_embd": (-math.inf, 2**18),
-    "model.gpt.vocab_size": (-math.inf, 2**24),
-    "model.llama.n_layer": (-math.inf, 2**12),
-    "model.llama.n_head": (-math.inf, 2**16),
-    "model.llama.n_embd": (-math.inf, 2**18),
-    "model.llama.vocab_size": (-math.inf, 2**24),
-    "model.llama.n_kv_head": (-math.inf, 2**16),
-    "model.llama.head_size": (-math.inf, 2**16),
-    "model.llama.n_hidden": (-math.inf, 2**20),
+    **{f"model.{section}.{name}": (-math.inf, most) for section in ("gpt", "llama") for name, most in SIZES.items()},
     "model.optim.eps": (0, math.inf),
 }
 
