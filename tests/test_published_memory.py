@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from litgpt_networks import LitGPT, tiny_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,7 +44,6 @@ V100_CONTEXT = 1343
 # "Peak memory" of tiny-llama/full.yaml in Lightning-AI/litgpt, config_hub/finetune/README.md: TinyLlama 1.1B, all of it
 # trained in bfloat16 with AdamW on one A10G, 8 x 4 sequences of at most 512 tokens. torch.cuda.max_memory_allocated().
 ON_AN_A10G_GB = 14.10
-LLAMA_VOCAB = 32000
 
 
 @pytest.mark.parametrize("change", ON_AN_A100)
@@ -65,8 +65,8 @@ def test_the_plan_of_a_recomputed_bert_is_within_1_percent_of_what_a_v100_held(p
 
 
 def test_the_plan_of_a_fine_tuned_llama_is_within_1_percent_of_what_an_a10g_allocated():
-    shape = StepShape(4, 512, LLAMA_VOCAB, 8, "bf16-true", clips=False, validates=False)
-    trace = trace_steps(TinyLlama, shape)
+    shape = StepShape(4, 512, 32000, 8, "bf16-true", clips=False, validates=False)
+    trace = trace_steps(lambda: LitGPT(tiny_llama(512), finetunes=True), shape)
     assert replay(long_run(trace, 8)).allocated / 1e9 == pytest.approx(ON_AN_A10G_GB, rel=0.01)
 
 
@@ -227,65 +227,3 @@ class AdamWOf2022(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none=False):
         super().zero_grad(set_to_none)
-
-
-class TinyLlama(nn.Module):
-    """22 layers of 32 heads of 64 channels that share 4 keys and values; rotary positions, RMSNorm, SwiGLU."""
-
-    def __init__(self):
-        super().__init__()
-        self.tokens, self.head = nn.Embedding(LLAMA_VOCAB, 2048), nn.Linear(2048, LLAMA_VOCAB, bias=False)
-        self.layers, self.norm = nn.ModuleList(LlamaLayer() for _ in range(22)), LlamaNorm()
-        self.register_buffer("rotation", torch.ones(2, 512, 64))
-
-    def forward(self, tokens, targets):
-        x = self.tokens(tokens)
-        for layer in self.layers:
-            x = layer(x, self.rotation)
-        self.logits = self.head(
-            self.norm(x)
-        )  # as litgpt's loop, which holds them until the next micro-batch has its own
-        logits, targets = self.logits[..., :-1, :].reshape(-1, LLAMA_VOCAB), targets[..., 1:].reshape(-1)
-        chunks = zip(logits.split(128), targets.split(128), strict=True)
-        losses = [F.cross_entropy(some, theirs, reduction="none") for some, theirs in chunks]
-        return torch.cat(losses).sum() / targets.numel()
-
-    def configure_optimizers(self):
-        return {"optimizer": torch.optim.AdamW(self.parameters(), foreach=True)}
-
-
-class LlamaLayer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.norm2 = LlamaNorm(), LlamaNorm()
-        self.qkv, self.out = nn.Linear(2048, (32 + 4 + 4) * 64, bias=False), nn.Linear(2048, 2048, bias=False)
-        self.gate, self.up = (nn.Linear(2048, 5632, bias=False) for _ in range(2))
-        self.down = nn.Linear(5632, 2048, bias=False)
-
-    def forward(self, x, rotation):
-        x = x + self.attention(self.norm1(x), rotation)
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-    def attention(self, x, rotation):
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, 4, 8 + 2, 64).permute(0, 2, 3, 1, 4).split((8, 1, 1), dim=2)
-        q, k, v = (part.expand(B, 4, 8, T, 64).reshape(B, 32, T, 64) for part in (q, k, v))
-        y = F.scaled_dot_product_attention(rotated(q, *rotation), rotated(k, *rotation), v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(B, T, 2048))
-
-
-def rotated(x, cos, sin):
-    turned = torch.cat((-x[..., 32:], x[..., :32]), dim=-1)
-    return x * cos + turned * sin
-
-
-class LlamaNorm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2048))
-
-    def forward(self, x):
-        wide = x.float()
-        normed = wide * torch.rsqrt(torch.mean(wide * wide, dim=-1, keepdim=True) + 1e-5)
-        return (normed * self.weight.float()).to(x.dtype)
