@@ -47,9 +47,11 @@ FRAMEWORKS = {
     "lightning": {
         "cli.fit", "cli.fit_accelerate", "cli.settings", "cli.parser", "module", "data.datamodule",
         "loops.lightning", "loops.lightning_loggers", "loops.lightning_run", "loops.lightning_sharded",
-        "loops.trainer_options", "parity.runs", "parity.known_differences",
+        "loops.trainer_options", "parity.brought_back", "parity.known_differences", "parity.runs",
     },
-    "accelerate": {"cli.fit_accelerate", "loops.accelerate", "parity.runs", "parity.known_differences"},
+    "accelerate": {
+        "cli.fit_accelerate", "loops.accelerate", "parity.brought_back", "parity.known_differences", "parity.runs",
+    },
 }  # fmt: skip
 OPTIONAL = {"transformers", "gguf", "xllamacpp", "tokenizers", "huggingface_hub", "lm_eval", "datasets", "pyarrow"}
 """Training needs none of them: what does is an extra, and imports it where it is used."""

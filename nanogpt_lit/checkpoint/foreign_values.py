@@ -1,4 +1,4 @@
-"""What the file of a stranger says of a network's shape: numbers, read as sizes and as values that ours has."""
+"""Values by which a stranger's file describes a network: read as sizes and numbers, or held to the one that ours has."""
 
 import math
 from collections.abc import Mapping

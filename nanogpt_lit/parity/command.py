@@ -31,24 +31,18 @@ from torch.utils.tensorboard import SummaryWriter
 from nanogpt_lit.cli.options import OptionParser, program
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.gpt.networks import described, section_of
-from nanogpt_lit.loops.contract import LoopSettings
-from nanogpt_lit.optim.schedule import ScheduleConfig
+from nanogpt_lit.parity.base_case import Size, from_yaml, options_given
 from nanogpt_lit.parity.grid import (
     AXES,
-    CAPS,
-    CAPS_OF_A_LARGE_VOCABULARY,
     FRAMEWORKS,
-    LARGE_VOCABULARY,
+    MEANINGS,
     Outcome,
     Point,
-    Size,
     case_of,
     compare_loops,
     compare_together,
     every_combination,
     every_pair,
-    options_given,
     peak_growth_mib,
     warm_up,
 )
@@ -61,16 +55,6 @@ from nanogpt_lit.run.terminal import relative_to_here
 from nanogpt_lit.runtime.machine import hardware
 
 OF_A_LAUNCHER = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-
-MEANINGS = {
-    "precision": "as Lightning names it; overflow: float16 whose scale starts too high, skips steps and grows later",
-    "accumulate": "micro-batches per optimizer step",
-    "clip": "gradients clipped by their global norm",
-    "dropout": "its probability",
-    "optimizer": "the implementation of torch's AdamW",
-    "ragged": "the training loader ends inside an accumulation window, and starts again",
-    "processes": "2 under DistributedDataParallel (gloo), or each with its share of the weights under FSDP2",
-}
 
 
 def compare(arguments: list[str]) -> int:
@@ -145,35 +129,6 @@ def at_least_one(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} should be a whole number, at least 1.")
     return int(text)
-
-
-def from_yaml(cli: SettingsCLI, steps: int, size: Size | None) -> tuple[Case, float, TokenDataModule]:
-    """The case that the grid varies, the limit of clipping, and the data. size: makes it small"""
-    if size is not None:
-        size.cap(CAPS)
-    cli.settings.trainer.precision = "32-true"  # the grid chooses
-    cli.settings.model.compile = False  # the loops are compared, and each case would be compiled anew
-    cli.complete_settings()
-    if size is not None:
-        model = cli.settings.model
-        if model[section_of(model)].vocab_size > LARGE_VOCABULARY:
-            size.cap(CAPS_OF_A_LARGE_VOCABULARY)
-        if size.changed:
-            print(f"small for the comparison: {size} (--full-size, or an option of fit, keeps the YAML's)")
-    module, data = cli.build()
-    data.setup()
-    schedule = asdict(module.schedule_config) | {"total_steps": steps}
-    schedule["warmup_steps"] = min(schedule["warmup_steps"], steps // 4)
-    settings = LoopSettings(steps, val_check_interval=2, limit_val_batches=2, seed=cli.seed or 0)
-    configs = (*described(module.gpt.config), "optim", "schedule")
-    case = Case(
-        settings,
-        module.gpt.config,
-        module.optim_config,
-        ScheduleConfig(**schedule),
-        module_options={name: value for name, value in module.hparams.items() if name not in configs},
-    )
-    return case, cli.settings.trainer.gradient_clip_val or 1.0, data
 
 
 def what_is_compared(base: Case, data: TokenDataModule) -> str:

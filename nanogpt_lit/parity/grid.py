@@ -1,16 +1,14 @@
 """The cases of the comparison, both frameworks against plain PyTorch in each, and the memory that each takes."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.gpt.networks import section_of
 from nanogpt_lit.parity.processes import in_new_processes, peak_bytes, run_together
 from nanogpt_lit.parity.record import Curves, Difference, compare, earliest
 from nanogpt_lit.parity.runs import LOOPS, OVERFLOWS, Case, quiet
@@ -24,11 +22,16 @@ AXES: dict[str, tuple[Any, ...]] = {
     "ragged": ("no", "yes"),
     "processes": ("1", "2", "2-fsdp2"),
 }
-"""Values of each axis of the grid.
-
-overflow: the scaler skips its first steps and grows its scale later   ragged: the loader ends inside a window
-2: under DistributedDataParallel; 2-fsdp2, which has no scaler, sharded
-"""
+"""Values of each axis of the grid. 2-fsdp2 has no scaler."""
+MEANINGS = {
+    "precision": "as Lightning names it; overflow: float16 whose scale starts too high, skips steps and grows later",
+    "accumulate": "micro-batches per optimizer step",
+    "clip": "gradients clipped by their global norm",
+    "dropout": "its probability",
+    "optimizer": "the implementation of torch's AdamW",
+    "ragged": "the training loader ends inside an accumulation window, and starts again",
+    "processes": "2 under DistributedDataParallel (gloo), or each with its share of the weights under FSDP2",
+}
 
 Point = dict[str, Any]
 
@@ -168,46 +171,3 @@ def grow(rank: int, folder: Path, case: Case, data: TokenDataModule, threads: in
     assert before is not None
     assert after is not None
     return (after - before) / 2**20
-
-
-# Largest values that are compared by default: float16 runs at a few billion operations a second on a CPU.
-CAPS = {"n_layer": 2, "n_embd": 64, "data.block_size": 32, "data.batch_size": 2}
-LARGE_VOCABULARY = 8192  # from here on the head is nearly all of the work
-CAPS_OF_A_LARGE_VOCABULARY = {"n_embd": 32, "data.block_size": 16}
-
-
-def options_given(arguments: Iterable[str]) -> set[str]:
-    """The keys that the command line sets."""
-    return {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
-
-
-class Size:
-    """Lower what is too large in the settings and not given on the command line. The text and its tokenizer stay."""
-
-    def __init__(self, settings: Namespace, given: set[str]) -> None:
-        self.settings = settings
-        self.given = given
-        self.changed: dict[str, int] = {}
-        """Values of the YAML that were lowered, by key."""
-
-    def cap(self, caps: Mapping[str, int]) -> None:
-        """caps: largest values, by key; of the network's sizes, by their names"""
-        section = f"model.{section_of(self.settings.model)}"
-        for key, largest in caps.items():
-            self._lower(key if "." in key else f"{section}.{key}", largest)
-        heads, channels = self.settings[f"{section}.n_head"], self.settings[f"{section}.n_embd"]
-        if heads > 1 and channels % heads:
-            self._lower(f"{section}.n_head", max(n for n in range(1, heads) if channels % n == 0))
-        self.settings[f"{section}.block_size"] = self.settings["data.block_size"]
-
-    def _lower(self, key: str, largest: int) -> None:
-        # Also given by a whole section, as in --data '{...}'.
-        given = any(key == option or key.startswith(f"{option}.") for option in self.given)
-        if self.settings[key] > largest and not given:
-            self.changed.setdefault(key, self.settings[key])
-            self.settings[key] = largest
-
-    def __str__(self) -> str:
-        return ", ".join(
-            f"{key.rpartition('.')[2]} {before} -> {self.settings[key]}" for key, before in self.changed.items()
-        )

@@ -22,7 +22,7 @@ class Made:
     """Stand-in for what a class or a function would have made, or for itself."""
 
     name: str
-    """Of the class or the function."""
+    """The name of the class or the function."""
     arguments: tuple[Any, ...] = ()
     state: Any = None
     """The state that would have been put into it afterwards: mostly a dictionary of its fields."""
