@@ -1,4 +1,4 @@
-"""Values by which a stranger's file describes a network: read as sizes and numbers, or held to the one that ours has."""
+"""Values by which a stranger's file describes a network: read as sizes and numbers, or held to the one of ours."""
 
 import math
 from collections.abc import Mapping
