@@ -165,7 +165,7 @@ class TokenShards:
         return windows
 
     def _read_into(self, window: np.ndarray, start: int) -> None:
-        if start < 0 or start + len(window) > len(self):
+        if start < 0 or start + len(window) > self.starts[-1]:
             raise IndexError(f"tokens {start}..{start + len(window)} of a stream of {len(self)}")
         k, position = self._locate(start)
         filled = 0

@@ -147,9 +147,7 @@ class Network(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (B, T) given tokens (B, T); IGNORE_INDEX targets are skipped."""
-        apart = self.config.document_start is not None or self.config.document_end is not None
-        documents = self.documents(tokens) if apart else None
-        hidden = self.hidden(tokens, documents=documents)
+        hidden = self.hidden(tokens, documents=self.documents(tokens))
         return as_finite_as_its_gradients(self.cross_entropy(hidden, self.lm_head.weight, targets))
 
     def too_long(self, length: int) -> UserError:
