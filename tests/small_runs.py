@@ -78,8 +78,7 @@ def small_run(text, root, *more):
 
 def curves(folder):
     """(tag, step) to value, of all that two runs of the same steps have in common: all but their speed and time."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = {tag for tag in events.Tags()["scalars"] if not tag.startswith("throughput/")}
     points = [((tag, event.step), event.value) for tag in tags for event in events.Scalars(tag)]
     assert len(points) == len(dict(points)), "a step is there twice"

@@ -44,9 +44,7 @@ def both(text, tmp_path_factory):
 
 
 def events_of(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    return events
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
 
 def assert_same_curves(root):

@@ -90,9 +90,7 @@ def run(*arguments):
 
 
 def curves(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    return events
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
 
 def test_fit_leaves_one_folder_with_curves_checkpoints_and_configuration(options, here, tmp_path):

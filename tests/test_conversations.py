@@ -369,8 +369,7 @@ def test_samples_are_answers_to_a_question(talk_file, tmp_path, asked):
     options = small_run(talk_file, tmp_path, f"--data.block_size={T}", "--data.documents=conversations")
     options += [f"--data.shards_dir={tmp_path / 'shards'}", "--trainer.max_steps=2", "--model.schedule.warmup_steps=1"]
     assert fit(*options, *([] if asked is None else [f"--trainer.callbacks.prompt={asked}"])) == 0
-    events = EventAccumulator(str(tmp_path / "version_0"))
-    events.Reload()
+    events = EventAccumulator(str(tmp_path / "version_0")).Reload()
     sample = events.Tensors("sample/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "<|im_start|>assistant" in sample
     assert asked is None or f"<|im_start|>user\n{asked}<|im_end|>" in sample.replace("    ", "")

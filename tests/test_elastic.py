@@ -462,35 +462,42 @@ def test_a_damaged_fallback_is_refused(damaged):
         start(module)
 
 
-@pytest.mark.parametrize(
-    ("budget_mib", "system", "fraction"),
-    [(1024, "linux", 0.25), (None, "linux", None), (None, "win32", (3072 + 512) / 4096), (1024, "win32", 0.25)],
-)
-def test_a_budget_and_windows_make_the_allocator_fail_in_time(monkeypatch, budget_mib, system, fraction):
-    told = []
+@pytest.fixture
+def gpu_of_4_gib(monkeypatch):
+    """3 GiB of it free; sets a limit before, and gives the limits that are set."""
+    limits = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3072 * 2**20, 4096 * 2**20))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 512 * 2**20)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.9)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share))
+
+    def limited_before(fraction):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+        return limits
+
+    return limited_before
+
+
+@pytest.mark.parametrize(
+    ("budget_mib", "system", "before", "limits"),
+    [
+        (1024, "linux", 0.9, [0.25, 0.9]),
+        (None, "linux", 0.9, []),
+        (None, "win32", 0.9, [(3072 + 512) / 4096, 0.9]),
+        (1024, "win32", 0.9, [0.25, 0.9]),
+        (None, "win32", 0.2, [0.2, 0.2]),  # a tighter limit that is there already stays
+        (2048, "win32", 0.2, [0.2, 0.2]),
+    ],
+)
+def test_a_budget_and_windows_make_the_allocator_fail_in_time(gpu_of_4_gib, budget_mib, system, before, limits):
+    found = gpu_of_4_gib(before)
     back = limit_device_memory(torch.device("cuda"), budget_mib, system)
-    assert told == ([] if fraction is None else [fraction])
+    assert found == limits[:1]
     back()
-    assert told == ([] if fraction is None else [fraction, 0.9])
+    assert found == limits
 
 
-@pytest.mark.parametrize("budget_mib", [None, 2048])
-def test_a_tighter_limit_that_is_there_already_stays(monkeypatch, budget_mib):
-    told = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3072 * 2**20, 4096 * 2**20))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
-    limit_device_memory(torch.device("cuda"), budget_mib, "win32")
-    assert told == [0.25]
-
-
-def test_a_budget_beyond_the_card_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3072 * 2**20, 4096 * 2**20))
+def test_a_budget_beyond_the_card_is_refused(gpu_of_4_gib):
+    gpu_of_4_gib(1.0)
     with pytest.raises(ValueError, match="budget_mib=5000 is more than the 4096 MiB"):
         limit_device_memory(torch.device("cuda"), 5000)
 

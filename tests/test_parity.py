@@ -341,8 +341,7 @@ def test_the_command_compares_reports_and_leaves_with_0(options, tmp_path, capsy
     picture = ElementTree.parse(tmp_path / "parity_0" / "curves.svg").getroot()
     assert_three_loops_are_one_curve(picture, len(rows))
     for case_, loop in itertools.product((1, 2), LOOPS):
-        events = EventAccumulator(str(tmp_path / "parity_0" / f"case_{case_:02}" / loop))
-        events.Reload()
+        events = EventAccumulator(str(tmp_path / "parity_0" / f"case_{case_:02}" / loop)).Reload()
         assert set(TAGS) <= set(events.Tags()["scalars"])
         assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
 

@@ -106,8 +106,7 @@ class Run:
         self.losses = torch.stack([rank["losses"] for rank in ranks], dim=1).flatten(0, 1)
         self.weights = ranks[0]["weights"]
         self.shares = [rank["shares"] for rank in ranks]
-        events = EventAccumulator(str(folder / "version_0"))
-        events.Reload()
+        events = EventAccumulator(str(folder / "version_0")).Reload()
         self.curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
