@@ -54,6 +54,8 @@ class Footprint:
     """One optimizer step, operation by operation; bytes."""
     events: list[tuple[int, int, int]]
     """Allocations and releases of several steps."""
+    if_other: tuple[float, float] | None = None
+    """(reserved_mib, step_s) with trainer.deterministic turned over, where measure was asked for it."""
     exchanged: dict[str, int] = field(default_factory=dict)
     """Bytes that each of several devices gathers, scatters or adds up in a step, by collective."""
 
@@ -150,7 +152,7 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
         if not goes_with(rung.memory, shape.strategy) and not own.same_training(rung):
             continue
         rungs.append(rung)
-        footprints.append(measure(build, rung, shape, budget.gpu))
+        footprints.append(measure(build, rung, shape, budget.gpu, and_other=own.same_training(rung)))
     plain = next(i for i, rung in enumerate(rungs) if rung.memory == MemoryConfig())
     planned = tuple(
         PlannedRung(
@@ -165,9 +167,10 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
         for rung, footprint in zip(rungs, footprints, strict=True)
     )
     yours = next(p for p in planned if own.same_training(p.rung))
-    other = measure(build, own, replace(shape, deterministic=not shape.deterministic), budget.gpu)
-    free, fixed = (other, yours.footprint) if shape.deterministic else (yours.footprint, other)
-    price = fixed.reserved_mib - free.reserved_mib, fixed.step_s / free.step_s
+    assert yours.footprint.if_other is not None, "it was asked for above"
+    both = [(yours.footprint.reserved_mib, yours.footprint.step_s), yours.footprint.if_other]
+    (free_mib, free_s), (fixed_mib, fixed_s) = both[::-1] if shape.deterministic else both
+    price = fixed_mib - free_mib, fixed_s / free_s
     return Plan(shape, footprints[plain].parameters, max_steps, budget, yours, price, planned)
 
 
@@ -193,12 +196,17 @@ def few_chunk_starts(tokens: int, chunk_tokens: int) -> Sequence[int]:
 
 
 @no_collector()
-def measure(build: Build, rung: Rung, shape: StepShape, gpu: Gpu) -> Footprint:
-    """Trace one rung."""
+def measure(build: Build, rung: Rung, shape: StepShape, gpu: Gpu, and_other: bool = False) -> Footprint:
+    """Trace one rung. and_other: also as trainer.deterministic turned over would have it, from the same trace"""
     shape = replace(shape, batch_size=rung.batch_size, accumulate_grad_batches=rung.accumulate_grad_batches)
     roofline = Roofline(Kernels(gpu, shape.deterministic), shape.tf32)
-    trace = trace_steps(lambda: build(rung.memory), shape, gpu, roofline)
+    otherwise = Roofline(Kernels(gpu, not shape.deterministic), shape.tf32) if and_other else None
+    trace = trace_steps(lambda: build(rung.memory), shape, gpu, roofline, otherwise)
     events = long_run(trace, shape.accumulate_grad_batches)
+    if_other = None
+    if otherwise is not None:
+        events_otherwise = long_run(trace, shape.accumulate_grad_batches, otherwise=True)
+        if_other = replay(events_otherwise).reserved / MIB, otherwise.seconds
     usage, peak = replay(events), trace.peak
     categories = {name: peak.bytes_by_category.get(name, 0) / MIB for name in CATEGORIES}
     # A block may be larger than what lies in it: what is too little to be cut off stays with it.
@@ -216,5 +224,6 @@ def measure(build: Build, rung: Rung, shape: StepShape, gpu: Gpu) -> Footprint:
         longest_step_s=roofline.seconds_at_lowest_clock,
         timeline=tuple(trace.timeline or ()),
         events=events,
+        if_other=if_other,
         exchanged=dict(roofline.exchanged),
     )

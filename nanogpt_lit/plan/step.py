@@ -69,12 +69,17 @@ class StepShape:
 
 @no_collector()  # when it runs depends on all that ran before: a trace must not
 def trace_steps(
-    build: Callable[[], nn.Module], shape: StepShape, gpu: Gpu = GPUS[0], roofline: Roofline | None = None
+    build: Callable[[], nn.Module],
+    shape: StepShape,
+    gpu: Gpu = GPUS[0],
+    roofline: Roofline | None = None,
+    otherwise: Roofline | None = None,
 ) -> MemoryTrace:
     """Two optimizer steps (three of DDP), of two micro-batches each where gradients accumulate, and a validation batch.
 
     build: makes the module; what it makes has no content, so that no memory is taken for it
-    The trace's timeline is of the last step, and so are the operations that roofline adds up.
+    The trace's timeline is of the last step, and so are the operations that roofline adds up; otherwise adds them up
+    for other kernels, whose workspaces the trace notes beside.
     """
     precision = PRECISIONS[shape.precision]
     autocast_dtype, weight_dtype = dtype_of(precision.autocast), dtype_of(precision.weights)
@@ -83,7 +88,14 @@ def trace_steps(
     last = TRACED_STEPS - 1 + (shape.strategy == "ddp")
     micro_batches = min(shape.accumulate_grad_batches, TRACED_MICRO_BATCHES)
     kernels = Kernels(gpu, shape.deterministic)
-    trace = MemoryTrace(kernels, vocab_size=shape.vocab_size, compute=compute)
+    other_kernels = None if otherwise is None else otherwise.kernels
+    trace = MemoryTrace(kernels, other_kernels, vocab_size=shape.vocab_size, compute=compute)
+    rooflines = [adds_up for adds_up in (roofline, otherwise) if adds_up is not None]
+
+    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        for adds_up in rooflines:
+            adds_up.add(func, args, kwargs, result)
+
     many = Strategies(
         shape.strategy, shape.devices, dict(shape.strategy_options), own_stream=shape.zeroes_after_forward
     )
@@ -104,11 +116,12 @@ def trace_steps(
                     trace.mark("step")
                 scaler = GradScaler("cpu", enabled=precision.scales)
                 for micro_batch in range(micro_batches):
-                    if step == last and roofline is not None:
-                        # The last of two stands for all that accumulate onto gradients that are there.
-                        roofline.weight = shape.accumulate_grad_batches - 1 if micro_batch else 1
-                        roofline.phase = "forward and backward"
-                        trace.watch = roofline.add
+                    if step == last and rooflines:
+                        for adds_up in rooflines:
+                            # The last of two stands for all that accumulate onto gradients that are there.
+                            adds_up.weight = shape.accumulate_grad_batches - 1 if micro_batch else 1
+                            adds_up.phase = "forward and backward"
+                        trace.watch = watch
                     if micro_batch == micro_batches - 1 > 0:
                         trace.mark("micro-batch")
                     trace.phase = "forward"
@@ -125,8 +138,8 @@ def trace_steps(
                     trace.label([parameter.grad for parameter in parameters], "gradients")
                 trace.mark("optimizer")
                 trace.phase = "optimizer"
-                if roofline is not None:
-                    roofline.weight, roofline.phase = 1, "optimizer"
+                for adds_up in rooflines:
+                    adds_up.weight, adds_up.phase = 1, "optimizer"
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, 1.0 if shape.clips else math.inf, foreach=on_gpu)
                 optimizer.step()
@@ -168,9 +181,15 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def long_run(trace: MemoryTrace, accumulate_grad_batches: int) -> list[tuple[int, int, int]]:
-    """The events of a run of several steps, from the trace of two."""
+def long_run(trace: MemoryTrace, accumulate_grad_batches: int, otherwise: bool = False) -> list[tuple[int, int, int]]:
+    """The events of a run of several steps, from the trace of two. otherwise: with the trace's other kernels"""
     events: Sequence[tuple[int, int, int]] = trace.events
+    if otherwise:
+        other = trace.other_sizes
+        events = [
+            (serial, size if serial not in other else other[serial] if size > 0 else -other[serial], stream)
+            for serial, size, stream in events
+        ]
     marks = trace.marks
     end = marks["step end"]
     more = min(accumulate_grad_batches - 2, MORE_MICRO_BATCHES)

@@ -66,12 +66,14 @@ class _Block:
 class MemoryTrace(TorchDispatchMode):
     """Follows the tensors of everything that runs inside its `with` block.
 
-    kernels: what they take for themselves is counted too   vocab_size: tensors that wide are counted as logits
+    kernels: what they take for themselves is counted too   otherwise: other kernels, whose sizes are noted beside
+    vocab_size: tensors that wide are counted as logits
     compute: what runs an operation, in place of PyTorch and the modes below this one
     watch: called with every operation, for the time estimate
     """
 
     kernels: Kernels = field(default_factory=Kernels)
+    otherwise: Kernels | None = None
     vocab_size: int | None = None
     compute: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None
     watch: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
@@ -82,6 +84,8 @@ class MemoryTrace(TorchDispatchMode):
     """The fullest moment of each phase."""
     marks: dict[str, int] = field(default_factory=dict)
     """Places in `events`, by the name that `mark` gave them."""
+    other_sizes: dict[int, int] = field(default_factory=dict)
+    """What the workspaces in `events` would take with the kernels of `otherwise`, by serial."""
     timeline: list[Moment] | None = None
     """Every moment since this was set to a list."""
     parameters: int = 0
@@ -194,6 +198,11 @@ class MemoryTrace(TorchDispatchMode):
         if name in MATRIX_PRODUCTS:
             self._hold_cublas_workspace()
         if (sizes := self.kernels.workspaces(name, args)) and args[0].device.type == GPU:
+            if self.otherwise is not None:
+                others = self.otherwise.workspaces(name, args)
+                self.other_sizes.update(
+                    zip(range(self._serial + 1, self._serial + 1 + len(sizes)), others, strict=True)
+                )
             self._use_and_release([rounded(size) for size in sizes])
         self._record()
         if self.watch is not None:
@@ -290,6 +299,8 @@ class MemoryTrace(TorchDispatchMode):
             if size := self.kernels.cublas_bytes():
                 self._serial += 1
                 self._allocate(self._serial, rounded(size), "workspace")
+                if self.otherwise is not None:
+                    self.other_sizes[self._serial] = self.otherwise.cublas_bytes()
 
     def _record(self) -> None:
         is_peak = self.allocated > self._peak_bytes.get(self.phase, -1)
