@@ -27,11 +27,8 @@ class Event(NamedTuple):
     """Stream that it was allocated in; 0 is the one that computes."""
 
 
-class Pool(NamedTuple):
-    """The blocks that may take each other's place."""
-
-    small: bool
-    stream: int
+Pool = tuple[bool, int]
+"""(small, stream) of the blocks that may take each other's place; a plain tuple, for one is made with each block."""
 
 
 class Usage(NamedTuple):
@@ -88,8 +85,9 @@ class CachingAllocator:
         self._next_address = 0
 
     def malloc(self, serial: int, size: int, stream: int = 0) -> None:
-        size = rounded(size)
-        pool = Pool(size <= SMALL_BLOCK, stream)
+        if size % 512:
+            size = rounded(size)
+        pool = size <= SMALL_BLOCK, stream
         block = self._best_fit(size, pool) or self._more_memory(size, pool)
         rest = block.size - size
         if rest > self._too_little_to_split(pool):
@@ -117,7 +115,7 @@ class CachingAllocator:
         self._keep(block)
 
     def _too_little_to_split(self, pool: Pool) -> int:
-        return 0 if pool.small else SMALL_BLOCK
+        return 0 if pool[0] else SMALL_BLOCK
 
     def _best_fit(self, size: int, pool: Pool) -> _Block | None:
         free = self._free[pool]
@@ -185,7 +183,7 @@ class ExpandableAllocator(CachingAllocator):
             if last.before is not None:
                 last.before.after = last
             end.before = last
-        page = SMALL_SEGMENT if pool.small else LARGE_SEGMENT
+        page = SMALL_SEGMENT if pool[0] else LARGE_SEGMENT
         growth = (size - last.size + page - 1) // page * page
         self._count_reserved(growth)
         last.size += growth
