@@ -8,6 +8,7 @@ from torch.optim import AdamW
 
 from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 from nanogpt_lit.memory.host_optimizer import HostAdamW, HostResidentAdamW
+from nanogpt_lit.optim import muon
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer, param_groups
 from nanogpt_lit.optim.muon import COEFFICIENTS, MuonBesideAdamW, orthogonalised, together
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay, warmup_decay
@@ -186,7 +187,9 @@ def test_orthogonalising_applies_the_quintic_to_the_singular_values(shape):
     assert S.max() < 1.3
 
 
-def test_three_steps_equal_torchs_own_muon_up_to_its_bfloat16():
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_three_steps_equal_torchs_own_muon_up_to_its_bfloat16(in_bfloat16, monkeypatch):
+    monkeypatch.setattr(muon, "_has_bfloat16", lambda _: in_bfloat16)
     torch.manual_seed(0)
     start = [torch.randn(8, 24), torch.randn(24, 8), torch.randn(8, 24)]
     ours, theirs = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
@@ -208,7 +211,8 @@ def test_three_steps_equal_torchs_own_muon_up_to_its_bfloat16():
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 16), (2, 40, 8)])
-def test_oblong_matrices_move_as_the_rounds_written_out(shape):
+def test_oblong_matrices_move_as_the_rounds_written_out(shape, monkeypatch):
+    monkeypatch.setattr(muon, "_has_bfloat16", lambda _: False)
     torch.manual_seed(0)
     matrices = torch.randn(shape, dtype=torch.float64)
     x = matrices / torch.linalg.matrix_norm(matrices)[:, None, None]
@@ -221,6 +225,21 @@ def test_oblong_matrices_move_as_the_rounds_written_out(shape):
     steep = (matrices * torch.logspace(0, -4, shape[2], dtype=torch.float64)).float()
     exact = orthogonalised(steep.double()).float()
     assert (orthogonalised(steep) - exact).norm() < 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("tiles", "onednn", "dtype", "expected"),
+    [
+        (True, True, torch.float32, torch.bfloat16),
+        (True, True, torch.float64, torch.float64),
+        (True, False, torch.float32, torch.float32),  # oneDNN held back, as by ONEDNN_MAX_CPU_ISA
+        (False, True, torch.float32, torch.float32),  # multiplies bfloat16, without tiles
+    ],
+)
+def test_a_cpu_orthogonalises_in_bfloat16_where_it_has_tiles_for_it(tiles, onednn, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    assert orthogonalised(torch.eye(8, dtype=dtype)[None]).dtype == expected
 
 
 def test_matrices_move_the_same_alone_and_together():
