@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt_lit.checkpoint import hugging_face_gpt2, hugging_face_llama
-from nanogpt_lit.checkpoint.export import model_card
 from nanogpt_lit.checkpoint.foreign_files import is_zip, read_torch_file
+from nanogpt_lit.checkpoint.model_card import model_card
 from nanogpt_lit.checkpoint.network import chosen_tokenizer, network_of, new_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import Conventions, Tokenizer
