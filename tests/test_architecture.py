@@ -47,13 +47,18 @@ FRAMEWORKS = {
     "lightning": {
         "cli.fit", "cli.fit_accelerate", "cli.settings", "cli.parser", "module", "data.datamodule",
         "loops.lightning", "loops.lightning_loggers", "loops.lightning_run", "loops.lightning_sharded",
-        "loops.trainer_options", "parity.brought_back", "parity.known_differences", "parity.runs",
+        "loops.lightning_zero", "loops.trainer_options", "parity.brought_back", "parity.known_differences",
+        "parity.runs",
     },
     "accelerate": {
-        "cli.fit_accelerate", "loops.accelerate", "parity.brought_back", "parity.known_differences", "parity.runs",
+        "cli.fit_accelerate", "loops.accelerate", "loops.accelerate_sharded", "parity.brought_back",
+        "parity.known_differences", "parity.runs",
     },
+    "deepspeed": {"loops.zero", "checkpoint.zero"},
 }  # fmt: skip
-OPTIONAL = {"transformers", "gguf", "xllamacpp", "tokenizers", "huggingface_hub", "lm_eval", "datasets", "pyarrow"}
+OPTIONAL = {
+    "deepspeed", "transformers", "gguf", "xllamacpp", "tokenizers", "huggingface_hub", "lm_eval", "datasets", "pyarrow",
+}  # fmt: skip
 """Training needs none of them: what does is an extra, and imports it where it is used."""
 LIGHT = {
     "__main__", "__init__", "accelerate_config.command", "cli.convert", "cli.generate", "cli.options",
@@ -139,7 +144,7 @@ def test_light_files_import_only_the_standard_library_at_the_top():
     [
         ("contract", {"errors", "runtime.precision", "runtime.process_settings", "runtime.processes"}),
         ("reference", {"loops", "loops.contract"}),
-        ("accelerate", {"errors", "loops.contract", "runtime.precision"}),
+        ("accelerate", {"errors", "loops.accelerate_sharded", "loops.contract", "loops.zero", "runtime.precision"}),
     ],
 )
 def test_a_loop_imports_nothing_of_ours_but_the_contract(file, allowed):

@@ -31,6 +31,10 @@ CLASHING = [
     ({"trainer.strategy": "FSDPStrategy", "trainer.accelerator": "cpu"}, "does not go with trainer.accelerator=cpu"),
     ({"trainer.strategy": "FSDPStrategy"}, "trainer.gradient_clip_val=1.0 does not go with"),
     ({"trainer.strategy": "ModelParallelStrategy"}, "no gradient scaler"),
+    ({"trainer.strategy": "DeepSpeedStrategy"}, "=16-mixed does not go with trainer.strategy=DeepSpeedStrategy"),
+    ({"trainer.strategy.stage": 0}, "trainer.strategy.stage=0 shares nothing out"),
+    ({"trainer.strategy": "DeepSpeedStrategy", "trainer.precision": "32-true", "model.memory.optimizer_state": "device",
+      "model.optim.class_path": "torch.optim.Adafactor"}, "model.optim.class_path=torch.optim.Adafactor does not go"),
     ({"trainer.strategy.tensor_parallel_size": 2}, "tensor_parallel_size=2 would divide single matrices"),
     ({"trainer.strategy.start_method": "spawn"}, "set trainer.strategy=ddp"),
     ({"spike_factor": 2.0, "trainer.enable_checkpointing": False}, "spike_factor=2.0 does not go with"),
@@ -66,7 +70,7 @@ def test_settings_that_go_together_and_those_that_are_not_known_pass():
 
 
 def test_a_strategy_whose_package_is_missing_says_so(monkeypatch):
-    trainer = {"strategy": "deepspeed_stage_2", "precision": "16-mixed", "gradient_clip_val": 1.0}
+    trainer = {"strategy": "deepspeed_stage_2", "precision": "bf16-mixed", "gradient_clip_val": 1.0}
     monkeypatch.setattr(trainer_section, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="strategy=deepspeed_stage_2 needs the package deepspeed: pip install"):
         strategy_settings(trainer, "cuda")

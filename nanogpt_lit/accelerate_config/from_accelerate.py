@@ -95,11 +95,8 @@ def _strategy(kind: str, fsdp_version: int, use_cpu: bool) -> str:
             "--config_file FILE --output_file NEW` writes it, and fit has version 1 by trainer.strategy: fsdp."
         )
     strategy = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "FSDP": FSDP2, "DEEPSPEED": DEEPSPEED}[kind]
-    if (use_cpu and strategy == DEEPSPEED) or (kind == "MULTI_CPU" and not use_cpu):
-        raise UserError(
-            f"accelerate's use_cpu={use_cpu} contradicts distributed_type={kind}; on CPUs use_cpu: true goes with NO, "
-            "MULTI_CPU, MULTI_GPU and FSDP."
-        )
+    if kind == "MULTI_CPU" and not use_cpu:
+        raise UserError(f"accelerate's use_cpu={use_cpu} contradicts distributed_type={kind}; it goes with true.")
     return strategy
 
 
@@ -184,6 +181,7 @@ def _deepspeed_arguments(source: Source) -> tuple[dict[str, Any], dict[str, Any]
             f"accelerate's two nvme paths are {' and '.join(sorted(paths))}, and Lightning has one nvme_path."
         )
     arguments: dict[str, Any] = {"config": config} if config is not None else {"stage": given.get("zero_stage", 2)}
+    check_together({f"trainer.strategy.{name}": value for name, value in arguments.items()})
     if "offload_optimizer_device" in given:
         arguments |= {"offload_optimizer": True, "offload_optimizer_device": given["offload_optimizer_device"]}
     if "offload_param_device" in given:

@@ -75,10 +75,11 @@ def into_accelerate(
         devices = trainer["devices"]
         content["gpu_ids"] = ",".join(map(str, devices)) if isinstance(devices, list) else "all"
     if use_cpu and processes > 1:
+        needs = "InitProcessGroupKwargs(backend='gloo')" if strategy == DEEPSPEED else "Accelerator(cpu=True)"
         script = (
             f"in a script of your own Accelerator() then trains DDP in place of FSDP2; {OURS} trains FSDP2"
             if strategy == FSDP2
-            else f"a script of your own needs Accelerator(cpu=True), as {OURS} has, or each process trains alone"
+            else f"a script of your own needs {needs}, or each process trains alone; {OURS} knows"
         )
         remarks.append(
             f"use_cpu=True: `accelerate launch` starts {processes} processes without telling them of CPUs; {script}"
@@ -114,6 +115,7 @@ def _checked(strategy: str | None, trainer: Mapping[str, Any], processes: int | 
         raise UserError(f"trainer.precision={precision} has no name in accelerate; {', '.join(IN_ACCELERATE)} have.")
     clip, device = trainer.get("gradient_clip_val"), "cpu" if use_cpu else "cuda"
     chosen = {"trainer.strategy": strategy, "trainer.precision": precision, "trainer.gradient_clip_val": clip}
+    chosen |= {f"trainer.strategy.{k}": v for k, v in _arguments(trainer["strategy"]).items() if k == "stage"}
     check_together(chosen | {"trainer.accelerator": device})
     if processes is None and strategy != SINGLE:
         raise UserError(

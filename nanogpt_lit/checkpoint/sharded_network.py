@@ -11,8 +11,9 @@ from nanogpt_lit.checkpoint.run_file import SHARED, STATES, decoded, incomplete,
 from nanogpt_lit.checkpoint.shards import StoredTensors
 from nanogpt_lit.checkpoint.state import UnreadRun
 from nanogpt_lit.checkpoint.tensor_file import unflatten
+from nanogpt_lit.checkpoint.zero import ZeroOptimizer, set_weight
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.processes import is_sharded
+from nanogpt_lit.runtime.processes import is_in_pieces, is_sharded
 
 MOMENTS = "optimizer.state."
 """The beginning of the names of an optimizer's tensors; the number of the parameter follows."""
@@ -38,18 +39,28 @@ def load_into(run: UnreadRun, module: nn.Module, optimizer: Optimizer | None) ->
     description, stored = opened(run.path)
     with stored:
         shared = description[SHARED]
-        places = {shared.get(name, name): tensor for name, tensor in module.state_dict().items()}
+        in_lines = isinstance(optimizer, ZeroOptimizer) or any(map(is_in_pieces, module.parameters()))
+        named = dict(module.named_parameters()) if in_lines else module.state_dict()
+        places: dict[str, Any] = {shared.get(name, name): tensor for name, tensor in named.items()}
         if missing := places.keys() - set(stored.names):
             raise incomplete(run.path, KeyError(min(missing)))
         if optimizer is not None:
             groups = [group["params"] for group in unflatten(description["optimizer"]["param_groups"], {})]
             if groups != [group["params"] for group in optimizer.state_dict()["param_groups"]]:
                 raise UserError(f"{run.path} holds the state of another optimizer; set model.optim as it was.")
-            places |= moments(stored, optimizer)
-        for name, tensor in stored.read(name for name in places if not is_sharded(places[name])).items():
-            places[name].copy_(tensor)
-        stored.read_into({name: tensor for name, tensor in places.items() if is_sharded(tensor)})
-        if optimizer is not None:
+        if in_lines:
+            for name, parameter in places.items():
+                set_weight(parameter, stored.read([name])[name])
+        else:
+            if optimizer is not None:
+                places |= moments(stored, optimizer)
+            for name, tensor in stored.read(name for name in places if not is_sharded(places[name])).items():
+                places[name].copy_(tensor)
+            stored.read_into({name: tensor for name, tensor in places.items() if is_sharded(tensor)})
+        if isinstance(optimizer, ZeroOptimizer):
+            names = {name: name for name in stored.names}
+            optimizer.load_state_dict(unflatten(description["optimizer"], names), stored)
+        elif optimizer is not None:
             optimizer.load_state_dict(unflatten(description["optimizer"], places))
 
 

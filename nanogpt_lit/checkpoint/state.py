@@ -1,5 +1,6 @@
 """All that a run is made of between two optimizer steps: what a checkpoint keeps, whichever loop writes it."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +50,9 @@ class RunState:
 
     @property
     def is_sharded(self) -> bool:
-        """True where each process holds a part of the weights, and all of them save it together."""
-        return any_sharded(self.weights.values())
+        """True where each process holds a part of the weights or of the optimizer's state, and all save it together."""
+        moments = (tensor for kept in self.optimizer.get("state", {}).values() for tensor in kept.values())
+        return any_sharded(itertools.chain(self.weights.values(), moments))
 
     def batches_on(self, processes: int, accumulate_grad_batches: int, dropout: float) -> int:
         """Micro-batches of each of `processes` processes that go on with the sample that follows.

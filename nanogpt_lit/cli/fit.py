@@ -13,11 +13,12 @@ from lightning.pytorch.cli import LightningCLI
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print
 from nanogpt_lit.errors import UserError, refused_by
-from nanogpt_lit.loops.compatibility import FSDP2
+from nanogpt_lit.loops.compatibility import DEEPSPEED, FSDP2
 from nanogpt_lit.loops.lightning import Ended
 from nanogpt_lit.loops.lightning_loggers import BestEffortLogger, go_on
 from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO, run_folder, run_plugins
-from nanogpt_lit.loops.trainer_section import named_strategy, writes_run_files
+from nanogpt_lit.loops.trainer_section import named_strategy, strategy_arguments, writes_run_files
+from nanogpt_lit.loops.zero import compute_on
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.stops import Stopped, print_stopped
 from nanogpt_lit.run.terminal import closing_table, opening_lines, relative_to_here
@@ -57,6 +58,8 @@ class NanoGPTCLI(SettingsCLI):
 
     def before_instantiate_classes(self) -> None:
         self.complete_settings()
+        if named_strategy(self.settings.trainer.strategy) == DEEPSPEED:
+            compute_on(self.device)
 
     def instantiate_classes(self) -> None:
         LightningCLI.instantiate_classes(self)
@@ -66,13 +69,14 @@ class NanoGPTCLI(SettingsCLI):
         trainer = self._get(self.config_init, "trainer")
         # Before the Trainer looks at the GPU, and for validate and test too.
         set_for_process(self.model, torch.device(self.device), trainer.deterministic)
-        if writes_run_files(trainer):  # FSDPStrategy and DeepSpeedStrategy have precisions and checkpoints of their own
-            kwargs |= run_plugins(trainer.plugins, trainer.precision, self.device)
+        if writes_run_files(trainer):  # FSDPStrategy has precisions and checkpoints of its own
+            kwargs |= run_plugins(trainer.plugins, trainer.precision, self.device, named_strategy(trainer.strategy))
             ours = any(isinstance(plugin, RunFileIO) for plugin in kwargs["plugins"])
-            if named_strategy(trainer.strategy) == FSDP2 and ours:
-                from nanogpt_lit.loops.lightning_sharded import ShardedStrategy  # late, for few runs are sharded
+            if named_strategy(trainer.strategy) in (FSDP2, DEEPSPEED) and ours:
+                from nanogpt_lit.loops.lightning_sharded import sharded_strategy  # late, for few runs are sharded
 
-                kwargs["strategy"] = ShardedStrategy(**self.settings.trainer.strategy.init_args)
+                strategy = self.settings.trainer.strategy
+                kwargs["strategy"] = sharded_strategy(named_strategy(strategy), strategy_arguments(strategy))
         if self.subcommand != "fit":
             # Only a fit makes a run: the others leave no folder behind.
             with refused_by("lightning"):

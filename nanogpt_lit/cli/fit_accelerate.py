@@ -27,13 +27,15 @@ from nanogpt_lit.loops.accelerate_environment import (
     check_sharding,
     launched_processes,
 )
-from nanogpt_lit.loops.compatibility import FSDP2, check_followed
+from nanogpt_lit.loops.compatibility import DEEPSPEED, FSDP2, check_followed
 from nanogpt_lit.loops.trainer_section import (
     asked_processes,
     loop_settings,
     named_strategy,
     shard_over_all,
+    strategy_arguments,
 )
+from nanogpt_lit.loops.zero import compute_on
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.curves import TensorBoardCurves
 from nanogpt_lit.run.metrics import say
@@ -71,17 +73,20 @@ def run(arguments: list[str]) -> int:
 def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     trainer = cli.settings.trainer
     shards = named_strategy(trainer.strategy) == FSDP2
+    zero = strategy_arguments(trainer.strategy) if named_strategy(trainer.strategy) == DEEPSPEED else None
+    takes_parts = shards or zero is not None
     remark = check_environment(
         full_precision_name(trainer.precision),
         trainer.accumulate_grad_batches,
         device_type(trainer.accelerator),
         os.environ,
         shards,
+        None if zero is None else {**zero, "gradient_clip_val": trainer.gradient_clip_val},
     )
     check_followed(vars(trainer), full_precision_name(trainer.precision), vars(cli.parser.get_defaults().trainer))
     processes = launched_processes(os.environ)
     check_processes(asked_processes(vars(trainer)), processes)
-    if shards:
+    if takes_parts:
         check_sharding(processes)
     cli.complete_settings()
     module, data = cli.build()
@@ -90,10 +95,16 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
     train_loader, val_loader = loaders(data, processes, 0, val_limit)
     settings = loop_settings(vars(trainer), val_batches=len(val_loader) // processes, seed=cli.seed)
 
+    deepspeed = None
+    if zero is not None:
+        from nanogpt_lit.loops.lightning_zero import ZeroStrategy  # late, for few runs need it
+
+        compute_on(cli.device)
+        deepspeed = ZeroStrategy(**zero).config
     with refused_by("accelerate"):
-        accelerator = ShardingAccelerator(**accelerator_options(settings, cli.device, shards))
+        accelerator = ShardingAccelerator(**accelerator_options(settings, cli.device, shards, deepspeed))
     check_running(processes, accelerator.num_processes)
-    start = load_together(Path(cli.settings.ckpt_path) if cli.settings.ckpt_path else None, shards)
+    start = load_together(Path(cli.settings.ckpt_path) if cli.settings.ckpt_path else None, takes_parts)
     if start is not None:  # before there is a folder
         data.load_state_dict(dict(start.data))
         train_loader, val_loader = loaders(data, processes, start.batches * start.processes, val_limit)

@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
+from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
 from accelerate.utils import (  # type: ignore[import-untyped]
     AutocastKwargs,
     DataLoaderConfiguration,
     DistributedType,
-    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.accelerate_sharded import ShardingAccelerator as ShardingAccelerator
+from nanogpt_lit.loops.accelerate_sharded import deepspeed, fsdp2
 from nanogpt_lit.loops.contract import (
     EMPTY_LOADER,
     LoopSettings,
@@ -37,6 +38,7 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
     whole,
 )
+from nanogpt_lit.loops.zero import ZeroStep
 from nanogpt_lit.runtime.precision import IN_ACCELERATE
 
 PLANNED: dict[str, Literal["single", "ddp", "fsdp2"]] = {
@@ -52,21 +54,9 @@ PLANNED: dict[str, Literal["single", "ddp", "fsdp2"]] = {
 AUTOCAST = AutocastKwargs(cache_enabled=False)
 
 
-class ShardingAccelerator(Accelerator):
-    """Accelerator that shards on CPUs as well, where accelerate trains DDP in the place of FSDP without a word."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        plugin = options.get("fsdp_plugin")
-        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            # What AcceleratorState does beside any other device. It reads the type anew from PartialState at each use.
-            if self.mixed_precision != "no":
-                plugin.set_mixed_precision(self.mixed_precision)
-            self.state.fsdp_plugin = plugin
-            self.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-
-
-def accelerator_options(settings: LoopSettings, device: str, shards: bool = False) -> dict[str, Any]:
+def accelerator_options(
+    settings: LoopSettings, device: str, shards: bool = False, zero: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The arguments of Accelerator. device: "cpu" keeps to the CPU, also under torchrun, where accelerate would
     otherwise start no process group, and every process would train alone.
     shards: by FSDP2, of a module that is sharded before it is trained
@@ -78,7 +68,7 @@ def accelerator_options(settings: LoopSettings, device: str, shards: bool = Fals
     # another order than Lightning, which shares them out after each micro-batch.
     accumulation = GradientAccumulationPlugin(num_steps=settings.accumulate_grad_batches, sync_each_batch=shards)
     return {
-        "mixed_precision": IN_ACCELERATE[settings.precision],
+        "mixed_precision": IN_ACCELERATE[settings.precision] if zero is None else "no",
         "gradient_accumulation_plugin": accumulation,
         "kwargs_handlers": [AUTOCAST],
         # accelerate would repeat samples until every process has as many batches; ours are dealt out evenly already,
@@ -87,27 +77,8 @@ def accelerator_options(settings: LoopSettings, device: str, shards: bool = Fals
         "dataloader_config": DataLoaderConfiguration(even_batches=False, non_blocking=device == "cuda"),
         "cpu": device == "cpu",
         "fsdp_plugin": fsdp2() if shards else None,
+        "deepspeed_plugin": None if zero is None else deepspeed(settings, zero),
     }
-
-
-def fsdp2() -> FullyShardedDataParallelPlugin:
-    """accelerate's FSDP2. Every argument is given, or accelerate takes it from the environment."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy  # late, for not every build of torch has it
-
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        # The blocks are sharded already, and accelerate leaves those alone: by name it finds modules, not the methods
-        # that are called in place of their forward.
-        auto_wrap_policy="NO_WRAP",
-        # accelerate would cast whole weights to 16 bits and add up gradients in them; autocast does neither.
-        mixed_precision_policy=MixedPrecisionPolicy(),
-        reshard_after_forward=True,
-        cpu_offload=False,
-        activation_checkpointing=False,
-        activation_checkpointing_offload=False,
-        cpu_ram_efficient_loading=False,
-        state_dict_type="SHARDED_STATE_DICT",
-    )
 
 
 def train(
@@ -140,15 +111,23 @@ def train(
         strategy=PLANNED.get(accelerator.distributed_type),
     )
     own = [group["params"][:] for group in optimizer.param_groups] if any_sharded(module.parameters()) else []
+    zero: Any = None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero = ZeroStep(module, optimizer, settings.precision, accelerator.device)
+        training.optimizer = zero
     # Without the schedule: a prepared one steps once per process, so that on two processes the rate falls twice as
     # fast, and it looks for skipped steps where a fused optimizer does not show them. Ours holds still by itself.
     module, optimizer, train_loader, val_loader = accelerator.prepare(module, optimizer, train_loader, val_loader)
+    if zero is not None:
+        zero.connect(accelerator.deepspeed_engine_wrapped.engine)
     # accelerate knows parameters by their addresses, and those of which this process has an empty share have the same.
     for group, parameters in zip(optimizer.param_groups, own, strict=False):
         group["params"] = parameters
     # Not module.parameters(): the norm would be summed in another order than Lightning's.
     parameters = clipping_order(optimizer)
     with running(training, observers) as observer:
+        if zero is not None:
+            zero.listeners = observer.listeners("on_before_step")
         module.train()
         while training.step < settings.max_steps and not training.is_stopped:
             for tokens, targets in train_loader:
@@ -156,7 +135,10 @@ def train(
                     with accelerator.autocast():  # in which prepare wraps any module but that of FSDP2
                         loss = module(tokens, targets)
                     accelerator.backward(loss)
-                    if accelerator.sync_gradients:
+                    if accelerator.sync_gradients and zero is not None:
+                        grad_norm = zero.stepped()
+                        lr = optimizer.param_groups[0]["lr"]
+                    elif accelerator.sync_gradients:
                         # An infinite limit measures the norm and leaves the gradients alone.
                         # Not accelerator.clip_grad_norm_, which under FSDP2 knows no order but the module's.
                         accelerator.unscale_gradients()

@@ -4,7 +4,10 @@ They speak through environment variables, some of which win over the arguments o
 without a word either way. Here a contradiction is an error that names both sides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import ne
+from typing import Any
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.compatibility import FSDP2
@@ -12,22 +15,32 @@ from nanogpt_lit.runtime.launch import whole_number
 from nanogpt_lit.runtime.precision import IN_ACCELERATE, OF_ACCELERATE
 
 NO_OTHER_ENGINE = (
-    "this loop runs one device, DDP or FSDP2; run `accelerate config` again for distributed_type: NO, MULTI_GPU or FSDP"
+    "this loop runs one device, DDP, FSDP2 or DeepSpeed; run `accelerate config` again for distributed_type: NO, "
+    "MULTI_GPU, FSDP or DEEPSPEED"
 )
 UNLIKE_FSDP2 = f"trainer.strategy={FSDP2} does not; `python -m nanogpt_lit accelerate-config` writes what it does"
-HEARD = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"}
-"""Variables that are heard besides those that are held against the YAML; the last two change no number."""
+HEARD = {
+    "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_CONFIG_DS_FIELDS",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL",
+}  # fmt: skip
+"""Variables that are heard besides those that are held against the YAML; none but the first changes a number."""
 PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables of torchrun and of three kinds of mpirun."""
 YES = ("1", "true", "yes", "on", "y", "t")
 
 
 def check_environment(
-    precision: str, accumulate_grad_batches: int, device: str, environ: Mapping[str, str], shards: bool = False
+    precision: str,
+    accumulate_grad_batches: int,
+    device: str,
+    environ: Mapping[str, str],
+    shards: bool = False,
+    zero: Mapping[str, Any] | None = None,
 ) -> str | None:
     """Check the environment against the YAML: UserError where they contradict, a sentence where it yields.
 
     precision: of the YAML, before any fallback   device: that will be used   shards: whether by FSDP2
+    zero: arguments of DeepSpeedStrategy, and gradient_clip_val; None for another strategy
     """
 
     def says_yes(value: str) -> bool:
@@ -37,8 +50,13 @@ def check_environment(
     contradictions = {
         **{
             f"ACCELERATE_USE_{engine}": (says_yes, NO_OTHER_ENGINE)
-            for engine in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+            for engine in ("MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
         },
+        "ACCELERATE_USE_DEEPSPEED": (
+            lambda value: says_yes(value) and zero is None,
+            "the YAML for another strategy; set trainer.strategy=deepspeed_stage_2, or run `accelerate config` again",
+        ),
+        **(_of_deepspeed(zero or {}) if says_yes(environ.get("ACCELERATE_USE_DEEPSPEED", "")) else {}),
         "ACCELERATE_USE_FSDP": (
             lambda value: says_yes(value) and not shards,
             f"the YAML for another strategy; set trainer.strategy={FSDP2}, or run `accelerate config` again",
@@ -89,6 +107,37 @@ def check_environment(
     return "\n".join(remark for remark in remarks if remark) or None
 
 
+def _of_deepspeed(zero: Mapping[str, Any]) -> dict[str, tuple[Callable[[str], bool], str]]:
+    """Variables of accelerate launch beside DeepSpeed: a test for what contradicts the YAML, and what works."""
+    expected = {
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("stage", zero.get("stage", 2)),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("config", zero.get("config")),
+        **{
+            f"ACCELERATE_DEEPSPEED_OFFLOAD_{theirs}_DEVICE": (
+                ours,
+                zero.get(f"offload_{kind}_device", "cpu") if zero.get(ours) else "none",
+            )
+            for theirs, ours, kind in (
+                ("OPTIMIZER", "offload_optimizer", "optimizer"),
+                ("PARAM", "offload_parameters", "params"),
+            )
+        },
+    }
+    clip = zero.get("gradient_clip_val") or 0.0
+    contradictions: dict[str, tuple[Callable[[str], bool], str]] = {
+        variable: (
+            partial(ne, str(value)),
+            f"the YAML for trainer.strategy.{key}={value}; set one to the other",
+        )
+        for variable, (key, value) in expected.items()
+    }
+    contradictions["ACCELERATE_GRADIENT_CLIPPING"] = (
+        lambda value: value != "auto" and float(value) != clip,
+        f"the YAML for trainer.gradient_clip_val={clip}; set one to the other",
+    )
+    return contradictions
+
+
 def _precision_remark(precision: str, theirs: str | None) -> str | None:
     ours = IN_ACCELERATE.get(precision)
     if theirs is None or theirs == ours:
@@ -126,7 +175,7 @@ def check_sharding(launched: int) -> None:
     """Raises UserError where a process is alone: accelerate forms no group of one, and would shard nothing."""
     if launched == 1:
         raise UserError(
-            f"trainer.strategy={FSDP2} shards over several processes, and accelerate runs 1; start two with "
+            "trainer.strategy shares the network out over several processes, and accelerate runs 1; start two with "
             "`torchrun --nproc_per_node 2` and trainer.devices=2, or set trainer.strategy=auto."
         )
 

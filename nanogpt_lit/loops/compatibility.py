@@ -14,7 +14,12 @@ from nanogpt_lit.runtime.precision import IN_ACCELERATE, PRECISIONS
 DDP, FSDP, FSDP2 = "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"
 SINGLE, DEEPSPEED = "SingleDeviceStrategy", "DeepSpeedStrategy"
 ON_HOST = ("host", "streamed")
+DEEPSPEED_PRECISIONS = ("32-true", "bf16-mixed")
 FSDP2_PRECISIONS = tuple(name for name, row in PRECISIONS.items() if not row.scales)
+
+
+OF_WHOLE_TENSORS = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
+"""Optimizers of torch.optim that do not go number by number."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ CLASHES = (
     ),
     # strategies
     Clash(
-        {"trainer.strategy": (FSDP, DEEPSPEED), "trainer.accelerator": lambda device: device not in ("cuda", "gpu")},
+        {"trainer.strategy": (FSDP,), "trainer.accelerator": lambda device: device not in ("cuda", "gpu")},
         "it runs on CUDA GPUs only",
         f"trainer.strategy=ddp or {FSDP2}, which run on CPUs too",
     ),
@@ -93,9 +98,27 @@ CLASHES = (
         "would divide single matrices, which this network does not",
         "tensor_parallel_size=1, and data_parallel_size to the number of processes",
     ),
+    Clash(
+        {"trainer.precision": lambda name: name not in DEEPSPEED_PRECISIONS, "trainer.strategy": (DEEPSPEED,)},
+        "DeepSpeed would cast all weights to 16 bits",
+        "trainer.precision=bf16-mixed, which keeps them in float32, or trainer.strategy=ddp",
+    ),
+    Clash(
+        {"trainer.strategy.stage": lambda stage: stage not in (1, 2, 3)},
+        "shares nothing out over the processes",
+        "stage=1, 2 or 3, or trainer.strategy=ddp",
+    ),
+    Clash(
+        {
+            "model.optim.class_path": lambda path: str(path).rpartition(".")[2] in OF_WHOLE_TENSORS,
+            "trainer.strategy": (DEEPSPEED,),
+        },
+        "it needs whole tensors, and DeepSpeed hands it a line of numbers",
+        f"model.optim.class_path=null, or trainer.strategy={FSDP2}",
+    ),
     *(
         Clash(
-            {key: values, "trainer.strategy": (FSDP2,)},
+            {key: values, "trainer.strategy": (FSDP2, DEEPSPEED)},
             "it needs whole tensors, and the strategy shards them over the processes",
             f"{key}={works}, or trainer.strategy=ddp",
         )
@@ -200,8 +223,9 @@ def check_followed(trainer: Mapping[str, Any], precision: str, defaults: Mapping
         if key not in FOLLOWED | WITHOUT_EFFECT and value != defaults.get(key):
             raise UserError(f"trainer.{key} is set, and only Lightning's Trainer follows it; {fit}.")
     strategy = trainer["strategy"] if isinstance(trainer["strategy"], str) else str(trainer["strategy"].class_path)
-    if strategy not in ("auto", "ddp") and strategy.rpartition(".")[2] != FSDP2:
-        raise UserError(f"trainer.strategy={strategy} does not run here; auto, ddp and {FSDP2} do.")
+    name = strategy.rpartition(".")[2]
+    if strategy not in ("auto", "ddp") and name not in (FSDP2, DEEPSPEED) and not name.startswith("deepspeed"):
+        raise UserError(f"trainer.strategy={strategy} does not run here; auto, ddp, {FSDP2} and deepspeed_stage_2 do.")
     if precision not in IN_ACCELERATE:
         raise UserError(f"trainer.precision={precision} does not run here; {', '.join(IN_ACCELERATE)} do.")
     interval = trainer["val_check_interval"]

@@ -150,7 +150,7 @@ def training_of(trainer: Trainer, module: LightningModule, seed: int | None = No
     )
     return Training(
         module,
-        trainer.optimizers[0],
+        getattr(trainer.strategy, "zero", None) or trainer.optimizers[0],
         schedule,
         getattr(trainer.precision_plugin, "scaler", None),
         settings,

@@ -19,6 +19,7 @@ from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.checkpoint.shards import sweep_shards
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.compatibility import DEEPSPEED
 from nanogpt_lit.loops.contract import Observer
 from nanogpt_lit.loops.lightning import Observed, precision_plugin
 from nanogpt_lit.loops.lightning_loggers import LoggerCurves
@@ -210,11 +211,18 @@ class RunFileIO(CheckpointIO):
         sweep_shards(Path(path).parent)
 
 
-def run_plugins(given: Any, precision: str, device: str) -> dict[str, Any]:
+def run_plugins(given: Any, precision: str, device: str, strategy: str | None = None) -> dict[str, Any]:
     """A Trainer's `plugins` and `precision`: those given, and ours where none of them is a precision or writes
-    checkpoints."""
+    checkpoints. strategy: the name of its class"""
     plugins = [] if given is None else given if isinstance(given, list) else [given]
-    own = None if any(isinstance(plugin, Precision) for plugin in plugins) else precision_plugin(precision, device)
+    own: Precision | None = None
+    if not any(isinstance(plugin, Precision) for plugin in plugins):
+        if strategy == DEEPSPEED:
+            from nanogpt_lit.loops.lightning_zero import ZeroPrecision  # late, for few runs need it
+
+            own = ZeroPrecision(precision)  # type: ignore[arg-type]  # compatibility.py has looked at it
+        else:
+            own = precision_plugin(precision, device)
     writer = [] if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [RunFileIO()]
     ours = [] if own is None else [own]
     return {"plugins": [*plugins, *ours, *writer], "precision": precision if own is None else None}

@@ -91,8 +91,15 @@ def named_strategy(strategy: Any, processes: int | None = 1) -> str | None:
 
 
 def writes_run_files(trainer: Namespace) -> bool:
-    """Tell whether checkpoints are in the format of every loop; DeepSpeed and FSDP 1 write them their own way."""
-    return named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2)
+    """Tell whether checkpoints are in the format of every loop; FSDP 1 writes them its own way."""
+    return named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2, DEEPSPEED)
+
+
+def strategy_arguments(strategy: Any) -> Mapping[str, Any]:
+    """The arguments of the class that trainer.strategy names, as far as they are given."""
+    if isinstance(strategy, str):
+        return SHORT_NAMES[strategy][1] if strategy in SHORT_NAMES else {}
+    return strategy.get("init_args") or {}
 
 
 def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -111,8 +118,7 @@ def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]
             f"trainer.strategy={strategy} needs the package deepspeed: pip install deepspeed, or set "
             "trainer.strategy=ddp."
         )
-    given = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
-    arguments = SHORT_NAMES[strategy][1] if isinstance(strategy, str) and strategy in SHORT_NAMES else given
+    arguments = strategy_arguments(strategy)
     return {
         "trainer.strategy": name,
         "trainer.accelerator": device,
@@ -120,7 +126,7 @@ def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]
         "trainer.gradient_clip_val": trainer["gradient_clip_val"],
         **{
             f"trainer.strategy.{key}": arguments[key]
-            for key in ("start_method", "tensor_parallel_size", "offload_optimizer")
+            for key in ("start_method", "tensor_parallel_size", "offload_optimizer", "stage")
             if key in arguments
         },
     }

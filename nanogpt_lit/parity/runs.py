@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from accelerate.utils import GradScalerKwargs  # type: ignore[import-untyped]
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
@@ -26,6 +26,7 @@ from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.loops.lightning import MixedPrecision, Observed, precision_plugin
 from nanogpt_lit.loops.trainer_section import shard_over_all
+from nanogpt_lit.loops.zero import compute_on, zero_config
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -52,6 +53,8 @@ class Case:
     """More than one train together under DistributedDataParallel, inside processes.run_together."""
     sharded: bool = False
     """True where they train under FSDP2 instead."""
+    zero: Mapping[str, Any] | None = None
+    """Or under DeepSpeed's ZeRO: its configuration."""
     device: str = "cpu"
     """Or "cuda": one process then."""
     module: type[LitNanoGPT] = LitNanoGPT
@@ -102,9 +105,14 @@ def run_accelerate(case: Case, data: TokenDataModule) -> Recorder:
     # another accumulation goes on with the loaders of the first.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # which an Accelerator that shards leaves behind for the next one
+    for engine in ("FSDP", "DEEPSPEED"):
+        os.environ.pop(f"ACCELERATE_USE_{engine}", None)  # which an Accelerator leaves behind for the next one
     recorder = Recorder(case.settings)
-    options = accelerate.accelerator_options(case.settings, case.device, case.sharded)
+    zero = None
+    if case.zero is not None:
+        compute_on(case.device)
+        zero = zero_config(case.zero)
+    options = accelerate.accelerator_options(case.settings, case.device, case.sharded, zero)
     if case.settings.precision == "16-mixed":
         options["kwargs_handlers"].append(GradScalerKwargs(**case.scaler))
     accelerator = HalfOnCpu(**options)
@@ -144,7 +152,7 @@ def trainer_options(case: Case) -> dict[str, Any]:
         "devices": case.processes,
         "strategy": strategy_of(case),
         # Named, or a cluster's job that this happens to run in would be taken for the launcher.
-        "plugins": [lightning_precision(settings.precision, case.scaler, case.device), LightningEnvironment()],
+        "plugins": [precision_of(case), LightningEnvironment()],
         "deterministic": settings.deterministic,
         "max_steps": settings.max_steps,
         "accumulate_grad_batches": settings.accumulate_grad_batches,
@@ -162,10 +170,23 @@ def trainer_options(case: Case) -> dict[str, Any]:
     }
 
 
-def strategy_of(case: Case) -> str | ModelParallelStrategy:
+def strategy_of(case: Case) -> str | Strategy:
+    if case.zero is not None:
+        from nanogpt_lit.loops.lightning_zero import ZeroStrategy  # late, for it needs deepspeed
+
+        compute_on(case.device)
+        return ZeroStrategy(config=dict(case.zero))
     if case.sharded:
         return ModelParallelStrategy(data_parallel_size=case.processes, tensor_parallel_size=1)
     return "auto" if case.processes == 1 else "ddp"
+
+
+def precision_of(case: Case) -> Precision:
+    if case.zero is not None:
+        from nanogpt_lit.loops.lightning_zero import ZeroPrecision
+
+        return ZeroPrecision(case.settings.precision)  # type: ignore[arg-type]
+    return lightning_precision(case.settings.precision, case.scaler, case.device)
 
 
 def lightning_precision(precision: str, scaler: dict[str, Any], device: str = "cpu") -> Precision:

@@ -23,7 +23,7 @@ from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.gpt.networks import section_of
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.run.metrics import CURVES, StepMetrics
-from nanogpt_lit.runtime.processes import any_sharded
+from nanogpt_lit.runtime.processes import is_in_pieces, is_sharded
 
 
 class Curves:
@@ -242,7 +242,8 @@ class Samples(Observer):
     def on_validation_end(self, step: int, loss: Tensor) -> None:
         module = self._training.module
         # A sharded network is whole only while all processes compute: then all of them write, and the first one keeps.
-        if self._training.rank > 0 and not any_sharded(module.parameters()):
+        is_whole = not any(is_sharded(parameter) or is_in_pieces(parameter) for parameter in module.parameters())
+        if self._training.rank > 0 and is_whole:
             return
         gpt = module.gpt
         assert isinstance(gpt, Network)

@@ -60,6 +60,11 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
     return any(is_sharded(tensor) for tensor in tensors)
 
 
+def is_in_pieces(parameter: Tensor) -> bool:
+    """Tell whether DeepSpeed's ZeRO 3 has left only a piece of a parameter in this process."""
+    return hasattr(parameter, "ds_id")
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds; another tensor whole."""
     part: Tensor = getattr(tensor, "to_local", lambda: tensor)()
