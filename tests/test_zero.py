@@ -4,15 +4,21 @@ DeepSpeed is an extra, "deepspeed"; what needs it is left out where it is not in
 """
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
 import torch.distributed as dist
-from small_runs import accelerate, fit, on_processes, on_two_processes, small_run
+from small_runs import accelerate, different, fit, on_processes, on_two_processes, small_run
 from test_parity import case
 
+from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.run_file import load_run, step_of
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.errors import UserError
@@ -217,6 +223,42 @@ def assert_same_weights_and_moments(path, expected):
     assert [name for name in its.weights if not torch.equal(run.weights[name], its.weights[name])] == []
     for number, kept in its.optimizer["state"].items():
         assert [key for key in kept if not torch.equal(run.optimizer["state"][number][key], kept[key])] == []
+
+
+@needs_deepspeed
+@pytest.mark.long
+def test_accelerate_launch_starts_on_cpus_what_the_file_of_accelerate_config_says(text, tmp_path, capsys):
+    options = small_run(
+        text, tmp_path, *OF_TWO, "--trainer.strategy=deepspeed_stage_2", "--trainer.precision=bf16-mixed"
+    )
+    quickstart = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    assert main(["accelerate-config", f"--from={quickstart}", *options]) == 0
+    (file := tmp_path / "default_config.yaml").write_text(capsys.readouterr().out)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(file), "-m", "nanogpt_lit", "fit-accelerate"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [sys.executable, *launch, *options], env=environ, capture_output=True, text=True, timeout=300
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "also says" not in answer.stdout  # every word of accelerate's is known
+    assert on_two_processes(fit, *options) == [(0, [])] * 2
+    assert not different(*(tmp_path / name / LAST for name in ("accelerate_0", "version_0")))
+
+
+@needs_deepspeed
+@pytest.mark.skipif(which("g++") is None, reason="DeepSpeed compiles its optimizer for the CPU with g++ and ninja")
+@pytest.mark.long
+@pytest.mark.parametrize("number", [2, 3])
+def test_what_deepspeed_offloads_goes_on_in_the_other_engine_to_the_same_bits(number, text, tmp_path):
+    offloads = [
+        f"--trainer.strategy=deepspeed_stage_{number}_offload", "--trust=deepspeed",
+        "--model.optim.class_path=deepspeed.ops.adam.DeepSpeedCPUAdam",
+    ]  # fmt: skip
+    whole, turns = (small_run(text, tmp_path / name, *UNCLIPPED, *OF_TWO, *offloads) for name in ("whole", "turns"))
+    assert on_two_processes(accelerate, *whole) == [(0, [])] * 2
+    assert on_two_processes(fit, *turns, CUT) == [(0, [])] * 2
+    assert on_two_processes(accelerate, *turns, "--resume=auto") == [(0, [])] * 2
+    assert not different(tmp_path / "turns/version_0" / LAST, tmp_path / "whole/accelerate_0" / LAST)
 
 
 @needs_deepspeed

@@ -88,11 +88,13 @@ class ZeroOptimizer:
         if not named["state"]:
             return
         first = named["state"][0]
-        alike = {key for key, name in first.items() if stored.described(name)[1] == self._shapes[0]}
-        single = stored.read(name for key, name in first.items() if key not in alike)
+        tensors = {key: name for key, name in first.items() if isinstance(name, str)}  # a count may be a number
+        alike = {key for key, name in tensors.items() if stored.described(name)[1] == self._shapes[0]}
+        single = stored.read(name for key, name in tensors.items() if key not in alike)
         for piece in self._pieces:
             self._optimizer.state[piece] = {
-                key: torch.zeros_like(piece) if key in alike else single[name].clone() for key, name in first.items()
+                key: torch.zeros_like(piece) if key in alike else single[name].clone() if key in tensors else name
+                for key, name in first.items()
             }
         self._find_pieces()
         for number, parameter in enumerate(self._parameters):
