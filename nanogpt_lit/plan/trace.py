@@ -85,7 +85,7 @@ class MemoryTrace(TorchDispatchMode):
     marks: dict[str, int] = field(default_factory=dict)
     """Places in `events`, by the name that `mark` gave them."""
     other_sizes: dict[int, int] = field(default_factory=dict)
-    """What the workspaces in `events` would take with the kernels of `otherwise`, by serial."""
+    """Sizes that the workspaces in `events` would have with the kernels of `otherwise`, by serial."""
     timeline: list[Moment] | None = None
     """Every moment since this was set to a list."""
     parameters: int = 0
