@@ -220,6 +220,40 @@ def test_a_network_whose_weights_alone_do_not_fit_is_not_traced(monkeypatch):
     assert ("device", 1024) not in asked
 
 
+@pytest.mark.parametrize(("strategy", "found"), [("ddp", "small"), ("ModelParallelStrategy", "wide")])
+def test_of_weights_that_are_shared_out_a_share_has_to_fit(strategy, found, plan, monkeypatch):
+    monkeypatch.setattr(planning, "FAMILY", {"small": (1, 2, 64)})
+    monkeypatch.setattr(planning, "LARGER", {"wide": (2, 2, 1024)})
+    monkeypatch.setattr(
+        planning, "reserved_mib", lambda build, rung, shape, gpu: rung.batch_size * shape.block_size / 99
+    )
+    configured = settings("--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.precision=bf16-mixed")
+    shape = planning.step_shape(configured, planning.network(configured), lightning=True)
+    budget = choose_budget("a100", usable="190MiB")  # weights and gradients take 196
+    plan = replace(plan, shape=shape, budget=budget, ladder=())
+    assert {answer["network"] for answer in largest_that_fits(configured, plan)} == {found}
+
+
+@pytest.mark.long
+def test_more_devices_leave_room_for_more_under_fsdp2_and_for_as_much_under_ddp(monkeypatch):
+    monkeypatch.setattr(planning, "FAMILY", {"mine": (1, 2, 64)})
+    monkeypatch.setattr(planning, "LARGER", {"wide": (2, 4, 512), "wider": (2, 8, 1024)})
+
+    def found(strategy, devices):
+        configured = settings(
+            "--data.block_size=128", "--trainer.accumulate_grad_batches=1", "--trainer.limit_val_batches=0",
+            "--model.gpt.n_embd=256", f"--trainer.devices={devices}", f"--trainer.strategy={strategy}",
+            "--trainer.precision=bf16-mixed",
+        )  # fmt: skip
+        own, _ = largest_that_fits(configured, plan_run(configured, choose_budget("a100", usable="150MiB")))
+        return own["batch_size"], own["block_size"], ["mine", "wide", "wider"].index(own["network"])
+
+    assert found("ddp", 8) == found("ddp", 2)
+    two, eight = found("ModelParallelStrategy", 2), found("ModelParallelStrategy", 64)
+    assert all(more >= less for less, more in zip(two, eight, strict=True))
+    assert eight[2] > two[2]
+
+
 @pytest.mark.parametrize("rung", [0, 3, -1])
 def test_what_the_search_of_the_largest_traces_in_part_is_what_a_whole_trace_reserves(rung):
     # 15 chunks, of which the last is shorter; the head and its logits are most of the memory.

@@ -168,6 +168,8 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
         weights_mib = 0.0
         if rung.memory.weights == "device":
             weights_mib = weights_alone_mib(settings, replace(gpt, **sizes), rung.memory, plan.shape.precision)
+            if plan.shape.strategy == "fsdp2":
+                weights_mib /= plan.shape.devices
         if 2 * weights_mib > usable_mib:
             return False  # with their gradients, and without a trace
         if sizes["n_layer"] > 2 * SHALLOW:
