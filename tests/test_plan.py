@@ -220,6 +220,18 @@ def test_a_network_whose_weights_alone_do_not_fit_is_not_traced(monkeypatch):
     assert ("device", 1024) not in asked
 
 
+@pytest.mark.parametrize(
+    ("strategy", "moved"), [("ddp", {"block_inputs", "optimizer_state"}), ("ModelParallelStrategy", {"block_inputs"})]
+)
+def test_what_a_strategy_exchanges_stays_on_the_device_and_all_else_is_offered(strategy, moved, plan, monkeypatch):
+    monkeypatch.setattr("nanogpt_lit.plan.plan.measure", lambda *arguments, **options: plan.own.footprint)
+    configured = settings("--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.precision=bf16-mixed")
+    rungs = [planned.rung for planned in plan_run(configured, plan.budget).ladder]
+    places = {name for rung in rungs for name, value in vars(rung.memory).items() if value in ("host", "streamed")}
+    assert places == moved
+    assert ("full", 1) in {(rung.memory.recompute, rung.memory.recompute_every) for rung in rungs}
+
+
 @pytest.mark.parametrize(("strategy", "found"), [("ddp", "small"), ("ModelParallelStrategy", "wide")])
 def test_of_weights_that_are_shared_out_a_share_has_to_fit(strategy, found, plan, monkeypatch):
     monkeypatch.setattr(planning, "FAMILY", {"small": (1, 2, 64)})

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from page_commands import clone
-from small_runs import accelerate, curves, different, on_two_processes, started
+from small_runs import LOOPS, accelerate, curves, different, on_two_processes, started
+from small_runs import fit as lightning
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.__main__ import main
@@ -219,6 +220,28 @@ def test_accelerate_launch_starts_on_cpus_what_the_file_of_accelerate_config_say
     answer = subprocess.run([sys.executable, *launch, *more], env=environ, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr
     assert curves(folder / "accelerate_0") == curves(home / lightnings / "version_0")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("loop", [lightning, accelerate])
+@pytest.mark.parametrize("more", ["--data.documents=separate", "--model.compile=true"])
+def test_fsdp2_beside_separate_documents_and_beside_compile_draws_the_losses_of_ddp(loop, more, home):
+    texts = home / "texts"
+    texts.mkdir(exist_ok=True)
+    for n in range(300):  # a file is a document
+        (texts / f"{n}.txt").write_text(f"{n * n} is the square of {n}")
+    losses = []
+    for strategy in ("ddp", "ModelParallelStrategy"):
+        folder = home / f"{loop.__name__}{more}_{strategy}"
+        of_run = [*options(folder), *validation(1), "--trainer.devices=2", f"--trainer.strategy={strategy}"]
+        answers = on_two_processes(loop, *of_run, f"--data.source={texts}", more)
+        assert [code for code, *_ in answers] == [0, 0], answers
+        points = curves(folder / LOOPS[loop])
+        losses.append({point: value for point, value in points.items() if point[0] in ("train/loss", "val/loss")})
+    if more == "--data.documents=separate":
+        assert losses[0] == losses[1]
+    else:  # the compiled blocks are others, and add up in other orders
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.slow

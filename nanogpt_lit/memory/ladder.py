@@ -71,10 +71,10 @@ class Rung:
         return lines
 
 
-def ladder(own: Rung, block_size: int, casts_weights: bool) -> Iterator[Rung]:
+def ladder(own: Rung, block_size: int, casts_weights: bool, stays: Collection[str] = ()) -> Iterator[Rung]:
     """Yield the rungs from the plain step upwards; the user's own setting is among them.
 
-    casts_weights: whether autocast copies the weights to 16 bits
+    casts_weights: whether autocast copies the weights to 16 bits   stays: fields of MemoryConfig that no rung moves
     """
     in_8_bits = own.state_bits == 8
     rung = replace(own, name="the optimizer's state in 8 bits" if in_8_bits else "nothing", memory=MemoryConfig())
@@ -84,6 +84,8 @@ def ladder(own: Rung, block_size: int, casts_weights: bool) -> Iterator[Rung]:
         if "recast_weights" in changes and not casts_weights:
             continue
         if changes.keys() & {"optimizer_state", "weights"} and not own.state_moves:
+            continue
+        if changes.keys() & set(stays):
             continue
         if "loss_chunk_tokens" in changes:
             changes = {"loss_chunk_tokens": chunk_tokens(tokens)}

@@ -25,7 +25,7 @@ from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.plan.allocator import MIB
 from nanogpt_lit.plan.budget import Budget
 from nanogpt_lit.plan.many import Step, growth, machines, step_of
-from nanogpt_lit.plan.plan import Footprint, Plan, goes_with, make_plan, measure, reserved_mib
+from nanogpt_lit.plan.plan import STAYS, Footprint, Plan, make_plan, measure, reserved_mib
 from nanogpt_lit.plan.step import StepShape
 from nanogpt_lit.runtime.gpus import Gpu
 from nanogpt_lit.runtime.precision import PRECISIONS, dtype_of, full_precision_name
@@ -123,8 +123,8 @@ def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> list
     casts_weights = PRECISIONS[plan.shape.precision].autocast is not None
     *_, leanest = (
         rung
-        for rung in ladder(own, plan.shape.block_size, casts_weights)
-        if rung.batch_size == own.batch_size and goes_with(rung.memory, plan.shape.strategy)
+        for rung in ladder(own, plan.shape.block_size, casts_weights, STAYS[plan.shape.strategy])
+        if rung.batch_size == own.batch_size
     )
     rungs = [own] if own.same_training(leanest) else [own, leanest]
     return [_largest_of(settings, plan, rung, lightning) for rung in rungs]

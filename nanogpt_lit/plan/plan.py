@@ -28,6 +28,9 @@ whose share is a budget and not a measurement."""
 
 Build = Callable[[MemoryConfig], nn.Module]
 
+STAYS: dict[Strategy, tuple[str, ...]] = {"single": (), "ddp": ("weights",), "fsdp2": ("weights", "optimizer_state")}
+"""Fields of MemoryConfig of what a strategy exchanges between devices, and so leaves on them."""
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -146,10 +149,9 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
     """
     rungs: list[Rung] = []
     footprints: list[Footprint] = []
-    for rung in ladder(own, shape.block_size, casts_weights=PRECISIONS[shape.precision].autocast is not None):
+    casts_weights = PRECISIONS[shape.precision].autocast is not None
+    for rung in ladder(own, shape.block_size, casts_weights, STAYS[shape.strategy]):
         if rung.last_resort(own) and any(other.reserved_mib <= budget.usable_mib for other in footprints):
-            continue
-        if not goes_with(rung.memory, shape.strategy) and not own.same_training(rung):
             continue
         rungs.append(rung)
         footprints.append(measure(build, rung, shape, budget.gpu, and_other=own.same_training(rung)))
@@ -172,12 +174,6 @@ def make_plan(build: Build, own: Rung, shape: StepShape, max_steps: int, budget:
     (free_mib, free_s), (fixed_mib, fixed_s) = both[::-1] if shape.deterministic else both
     price = fixed_mib - free_mib, fixed_s / free_s
     return Plan(shape, footprints[plain].parameters, max_steps, budget, yours, price, planned)
-
-
-def goes_with(memory: MemoryConfig, strategy: Strategy) -> bool:
-    """Tell whether a strategy leaves what it exchanges on the device: DDP the gradients, FSDP2 the moments too."""
-    on_device = memory.weights == "device"
-    return strategy == "single" or (on_device and (strategy == "ddp" or memory.optimizer_state == "device"))
 
 
 @no_collector()  # which would look through the events, a hundred thousand objects, again and again
