@@ -33,6 +33,7 @@ CLASHING = [
     ({"trainer.strategy": "ModelParallelStrategy"}, "no gradient scaler"),
     ({"trainer.strategy": "DeepSpeedStrategy"}, "=16-mixed does not go with trainer.strategy=DeepSpeedStrategy"),
     ({"trainer.strategy.stage": 0}, "trainer.strategy.stage=0 shares nothing out"),
+    ({"trainer.strategy.stage": 3, "model.compile": True}, "model.compile=true does not go with"),
     ({"trainer.strategy": "DeepSpeedStrategy", "trainer.precision": "32-true", "model.memory.optimizer_state": "device",
       "model.optim.class_path": "torch.optim.Adafactor"}, "model.optim.class_path=torch.optim.Adafactor does not go"),
     ({"trainer.strategy.tensor_parallel_size": 2}, "tensor_parallel_size=2 would divide single matrices"),

@@ -6,6 +6,7 @@ all processes, one after another, and each keeps its rows of it on the CPU: no p
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,10 +33,13 @@ class ZeroOptimizer:
 
     def connect(self, engine: Any) -> None:
         """engine: that DeepSpeed has made of the module and the optimizer"""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self._mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         self._zero = engine.optimizer
         assert self._zero.optimizer is self._optimizer, "DeepSpeed steps another optimizer"
         if is_in_pieces(self._parameters[0]):
-            self._module.register_state_dict_post_hook(share_weights)
+            self._module.register_state_dict_post_hook(partial(self._share_weights))  # torch marks it, not a method
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -61,13 +65,29 @@ class ZeroOptimizer:
         alike = {key for key, value in kept.items() if isinstance(value, Tensor) and value.shape == piece.shape}
         state = {
             number: {
-                key: rows_of(safe_get_full_optimizer_state(parameter, key)) if key in alike else value
+                key: self._rows_of(safe_get_full_optimizer_state(parameter, key)) if key in alike else value
                 for key, value in kept.items()
             }
             for number, parameter in enumerate(self._parameters)
             if kept
         }
         return {"state": state, "param_groups": groups}
+
+    def _share_weights(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """Put this process's rows of the weights into a state_dict() of stage 3, which holds nothing of them."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        rows: dict[int, Tensor] = {}  # by parameter, for a tied one has two names
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) not in rows:
+                rows[id(parameter)] = self._rows_of(safe_get_full_fp32_param(parameter))
+            state[prefix + name] = rows[id(parameter)]
+
+    def _rows_of(self, whole: Tensor) -> Tensor:
+        """This process's share of the rows of a tensor that all have, on the CPU."""
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        return distribute_tensor(whole.cpu(), self._mesh, [Shard(0)], src_data_rank=None)
 
     def _find_pieces(self) -> None:
         """Have stages 1 and 2 know which part of which piece is a parameter's. They look once, after the first group's
@@ -133,23 +153,3 @@ def piece_of(value: Tensor, parameter: Any) -> Tensor:
     size = parameter.ds_tensor.numel()
     line = value.flatten()[rank() * size : (rank() + 1) * size]
     return nn.functional.pad(line, (0, size - line.numel()))
-
-
-def share_weights(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Put this process's rows of the weights into a state_dict() of stage 3, which holds nothing of them."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    rows: dict[int, Tensor] = {}  # by parameter, for a tied one has two names
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if id(parameter) not in rows:
-            rows[id(parameter)] = rows_of(safe_get_full_fp32_param(parameter))
-        state[prefix + name] = rows[id(parameter)]
-
-
-def rows_of(whole: Tensor) -> Tensor:
-    """This process's share of the rows of a tensor that all have, on the CPU."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return distribute_tensor(whole.cpu(), mesh, [Shard(0)], src_data_rank=None)

@@ -109,6 +109,11 @@ CLASHES = (
         "stage=1, 2 or 3, or trainer.strategy=ddp",
     ),
     Clash(
+        {"model.compile": (True,), "trainer.strategy.stage": (3,)},
+        "compiled code cannot follow weights that come and go",
+        "model.compile=false, or a stage of 1 or 2",
+    ),
+    Clash(
         {
             "model.optim.class_path": lambda path: str(path).rpartition(".")[2] in OF_WHOLE_TENSORS,
             "trainer.strategy": (DEEPSPEED,),

@@ -118,7 +118,9 @@ def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]
             f"trainer.strategy={strategy} needs the package deepspeed: pip install deepspeed, or set "
             "trainer.strategy=ddp."
         )
-    arguments = strategy_arguments(strategy)
+    arguments = dict(strategy_arguments(strategy))
+    if isinstance(config := arguments.get("config"), Mapping):
+        arguments["stage"] = config.get("zero_optimization", {}).get("stage", 0)
     return {
         "trainer.strategy": name,
         "trainer.accelerator": device,
