@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {unknown(arguments[0])}", file=sys.stderr)
         return 2
     from nanogpt_lit.cli.packaged_configs import with_packaged_configs
+    from nanogpt_lit.runtime.clock import begin_command
 
+    begin_command()
     arguments = with_packaged_configs(arguments)
     if arguments[0] in ("fit", "fit-accelerate"):
         from nanogpt_lit.runtime.launch import KEEP_ALIVE, stop_with_supervisor, supervised

@@ -1,6 +1,9 @@
 import io
 import os
 import re
+import subprocess
+import sys
+import time
 from datetime import datetime
 
 import pytest
@@ -39,6 +42,21 @@ def test_time_left_counts_validation_and_leaves_out_the_slow_first_step():
     clock.now_s += 5.0  # validation
     assert progress.remaining_s(6, clock.now_s) == pytest.approx(5 * 10.0 / 5)
     assert stream.getvalue().count("first step") == 1
+
+
+def test_the_first_step_is_counted_from_the_command_with_all_that_is_imported_and_compiled(text, tmp_path):
+    options = small_run(text, tmp_path, "--trainer.max_steps=1", "--trainer.enable_progress_bar=true")
+    command = [sys.executable, "-m", "nanogpt_lit", "fit", *options]
+    began_s = time.monotonic()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        said_s = next(
+            float(found[1]) for line in process.stderr if (found := re.match("first step after (.*) s", line))
+        )
+        waited_s = time.monotonic() - began_s
+        process.communicate(timeout=120)
+    # Less what Python needs until the package is there.
+    assert waited_s - 1.0 < said_s < waited_s
 
 
 def test_a_log_file_gets_a_line_every_ten_seconds_and_at_the_last_step():

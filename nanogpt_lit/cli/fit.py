@@ -18,7 +18,6 @@ from nanogpt_lit.loops.lightning import Ended
 from nanogpt_lit.loops.lightning_loggers import BestEffortLogger, go_on
 from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO, run_folder, run_plugins
 from nanogpt_lit.loops.trainer_section import named_strategy, strategy_arguments, writes_run_files
-from nanogpt_lit.loops.zero import compute_on
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.stops import Stopped, print_stopped
 from nanogpt_lit.run.terminal import closing_table, opening_lines, relative_to_here
@@ -59,6 +58,8 @@ class NanoGPTCLI(SettingsCLI):
     def before_instantiate_classes(self) -> None:
         self.complete_settings()
         if named_strategy(self.settings.trainer.strategy) == DEEPSPEED:
+            from nanogpt_lit.loops.zero import compute_on  # late, for few runs are DeepSpeed's
+
             compute_on(self.device)
 
     def instantiate_classes(self) -> None:

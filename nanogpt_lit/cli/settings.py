@@ -43,6 +43,7 @@ from nanogpt_lit.optim.schedule import ScheduleConfig, short_of_peak
 from nanogpt_lit.run.curves import SampleConfig
 from nanogpt_lit.run.observers import RunConfig
 from nanogpt_lit.run.stops import seconds_of
+from nanogpt_lit.runtime.clock import command_began_s
 from nanogpt_lit.runtime.durable import check_writable
 from nanogpt_lit.runtime.launch import (
     RANKS,
@@ -255,6 +256,7 @@ class SettingsCLI(LightningCLI):
             "samples": replace(samples, prompt=prompt),
             "tokenizer": lambda: data.tokenizer,
             "shows_progress": trainer.enable_progress_bar is not False,
+            "began_s": command_began_s(),
             "text": data.text,
             "tokens_per_byte": val_tokens_per_byte(data.folder, data.tokenizer),
         }

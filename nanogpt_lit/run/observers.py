@@ -64,7 +64,7 @@ class RunObservers:
     curves: where they go, on the first process   folder: the run's, where the stop file is looked for
     max_time_s, requeue_by: see Stops   checkpoints: their folder, None keeps none
     suffix, saver, after_validations: see Checkpoints   data_state: what a checkpoint keeps of the data
-    samples: None writes none
+    samples: None writes none   began_s: the awake_s() at which the user asked for the run; None takes its start
     text, tokens_per_byte: see StepMetrics
     start: the checkpoint that the run goes on from, unless the loop reads it itself, as Lightning's Trainer
     """
@@ -86,6 +86,7 @@ class RunObservers:
         samples: SampleConfig | None = None,
         tokenizer: Callable[[], Any] | None = None,
         shows_progress: bool = False,
+        began_s: float | None = None,
         text: str | None = None,
         tokens_per_byte: float | None = None,
         start: RunState | None = None,
@@ -127,7 +128,7 @@ class RunObservers:
         if start is not None:
             self._resume = Resume(start)
             self.restore(start)
-        self._progress = ProgressLine(self.metrics) if shows_progress else None
+        self._progress = ProgressLine(self.metrics, began_s) if shows_progress else None
         self._started_s = awake_s()
 
     def in_order(self) -> list[Observer]:

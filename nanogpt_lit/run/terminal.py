@@ -118,16 +118,17 @@ CALENDAR_S = 10 * 365.25 * 24 * 3600
 
 
 class ProgressLine(Observer):
-    """Observer that shows the progress of a run on its first process."""
+    """Observer that shows the progress of a run on its first process. began_s: as Progress has it"""
 
-    def __init__(self, metrics: StepMetrics) -> None:
+    def __init__(self, metrics: StepMetrics, began_s: float | None = None) -> None:
         self._metrics = metrics
+        self._began_s = began_s
         self._progress: Progress | None = None
         self._clock = awake_s
 
     def on_train_start(self, training: Training) -> None:
         if training.rank == 0:
-            self._progress = Progress(training.settings.max_steps, training.step)
+            self._progress = Progress(training.settings.max_steps, training.step, began_s=self._began_s)
 
     def on_step_end(self, step: int, lr: float, grad_norm: Tensor) -> None:
         progress = self._progress
@@ -148,7 +149,9 @@ class Progress:
 
     The time of arrival counts everything since the first finished step, validation and saving included, because
     those will come again. The first step is left out, because compiling and warming up will not, and so is what the
-    machine slept; how long it took, compiling and all, is said once.
+    machine slept; how long the user has waited for it, compiling and all, is said once.
+
+    began_s: on the clock, when that wait began; None takes this moment
     """
 
     def __init__(
@@ -158,15 +161,17 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = awake_s,
         sleeps: Sleeps | None = None,
+        began_s: float | None = None,
     ) -> None:
         self.total_steps = total_steps
         self._stream = stream or sys.stderr
         self._clock = clock
         self._sleeps = sleeps or Sleeps()
         self._anchor: tuple[int, float] | None = None  # (step, time) that the rate is counted from
-        self._began_s = self.due_s = clock()
-        """due_s: when there is something to show again; the last step is always shown."""
-        self._line_s = self._began_s + LINE_EVERY_S
+        self.due_s = clock()
+        """Time from which there is something to show again; the last step is always shown."""
+        self._began_s = self.due_s if began_s is None else began_s
+        self._line_s = self.due_s + LINE_EVERY_S
         self._live = self._stream.isatty()
         self._bar = tqdm(
             total=total_steps,

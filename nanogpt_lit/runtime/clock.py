@@ -22,6 +22,20 @@ awake_s: Callable[[], float] = unbiased_s if sys.platform == "win32" else time.m
 """Seconds that the machine was awake, from some moment on."""
 
 
+_command_began_s: float | None = None
+
+
+def begin_command() -> None:
+    """Note that a command begins. To be called before the libraries are imported, which takes seconds."""
+    global _command_began_s
+    _command_began_s = awake_s()
+
+
+def command_began_s() -> float | None:
+    """The awake_s() at which this process's command began; None in a program of the user's own."""
+    return _command_began_s
+
+
 def elapsed_s() -> float:
     """Seconds, awake or asleep, from some moment on."""
     if sys.platform == "linux":
