@@ -1,10 +1,11 @@
 """The one thing that every loop drives: tokens and targets in, the loss out, and the optimizer that goes with it."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nanogpt_lit.gpt.gpt2 import GPTConfig
@@ -68,6 +69,7 @@ class LitNanoGPT(LightningModule):
         self.tf32 = tf32
         self.optim_config = optim
         self.schedule_config = schedule
+        self._wanted_total_steps = schedule.total_steps
         self.memory_config = memory
         self.elastic_config = elastic
         self.gpt = build(shape)
@@ -98,6 +100,17 @@ class LitNanoGPT(LightningModule):
         optimizer = build_optimizer(self.named_parameters(), self.optim_config, optimizer_class(self.memory_config))
         schedule = WarmupDecay(optimizer, self.schedule_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def decay_over(self, steps: int) -> None:
+        """Have the learning rate decay over the steps of a Trainer, if the schedule was given no total_steps."""
+        if self._wanted_total_steps is None:
+            self.schedule_config = replace(self.schedule_config, total_steps=steps)
+            self.hparams["schedule"]["total_steps"] = steps
+        elif self._wanted_total_steps != steps:
+            rank_zero_warn(
+                f"ScheduleConfig has total_steps={self._wanted_total_steps} and the Trainer max_steps={steps}: the "
+                "learning rate is made for a run of another length. Without total_steps it decays over this one."
+            )
 
     def configure_model(self) -> None:
         """Shards the network over the processes where Lightning's ModelParallelStrategy offers a device mesh."""

@@ -449,7 +449,7 @@ def test_an_unknown_command_is_told_the_nearest(word, meant, capsys):
 def test_a_warm_up_that_outlasts_the_run_is_told(options, capsys):
     refusal_of_the_data = ["--model.schedule.warmup_steps=100", "--data.source=nowhere.txt"]
     assert run("fit", *options, *refusal_of_the_data) == 2
-    said = "warmup_steps=100 does not end within trainer.max_steps=6: the learning rate reaches 6% of its peak; 0 warms"
+    said = "warmup_steps=100 does not end within trainer.max_steps=6: the learning rate reaches 6% of its peak; 0 "
     assert said in capsys.readouterr().out
 
 

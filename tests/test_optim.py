@@ -11,7 +11,7 @@ from nanogpt_lit.memory.host_optimizer import HostAdamW, HostResidentAdamW
 from nanogpt_lit.optim import muon
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer, param_groups
 from nanogpt_lit.optim.muon import COEFFICIENTS, MuonBesideAdamW, orthogonalised, together
-from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay, warmup_decay
+from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay, short_of_peak, warmup_decay
 
 TINY = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 
@@ -334,3 +334,16 @@ def test_cooldown_stays_at_the_peak_and_falls_in_a_straight_line():
     assert rates[10:61] == [1.0] * 51
     assert rates[60:101] == pytest.approx([(100 - step) / 40 for step in range(60, 101)])
     assert rates[100:] == [0.0] * 10
+
+
+def test_without_an_end_the_rate_stays_at_its_peak():
+    rates = [warmup_decay(step, ScheduleConfig(warmup_steps=3, min_lr_ratio=0.0)) for step in range(2000)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(rates[3:]) == {1.0}
+
+
+@pytest.mark.parametrize(("total_steps", "works"), [(60, "6 warms up over a tenth"), (5, "0 begins at it")])
+def test_a_warm_up_that_does_not_end_is_told_one_that_does(total_steps, works):
+    sentence = short_of_peak(ScheduleConfig(total_steps=total_steps))
+    assert sentence.endswith(f"; {works}")
+    assert short_of_peak(ScheduleConfig(total_steps=total_steps, warmup_steps=int(works.split()[0]))) is None

@@ -14,9 +14,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from small_runs import curves, fit
 
 import nanogpt_lit
-from nanogpt_lit import GPTConfig, LitNanoGPT, TokenDataModule, trainer_options
+from nanogpt_lit import GPTConfig, LitNanoGPT, ScheduleConfig, TokenDataModule, trainer_options
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.optim.schedule import warmup_decay
 from nanogpt_lit.run.stops import Stopped
 
 PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
@@ -73,7 +74,8 @@ def test_a_trainer_of_ones_own_trains_to_the_bits_of_fit(folder, of_a_trainer):
 
 
 def test_a_trainer_of_ones_own_resumes_to_the_bit(folder, of_a_trainer):
-    run(WITH_TRAINER.replace("max_steps=20", "max_steps=10"), folder)
+    first_half = WITH_TRAINER.replace("max_steps=20", "max_steps=10")
+    run(first_half.replace("ScheduleConfig(", "ScheduleConfig(total_steps=20, "), folder)
     half = load_run(folder / "runs" / "mine.safetensors")
     assert half.step == 10
     resumed = WITH_TRAINER.replace(
@@ -109,11 +111,28 @@ def test_a_network_that_lacks_tokens_is_refused_before_the_first_step(folder):
         trainer.fit(module, data)
 
 
-def test_a_schedule_of_another_length_than_the_run_warns(folder):
+def test_the_learning_rate_decays_over_the_steps_of_whichever_trainer_it_is(folder):
     data, module = small(folder)
+    stock = {"accelerator": "cpu", "logger": False, "limit_val_batches": 0, "enable_checkpointing": False}
+    data.prepare_data()
+    data.setup()
+    own_data = [data.train_dataloader()]
+    ours = trainer_options(max_steps=4, default_root_dir=folder, **stock)
+    for steps, options, given in ((3, {"max_steps": 3, **stock}, [data]), (4, ours, own_data)):
+        trainer = Trainer(**options)
+        trainer.fit(module, *given)
+        (schedule,) = (config.scheduler for config in trainer.lr_scheduler_configs)
+        wanted = warmup_decay(steps, ScheduleConfig(warmup_steps=1, total_steps=steps))
+        assert schedule.get_last_lr() == [module.optim_config.lr * wanted] * len(trainer.optimizers[0].param_groups)
+        assert module.hparams["schedule"]["total_steps"] == steps  # in the checkpoint
+
+
+def test_a_schedule_of_another_length_than_the_run_stays_and_warns(folder):
+    data, module = small(folder, schedule=ScheduleConfig(total_steps=1000))
     trainer = Trainer(**trainer_options(accelerator="cpu", max_steps=2, logger=False, default_root_dir=folder))
     with pytest.warns(UserWarning, match="total_steps=1000 and the Trainer max_steps=2"):
         trainer.fit(module, data)
+    assert module.schedule_config.total_steps == 1000
 
 
 def test_a_stock_trainer_says_that_it_resumes_with_other_masks_of_dropout(folder, tmp_path):
@@ -162,9 +181,9 @@ def test_the_package_shows_what_it_exports():
     assert all(getattr(nanogpt_lit, name).__doc__ for name in nanogpt_lit.__all__ if name != "__version__")
 
 
-def small(folder, vocab_size=257, dropout=0.0):
+def small(folder, vocab_size=257, dropout=0.0, schedule=ScheduleConfig(warmup_steps=1)):  # noqa: B008 - frozen
     data = TokenDataModule(
         str(folder / "my_texts"), tokenizer="byte", shards_dir=str(folder / "small"), block_size=16, batch_size=2
     )
     shape = GPTConfig(block_size=16, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=8, dropout=dropout)
-    return data, LitNanoGPT(shape)
+    return data, LitNanoGPT(shape, schedule=schedule)

@@ -81,7 +81,7 @@ def optim_of(config: Mapping[str, Any]) -> AdamWConfig:
 
 def schedule_of(config: Mapping[str, Any]) -> ScheduleConfig:
     if not config:
-        return ScheduleConfig()
+        return ScheduleConfig(total_steps=1000)
     decays = config.get("decay_lr", True)
     return ScheduleConfig(
         warmup_steps=int(config.get("warmup_iters", 0)) if decays else 0,

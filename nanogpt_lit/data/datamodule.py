@@ -139,13 +139,8 @@ class TokenDataModule(LightningDataModule):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if trainer.max_steps == -1 and not any(isinstance(callback, Timer) for callback in callbacks):
             raise UserError("Trainer has no max_steps, and the order of samples is endless; give it max_steps=1000.")
-        schedule = getattr(trainer.lightning_module, "schedule_config", None)
-        if schedule is not None and trainer.max_steps not in (-1, schedule.total_steps):
-            rank_zero_warn(
-                f"ScheduleConfig has total_steps={schedule.total_steps} and the Trainer max_steps={trainer.max_steps}: "
-                "the learning rate is made for a run of another length. "
-                f"ScheduleConfig(total_steps={trainer.max_steps}) decays over this one."
-            )
+        if (decay_over := getattr(trainer.lightning_module, "decay_over", None)) and trainer.max_steps != -1:
+            decay_over(trainer.max_steps)
         if trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches:
             rank_zero_warn(
                 f"Trainer(check_val_every_n_epoch={trainer.check_val_every_n_epoch}) validates when an epoch ends, and "

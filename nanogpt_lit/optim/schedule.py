@@ -22,11 +22,11 @@ class ScheduleConfig:
     line (arXiv:2404.06395, arXiv:2405.18392)."""
     cooldown_ratio: float = 0.4
     """The last part of the run, as a share of its steps, over which cooldown falls."""
-    total_steps: int = 1000
-    """Optimizer steps of the whole run: filled in from trainer.max_steps."""
+    total_steps: int | None = None
+    """Optimizer steps of the whole run: filled in from trainer.max_steps. Without them nothing decays."""
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1:
+        if self.total_steps is not None and self.total_steps < 1:
             raise UserError(
                 f"trainer.max_steps={self.total_steps} gives the learning rate no end to decay to; "
                 "set the number of optimizer steps, for example trainer.max_steps=1000, or begin with a YAML that "
@@ -49,13 +49,14 @@ class ScheduleConfig:
 
 def short_of_peak(config: ScheduleConfig) -> str | None:
     """A sentence where the run ends before its warm-up does; None where the learning rate reaches its peak."""
-    if config.warmup_steps < config.total_steps:
+    if config.total_steps is None or config.warmup_steps < config.total_steps:
         return None
     reached = config.total_steps / (config.warmup_steps + 1)
+    tenth = config.total_steps // 10
     return (
         f"model.schedule.warmup_steps={config.warmup_steps} does not end within "
-        f"trainer.max_steps={config.total_steps}: "
-        f"the learning rate reaches {reached:.0%} of its peak; {config.total_steps // 10} warms up over a tenth"
+        f"trainer.max_steps={config.total_steps}: the learning rate reaches {reached:.0%} of its peak; "
+        + (f"{tenth} warms up over a tenth" if tenth else "0 begins at it")
     )
 
 
@@ -65,6 +66,8 @@ def warmup_decay(step: int, config: ScheduleConfig) -> float:
     With decay=cooldown it is the lesser of warm-up and cooldown where the two overlap.
     """
     warmup = (step + 1) / (config.warmup_steps + 1)
+    if config.total_steps is None:
+        return min(1.0, warmup)
     if config.decay == "cooldown":
         # 1 at the first step of the fall, 0 one step after the last.
         left = max(0.0, config.total_steps - step) / (config.cooldown_ratio * config.total_steps)
