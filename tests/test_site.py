@@ -122,3 +122,11 @@ def test_every_installation_names_extras_that_exist_and_the_constraints():
                 assert set(named.split(",")) <= set(extras), f"{page.name}: {command}"
             for file in re.findall(r"-c (\S+)", command):
                 assert (ROOT / file).is_file(), f"{page.name}: {command}"
+
+
+def test_every_training_that_a_page_names_has_an_end_as_it_is_written():
+    # The options that make the commands of a page small would hide that one lacks its steps.
+    for page in (ROOT / "README.md", *PAGES):
+        for command in commands_of(page.read_text(encoding="utf-8")):
+            if re.search(r"nanogpt_lit fit(-accelerate)? ", command):
+                assert re.search(r"--(config|trainer\.max_steps) ", command), f"{page.name}: {command}"
