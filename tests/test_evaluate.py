@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -205,6 +206,21 @@ def test_without_data_the_runs_own_validation_loss_comes_out(run_folder, capsys)
     assert main(["validate", f"--config={yaml_file}", f"--ckpt_path={checkpoint}"]) == 0
     validated = float(capsys.readouterr().out.split("validation loss ")[1].split(",")[0])
     assert found["loss"] == pytest.approx(validated, abs=6e-5)  # printed with four digits
+
+
+def test_shards_made_anew_of_another_text_are_not_taken_for_the_runs(run_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder.parents[1], folder)
+    for config in folder.rglob("config*.yaml"):
+        config.write_text(config.read_text().replace(str(run_folder.parents[1]), str(folder)))
+    checkpoint = folder / "root" / run_folder.name / "checkpoints" / "last.safetensors"
+    assert results_of(capsys, "--ckpt", checkpoint)
+    (tmp_path / "other.txt").write_text("Another text, of other words.\n" * 100)
+    arguments = [f"--data.source={tmp_path / 'other.txt'}", f"--data.shards_dir={folder / 'shards'}"]
+    assert main(["prepare", *arguments, "--data.tokenizer=byte", "--data.block_size=16"]) == 0
+    assert main(["eval", "--ckpt", str(checkpoint)]) == 2
+    assert f"{folder / 'shards'} now holds another text than {checkpoint}" in capsys.readouterr().err
+    assert results_of(capsys, "--ckpt", checkpoint, "--data", folder / "shards")
 
 
 def test_several_checkpoints_give_a_line_each_and_one_picture(run_folder, tmp_path, capsys):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanogpt_lit.checkpoint.run_file import SUFFIX, validations_of
 from nanogpt_lit.data.sampler import windows_in
 from nanogpt_lit.data.shards import TokenShards, read_manifest, ready_format
 from nanogpt_lit.data.sources import open_source
@@ -231,13 +232,24 @@ def conversations_of(source: str, tokenizer: Tokenizer, block_size: int) -> Conv
 
 
 def validation_shards(checkpoint: Path) -> str:
-    """The shards of the run that a checkpoint belongs to. Raises UserError where the run's folder does not say."""
+    """The shards of the run that a checkpoint belongs to.
+
+    Raises UserError where the run's folder does not say, or where they were made anew of another text.
+    """
+    from nanogpt_lit.data.datamodule import TokenDataModule  # which imports Lightning
+
     kept, _ = latest_config(checkpoint.parent.parent)
     data = (kept or {}).get("data") or {}
     root = ((kept or {}).get("trainer") or {}).get("default_root_dir")
     candidates = [data.get("source"), data.get("shards_dir"), Path(root) / "shards" if root else None]
     for folder in candidates:
         if folder is not None and ready_format(Path(folder).expanduser()):
+            trained_on = validations_of(checkpoint).get("text") if checkpoint.suffix == SUFFIX else None
+            if trained_on not in (None, TokenDataModule(str(folder)).text):
+                raise UserError(
+                    f"{folder} now holds another text than {checkpoint} was trained with; name what to measure, "
+                    f"--data {folder} or the earlier text."
+                )
             return str(folder)
     raise UserError(
         f"{checkpoint} lies in no run whose shards are here; name a text, or a folder of shards, with --data."
