@@ -57,8 +57,8 @@ class LightningRun(Observed):
         self._state: Any = None
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        # Data of the user's own, unlike ours, have not asked for it.
-        if (decay_over := getattr(module, "decay_over", None)) and trainer.max_steps != -1:
+        decay_over = getattr(module, "decay_over", None)
+        if stage == "fit" and decay_over and trainer.max_steps != -1:  # data of the user's own have not called it
             decay_over(trainer.max_steps)
         connector = trainer._checkpoint_connector  # in no public place
 
