@@ -37,6 +37,7 @@ SETUPS = [
     for recipe in ("nanogpt", "modern")
     for precision, accumulate in (("32-true", 1), ("bf16-mixed", 3))
 ]
+STRATEGIES = ("ddp", FSDP2, "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 
 
 def main() -> int:
@@ -45,7 +46,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of what happens when (1)")
     parser.add_argument("--loop", choices=("fit", "accelerate", "both"), default="both")
     parser.add_argument("--processes", type=int, default=1, help="of each run, joined under gloo (1)")
-    parser.add_argument("--strategy", choices=("ddp", FSDP2), default="ddp", help="of several processes (ddp)")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="of several processes (ddp)")
     parser.add_argument("--jobs", type=int, default=1, help="trials at the same time (1)")
     parser.add_argument("--only", type=int, help="the trial of this number alone")
     parser.add_argument("--setups", type=int, default=len(SETUPS), help=f"of {len(SETUPS)}, the first so many")
@@ -78,8 +79,8 @@ def main() -> int:
 
 def trial(number: int, args: argparse.Namespace) -> Trial:
     draw = random.Random(f"{args.seed} {number}")
-    # FSDP2 has no Muon, which the modern recipe trains with.
-    setups = [replace(s, strategy=args.strategy) for s in SETUPS if args.strategy != FSDP2 or s.recipe == "nanogpt"]
+    # Strategies that share tensors out have no Muon, which the modern recipe trains with.
+    setups = [replace(s, strategy=args.strategy) for s in SETUPS if args.strategy == "ddp" or s.recipe == "nanogpt"]
     setup = setups[number % min(args.setups, len(setups))]
     # The first disturbances take turns, so that few trials have all of them; the others are drawn.
     disturbances = [KINDS[number % len(KINDS)], *draw.choices(KINDS, k=draw.randint(0, 2))]
