@@ -16,8 +16,6 @@ SINGLE, DEEPSPEED = "SingleDeviceStrategy", "DeepSpeedStrategy"
 ON_HOST = ("host", "streamed")
 DEEPSPEED_PRECISIONS = ("32-true", "bf16-mixed")
 FSDP2_PRECISIONS = tuple(name for name, row in PRECISIONS.items() if not row.scales)
-
-
 OF_WHOLE_TENSORS = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
 """Optimizers of torch.optim that do not go number by number."""
 

@@ -77,12 +77,12 @@ class PeakWatch:
     def compare_time(self, step_s: float, steps: int) -> None:
         """Report once the measured time of a step beside the estimate. step_s: seconds of each of the last `steps`"""
         warmed_up = self._steps > steps
-        here = gpu_here()
-        if self._footprint is None or self._has_reported_time or not warmed_up or self._has_fallen_back():
+        if self._footprint is None or self._has_reported_time or self._exchanges:
             return
-        if self._exchanges:
+        if not warmed_up or self._has_fallen_back():
             return
         self._has_reported_time = True
+        here = gpu_here()
         if here is not None and here.name in {gpu.name for gpu in GPUS}:  # of another nothing was estimated
             planned_s = dict.fromkeys(f"{s:.3g}" for s in (self._footprint.step_s, self._footprint.longest_step_s))
             self._report(f"time: {step_s:.3g} s per step, {' to '.join(planned_s)} were planned")
