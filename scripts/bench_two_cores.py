@@ -1,0 +1,64 @@
+"""Loss and time of configs/shakespeare_char_2cores.yaml, seed by seed, each as a command with nothing compiled before it.
+
+    python scripts/bench_two_cores.py --source input.txt --json docs/two_cores.json
+
+The text is char-rnn's tiny Shakespeare. Seconds are the whole command's by the clock: start, compilation, validation and
+checkpoints included, so nothing else should run. The loss is of the whole validation set after the last step, which no
+setting was chosen on. A seed that the record has already is not run again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nanogpt_lit.runtime.machine import hardware
+
+CONFIG = Path(__file__).parents[1] / "configs" / "shakespeare_char_2cores.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="char-rnn's input.txt")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--work", type=Path, default=Path("runs/two_cores"), help="where the runs are kept")
+    parser.add_argument("--json", type=Path, default=Path("runs/two_cores/record.json"), help="the record")
+    args = parser.parse_args()
+    record: dict[str, Any] = {"hardware": hardware("lightning"), "runs": []}
+    if args.json.exists():
+        record = json.loads(args.json.read_text(encoding="utf-8"))
+    for seed in args.seeds:
+        if seed not in [run["seed"] for run in record["runs"]]:
+            record["runs"].append(fit(seed, args.source, args.work / f"seed_{seed}"))
+            print(record["runs"][-1], flush=True)
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    of = {key: median(run[key] for run in record["runs"]) for key in ("seconds", "loss")}
+    print(f"medians of {len(record['runs'])} seeds: loss {of['loss']:.4f} after {of['seconds']:.0f} s")
+
+
+def fit(seed: int, source: Path, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "nanogpt_lit", "fit", "--config", str(CONFIG), f"--seed_everything={seed}"]
+    command += [f"--data.source={source.resolve()}", f"--trainer.default_root_dir={folder}"]
+    with tempfile.TemporaryDirectory() as nothing_compiled:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": nothing_compiled}
+        started_s = time.perf_counter()
+        subprocess.run(command, env=environment, check=True)
+        seconds = time.perf_counter() - started_s
+    events = EventAccumulator(str(folder / "version_0"))
+    events.Reload()
+    last = events.Scalars("val/loss")[-1]
+    speed = median(event.value for event in events.Scalars("throughput/tokens_per_s"))
+    return {"seed": seed, "steps": last.step, "loss": last.value, "seconds": seconds, "tokens_per_s": speed}
+
+
+if __name__ == "__main__":
+    main()
