@@ -1,10 +1,10 @@
-"""Loss and time of configs/shakespeare_char_2cores.yaml, seed by seed, each as a command with nothing compiled before it.
+"""Loss and time of configs/shakespeare_char_2cores.yaml, one command for each seed, with nothing compiled before it.
 
     python scripts/bench_two_cores.py --source input.txt --json docs/two_cores.json
 
-The text is char-rnn's tiny Shakespeare. Seconds are the whole command's by the clock: start, compilation, validation and
-checkpoints included, so nothing else should run. The loss is of the whole validation set after the last step, which no
-setting was chosen on. A seed that the record has already is not run again.
+The text is char-rnn's tiny Shakespeare. Seconds are the whole command's by the clock, with its start, compilation,
+validation and checkpoints, so nothing else should run. The loss is of the whole validation set after the last step,
+which no setting was chosen on. A seed that the record has already is not run again.
 """
 
 import argparse

@@ -156,7 +156,7 @@ def test_the_largest_is_told_for_the_yaml_and_for_the_leanest_way_with_its_lines
     short = ["--data.block_size=128", "--trainer.accumulate_grad_batches=1", "--trainer.limit_val_batches=0"]
     configured = settings(*short)
     plan = plan_run(configured, budget)
-    own, leanest = largest_that_fits(configured, plan)
+    own, leanest = largest_that_fits(configured, plan.budget)
     assert own["yaml"] == []
     assert {"    recompute: full", "    weights: streamed"} <= set(
         leanest["yaml"]
@@ -191,7 +191,7 @@ def test_two_layers_find_the_size_that_asking_every_size_of_the_network_finds(
         return needed_mib(rung.batch_size * shape.block_size, build.args[1].n_layer)
 
     monkeypatch.setattr(planning, "reserved_mib", traced_mib)
-    _, leanest = largest_that_fits(configured, plan)
+    _, leanest = largest_that_fits(configured, plan.budget)
     for found, unit, tokens in ((leanest["batch_size"], 1, 512), (leanest["block_size"], 64, 1)):
         every = range(unit, 1_000_000 // tokens, unit)
         exactly = max(size for size in every if needed_mib(size * tokens, 12) <= usable_mib)
@@ -212,11 +212,11 @@ def test_a_network_whose_weights_alone_do_not_fit_is_not_traced(monkeypatch):
     )
     plan = plan_run(configured, choose_budget("rtx2050", usable="200MiB"))  # of which weights and gradients take 196
     monkeypatch.setattr(planning, "reserved_mib", traced_mib)
-    assert [found["network"] for found in largest_that_fits(configured, plan)] == ["wide", "wide"]
+    assert [found["network"] for found in largest_that_fits(configured, plan.budget)] == ["wide", "wide"]
     assert {("device", 1024), ("streamed", 1024)} <= asked
     asked.clear()
     plan = replace(plan, budget=replace(plan.budget, measured_mib=190))
-    assert [found["network"] for found in largest_that_fits(configured, plan)] == ["small", "wide"]
+    assert [found["network"] for found in largest_that_fits(configured, plan.budget)] == ["small", "wide"]
     assert ("device", 1024) not in asked
 
 
@@ -243,7 +243,7 @@ def test_of_weights_that_are_shared_out_a_share_has_to_fit(strategy, found, plan
     shape = planning.step_shape(configured, planning.network(configured), lightning=True)
     budget = choose_budget("a100", usable="190MiB")  # weights and gradients take 196
     plan = replace(plan, shape=shape, budget=budget, ladder=())
-    assert {answer["network"] for answer in largest_that_fits(configured, plan)} == {found}
+    assert {answer["network"] for answer in largest_that_fits(configured, plan.budget)} == {found}
 
 
 @pytest.mark.long
@@ -257,7 +257,7 @@ def test_more_devices_leave_room_for_more_under_fsdp2_and_for_as_much_under_ddp(
             "--model.gpt.n_embd=256", f"--trainer.devices={devices}", f"--trainer.strategy={strategy}",
             "--trainer.precision=bf16-mixed",
         )  # fmt: skip
-        own, _ = largest_that_fits(configured, plan_run(configured, choose_budget("a100", usable="150MiB")))
+        own, _ = largest_that_fits(configured, choose_budget("a100", usable="150MiB"))
         return own["batch_size"], own["block_size"], ["mine", "wide", "wider"].index(own["network"])
 
     assert found("ddp", 8) == found("ddp", 2)

@@ -1,6 +1,10 @@
 """`plan`: its arguments, and what it prints. It imports torch late."""
 
 import json
+import signal
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from nanogpt_lit.cli.options import parser_of
@@ -37,7 +41,23 @@ def plan(arguments: list[str]) -> int:
     strategy = "ModelParallelStrategy" if options.strategy == "fsdp2" else options.strategy
     for key, value in (("devices", options.devices), ("num_nodes", options.nodes), ("strategy", strategy)):
         settings_of_fit += [] if value is None else [f"--trainer.{key}={value}"]
+    if not options.largest:
+        return _plan(options, settings_of_fit)
+    # The search takes as long as the plan: it runs beside it, in a process that imports torch meanwhile.
+    with ProcessPoolExecutor(1, get_context("spawn")) as searcher:
+        searcher.submit(_get_ready)
+        return _plan(options, settings_of_fit, searcher)
 
+
+def _get_ready() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is answered by the command's own process
+    from nanogpt_lit.runtime.collector import quick_imports
+
+    with quick_imports():
+        import nanogpt_lit.plan.command  # noqa: F401
+
+
+def _plan(options: Namespace, settings_of_fit: list[str], searcher: ProcessPoolExecutor | None = None) -> int:
     from nanogpt_lit.runtime.collector import quick_imports
 
     with quick_imports():
@@ -54,7 +74,9 @@ def plan(arguments: list[str]) -> int:
     cli = SettingsCLI(args=settings_of_fit)
     cli.find_beginning()
     title = ", ".join(str(path) for path in cli.config.get("config") or []) or "the defaults"
-    planned = plan_run(cli.settings, budget, lightning=options.loop == "lightning")
+    lightning = options.loop == "lightning"
+    largest = None if searcher is None else searcher.submit(largest_that_fits, cli.settings, budget, lightning)
+    planned = plan_run(cli.settings, budget, lightning)
     if options.picture is not None:
         write_picture(planned, title, options.picture)
     several = planned.shape.devices > 1
@@ -68,14 +90,13 @@ def plan(arguments: list[str]) -> int:
         if several:
             answer["step"] = step.as_json(tokens)
             answer["growth"] = [grown.as_json(tokens) for grown in steps]
-        if options.largest:
-            answer["largest"] = largest_that_fits(cli.settings, planned, lightning=options.loop == "lightning")
+        if largest is not None:
+            answer["largest"] = largest.result()
         print(json.dumps(answer, indent=1))
         return 0
     print(report(planned, title), flush=True)
     if several:
         print("\n" + report_many(steps, step, planned.shape.strategy, tokens), flush=True)
-    if options.largest:
-        found = largest_that_fits(cli.settings, planned, lightning=options.loop == "lightning")
-        print("\n" + report_largest(found, planned))
+    if largest is not None:
+        print("\n" + report_largest(largest.result(), planned))
     return 0

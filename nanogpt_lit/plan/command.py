@@ -112,40 +112,36 @@ def own_rung(settings: Any) -> Rung:
     )
 
 
-def largest_that_fits(settings: Any, plan: Plan, lightning: bool = True) -> list[dict[str, Any]]:
-    """The largest that fits plan.budget with the memory techniques of the YAML, and with all that there are.
+def largest_that_fits(settings: Any, budget: Budget, lightning: bool = True) -> list[dict[str, Any]]:
+    """The largest that fits the budget with the memory techniques of the YAML, and with all that there are.
 
     The largest batch_size and the longest block_size, each with all else as it is, the latter for a single sequence,
     and the largest network of GPT-2's family. "yaml" has the lines that a rung needs, none for the YAML's own; where
     that has all techniques, it is the only answer.
     """
-    own = plan.own.rung
-    casts_weights = PRECISIONS[plan.shape.precision].autocast is not None
+    own, shape = own_rung(settings), step_shape(settings, network(settings), lightning)
+    casts_weights = PRECISIONS[shape.precision].autocast is not None
     *_, leanest = (
         rung
-        for rung in ladder(own, plan.shape.block_size, casts_weights, STAYS[plan.shape.strategy])
+        for rung in ladder(own, shape.block_size, casts_weights, STAYS[shape.strategy])
         if rung.batch_size == own.batch_size
     )
     rungs = [own] if own.same_training(leanest) else [own, leanest]
-    return [_largest_of(settings, plan, rung, lightning) for rung in rungs]
+    return [
+        {"rung": rung.name, "yaml": rung.yaml(own), **_largest_of(settings, rung, budget, lightning)} for rung in rungs
+    ]
 
 
-def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[str, Any]:
-    gpt, usable_mib = network(settings), plan.budget.usable_mib
+def _largest_of(settings: Any, rung: Rung, budget: Budget, lightning: bool) -> dict[str, Any]:
+    gpt, usable_mib = network(settings), budget.usable_mib
+    shape = step_shape(settings, gpt, lightning)
     by_themselves = dict.fromkeys(SHAPED_BY_HAND & gpt.__dataclass_fields__.keys())
-    known = {
-        planned.rung.batch_size: planned.footprint.reserved_mib
-        for planned in plan.ladder
-        if planned.rung.same_training(replace(rung, batch_size=planned.rung.batch_size))
-    }
 
     @cache
     def needed_mib(batch_size: int, **changes: int) -> float:
-        if batch_size in known and changes == {"block_size": gpt.block_size}:
-            return known[batch_size]
         changed = replace(gpt, **changes)  # type: ignore[arg-type]
-        shape, resized = step_shape(settings, changed, lightning), replace(rung, batch_size=batch_size)
-        return reserved_mib(partial(module, settings, changed), resized, shape, plan.budget.gpu)
+        changed_shape, resized = step_shape(settings, changed, lightning), replace(rung, batch_size=batch_size)
+        return reserved_mib(partial(module, settings, changed), resized, changed_shape, budget.gpu)
 
     def of_batch(size: int, **depth: int) -> float:
         return needed_mib(size, block_size=gpt.block_size, **depth)
@@ -167,9 +163,9 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
         """Memory grows in a line with depth: two shallow networks tell of the deep one, to a few percent."""
         weights_mib = 0.0
         if rung.memory.weights == "device":
-            weights_mib = weights_alone_mib(settings, replace(gpt, **sizes), rung.memory, plan.shape.precision)
-            if plan.shape.strategy == "fsdp2":
-                weights_mib /= plan.shape.devices
+            weights_mib = weights_alone_mib(settings, replace(gpt, **sizes), rung.memory, shape.precision)
+            if shape.strategy == "fsdp2":
+                weights_mib /= shape.devices
         if 2 * weights_mib > usable_mib:
             return False  # with their gradients, and without a trace
         if sizes["n_layer"] > 2 * SHALLOW:
@@ -181,16 +177,14 @@ def _largest_of(settings: Any, plan: Plan, rung: Rung, lightning: bool) -> dict[
 
     networks = (
         (name, {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **by_themselves})
-        for name, (n_layer, n_head, n_embd) in reversed((FAMILY | (LARGER if plan.shape.devices > 1 else {})).items())
+        for name, (n_layer, n_head, n_embd) in reversed((FAMILY | (LARGER if shape.devices > 1 else {})).items())
     )
     name, sizes = next(((name, sizes) for name, sizes in networks if network_fits(sizes)), (None, None))
     twice = 2 * rung.batch_size
-    batch_size = searched(of_batch, rung.batch_size if known else twice, twice)
+    batch_size = searched(of_batch, twice, twice)
     tokens = int(NEAR * gpt.block_size * (batch_size or 1))  # a single sequence may have about as many
     block_size = searched(of_block, tokens, tokens, unit=64)
     return {
-        "rung": rung.name,
-        "yaml": rung.yaml(plan.own.rung),
         "batch_size": batch_size,
         "block_size": block_size,
         "network": name,
