@@ -29,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="char-rnn's input.txt")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, help="in place of those of the YAML: more, for as much as an hour")
     parser.add_argument("--work", type=Path, default=Path("runs/two_cores"), help="where the runs are kept")
     parser.add_argument("--json", type=Path, default=Path("runs/two_cores/record.json"), help="the record")
     args = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> None:
         record = json.loads(args.json.read_text(encoding="utf-8"))
     for seed in args.seeds:
         if seed not in [run["seed"] for run in record["runs"]]:
-            record["runs"].append(fit(seed, args.source, args.work / f"seed_{seed}"))
+            record["runs"].append(fit(seed, args.source, args.work / f"seed_{seed}", args.steps))
             print(record["runs"][-1], flush=True)
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -45,9 +46,10 @@ def main() -> None:
     print(f"medians of {len(record['runs'])} seeds: loss {of['loss']:.4f} after {of['seconds']:.0f} s")
 
 
-def fit(seed: int, source: Path, folder: Path) -> dict[str, float]:
+def fit(seed: int, source: Path, folder: Path, steps: int | None) -> dict[str, float]:
     command = [sys.executable, "-m", "nanogpt_lit", "fit", "--config", str(CONFIG), f"--seed_everything={seed}"]
     command += [f"--data.source={source.resolve()}", f"--trainer.default_root_dir={folder}"]
+    command += [] if steps is None else [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
     with tempfile.TemporaryDirectory() as nothing_compiled:
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": nothing_compiled}
         started_s = time.perf_counter()

@@ -29,6 +29,7 @@ EXPECTED = {
     "shakespeare_char": (6, 384, 256, 64, 1, 66),
     "shakespeare_char_cpu": (4, 128, 64, 12, 1, 66),
     "modern_char_cpu": (4, 128, 64, 12, 1, 66),
+    "shakespeare_char_2cores": (4, 256, 256, 16, 1, 66),
     "modern_rtx2050": (12, 768, 1024, 4, 4, 50304),
 }
 
