@@ -14,6 +14,9 @@ from small_runs import BOTTLES, fit, small_run
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
+from nanogpt_lit.checkpoint.network import new_run
+from nanogpt_lit.checkpoint.run_file import save_run
+from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.tokenizer import ByteTokenizer, CharTokenizer, gpt2_tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.evaluate.likelihood import Scorer
@@ -206,6 +209,31 @@ def test_without_data_the_runs_own_validation_loss_comes_out(run_folder, capsys)
     assert main(["validate", f"--config={yaml_file}", f"--ckpt_path={checkpoint}"]) == 0
     validated = float(capsys.readouterr().out.split("validation loss ")[1].split(",")[0])
     assert found["loss"] == pytest.approx(validated, abs=6e-5)  # printed with four digits
+
+
+def test_the_mean_of_checkpoints_is_measured_in_the_windows_of_fit(run_folder, tmp_path, capsys):
+    folder = shutil.copytree(run_folder, tmp_path / run_folder.name) / "checkpoints"
+    gpt, tokenizer = load_network(folder / "last.safetensors")
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.3)
+    save_run(folder / "noisy.safetensors", new_run(folder, gpt.state_dict(), gpt.config, tokenizer))
+    paths = [folder / name for name in ("last.safetensors", "noisy.safetensors")]
+    found = results_of(capsys, "--ckpt", *paths, "--mean")
+    assert list(found) == [*map(str, paths), "mean of 2"]
+
+    settings = yaml.safe_load((folder.parent / "config.yaml").read_text())["data"]
+    data = TokenDataModule(**settings | {"shards_dir": str(run_folder.parents[1] / "shards")})
+    data.setup()
+    nats = []
+    for tokens, targets in data.val_dataloader():  # what fit validates on, here the whole of it
+        with torch.no_grad():
+            each = [load_network(path)[0](tokens).double().softmax(dim=-1) for path in paths]
+        nats.append(-(sum(each) / 2).gather(2, targets[..., None]).log().flatten())
+    assert found["mean of 2"]["tokens"] == len(torch.cat(nats))
+    assert found["mean of 2"]["loss"] == pytest.approx(float(torch.cat(nats).mean()), abs=1e-5)  # float32's logits
+    losses = [found[str(path)]["loss"] for path in paths]
+    assert abs(losses[0] - losses[1]) > 1e-2
 
 
 def test_shards_made_anew_of_another_text_are_not_taken_for_the_runs(run_folder, tmp_path, capsys):

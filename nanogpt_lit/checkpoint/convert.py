@@ -4,6 +4,7 @@ What a file is, is seen from its content, and no code of it runs.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.gpt.average import Average
 from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.gpt.networks import config_of
 from nanogpt_lit.runtime.durable import durable_file
@@ -151,6 +153,29 @@ def load_network(path: Path, device: str | torch.device = "cpu") -> tuple[Networ
     path, _ = fetched(path.as_posix())
     _, stored = read_network(path)
     return network_of(path, stored).to(device), tokenizer_from_files(stored.tokenizer_files)
+
+
+def load_mean(paths: Sequence[Path], device: str | torch.device = "cpu") -> tuple[Network, Tokenizer]:
+    """Several models as one that predicts the mean of their probabilities, with their tokenizer; of one, itself.
+
+    Raises UserError where they were not trained on the same tokens.
+    """
+    gpts, tokenizers = zip(*(load_network(path, device) for path in paths), strict=True)
+    if len(gpts) == 1:
+        return gpts[0], tokenizers[0]
+    for path, gpt, tokenizer in zip(paths, gpts, tokenizers, strict=True):
+        if tokenizer.sha256 != tokenizers[0].sha256 or gpt.config.vocab_size != gpts[0].config.vocab_size:
+            raise UserError(
+                f"{path} has {gpt.config.vocab_size:,} tokens of the tokenizer {tokenizer.name}, and {paths[0]} "
+                f"{gpts[0].config.vocab_size:,} of {tokenizers[0].name}, which are others: the mean of what they "
+                "predict needs models of the same tokenizer."
+            )
+        if gpt.config.document_start != gpts[0].config.document_start:
+            raise UserError(
+                f"{path} and {paths[0]} differ in data.documents: one reads each document as if it stood alone; name "
+                "models that were trained alike."
+            )
+    return Average(gpts), tokenizers[0]
 
 
 def read_ckpt(path: Path, described: Described | None = None) -> RunState:

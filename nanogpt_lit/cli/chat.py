@@ -19,7 +19,7 @@ def talk(gpt: Network, tokenizer: Tokenizer, options: Namespace) -> None:
     """Answers each line of standard input. options: of the command"""
     if tokenizer.chat_template is None:
         raise UserError(
-            f"--ckpt={options.ckpt} has no chat template: it continues texts, and was not taught to answer; leave "
+            f"--ckpt={options.ckpt[0]} has no chat template: it continues texts, and was not taught to answer; leave "
             "--chat out, or fine-tune it with data.documents: conversations."
         )
     conversation = Conversation(

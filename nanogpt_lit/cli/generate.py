@@ -14,7 +14,12 @@ def generate(arguments: list[str]) -> int:
         "Continue a text with a checkpoint, token by token, with the checkpoint's own tokenizer.",
     )
     parser.add_argument(
-        "--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint, or any model that convert reads"
+        "--ckpt",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="a checkpoint, or any model that convert reads; several answer as one, by the mean of their probabilities",
     )
     parser.add_argument("--prompt", default="", help="how the text begins; empty begins a new document")
     parser.add_argument(
@@ -47,11 +52,11 @@ def generate(arguments: list[str]) -> int:
     if options.system and not options.chat:
         raise UserError(f"--system={options.system} is for --chat; --prompt begins a text.")
 
-    from nanogpt_lit.checkpoint.convert import load_network
+    from nanogpt_lit.checkpoint.convert import load_mean
     from nanogpt_lit.gpt.generate import continue_text, printable
     from nanogpt_lit.runtime.machine import chosen_device
 
-    gpt, tokenizer = load_network(options.ckpt, chosen_device(options.device))
+    gpt, tokenizer = load_mean(options.ckpt, chosen_device(options.device))
     if options.chat:
         from nanogpt_lit.cli.chat import talk
 

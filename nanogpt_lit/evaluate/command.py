@@ -3,7 +3,7 @@
 import json
 import math
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ Results = dict[str, float]
 
 
 def evaluate(arguments: list[str]) -> int:
-    """`eval --ckpt FILE [FILE ...]`: a table of losses and accuracies, a line for each checkpoint."""
+    """`eval --ckpt FILE [FILE ...]`: a table of losses and accuracies, a line for each checkpoint and their mean."""
     parser = parser_of(
         "eval",
         "Measure checkpoints: loss and perplexity per token, bits per byte (comparable between tokenizers), the "
@@ -32,6 +32,11 @@ def evaluate(arguments: list[str]) -> int:
         required=True,
         metavar="FILE",
         help="checkpoints, or any model that convert reads",
+    )
+    parser.add_argument(
+        "--mean",
+        action="store_true",
+        help="measure them together too, as one model that predicts the mean of their probabilities",
     )
     parser.add_argument("--data", metavar="TEXT", help="a text, a folder or shards, as data.source of fit")
     parser.add_argument(
@@ -52,7 +57,7 @@ def evaluate(arguments: list[str]) -> int:
         raise UserError(f"--limit={options.limit} must be at least 1.")
 
     with quick_imports():
-        from nanogpt_lit.checkpoint.convert import load_network
+        from nanogpt_lit.checkpoint.convert import load_mean
         from nanogpt_lit.evaluate.likelihood import Scorer
         from nanogpt_lit.plan.report import check_picture
         from nanogpt_lit.runtime.machine import chosen_device
@@ -60,24 +65,29 @@ def evaluate(arguments: list[str]) -> int:
     if options.picture is not None:
         check_picture(options.picture)
     device = chosen_device(options.device)
-    results: dict[str, Results] = {}
-    for checkpoint in options.ckpt:
-        results[str(checkpoint)] = measured(Scorer(*load_network(checkpoint, device)), checkpoint, options)
+    together: dict[str, Results] = {}
+    if options.mean:  # first, for not all models have one
+        name = f"mean of {len(options.ckpt)}"
+        together[name] = measured(Scorer(*load_mean(options.ckpt, device)), options.ckpt, options)
+    results = {
+        str(checkpoint): measured(Scorer(*load_mean([checkpoint], device)), [checkpoint], options)
+        for checkpoint in options.ckpt
+    } | together
     if options.picture is not None:
         draw(results, options.picture)
     print(json.dumps(results, indent=1) if options.json else "\n".join(table(results)))
     return 0
 
 
-def measured(scorer: "Scorer", checkpoint: Path, options: Namespace) -> Results:
-    """Everything that was asked for, by its name in the table."""
+def measured(scorer: "Scorer", checkpoints: Sequence[Path], options: Namespace) -> Results:
+    """Everything that was asked for, by its name in the table. checkpoints: that the scorer was loaded from"""
     from nanogpt_lit.evaluate.likelihood import conversations_of, tokens_of, validation_shards
     from nanogpt_lit.evaluate.tasks import hellaswag, run_tasks
 
     results: Results = {}
     asks_for_tasks = options.hellaswag is not None or options.tasks is not None
     if options.data is not None or not asks_for_tasks:
-        source = options.data or validation_shards(checkpoint)
+        source = options.data or validation_shards(checkpoints)
         talks = conversations_of(source, scorer.tokenizer, scorer.block_size)
         if talks is not None:
             found = scorer.answers_loss(talks)

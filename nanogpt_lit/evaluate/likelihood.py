@@ -176,7 +176,7 @@ class Scorer:
         wanted = targets.to(self._device).flatten()
         losses, is_likeliest = [], []
         for states, ids in zip(hidden.split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE), strict=True):
-            logits = F.linear(states, self.gpt.lm_head.weight).float()
+            logits = self.gpt.lm_head(states).float()
             losses.append(F.cross_entropy(logits, ids, ignore_index=IGNORE_INDEX, reduction="none"))
             is_likeliest.append(logits.argmax(dim=1) == ids)
         return torch.cat(losses).view_as(targets).cpu(), torch.cat(is_likeliest).view_as(targets).cpu()
@@ -231,26 +231,28 @@ def conversations_of(source: str, tokenizer: Tokenizer, block_size: int) -> Conv
     return ConversationWindows(shards, turns, block_size, manifest["document_end"])
 
 
-def validation_shards(checkpoint: Path) -> str:
-    """The shards of the run that a checkpoint belongs to.
+def validation_shards(checkpoints: Sequence[Path]) -> str:
+    """The shards of the run that the first of these checkpoints belongs to.
 
-    Raises UserError where the run's folder does not say, or where they were made anew of another text.
+    Raises UserError where the run's folder does not say, and where they hold another text than one was trained with.
     """
     from nanogpt_lit.data.datamodule import TokenDataModule  # which imports Lightning
 
-    kept, _ = latest_config(checkpoint.parent.parent)
+    kept, _ = latest_config(checkpoints[0].parent.parent)
     data = (kept or {}).get("data") or {}
     root = ((kept or {}).get("trainer") or {}).get("default_root_dir")
     candidates = [data.get("source"), data.get("shards_dir"), Path(root) / "shards" if root else None]
     for folder in candidates:
         if folder is not None and ready_format(Path(folder).expanduser()):
-            trained_on = validations_of(checkpoint).get("text") if checkpoint.suffix == SUFFIX else None
-            if trained_on not in (None, TokenDataModule(str(folder)).text):
-                raise UserError(
-                    f"{folder} now holds another text than {checkpoint} was trained with; name what to measure, "
-                    f"--data {folder} or the earlier text."
-                )
+            text = TokenDataModule(str(folder)).text
+            for checkpoint in checkpoints:
+                trained_on = validations_of(checkpoint).get("text") if checkpoint.suffix == SUFFIX else None
+                if trained_on not in (None, text):
+                    raise UserError(
+                        f"{folder} now holds another text than {checkpoint} was trained with; name what to measure, "
+                        f"--data {folder} or that text."
+                    )
             return str(folder)
     raise UserError(
-        f"{checkpoint} lies in no run whose shards are here; name a text, or a folder of shards, with --data."
+        f"{checkpoints[0]} lies in no run whose shards are here; name a text, or a folder of shards, with --data."
     )

@@ -109,6 +109,12 @@ class KeyValueCache:
         """Tokens read so far, which is also the position of the next one."""
         return self.layers[0].length
 
+    def of_layers(self, first: int, n_layer: int) -> "KeyValueCache":
+        """The same memory of n_layer layers from `first` on, as a cache of a network that has no others."""
+        part = KeyValueCache(0, 0)
+        part.layers = self.layers[first : first + n_layer]
+        return part
+
     def keep(self, length: int) -> None:
         """Forget the tokens after the first `length`, keep the memory."""
         for layer in self.layers:
