@@ -16,7 +16,7 @@ _PUBLIC = {
     "MemoryConfig": "nanogpt_lit.memory.techniques",
     "ElasticConfig": "nanogpt_lit.memory.elastic",
     "TokenDataModule": "nanogpt_lit.data.datamodule",
-    "trainer_options": "nanogpt_lit.loops.trainer_options",
+    "trainer_options": "nanogpt_lit.loops.lightning_run",
     "LoopSettings": "nanogpt_lit.loops.contract",
     "Observer": "nanogpt_lit.loops.contract",
     "Training": "nanogpt_lit.loops.contract",

@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "parity": ("nanogpt_lit.parity.command:compare", "compare Lightning, accelerate and a plain loop bit by bit"),
     "keep-alive-unit": (
-        "nanogpt_lit.supervise.units:keep_alive_unit",
+        "nanogpt_lit.supervise.keep_alive:keep_alive_unit",
         "print a unit that restarts fit after a reboot",
     ),
 }
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from nanogpt_lit.runtime.launch import KEEP_ALIVE, stop_with_supervisor, supervised
 
         if KEEP_ALIVE in arguments:
-            from nanogpt_lit.supervise.supervisor import keep_alive
+            from nanogpt_lit.supervise.keep_alive import keep_alive
 
             return exit_code(lambda: keep_alive(arguments))
         if supervised():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt_lit.checkpoint.network import new_run
+from nanogpt_lit.checkpoint.exchange import new_run
 from nanogpt_lit.checkpoint.run_file import save_run
 from nanogpt_lit.data.bpe import train_ranks
 from nanogpt_lit.data.tokenizer import (

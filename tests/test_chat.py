@@ -13,7 +13,7 @@ from test_chat_template import chat_of
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert
-from nanogpt_lit.data.chat import Chat, able_to_chat
+from nanogpt_lit.data.conversations import Chat, able_to_chat
 from nanogpt_lit.data.tokenizer import Conventions
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.conversation import Conversation

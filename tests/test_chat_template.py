@@ -8,8 +8,8 @@ from small_networks import TEXT, new_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from nanogpt_lit.cli.fine_tuning import option_of
-from nanogpt_lit.data.chat import Chat, able_to_chat
+from nanogpt_lit.cli.beginning import option_of
+from nanogpt_lit.data.conversations import Chat, able_to_chat
 from nanogpt_lit.data.tokenizer import CHAT_TEMPLATE, EOT
 from nanogpt_lit.data.tokenizer_files import (
     read_tokenizer_files,

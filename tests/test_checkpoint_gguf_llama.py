@@ -15,8 +15,8 @@ from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
 from nanogpt_lit.data.tokenizer_files import with_chat_template
 from nanogpt_lit.data.tokenizer_json_reader import from_hugging_face
+from nanogpt_lit.gpt.layers import RopeScaling
 from nanogpt_lit.gpt.llama import LlamaConfig
-from nanogpt_lit.gpt.rotary import RopeScaling
 
 LOG_PROBABILITY = 5e-4
 """Nothing is taken from a table there, as GPT-2's GELU is: what is left is the order of sums."""

@@ -16,7 +16,7 @@ from nanogpt_lit.checkpoint.lightning_format import read_values
 from nanogpt_lit.checkpoint.run_file import load_run
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.parity.record import leaves
-from nanogpt_lit.untrusted.pickled import pickled_tree
+from nanogpt_lit.untrusted.imports import pickled_tree
 
 
 @pytest.mark.slow

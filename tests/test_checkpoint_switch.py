@@ -25,7 +25,8 @@ from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
-from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO
+from nanogpt_lit.loops.lightning_plugins import RunFileIO
+from nanogpt_lit.loops.lightning_run import LightningRun
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig

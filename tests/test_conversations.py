@@ -19,8 +19,8 @@ from three_loops import assert_loops_agree
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import load_network
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.cli.fine_tuning import option_of
-from nanogpt_lit.data.chat import CHATML_TOKENS, Chat, able_to_chat
+from nanogpt_lit.cli.beginning import option_of
+from nanogpt_lit.data.conversations import CHATML_TOKENS, Chat, able_to_chat
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.sampler import NumberedOrder, StreamPosition
 from nanogpt_lit.data.shards import val_tokens_per_byte

@@ -20,12 +20,12 @@ from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
-from nanogpt_lit.cli.fine_tuning import option_of
+from nanogpt_lit.cli.beginning import option_of
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.data.tokenizer import CharTokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_file
+from nanogpt_lit.gpt.layers import RopeScaling
 from nanogpt_lit.gpt.llama import LlamaConfig
-from nanogpt_lit.gpt.rotary import RopeScaling
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.trainer_section import loop_settings
 

@@ -18,8 +18,8 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.plan.allocator import MIB
 from nanogpt_lit.plan.kernels import CUBLAS_BYTES
+from nanogpt_lit.plan.shape_tensor import HOST
 from nanogpt_lit.plan.step import StepShape, trace_steps
-from nanogpt_lit.plan.trace import HOST
 
 
 def made(gpt, **memory):

@@ -8,7 +8,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanogpt_lit.loops.lightning import FullPrecision, MixedPrecision, precision_plugin
-from nanogpt_lit.loops.lightning_run import RunFileIO, run_plugins
+from nanogpt_lit.loops.lightning_plugins import RunFileIO, run_plugins
 from nanogpt_lit.loops.lightning_sharded import ShardedStrategy
 from nanogpt_lit.loops.trainer_section import PLANNED, named_strategy
 from nanogpt_lit.module import LitNanoGPT

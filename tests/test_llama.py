@@ -10,8 +10,8 @@ from transformers import LlamaConfig as TheirLlamaConfig
 from transformers import LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from nanogpt_lit.gpt.layers import RopeScaling, Rotary
 from nanogpt_lit.gpt.llama import Llama, LlamaConfig
-from nanogpt_lit.gpt.rotary import RopeScaling, Rotary
 
 SIZES = {"block_size": 40, "vocab_size": 97, "n_layer": 3}
 SHAPES = {

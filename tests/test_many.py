@@ -15,9 +15,8 @@ from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.plan.allocator import MIB, Event, replay, rounded
 from nanogpt_lit.plan.budget import gpu_named
 from nanogpt_lit.plan.command import own_rung, plan_rung, step_shape
-from nanogpt_lit.plan.kernels import Kernels
+from nanogpt_lit.plan.kernels import Kernels, Roofline
 from nanogpt_lit.plan.many import REACHED, Machines, machines, step_of
-from nanogpt_lit.plan.roofline import Roofline
 from nanogpt_lit.plan.step import StepShape, trace_steps
 
 L, C, V, T = 3, 64, 300, 32

@@ -9,8 +9,8 @@ from jinja2 import Environment
 from small_networks import new_tokenizer
 from test_chat_template import chat_of
 
-from nanogpt_lit.checkpoint.modelfile import go_template, modelfile_of
-from nanogpt_lit.data.chat import Chat, able_to_chat
+from nanogpt_lit.checkpoint.gguf_format import go_template, modelfile_of
+from nanogpt_lit.data.conversations import Chat, able_to_chat
 from nanogpt_lit.data.tokenizer import BytePairTokenizer, Conventions
 from nanogpt_lit.data.tokenizer_files import with_chat_template
 from nanogpt_lit.gpt.gpt2 import GPTConfig

@@ -9,7 +9,7 @@ import pytest
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.tokenizer_files import characters_of
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.untrusted.pickled import plain_pickle
+from nanogpt_lit.untrusted.imports import plain_pickle
 
 TEXT = "To be, or not to be: that is the question.\n" * 40
 

@@ -15,10 +15,10 @@ from three_loops import assert_loops_agree, prepared_data
 from nanogpt_lit.gpt.attention import KeyValueCache
 from nanogpt_lit.gpt.generate import generate
 from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.layers import RopeScaling
 from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.network import HEAD
 from nanogpt_lit.gpt.networks import NETWORKS, build, config_of, described
-from nanogpt_lit.gpt.rotary import RopeScaling
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques, change_techniques
 from nanogpt_lit.module import LitNanoGPT

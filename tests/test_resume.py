@@ -16,7 +16,7 @@ from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small
 from nanogpt_lit.checkpoint.newest import newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.loops.lightning_loggers import BestEffortLogger
+from nanogpt_lit.loops.lightning_plugins import BestEffortLogger
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
 from nanogpt_lit.run.resume import (

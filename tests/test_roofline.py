@@ -8,13 +8,13 @@ from nanogpt_lit.gpt.loss import add_product_
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.plan.budget import gpu_named
 from nanogpt_lit.plan.cuda_paths import cuda_paths
-from nanogpt_lit.plan.kernels import Kernels
-from nanogpt_lit.plan.roofline import (
+from nanogpt_lit.plan.kernels import (
     ATTENTION_SHARE,
     BANDWIDTH_SHARE,
     HOST_BANDWIDTH,
     LAUNCH_S,
     MATRIX_SHARE,
+    Kernels,
     Roofline,
 )
 from nanogpt_lit.plan.step import StepShape, trace_steps

@@ -14,8 +14,7 @@ from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.plan import step
-from nanogpt_lit.plan.kernels import Kernels
-from nanogpt_lit.plan.roofline import Roofline
+from nanogpt_lit.plan.kernels import Kernels, Roofline
 from nanogpt_lit.plan.shape_tensor import ShapeMode, ShapeTensor
 from nanogpt_lit.plan.step import StepShape, trace_steps
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
-from nanogpt_lit.data.chat import Chat
+from nanogpt_lit.data.conversations import Chat
 
 pytestmark = pytest.mark.long
 

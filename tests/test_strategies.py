@@ -391,7 +391,7 @@ def test_an_accelerate_file_at_odds_with_itself_is_refused_in_one_sentence(value
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
 def test_lightnings_own_deepspeed_runs_on_no_cpu():
-    """Where it one day does, loops/lightning_zero.py can leave its set-up to it."""
+    """Where it one day does, loops/lightning_sharded.py can leave its set-up to it."""
     trainer = Trainer(accelerator="cpu", devices=1, strategy="deepspeed_stage_2", logger=False)
     with pytest.raises(RuntimeError, match="only supported on CUDA GPUs"):
         trainer.strategy.setup_environment()

@@ -16,7 +16,7 @@ from small_runs import BOTTLES
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.run_file import load_run
-from nanogpt_lit.supervise.supervisor import Supervisor, ending, keep_alive
+from nanogpt_lit.supervise.keep_alive import Supervisor, ending, keep_alive
 
 posix = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 
@@ -187,7 +187,7 @@ def test_a_signal_that_is_ignored_stays_so(child):
 
 
 SUPERVISE = (
-    "import sys; from nanogpt_lit.supervise.supervisor import Supervisor; sys.exit(Supervisor({command!r}).run())"
+    "import sys; from nanogpt_lit.supervise.keep_alive import Supervisor; sys.exit(Supervisor({command!r}).run())"
 )
 
 
@@ -258,7 +258,7 @@ def test_help_of_fit_names_what_keeps_it_alive(capsys):
 
 
 def test_the_supervisor_holds_no_torch_in_memory():
-    code = "import sys, nanogpt_lit.supervise.supervisor; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, nanogpt_lit.supervise.keep_alive; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
@@ -294,7 +294,7 @@ def test_a_fit_that_is_killed_ends_with_the_weights_of_one_that_was_not(tmp_path
         made.append(Supervisor(command, on_gpu, pause_s=0.01))
         return made[0]
 
-    monkeypatch.setattr("nanogpt_lit.supervise.supervisor.Supervisor", impatient)
+    monkeypatch.setattr("nanogpt_lit.supervise.keep_alive.Supervisor", impatient)
 
     def kill_after_a_checkpoint():
         while not list(disturbed.rglob("last.safetensors")):

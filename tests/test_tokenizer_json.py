@@ -8,7 +8,7 @@ import pytest
 from small_networks import LANGUAGES, TEXT, a_megabyte
 from tokenizers import Tokenizer as Theirs
 
-from nanogpt_lit.cli.fine_tuning import option_of
+from nanogpt_lit.cli.beginning import option_of
 from nanogpt_lit.data.bpe import all_merges_of, as_characters, merges_of, train_ranks
 from nanogpt_lit.data.documents import cut_pieces
 from nanogpt_lit.data.tokenizer import BytePairTokenizer

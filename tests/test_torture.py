@@ -48,8 +48,8 @@ for module in resume, lightning_run:
     module.random_state_of = lambda *_: None
 """,
     "it went on from another": """
-from nanogpt_lit.cli import resumed
-resumed.newest_run = lambda *_: None
+from nanogpt_lit.cli import beginning
+beginning.newest_run = lambda *_: None
 """,
 }
 RUN = f"""

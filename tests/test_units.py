@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nanogpt_lit.__main__ import main
-from nanogpt_lit.supervise.units import scheduled_task, systemd_unit, systemd_word
+from nanogpt_lit.supervise.keep_alive import scheduled_task, systemd_unit, systemd_word
 
 TASK_NAMESPACE = "http://schemas.microsoft.com/windows/2004/02/mit/task"
 

@@ -152,7 +152,7 @@ def test_lightning_by_itself_divides_the_loss_of_a_window_twice_under_deepspeed(
 def norms_with_and_without_ours(data):
     from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 
-    from nanogpt_lit.loops.lightning_zero import ZeroPrecision
+    from nanogpt_lit.loops.lightning_sharded import ZeroPrecision
 
     quiet()
     it = small(accumulate=2, zero=stage(2))

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanogpt_lit.checkpoint.exchange import PREFIX, Described, new_run, with_moments
 from nanogpt_lit.checkpoint.foreign_files import read_torch_file
-from nanogpt_lit.checkpoint.network import PREFIX, Described, new_run, with_moments
 from nanogpt_lit.checkpoint.run_file import check_counts, stored_once
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.checkpoint.tensor_file import flatten, unflatten

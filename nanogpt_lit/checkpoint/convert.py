@@ -19,11 +19,12 @@ from nanogpt_lit.checkpoint import (
     nanogpt_format,
 )
 from nanogpt_lit.checkpoint.accelerate_format import BESIDE, read_folder, write_folder
+from nanogpt_lit.checkpoint.exchange import Described, network_of, size
 from nanogpt_lit.checkpoint.foreign_files import is_zip, known_as, read_torch_file, words_of
-from nanogpt_lit.checkpoint.network import Described, network_of, size
 from nanogpt_lit.checkpoint.newest import newest_run
 from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, check_counts, load_run, load_stored_network, save_run
 from nanogpt_lit.checkpoint.state import RunState
+from nanogpt_lit.data.rows import retries_said_once
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError
@@ -31,7 +32,6 @@ from nanogpt_lit.gpt.average import Average
 from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.gpt.networks import config_of
 from nanogpt_lit.runtime.durable import durable_file
-from nanogpt_lit.runtime.hub import retries_said_once
 
 FORMATS = {"hf": "", "gguf": gguf_format.SUFFIX, "nanogpt": nanogpt_format.SUFFIX}
 """Names for --to, and the suffix of such a target."""

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.foreign_values import ForeignValues
+from nanogpt_lit.checkpoint.foreign_files import ForeignValues
 from nanogpt_lit.checkpoint.gguf_file import GGUFFile
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.layers import RopeScaling, frequencies
 from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.network import HEAD, NetworkConfig
-from nanogpt_lit.gpt.rotary import RopeScaling, frequencies
 
 EMBEDDING, OUTPUT, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 ROPE_ROUNDING = 1e-4

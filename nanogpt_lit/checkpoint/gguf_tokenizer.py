@@ -21,7 +21,7 @@ from nanogpt_lit.data.tokenizer import (
 )
 from nanogpt_lit.data.tokenizer_files import with_chat_template
 from nanogpt_lit.data.tokenizer_json_reader import byte_pairs, known_or
-from nanogpt_lit.data.word_patterns import LLAMA3_PATTERN, NAMES, QWEN2_PATTERN
+from nanogpt_lit.data.tokenizer_json_writer import LLAMA3_PATTERN, NAMES, QWEN2_PATTERN
 from nanogpt_lit.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5

@@ -1,10 +1,12 @@
-"""A Hugging Face folder, to and from a RunState: weights and tokenizer, no optimizer.
+"""A Hugging Face folder, to and from a RunState: weights, tokenizer and model card, no optimizer.
 
 It needs no transformers: the folder is safetensors and JSON.
 """
 
 import json
-from collections.abc import Mapping
+import math
+import platform
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +15,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt_lit.checkpoint import hugging_face_gpt2, hugging_face_llama
+from nanogpt_lit.checkpoint.exchange import chosen_tokenizer, network_of, new_run, size
 from nanogpt_lit.checkpoint.foreign_files import is_zip, read_torch_file
-from nanogpt_lit.checkpoint.model_card import model_card
-from nanogpt_lit.checkpoint.network import chosen_tokenizer, network_of, new_run
+from nanogpt_lit.checkpoint.hugging_face_networks import config_of, described_as, our_weights, their_weights
+from nanogpt_lit.checkpoint.run_file import written_by
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer import Conventions, Tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.data.tokenizer_json_reader import from_hugging_face, read_json
 from nanogpt_lit.data.tokenizer_json_writer import to_hugging_face
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.gpt.gpt2 import GPTConfig
-from nanogpt_lit.gpt.llama import LlamaConfig
+from nanogpt_lit.gpt import networks
 from nanogpt_lit.gpt.network import NetworkConfig
 from nanogpt_lit.runtime.durable import durable_folder
 from nanogpt_lit.untrusted.config_values import plainly_named
+from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"
-ARCHITECTURES: dict[str, Any] = {"gpt2": hugging_face_gpt2, "llama": hugging_face_llama, "qwen3": hugging_face_llama}
-"""The two files that know an architecture's config.json and names of weights, by model_type."""
-MODULES: dict[type, Any] = {GPTConfig: hugging_face_gpt2, LlamaConfig: hugging_face_llama}
 
 
 def recognises(path: Path) -> bool:
@@ -54,14 +53,8 @@ def read(folder: Path, tokenizer: str | None = None) -> RunState:
     described, path = read_json(folder / CONFIG), folder / CONFIG
     if not isinstance(described, dict):
         raise UserError(f"{path} holds no JSON object.")
-    theirs = ARCHITECTURES.get(kind := str(described.get("model_type")))
-    if theirs is None:
-        raise UserError(f"{path} describes a network of type {kind!r}; convert reads {', '.join(ARCHITECTURES)}.")
-    try:
-        config = theirs.config_of(described, path)
-    except (TypeError, ValueError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path} is not as {kind}'s: {error}.") from error
-    weights = theirs.our_names(read_weights(folder))
+    config = config_of(described, path)
+    weights = our_weights(read_weights(folder), config)
     own = from_hugging_face(folder)
     if own is not None and tokenizer is not None:
         raise UserError(f"--tokenizer={tokenizer} names a tokenizer, and {folder} brings its own; leave it out.")
@@ -112,10 +105,10 @@ def write(folder: Path, state: RunState, source: Path) -> list[str]:
     Raises UserError for a network or a tokenizer that the folder cannot express.
     """
     gpt = network_of(source, state)
-    config, theirs = gpt.config, MODULES[type(gpt.config)]
+    config = gpt.config
     tokenizer = tokenizer_from_files(state.data["tokenizer"])
     ends = tokenizer.conventions or Conventions(tokenizer.eot_text, tokenizer.eot_text, adds_bos=False)
-    described, tokenizer_json = theirs.described_as(config, source), to_hugging_face(tokenizer)
+    described, tokenizer_json = described_as(config, source), to_hugging_face(tokenizer)
     ids = {f"{name}_token_id": None if text is None else tokenizer.id_of(text) for name, text in texts_of(ends).items()}
     notes = []
     if not getattr(config, "bias", True):
@@ -123,7 +116,7 @@ def write(folder: Path, state: RunState, source: Path) -> list[str]:
     if tokenizer.kind == "char":
         notes.append("A character that the text did not have is left out by its tokenizer there, and refused here.")
     with durable_folder(folder) as partial:
-        save_file(theirs.their_names(gpt.state_dict(), config), partial / WEIGHTS[0], metadata={"format": "pt"})
+        save_file(their_weights(gpt.state_dict(), config), partial / WEIGHTS[0], metadata={"format": "pt"})
         for name, content in (
             (CONFIG, {**described, **ids, "dtype": "float32"}),
             (GENERATION, their_generation(ids, tokenizer)),
@@ -164,3 +157,93 @@ def their_tokenizer_config(config: NetworkConfig, tokenizer: Tokenizer, ends: Co
         "clean_up_tokenization_spaces": False,
         **({} if template is None else {"chat_template": template}),
     }
+
+
+# The model card: what the network was trained on, for how long, and how well it does.
+
+
+RUN_YAML = "config.yaml"
+"""The file in which `fit` keeps a run's settings, in the folder above its checkpoints."""
+DATA = ("source", "val_fraction", "documents", "special_tokens")
+"""Keys of the YAML's data section: what the text was, and how it was read."""
+
+
+def model_card(state: RunState, tokenizer: Tokenizer, source: Path, architecture: str) -> str:
+    """Markdown with data, settings, losses and versions, as far as the run knows them.
+
+    architecture: transformers' name for it   source: the checkpoint; beside its folder lies the YAML of a run of ours
+    """
+    settings, shape = run_settings(source), networks.config_of(state.hyper_parameters)
+    sections = ("network", "gpt", "llama", "optim", "schedule")
+    configs = {name: state.hyper_parameters[name] for name in sections if name in state.hyper_parameters}
+    init_from = settings.get("init_from")
+    fine_tuned = f"- fine-tuned from {init_from}\n" if init_from else ""
+    lines = "\n".join(data_lines(state, tokenizer, settings))
+    counts = f"{state.step:,} optimizer steps, {state.tokens:,} tokens, {state.trained_s / 3600:.2f} hours"
+    results = "".join(f"\n{line}" for line in losses(state))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {architecture}
+- nanogpt_lit
+---
+
+# {source.stem}
+
+A network of the architecture `{architecture}`: {size(shape)}.
+
+## Data
+
+{lines}
+
+## Training
+
+{fine_tuned}- {counts}{results}
+
+```json
+{json.dumps(configs, indent=1, default=str)}
+```
+
+## Versions
+
+- {written_by()}, Python {platform.python_version()}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+inputs = tokenizer("{tokenizer.eot_text}", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+"""
+
+
+def data_lines(state: RunState, tokenizer: Tokenizer, settings: dict[str, Any]) -> Iterator[str]:
+    section = settings.get("data") or {}
+    if not section:
+        yield "- the text: not known to the checkpoint; the run's folder would say"
+    yield from (f"- {name}: {section[name]}" for name in DATA if section.get(name) is not None)
+    yield from (f"- {name}: {state.data[name]}" for name in ("block_size", "batch_size", "seed") if name in state.data)
+    yield f"- tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens; a document begins with id {tokenizer.eot}"
+
+
+def losses(state: RunState) -> Iterator[str]:
+    for name in ("latest", "best"):
+        if (found := state.validations.get(name)) is not None:
+            step, loss = found
+            yield f"- {name} validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, at step {step:,}"
+
+
+def run_settings(source: Path) -> dict[str, Any]:
+    """The YAML of the run that a checkpoint lies in; nothing where there is none, or one that cannot be read."""
+    path = source.parent.parent / RUN_YAML
+    if source.parent.name != "checkpoints" or not path.is_file():
+        return {}
+    try:
+        settings = load_yaml_file(path)
+    except UserError:
+        return {}
+    return settings if isinstance(settings, dict) else {}

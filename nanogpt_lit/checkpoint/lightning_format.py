@@ -172,7 +172,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 def read_values(folder: Path) -> dict[str, Any]:
     """The nested state, each tensor whole."""
     from nanogpt_lit.checkpoint.foreign_files import read_torch_file
-    from nanogpt_lit.untrusted.pickled import pickled_tree
+    from nanogpt_lit.untrusted.imports import pickled_tree
 
     index = pickled_tree((folder / INDEX).read_bytes()).state
     places = {

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt_lit.checkpoint.network import chosen_tokenizer, new_run
+from nanogpt_lit.checkpoint.exchange import chosen_tokenizer, new_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPTConfig

@@ -12,9 +12,16 @@ from typing import Any
 
 import torch
 
-from nanogpt_lit.checkpoint.export import gpt2_config, measured_effect
+from nanogpt_lit.checkpoint.exchange import (
+    chosen_tokenizer,
+    gpt2_config,
+    measured_effect,
+    network,
+    network_of,
+    new_run,
+    with_moments,
+)
 from nanogpt_lit.checkpoint.foreign_files import read_torch_file
-from nanogpt_lit.checkpoint.network import chosen_tokenizer, network, network_of, new_run, with_moments
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
 from nanogpt_lit.errors import UserError

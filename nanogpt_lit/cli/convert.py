@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from nanogpt_lit.cli.options import parser_of
 
 if TYPE_CHECKING:
-    from nanogpt_lit.checkpoint.network import Described
+    from nanogpt_lit.checkpoint.exchange import Described
 
 
 def convert(arguments: list[str]) -> int:
@@ -60,7 +60,7 @@ def convert(arguments: list[str]) -> int:
 
 def described_by(settings_of_fit: list[str]) -> "Described":
     """Describe a run by its YAML. Raises UserError where a tokenizer that is made from text is not made yet."""
-    from nanogpt_lit.checkpoint.network import Described, chosen_tokenizer
+    from nanogpt_lit.checkpoint.exchange import Described, chosen_tokenizer
     from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
     from nanogpt_lit.data.datamodule import ORDER_FIELDS
     from nanogpt_lit.data.tokenizer_files import parse_tokenizer

@@ -15,8 +15,8 @@ from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_pri
 from nanogpt_lit.errors import UserError, refused_by
 from nanogpt_lit.loops.compatibility import DEEPSPEED, FSDP2
 from nanogpt_lit.loops.lightning import Ended
-from nanogpt_lit.loops.lightning_loggers import BestEffortLogger, go_on
-from nanogpt_lit.loops.lightning_run import LightningRun, RunFileIO, run_folder, run_plugins
+from nanogpt_lit.loops.lightning_plugins import BestEffortLogger, RunFileIO, go_on, run_plugins
+from nanogpt_lit.loops.lightning_run import LightningRun, run_folder
 from nanogpt_lit.loops.trainer_section import named_strategy, strategy_arguments, writes_run_files
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.stops import Stopped, print_stopped

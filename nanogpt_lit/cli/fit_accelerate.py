@@ -97,7 +97,7 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
 
     deepspeed = None
     if zero is not None:
-        from nanogpt_lit.loops.lightning_zero import ZeroStrategy  # late, for few runs need it
+        from nanogpt_lit.loops.lightning_sharded import ZeroStrategy  # late, for few runs need it
 
         compute_on(cli.device)
         deepspeed = ZeroStrategy(**zero).config

@@ -7,7 +7,7 @@ import textwrap
 
 from nanogpt_lit.cli.options import program
 from nanogpt_lit.runtime.launch import KEEP_ALIVE
-from nanogpt_lit.untrusted.allowlist import TRUST
+from nanogpt_lit.untrusted.imports import TRUST
 
 SHORT = {
     "data": ("source", "tokenizer", "block_size", "batch_size", "val_fraction"),

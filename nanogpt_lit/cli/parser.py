@@ -15,8 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from nanogpt_lit.errors import UserError, shown
 from nanogpt_lit.runtime.precision import OTHER_NAMES
-from nanogpt_lit.untrusted.allowlist import limit_imports, refusal, split_trusted
 from nanogpt_lit.untrusted.config_values import check_arguments, check_numbers, check_paths
+from nanogpt_lit.untrusted.imports import limit_imports, refusal, split_trusted
 from nanogpt_lit.untrusted.yaml_file import check_yaml, read_yaml_file
 
 WORDS = {

@@ -59,8 +59,7 @@ from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.process_settings import keep_freed_memory
 
 if TYPE_CHECKING:
-    from nanogpt_lit.cli.fine_tuning import Beginning
-    from nanogpt_lit.cli.resumed import Resumed
+    from nanogpt_lit.cli.beginning import Beginning, Resumed
 
 ROOT = "runs"
 """trainer.default_root_dir where it is not set, or null."""
@@ -268,7 +267,7 @@ class SettingsCLI(LightningCLI):
             settings.resume = "auto"
         if settings.get("resume") is None and settings.get("ckpt_path") is None:
             return
-        from nanogpt_lit.cli.resumed import go_on_from  # late, for a new run goes on from nothing
+        from nanogpt_lit.cli.beginning import go_on_from  # late, for a new run goes on from nothing
 
         self.resumed = go_on_from(settings, is_fit, self.lock, rank_zero_print)
 
@@ -281,7 +280,7 @@ class SettingsCLI(LightningCLI):
         if settings.get("init_from") is None:
             return
         source = settings.get("ckpt_path") or settings.init_from
-        from nanogpt_lit.cli.fine_tuning import Beginning  # late, with the formats of all others behind it
+        from nanogpt_lit.cli.beginning import Beginning  # late, with the formats of all others behind it
 
         chats = settings.data.documents == "conversations"
         self.beginning = Beginning.of(source, settings.data.special_tokens or (), chats)
@@ -338,7 +337,7 @@ def sample_prompt(data: TokenDataModule, asked: str | None) -> str:
     """The beginning of samples. asked: a text, or a question to answer; None takes that of the validation part"""
     if data.documents != "conversations":
         return first_words(data.folder, data.tokenizer) if asked is None else asked
-    from nanogpt_lit.data.chat import Chat  # few runs learn to answer
+    from nanogpt_lit.data.conversations import Chat  # few runs learn to answer
     from nanogpt_lit.data.windows import first_question
 
     if asked is None:

@@ -203,7 +203,7 @@ def make_tokenizer(config: PrepareConfig, source: Source, split: Split, show_pro
     tokenizer = with_special_tokens(_make_tokenizer(config, source, split, show_progress), config.special_tokens)
     if not config.conversations:
         return tokenizer
-    from nanogpt_lit.data.chat import able_to_chat
+    from nanogpt_lit.data.conversations import able_to_chat
 
     return able_to_chat(tokenizer)
 
@@ -271,8 +271,7 @@ def encode(config: PrepareConfig, source: Source, split: Split, tokenizer: Token
     """The tokens of a source, by side."""
     if not config.conversations:
         return encode_documents(source.documents(), split, tokenizer)
-    from nanogpt_lit.data.chat import Chat
-    from nanogpt_lit.data.conversations import encode_conversations
+    from nanogpt_lit.data.conversations import Chat, encode_conversations
 
     return encode_conversations(source.documents(), split, Chat(tokenizer))
 

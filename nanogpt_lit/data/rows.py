@@ -1,15 +1,17 @@
 """Documents in rows: JSON Lines, Parquet, and data sets of the Hugging Face hub, streamed."""
 
 import json
+import logging
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nanogpt_lit.data.documents import TextDocument, UndecodableError, opened
 from nanogpt_lit.data.tokenizer import without_surrogates
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.runtime.hub import retries_said_once
 
 ROWS_AT_ONCE = 256
 
@@ -120,3 +122,28 @@ def text_of(row: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} (data.text_key) holds {type(value).__name__}, not text.")
     return value
+
+
+@contextmanager
+def retries_said_once() -> Iterator[None]:
+    """Say in one line that the hub does not answer; its library says two with each of half a dozen tries."""
+    logger, said_once = logging.getLogger("huggingface_hub.utils._http"), _SaidOnce()
+    logger.addFilter(said_once)
+    try:
+        yield
+    finally:
+        logger.removeFilter(said_once)
+
+
+class _SaidOnce(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        if not self._said:
+            print("hub: no answer; trying again for half a minute", file=sys.stderr, flush=True)
+        self._said = True
+        return False

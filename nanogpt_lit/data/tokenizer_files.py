@@ -226,7 +226,7 @@ def characters_of(folder: Path) -> CharTokenizer | None:
     if ready_format(folder) != "nanogpt" or not path.is_file():
         return None
 
-    from nanogpt_lit.untrusted.pickled import plain_pickle  # for this one file of another program
+    from nanogpt_lit.untrusted.imports import plain_pickle  # for this one file of another program
 
     try:
         with path.open("rb") as file:

@@ -18,8 +18,7 @@ from nanogpt_lit.data.tokenizer import (
     gpt2_tokenizer,
 )
 from nanogpt_lit.data.tokenizer_files import with_chat_template
-from nanogpt_lit.data.tokenizer_json_writer import check_same_ids, to_hugging_face
-from nanogpt_lit.data.word_patterns import pattern_of
+from nanogpt_lit.data.tokenizer_json_writer import check_same_ids, pattern_of, to_hugging_face
 from nanogpt_lit.errors import UserError
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"

@@ -1,4 +1,7 @@
-"""Our tokenizers as Hugging Face's tokenizer.json. Needs the package tokenizers only to compare patterns."""
+"""Our tokenizers as Hugging Face's tokenizer.json, and the patterns that both cut text into words by.
+
+Needs the package tokenizers only to compare patterns.
+"""
 
 import json
 from typing import Any
@@ -12,8 +15,67 @@ from nanogpt_lit.data.tokenizer import (
     CharTokenizer,
     Tokenizer,
 )
-from nanogpt_lit.data.word_patterns import BYTE_LEVEL, BYTES, pre_tokenizer_of
 from nanogpt_lit.errors import UserError
+
+# The patterns by which known tokenizers cut text into words, and Hugging Face's pre-tokenizers as such a pattern.
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
+"""Each digit alone."""
+# SmolLM's tokenizer first takes each digit out, and cuts what lies between as GPT-2. So white space before a digit is
+# white space at the end of a text: all of it together, and no space with the digit.
+SMOLLM_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}++", r"\p{N}").replace(r"|\s++$", r"|\s++(?=\p{N})|\s++$")
+
+NAMES = {
+    GPT2_PATTERN: "gpt-2",
+    SMOLLM_PATTERN: "smollm",
+    LLAMA3_PATTERN: "llama-bpe",
+    QWEN2_PATTERN: "qwen2",
+}
+"""llama.cpp's name of each (tokenizer.ggml.pre)."""
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+"""GPT-2's pattern, and then bytes."""
+BYTES = {**BYTE_LEVEL, "use_regex": False}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def pre_tokenizer_of(pattern: str) -> dict[str, Any]:
+    """The pre_tokenizer of a tokenizer.json that cuts by this pattern."""
+    if pattern == GPT2_PATTERN:
+        return BYTE_LEVEL
+    if pattern == SMOLLM_PATTERN:
+        return {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, BYTES]}
+
+
+def pattern_of(pre_tokenizer: Any) -> str | None:
+    """The pattern that cuts text as this pre_tokenizer of a tokenizer.json; None for a way that is not known."""
+    match pre_tokenizer:
+        case {"type": "Sequence", "pretokenizers": [*before, {"type": "ByteLevel"} as last]}:
+            pass
+        case _:
+            before, last = [], pre_tokenizer
+    match last:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            by_gpt2 = last.get("use_regex", True)
+        case _:
+            return None
+    match before:
+        case [] if by_gpt2:
+            return GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True}] if by_gpt2:
+            return SMOLLM_PATTERN
+        case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated" | "Removed", **rest}]:
+            return pattern if not by_gpt2 and isinstance(rest.get("invert"), bool) else None
+    return None
+
+
+# A whole tokenizer.
 
 SAMPLE = (
     "It's what they'd've said:  'll 1234567 3.14\n\n\n\tdef f(x):\r\n    return x  \n"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from nanogpt_lit.data.chat import ANSWERS, Chat, Message
+from nanogpt_lit.data.conversations import ANSWERS, Chat, Message
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import KeyValueCache

@@ -7,22 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import Precision
 
-from nanogpt_lit.checkpoint.disk import BestEffortSaver
-from nanogpt_lit.checkpoint.lightning_format import CURVES, RUN, from_lightning, loops, to_lightning
-from nanogpt_lit.checkpoint.newest import load_together
+from nanogpt_lit.checkpoint.lightning_format import CURVES, RUN, from_lightning, loops
 from nanogpt_lit.checkpoint.run_file import SUFFIX
 from nanogpt_lit.checkpoint.run_lock import RunLock
-from nanogpt_lit.checkpoint.shards import sweep_shards
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.compatibility import DEEPSPEED
 from nanogpt_lit.loops.contract import Observer
-from nanogpt_lit.loops.lightning import Observed, precision_plugin
-from nanogpt_lit.loops.lightning_loggers import LoggerCurves
+from nanogpt_lit.loops.lightning import Observed
+from nanogpt_lit.loops.lightning_plugins import LoggerCurves, RunFileIO, run_plugins
+from nanogpt_lit.loops.trainer_section import TRAINER_DEFAULTS
 from nanogpt_lit.run.metrics import say
 from nanogpt_lit.run.observers import RunObservers
 from nanogpt_lit.run.resume import (
@@ -33,7 +28,9 @@ from nanogpt_lit.run.resume import (
     random_state_of,
     tidied,
 )
-from nanogpt_lit.run.stops import ignored_signals
+from nanogpt_lit.run.stops import ignored_signals, seconds_of
+from nanogpt_lit.runtime.machine import device_type
+from nanogpt_lit.runtime.precision import full_precision_name
 from nanogpt_lit.runtime.process_settings import random_state
 from nanogpt_lit.runtime.processes import broadcast, gathered
 
@@ -164,6 +161,44 @@ class LightningRun(Observed):
             self._lock.release()
 
 
+# A Trainer of one's own that trains as `fit` does.
+
+
+def trainer_options(
+    precision: str = "32-true",
+    accelerator: str = "auto",
+    seed: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    observers: Sequence[Observer] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """Return the arguments of a Trainer, one process on one device, that trains to the bits of `fit`.
+
+    With them it clips beside a fused optimizer, starts dropout where every loop starts it, survives a step that runs
+    out of memory, saves checkpoints that every loop resumes from, and resumes from them to the bit (`ckpt_path`).
+
+    precision: 32-true, bf16-mixed or 16-mixed   seed: of dropout, as seed_everything in a YAML
+    callbacks: of your own, which come first   observers: of your own (loops/contract.py)
+    options: any others of the Trainer; each wins over TRAINER_DEFAULTS. max_time ends the run as a signal
+    does, between two steps and saved: trainer.fit then raises run.stops.Stopped
+
+        Trainer(**trainer_options("bf16-mixed", seed=1337, max_steps=1000))
+    """
+    options = {**TRAINER_DEFAULTS, **options}
+    max_time_s = seconds_of(options.pop("max_time", None))  # Lightning's timer ends inside a step
+    run = LightningRun(
+        seed=seed, observers=observers, log_every_n_steps=options["log_every_n_steps"], max_time_s=max_time_s
+    )
+    plugins = run_plugins(options.pop("plugins", None), full_precision_name(precision), device_type(accelerator))
+    return {
+        "accelerator": accelerator,
+        "enable_checkpointing": False,  # Lightning's own, besides those of the run
+        **options,
+        **plugins,
+        "callbacks": [*callbacks, run],  # which has drawn its random numbers before dropout is seeded
+    }
+
+
 # Folders.
 
 
@@ -180,55 +215,6 @@ def checkpoints_folder(trainer: Trainer) -> Path:
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         folder = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
     return Path(trainer.strategy.broadcast(str(folder / "checkpoints")))
-
-
-# Checkpoints.
-
-
-class RunFileIO(CheckpointIO):
-    """A plugin for the Trainer: checkpoints and ckpt_path are then in the format of every loop.
-
-    Lightning's own writer stages the file in the system's temporary folder and copies it over the old one when that is
-    on another file system: killed there, both are lost.
-    """
-
-    def __init__(self) -> None:
-        self.saver = BestEffortSaver()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        self.saver.save(Path(path), from_lightning(checkpoint))
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        self.saver.wait()
-        state = load_together(Path(path))
-        assert state is not None, "every process was given the path"
-        return to_lightning(state)
-
-    def teardown(self) -> None:
-        self.saver.in_background = False
-        self.saver.wait()
-
-    def remove_checkpoint(self, path: Any) -> None:
-        self.saver.wait()
-        Path(path).unlink(missing_ok=True)
-        sweep_shards(Path(path).parent)
-
-
-def run_plugins(given: Any, precision: str, device: str, strategy: str | None = None) -> dict[str, Any]:
-    """A Trainer's `plugins` and `precision`: those given, and ours where none of them is a precision or writes
-    checkpoints. strategy: the name of its class"""
-    plugins = [] if given is None else given if isinstance(given, list) else [given]
-    own: Precision | None = None
-    if not any(isinstance(plugin, Precision) for plugin in plugins):
-        if strategy == DEEPSPEED:
-            from nanogpt_lit.loops.lightning_zero import ZeroPrecision  # late, for few runs need it
-
-            own = ZeroPrecision(precision)  # type: ignore[arg-type]  # compatibility.py has looked at it
-        else:
-            own = precision_plugin(precision, device)
-    writer = [] if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [RunFileIO()]
-    ours = [] if own is None else [own]
-    return {"plugins": [*plugins, *ours, *writer], "precision": precision if own is None else None}
 
 
 def check_trigger(callback: ModelCheckpoint, accumulate_grad_batches: int) -> None:

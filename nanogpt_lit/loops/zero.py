@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanogpt_lit.checkpoint.zero import ZeroOptimizer
+from nanogpt_lit.checkpoint.sharded_network import ZeroOptimizer
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.precision import PRECISIONS, dtype_of
 

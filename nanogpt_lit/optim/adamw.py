@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.untrusted.allowlist import imported_class
+from nanogpt_lit.untrusted.imports import imported_class
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,21 @@ mistake in the options.
 """
 
 import argparse
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from jsonargparse import Namespace
 
 from nanogpt_lit.cli.options import OptionParser, program
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.parity.base_case import Size, from_yaml, options_given
+from nanogpt_lit.gpt.networks import described, section_of
+from nanogpt_lit.loops.contract import LoopSettings
+from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.parity.grid import (
     AXES,
     FRAMEWORKS,
@@ -47,9 +47,8 @@ from nanogpt_lit.parity.grid import (
     warm_up,
 )
 from nanogpt_lit.parity.known_differences import KNOWN_DIFFERENCES, effects_together
-from nanogpt_lit.parity.picture import picture
-from nanogpt_lit.parity.record import Difference
-from nanogpt_lit.parity.runs import LOOPS, Case, loaders_to_deal_out, quiet
+from nanogpt_lit.parity.report import markdown_table, summary, write
+from nanogpt_lit.parity.runs import Case, loaders_to_deal_out, quiet
 from nanogpt_lit.run.resume import next_folder
 from nanogpt_lit.run.terminal import relative_to_here
 from nanogpt_lit.runtime.machine import hardware
@@ -165,36 +164,6 @@ def compare_all(points: list[Point], cases: list[Case], data: TokenDataModule) -
     return [outcomes[k] for k in range(len(cases))]
 
 
-def summary(outcomes: list[tuple[Point, Outcome]], memory: dict[str, float] | None) -> dict[str, Any]:
-    """Prints the verdict and the costs; what report.json says."""
-    differing = sum(not outcome.identical for _, outcome in outcomes)
-    quantities = sum(outcome.quantities for _, outcome in outcomes)
-    verdict = "all identical" if not differing else f"{differing} cases differ"
-    print(f"\n{len(outcomes)} cases, {quantities:,} quantities in each loop: {verdict}")
-    ratios = {}
-    for name in FRAMEWORKS:
-        of_cases = [o.seconds_per_step[name] / o.seconds_per_step["reference"] for _, o in outcomes]
-        ratios[name] = quantiles(of_cases, n=4) if len(of_cases) > 1 else of_cases * 3
-    middles = ", ".join(f"{name} {ratio[1]:.2f}" for name, ratio in ratios.items())
-    print(f"time per step against plain PyTorch, median of {len(outcomes)} paired ratios: {middles}")
-    if memory is not None:
-        grown = ", ".join(f"{name} {memory[name]:.0f} MiB" for name in LOOPS)
-        print(f"peak memory that a run adds to a process of its own: {grown}")
-    rows = [
-        point
-        | {"skipped_steps": outcome.skipped_steps, "quantities": outcome.quantities}
-        | {name: as_json(outcome.differences[name]) for name in FRAMEWORKS}
-        | {"seconds_per_step": outcome.seconds_per_step}
-        for point, outcome in outcomes
-    ]
-    return {
-        "identical": not differing,
-        "time_per_step_against_reference": ratios,
-        "peak_memory_growth_mib": memory,
-        "cases": rows,
-    }
-
-
 def explain(base: Case, data: TokenDataModule) -> list[dict[str, Any]]:
     """Prints, as a table in Markdown, what changes when a known difference is brought back."""
     seen = effects_together(2, base, data)
@@ -208,26 +177,75 @@ def explain(base: Case, data: TokenDataModule) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+# The case that the grid varies: the YAML's network, optimizer, text and tokenizer, made small where they are large.
+
+# Largest values that are compared by default: float16 runs at a few billion operations a second on a CPU.
+CAPS = {"n_layer": 2, "n_embd": 64, "data.block_size": 32, "data.batch_size": 2}
+LARGE_VOCABULARY = 8192  # from here on the head is nearly all of the work
+CAPS_OF_A_LARGE_VOCABULARY = {"n_embd": 32, "data.block_size": 16}
 
 
-def as_json(difference: Difference | None) -> dict[str, Any] | None:
-    return None if difference is None else asdict(difference)
+def options_given(arguments: Iterable[str]) -> set[str]:
+    """The keys that the command line sets."""
+    return {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
 
 
-def write(out: Path, report: dict[str, Any], outcomes: list[tuple[Point, Outcome]]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if outcomes:
-        if (drawn := picture(outcomes)) is None:
-            print('no curves.svg: matplotlib is missing (pip install "nanogpt_lit[plot]")')
-        else:
-            (out / "curves.svg").write_text(drawn, encoding="utf-8")
-    for k, (_, outcome) in enumerate(outcomes, start=1):
-        for loop, curves in outcome.curves.items():
-            with SummaryWriter(str(out / f"case_{k:02}" / loop)) as writer:
-                for step, values in curves:
-                    for tag, value in values.items():
-                        writer.add_scalar(tag, value, step)
+class Size:
+    """Lower what is too large in the settings and not given on the command line. The text and its tokenizer stay."""
+
+    def __init__(self, settings: Namespace, given: set[str]) -> None:
+        self.settings = settings
+        self.given = given
+        self.changed: dict[str, int] = {}
+        """Values of the YAML that were lowered, by key."""
+
+    def cap(self, caps: Mapping[str, int]) -> None:
+        """caps: largest values, by key; of the network's sizes, by their names"""
+        section = f"model.{section_of(self.settings.model)}"
+        for key, largest in caps.items():
+            self._lower(key if "." in key else f"{section}.{key}", largest)
+        heads, channels = self.settings[f"{section}.n_head"], self.settings[f"{section}.n_embd"]
+        if heads > 1 and channels % heads:
+            self._lower(f"{section}.n_head", max(n for n in range(1, heads) if channels % n == 0))
+        self.settings[f"{section}.block_size"] = self.settings["data.block_size"]
+
+    def _lower(self, key: str, largest: int) -> None:
+        # Also given by a whole section, as in --data '{...}'.
+        given = any(key == option or key.startswith(f"{option}.") for option in self.given)
+        if self.settings[key] > largest and not given:
+            self.changed.setdefault(key, self.settings[key])
+            self.settings[key] = largest
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{key.rpartition('.')[2]} {before} -> {self.settings[key]}" for key, before in self.changed.items()
+        )
+
+
+def from_yaml(cli: SettingsCLI, steps: int, size: Size | None) -> tuple[Case, float, TokenDataModule]:
+    """The case that the grid varies, the limit of clipping, and the data. size: makes it small"""
+    if size is not None:
+        size.cap(CAPS)
+    cli.settings.trainer.precision = "32-true"  # the grid chooses
+    cli.settings.model.compile = False  # the loops are compared, and each case would be compiled anew
+    cli.complete_settings()
+    if size is not None:
+        model = cli.settings.model
+        if model[section_of(model)].vocab_size > LARGE_VOCABULARY:
+            size.cap(CAPS_OF_A_LARGE_VOCABULARY)
+        if size.changed:
+            print(f"small for the comparison: {size} (--full-size, or an option of fit, keeps the YAML's)")
+    module, data = cli.build()
+    data.setup()
+    schedule = asdict(module.schedule_config) | {"total_steps": steps}
+    schedule["warmup_steps"] = min(schedule["warmup_steps"], steps // 4)
+    settings = LoopSettings(steps, val_check_interval=2, limit_val_batches=2, seed=cli.seed or 0)
+    configs = (*described(module.gpt.config), "optim", "schedule")
+    case = Case(
+        settings,
+        module.gpt.config,
+        module.optim_config,
+        ScheduleConfig(**schedule),
+        module_options={name: value for name, value in module.hparams.items() if name not in configs},
+    )
+    return case, cli.settings.trainer.gradient_clip_val or 1.0, data

@@ -172,7 +172,7 @@ def trainer_options(case: Case) -> dict[str, Any]:
 
 def strategy_of(case: Case) -> str | Strategy:
     if case.zero is not None:
-        from nanogpt_lit.loops.lightning_zero import ZeroStrategy  # late, for it needs deepspeed
+        from nanogpt_lit.loops.lightning_sharded import ZeroStrategy  # late, for it needs deepspeed
 
         compute_on(case.device)
         return ZeroStrategy(config=dict(case.zero))
@@ -183,7 +183,7 @@ def strategy_of(case: Case) -> str | Strategy:
 
 def precision_of(case: Case) -> Precision:
     if case.zero is not None:
-        from nanogpt_lit.loops.lightning_zero import ZeroPrecision
+        from nanogpt_lit.loops.lightning_sharded import ZeroPrecision
 
         return ZeroPrecision(case.settings.precision)  # type: ignore[arg-type]
     return lightning_precision(case.settings.precision, case.scaler, case.device)

@@ -264,7 +264,7 @@ def vocab_size(settings: Any) -> int:
     kind, argument = parse_tokenizer(data["tokenizer"])
     special_tokens = dict.fromkeys(data.get("special_tokens") or [])
     if data.get("documents") == "conversations":
-        from nanogpt_lit.data.chat import CHATML_TOKENS, able_to_chat  # few runs learn from them
+        from nanogpt_lit.data.conversations import CHATML_TOKENS, able_to_chat  # few runs learn from them
 
         if kind == "file":
             return able_to_chat(with_special_tokens(tokenizer_from_file(Path(argument)), [*special_tokens])).vocab_size

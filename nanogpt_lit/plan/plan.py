@@ -13,8 +13,7 @@ from nanogpt_lit.memory.ladder import Rung, ladder
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.allocator import MIB, Usage, replay
 from nanogpt_lit.plan.budget import Budget
-from nanogpt_lit.plan.kernels import Kernels
-from nanogpt_lit.plan.roofline import Roofline
+from nanogpt_lit.plan.kernels import Kernels, Roofline
 from nanogpt_lit.plan.step import StepShape, long_run, trace_steps
 from nanogpt_lit.plan.strategies import Strategy
 from nanogpt_lit.plan.trace import CATEGORIES, Moment

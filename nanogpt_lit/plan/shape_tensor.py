@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 META = torch.device("meta")
+GPU, HOST = "cpu", "meta"
+"""Devices of a trace that stand for the GPU and for host memory."""
 
 
 class ShapeTensor(Tensor):
@@ -197,3 +199,21 @@ def _without_content(tensor: Tensor) -> ShapeTensor:
 @cache
 def _takes_device(func: Any) -> bool:
     return any(argument.name == "device" for argument in func._schema.arguments)
+
+
+# The operations that run on them.
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors among the arguments or the results of an operation, lists of them included."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
+
+
+@cache
+def name_of(func: Any) -> str:
+    """The name of an operation, without its library and its overload."""
+    return func._schema.name.partition("::")[2]

@@ -16,11 +16,10 @@ from torch.amp import GradScaler
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.plan.cuda_paths import cuda_paths
-from nanogpt_lit.plan.kernels import Kernels
-from nanogpt_lit.plan.roofline import Roofline
-from nanogpt_lit.plan.shape_tensor import ShapeMode
+from nanogpt_lit.plan.kernels import Kernels, Roofline
+from nanogpt_lit.plan.shape_tensor import GPU, ShapeMode
 from nanogpt_lit.plan.strategies import Strategies, Strategy, compute
-from nanogpt_lit.plan.trace import GPU, MemoryTrace
+from nanogpt_lit.plan.trace import MemoryTrace
 from nanogpt_lit.runtime.collector import no_collector
 from nanogpt_lit.runtime.gpus import GPUS, Gpu
 from nanogpt_lit.runtime.precision import PRECISIONS, dtype_of

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -24,8 +23,7 @@ from torch.utils._pytree import tree_leaves
 from nanogpt_lit.memory.host import page_lock_notes
 from nanogpt_lit.plan.allocator import Event, rounded
 from nanogpt_lit.plan.kernels import Kernels
-
-GPU, HOST = "cpu", "meta"
+from nanogpt_lit.plan.shape_tensor import GPU, HOST, name_of, tensors_in
 
 CATEGORIES = (
     "weights", "gradients", "optimizer", "activations", "logits", "casts", "temporaries", "workspace", "batch",
@@ -311,18 +309,3 @@ class MemoryTrace(TorchDispatchMode):
             self.timeline.append(moment)
         if is_peak:
             self.peaks[self.phase], self._peak_bytes[self.phase] = moment, self.allocated
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors among the arguments or the results of an operation, lists of them included."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, tuple | list):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return []
-
-
-@cache
-def name_of(func: Any) -> str:
-    """The name of an operation, without its library and its overload."""
-    return func._schema.name.partition("::")[2]

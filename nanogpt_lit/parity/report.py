@@ -1,12 +1,78 @@
-"""The training and validation losses of every case, in all three loops, as one picture."""
+"""The outcome of a comparison: the verdict in the terminal, and what is left in the folder of its report."""
 
 import io
+import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
 
-from nanogpt_lit.parity.grid import Outcome, Point
-from nanogpt_lit.parity.record import FINAL, Curves
+from torch.utils.tensorboard import SummaryWriter
+
+from nanogpt_lit.parity.grid import FRAMEWORKS, Outcome, Point
+from nanogpt_lit.parity.record import FINAL, Curves, Difference
+from nanogpt_lit.parity.runs import LOOPS
+
+
+def summary(outcomes: list[tuple[Point, Outcome]], memory: dict[str, float] | None) -> dict[str, Any]:
+    """Prints the verdict and the costs; what report.json says."""
+    differing = sum(not outcome.identical for _, outcome in outcomes)
+    quantities = sum(outcome.quantities for _, outcome in outcomes)
+    verdict = "all identical" if not differing else f"{differing} cases differ"
+    print(f"\n{len(outcomes)} cases, {quantities:,} quantities in each loop: {verdict}")
+    ratios = {}
+    for name in FRAMEWORKS:
+        of_cases = [o.seconds_per_step[name] / o.seconds_per_step["reference"] for _, o in outcomes]
+        ratios[name] = quantiles(of_cases, n=4) if len(of_cases) > 1 else of_cases * 3
+    middles = ", ".join(f"{name} {ratio[1]:.2f}" for name, ratio in ratios.items())
+    print(f"time per step against plain PyTorch, median of {len(outcomes)} paired ratios: {middles}")
+    if memory is not None:
+        grown = ", ".join(f"{name} {memory[name]:.0f} MiB" for name in LOOPS)
+        print(f"peak memory that a run adds to a process of its own: {grown}")
+    rows = [
+        point
+        | {"skipped_steps": outcome.skipped_steps, "quantities": outcome.quantities}
+        | {name: as_json(outcome.differences[name]) for name in FRAMEWORKS}
+        | {"seconds_per_step": outcome.seconds_per_step}
+        for point, outcome in outcomes
+    ]
+    return {
+        "identical": not differing,
+        "time_per_step_against_reference": ratios,
+        "peak_memory_growth_mib": memory,
+        "cases": rows,
+    }
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def as_json(difference: Difference | None) -> dict[str, Any] | None:
+    return None if difference is None else asdict(difference)
+
+
+def write(out: Path, report: dict[str, Any], outcomes: list[tuple[Point, Outcome]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if outcomes:
+        if (drawn := picture(outcomes)) is None:
+            print('no curves.svg: matplotlib is missing (pip install "nanogpt_lit[plot]")')
+        else:
+            (out / "curves.svg").write_text(drawn, encoding="utf-8")
+    for k, (_, outcome) in enumerate(outcomes, start=1):
+        for loop, curves in outcome.curves.items():
+            with SummaryWriter(str(out / f"case_{k:02}" / loop)) as writer:
+                for step, values in curves:
+                    for tag, value in values.items():
+                        writer.add_scalar(tag, value, step)
+
+
+# The training and validation losses of every case, in all three loops, as one picture.
 
 STYLES = {
     "reference": ("plain PyTorch", "#c9c9c9", 7.0),
