@@ -1,7 +1,8 @@
 """The exceptions that are shown as one sentence, without a traceback."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from traceback import walk_tb
 
 
@@ -31,6 +32,17 @@ def refused_by(package: str) -> Iterator[None]:
 
 class NothingToDo(Exception):  # noqa: N818 - it is no error
     """Raised where all that was asked for is done already: the command line prints why, and exits with 0."""
+
+
+def in_brief(error: BaseException) -> str:
+    """Another library's error in one line: its class, and how its text begins."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+
+
+def tell(line: str) -> None:
+    """Print a line for the user beside the output, which may go to a file on a full disk."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def shown(text: object) -> str:

@@ -56,10 +56,10 @@ BETWEEN = [" "] * 12 + [
 
 
 @cache
-def a_megabyte():
+def much_text():
     """Text in four languages, of the words above and of words that no language has."""
     draw, parts, size = random.Random(1), [], 0
-    while size < 2**20:
+    while size < 2**18:
         language = draw.randrange(4)
         known = LANGUAGES[language].split(" ")
         for _ in range(draw.randrange(1, 200)):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_networks import LANGUAGES, TEXT, a_megabyte, new_tokenizer, saved, trained
+from small_networks import LANGUAGES, TEXT, much_text, new_tokenizer, saved, trained
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -90,8 +90,8 @@ def test_every_tokenizer_goes_along_and_comes_back(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "byte", "char", "bpe", "pattern"])
-def test_token_ids_of_a_megabyte_in_four_languages_are_equal(tmp_path, kind):
-    text = a_megabyte()
+def test_token_ids_of_much_text_in_four_languages_are_equal(tmp_path, kind):
+    text = much_text()
     tokenizer = CharTokenizer.of([text]) if kind == "char" else new_tokenizer(kind)
     (tmp_path / "tokenizer.json").write_text(json.dumps(to_hugging_face(tokenizer)))
     there = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))

@@ -21,6 +21,8 @@ from nanogpt_lit.plan.step import StepShape, trace_steps
 GPT = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=64)
 OWN = Rung("as configured", MemoryConfig(), 4, 2)
 RUNGS = {rung.name: rung.memory for rung in ladder(OWN, 64, casts_weights=True) if rung.batch_size == 4}
+IN_OTHERS = ("the loss in chunks", "+ weights cast again in backward", "+ every block computed again")
+"""Rungs whose every operation is in another one too."""
 
 
 def traced(monkeypatch, mode, shape, gpt, memory, optim):
@@ -50,7 +52,7 @@ def assert_same(monkeypatch, precision="16-mixed", gpt=GPT, memory=RUNGS["nothin
     assert (our_time.seconds, our_time.flops) == (their_time.seconds, their_time.flops)
 
 
-@pytest.mark.parametrize("name", RUNGS)
+@pytest.mark.parametrize("name", [name for name in RUNGS if name not in IN_OTHERS])
 def test_every_rung_takes_the_same_memory_at_the_same_moments(name, monkeypatch):
     assert_same(monkeypatch, memory=RUNGS[name])
 

@@ -46,13 +46,13 @@ SLOW = {
         True),
     "modern, selective": (
         gpt(1024, 32000, 4, 12, 768, LlamaConfig, rope_base=1e5), MUON,
-        {"recompute": "selective", "recast_weights": True, "loss_chunk_tokens": 200}, 4, 3, "16-mixed", True, False,
+        {"recompute": "selective", "recast_weights": True, "loss_chunk_tokens": 900}, 4, 3, "16-mixed", True, False,
         True),
     "modern, streamed": (
         gpt(512, 32000, 3, 8, 512, LlamaConfig, **QWEN3), MUON, {"weights": "streamed", "loss_chunk_tokens": 128}, 2, 2,
         "bf16-mixed", False, True, True),
     "untied, in bfloat16": (
-        gpt(512, 32000, 3, 8, 512, tied_head=False), ADAMW, {"loss_chunk_tokens": 100}, 7, 3, "bf16-true", False, True,
+        gpt(512, 32000, 3, 8, 512, tied_head=False), ADAMW, {"loss_chunk_tokens": 700}, 7, 3, "bf16-true", False, True,
         True),
     "in float16": (gpt(512, 32000, 3, 8, 512), ADAMW, {}, 3, 1, "16-true", True, True, False),
     "a block of 4096": (gpt(4096, 257, 2, 10, 640), ADAMW, {"recompute": "selective"}, 1, 1, "bf16-mixed", True, True,

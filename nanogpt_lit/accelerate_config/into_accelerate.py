@@ -23,7 +23,7 @@ from nanogpt_lit.loops.compatibility import (
     WITHOUT_EFFECT,
     check_together,
 )
-from nanogpt_lit.loops.trainer_section import SHORT_NAMES, asked_processes, named_strategy
+from nanogpt_lit.loops.trainer_section import asked_processes, named_strategy, strategy_arguments
 from nanogpt_lit.runtime.launch import whole_number
 from nanogpt_lit.runtime.precision import IN_ACCELERATE, full_precision_name
 
@@ -89,12 +89,12 @@ def into_accelerate(
         remarks.append(f"model.compile=True: {OURS} compiles by itself; take dynamo_config out for it")
     if trainer["num_nodes"] > 1:
         remarks += _rendezvous(content, environ)
-    arguments = _arguments(trainer["strategy"])
+    arguments = strategy_arguments(trainer["strategy"])
     section, carried = _section(strategy, arguments, trainer, BLOCKS[network])
     if arguments.get("offload_optimizer"):
         remarks.append(f"offload_optimizer_device: needs {CPU_OPTIMIZER} for an optimizer, also in your script")
     content |= section
-    for name in sorted(_arguments(changed.get("strategy", "auto")).keys() - carried):
+    for name in sorted(strategy_arguments(changed.get("strategy", "auto")).keys() - carried):
         plugin = PLUGINS.get(strategy, "Accelerator")
         remarks.append(f"trainer.strategy's {name}={arguments[name]}: in code, by accelerate's {plugin}")
     remarks += _remarks(trainer, changed, strategy)
@@ -115,7 +115,7 @@ def _checked(strategy: str | None, trainer: Mapping[str, Any], processes: int | 
         raise UserError(f"trainer.precision={precision} has no name in accelerate; {', '.join(IN_ACCELERATE)} have.")
     clip, device = trainer.get("gradient_clip_val"), "cpu" if use_cpu else "cuda"
     chosen = {"trainer.strategy": strategy, "trainer.precision": precision, "trainer.gradient_clip_val": clip}
-    chosen |= {f"trainer.strategy.{k}": v for k, v in _arguments(trainer["strategy"]).items() if k == "stage"}
+    chosen |= {f"trainer.strategy.{k}": v for k, v in strategy_arguments(trainer["strategy"]).items() if k == "stage"}
     check_together(chosen | {"trainer.accelerator": device})
     if processes is None and strategy != SINGLE:
         raise UserError(
@@ -131,13 +131,6 @@ def _rendezvous(content: dict[str, Any], environ: Mapping[str, str]) -> list[str
             content[key] = environ[variable] if key == "main_process_ip" else whole_number(variable, environ)
     missing = [key for key, variable in RENDEZVOUS.items() if variable not in environ]
     return [f"{', '.join(missing)}: add them, on each node its own machine_rank (0 is the first)"] if missing else []
-
-
-def _arguments(strategy: Any) -> dict[str, Any]:
-    """Arguments of a strategy: of its class, or those that a short name stands for."""
-    if isinstance(strategy, str):
-        return dict(SHORT_NAMES[strategy][1]) if strategy in SHORT_NAMES else {}
-    return {**(strategy.get("init_args") or {}), **(strategy.get("dict_kwargs") or {})}
 
 
 def _section(

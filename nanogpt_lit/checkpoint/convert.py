@@ -27,7 +27,7 @@ from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.rows import retries_said_once
 from nanogpt_lit.data.tokenizer import Tokenizer
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, in_brief
 from nanogpt_lit.gpt.average import Average
 from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.gpt.networks import config_of
@@ -140,11 +140,11 @@ def read(source: Path, tokenizer: str | None = None, described: Described | None
     return OURS, load_run(source)
 
 
-def read_network(source: Path, tokenizer: str | None = None) -> tuple[str, StoredNetwork]:
+def read_network(source: Path) -> tuple[str, StoredNetwork]:
     """The kind of the source, and its network alone: of a checkpoint of ours, a third of the file is read."""
     if source.suffix == SUFFIX and source.is_file() and known_as(source) is None:
         return OURS, load_stored_network(source)
-    what, state = read(source, tokenizer)
+    what, state = read(source)
     return what, StoredNetwork(state.weights, state.hyper_parameters, state.data["tokenizer"])
 
 
@@ -186,10 +186,9 @@ def read_ckpt(path: Path, described: Described | None = None) -> RunState:
         state = replace(state, optimizer=lightning_format.numbered(state.optimizer))
         check_counts(state)
     except Exception as error:  # what the readers of zip, of pickle and of a dictionary raise is not one family
-        reason = " ".join(str(error).split())[:100]
         raise UserError(
             f"{path} is damaged, or is not a checkpoint that Lightning wrote of one optimizer and one schedule "
-            f"({type(error).__name__}: {reason})."
+            f"({in_brief(error)})."
         ) from error
     return state if described is None else described.complete(state)
 
@@ -219,9 +218,8 @@ def fetched(source: str) -> tuple[Path, str]:
             if any(file.match(weights[0]) for file in folder.iterdir()):
                 break
     except (OSError, ValueError, RuntimeError) as error:  # the hub's and the network's errors
-        reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"{source} could not be downloaded ({type(error).__name__}: {reason}); a folder of the model's files works "
-            "without a network."
+            f"{source} could not be downloaded ({in_brief(error)}); a folder of the model's files works without a "
+            "network."
         ) from error
     return folder, f"hf:{match[1]}@{revision}"

@@ -1,16 +1,14 @@
 """Saving beside the training, on a disk that may be full: training is worth more than one checkpoint of it."""
 
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 from nanogpt_lit.checkpoint.run_file import RunContent, check_finite
 from nanogpt_lit.checkpoint.shards import Index, sweep_shards
 from nanogpt_lit.checkpoint.state import RunState
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, tell
 from nanogpt_lit.runtime.durable import check_space
 from nanogpt_lit.runtime.processes import broadcast, rank
 
@@ -119,7 +117,5 @@ class BestEffortSaver:
         self.failing = False
 
     def _say(self, line: str) -> None:
-        if rank() != 0:
-            return
-        with suppress(OSError):  # the output may go to a file on the same disk
-            print(f"warning: {line}" if not self.failing else line, file=sys.stderr, flush=True)
+        if rank() == 0:
+            tell(f"warning: {line}" if not self.failing else line)

@@ -22,7 +22,7 @@ from nanogpt_lit.data.tokenizer import (
 from nanogpt_lit.data.tokenizer_files import with_chat_template
 from nanogpt_lit.data.tokenizer_json_reader import byte_pairs, known_or
 from nanogpt_lit.data.tokenizer_json_writer import LLAMA3_PATTERN, NAMES, QWEN2_PATTERN
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, in_brief
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 """llama.cpp's types of tokens. User-defined ones are shown where special ones are left out."""
@@ -144,9 +144,7 @@ def tokenizer_of(file: GGUFFile) -> Tokenizer:
             ends[end] = texts[n] if n is not None and n >= 0 and kinds[n] in SPECIAL else None
         adds_bos = bool(metadata.get(f"{KEY}add_bos_token", PATTERNS[name] == LLAMA3_PATTERN))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{path} has a tokenizer that is not as llama.cpp writes it ({type(error).__name__}: {error})."
-        ) from error
+        raise UserError(f"{path} has a tokenizer that is not as llama.cpp writes it ({in_brief(error)}).") from error
     tokenizer: Tokenizer | None = one_of_ours(texts, kinds, merges)
     if tokenizer is None:
         words = [text for text, kind in zip(texts, kinds, strict=True) if kind == USER_DEFINED]

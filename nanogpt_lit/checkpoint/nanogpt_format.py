@@ -24,7 +24,7 @@ from nanogpt_lit.checkpoint.exchange import (
 from nanogpt_lit.checkpoint.foreign_files import read_torch_file
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.data.tokenizer_files import tokenizer_from_files
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, in_brief
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
 from nanogpt_lit.optim.schedule import ScheduleConfig, WarmupDecay
@@ -64,8 +64,7 @@ def read(path: Path, tokenizer: str | None = None) -> RunState:
     except Exception as error:  # what the readers of zip, of pickle and of a dictionary raise is not one family
         if isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path} is a damaged checkpoint of nanoGPT ({type(error).__name__}: {reason}).") from error
+        raise UserError(f"{path} is a damaged checkpoint of nanoGPT ({in_brief(error)}).") from error
     assert gpt.vocab_size is not None
     begun = new_run(path, weights, gpt, chosen_tokenizer(path, gpt.vocab_size, tokenizer), optim, schedule)
     return replace(

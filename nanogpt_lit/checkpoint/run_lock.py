@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, tell
 from nanogpt_lit.runtime.durable import write_durably
 
 LOCK, HOLDER = "training.lock", "training.json"
@@ -98,7 +98,7 @@ class RunLock:
             if silent:
                 return
             if not reported:
-                say(f"{folder} was trained by {holder}; waiting up to {SILENT_S:g} s for a sign of it")
+                tell(f"{folder} was trained by {holder}; waiting up to {SILENT_S:g} s for a sign of it")
                 reported = True
             time.sleep(0.5)
 
@@ -174,8 +174,3 @@ def is_running(holder: Holder) -> bool:
     except OSError:
         return True
     return True
-
-
-def say(line: str) -> None:
-    with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)

@@ -14,7 +14,6 @@ from filelock import FileLock
 from jsonargparse import Namespace
 from torch import nn
 
-from nanogpt_lit.checkpoint.convert import fetched, read_network
 from nanogpt_lit.checkpoint.exchange import size
 from nanogpt_lit.checkpoint.newest import Newest, latest_of, newest_run
 from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, step_of, validations_of
@@ -172,6 +171,8 @@ class Beginning:
 
         chats: whether it is to have conversations, for which a tokenizer without a chat template gets one
         """
+        from nanogpt_lit.checkpoint.convert import fetched, read_network  # late: all formats are behind it
+
         of_hub = re.fullmatch(r"gpt2(-\w+)?|[\w-]+/[\w.-]+", source) and Path(source).suffix not in SUFFIXES
         if of_hub and not Path(source).exists():
             name = f"openai-community/{source}" if "/" not in source else source

@@ -280,7 +280,7 @@ class SettingsCLI(LightningCLI):
         if settings.get("init_from") is None:
             return
         source = settings.get("ckpt_path") or settings.init_from
-        from nanogpt_lit.cli.beginning import Beginning  # late, with the formats of all others behind it
+        from nanogpt_lit.cli.beginning import Beginning  # late, as above
 
         chats = settings.data.documents == "conversations"
         self.beginning = Beginning.of(source, settings.data.special_tokens or (), chats)

@@ -25,7 +25,7 @@ from nanogpt_lit.data.tokenizer import (
     gpt2_tokenizer,
     without_surrogates,
 )
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, in_brief
 from nanogpt_lit.untrusted.config_values import file_inside
 
 WHAT_WORKS = "gpt2, byte, char, bpe:N (bpe:32000 trains one on the source) or the path of a .tiktoken file"
@@ -234,7 +234,7 @@ def characters_of(folder: Path) -> CharTokenizer | None:
         characters = [character_of[token] for token in range(len(character_of))]
     except Exception as error:  # what the reader raises for a damaged file is not one family
         raise UserError(
-            f"{path} does not say which character each token is ({type(error).__name__}: {str(error)[:99]}); nanoGPT's "
+            f"{path} does not say which character each token is ({in_brief(error)}); nanoGPT's "
             "data/shakespeare_char/prepare.py writes it, and without it data.tokenizer counts."
         ) from error
     if not all(isinstance(c, str) and len(c) == 1 for c in characters) or characters != sorted(set(characters)):

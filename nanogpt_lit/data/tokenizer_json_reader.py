@@ -19,7 +19,7 @@ from nanogpt_lit.data.tokenizer import (
 )
 from nanogpt_lit.data.tokenizer_files import with_chat_template
 from nanogpt_lit.data.tokenizer_json_writer import check_same_ids, pattern_of, to_hugging_face
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, in_brief
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
@@ -38,7 +38,7 @@ def from_hugging_face(folder: Path) -> Tokenizer | None:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} is not as tokenizers writes it ({type(error).__name__}: {error}).") from error
+            raise UserError(f"{path} is not as tokenizers writes it ({in_brief(error)}).") from error
     if not (folder / VOCABULARY).is_file() or not (folder / MERGES).is_file():
         return None
     try:

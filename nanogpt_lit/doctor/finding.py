@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, in_brief
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def failed(name: str, error: Exception) -> Finding:
     """The finding of a check that an error has ended: a sentence of ours, a missing package, or anything else."""
     if isinstance(error, UserError):
         return Finding("wrong", name, str(error).rstrip("."))
-    reason = f"could not be looked at ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    reason = f"could not be looked at ({in_brief(error)})"
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         reason += f": pip install --force-reinstall {error.name.partition('.')[0]}"
     return Finding("wrong", name, reason)

@@ -1,5 +1,5 @@
-"""Parts of Lightning's Trainer that a run of ours replaces: loggers that do not end a training, a writer of checkpoints in
-the format of every loop.
+"""Parts of Lightning's Trainer that a run of ours replaces: loggers that do not end a training, a writer of checkpoints
+in the format of every loop.
 """
 
 import csv

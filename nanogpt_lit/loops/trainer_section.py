@@ -95,11 +95,11 @@ def writes_run_files(trainer: Namespace) -> bool:
     return named_strategy(trainer.strategy) in (SINGLE, DDP, FSDP2, DEEPSPEED)
 
 
-def strategy_arguments(strategy: Any) -> Mapping[str, Any]:
-    """The arguments of the class that trainer.strategy names, as far as they are given."""
+def strategy_arguments(strategy: Any) -> dict[str, Any]:
+    """The arguments of the class that trainer.strategy names, or those that a short name stands for."""
     if isinstance(strategy, str):
-        return SHORT_NAMES[strategy][1] if strategy in SHORT_NAMES else {}
-    return strategy.get("init_args") or {}
+        return dict(SHORT_NAMES[strategy][1]) if strategy in SHORT_NAMES else {}
+    return {**(strategy.get("init_args") or {}), **(strategy.get("dict_kwargs") or {})}
 
 
 def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def strategy_settings(trainer: Mapping[str, Any], device: str) -> dict[str, Any]
             f"trainer.strategy={strategy} needs the package deepspeed: pip install deepspeed, or set "
             "trainer.strategy=ddp."
         )
-    arguments = dict(strategy_arguments(strategy))
+    arguments = strategy_arguments(strategy)
     if isinstance(config := arguments.get("config"), Mapping):
         arguments["stage"] = config.get("zero_optimization", {}).get("stage", 0)
     return {
@@ -176,11 +176,10 @@ def check_devices(devices: Any, device: str) -> None:
         raise UserError(f"trainer.devices={devices} names no GPUs; auto, 2, [0, 1] and -1, which is all, work.")
 
 
-def complete_sizes(trainer: Namespace, environ: Mapping[str, str] = os.environ) -> None:
+def complete_sizes(trainer: Namespace) -> None:
     """Shards over all processes where ModelParallelStrategy's sizes are left at "auto".
 
     Lightning's auto would shard over nodes and divide every matrix over the GPUs of one.
-    environ: what torchrun says of the processes that it has started
     """
     if named_strategy(trainer.strategy) != FSDP2:
         return
@@ -189,7 +188,7 @@ def complete_sizes(trainer: Namespace, environ: Mapping[str, str] = os.environ) 
         trainer.strategy = Namespace(class_path=f"lightning.pytorch.strategies.{FSDP2}", init_args=arguments)
     arguments = trainer.strategy.init_args
     arguments.tensor_parallel_size = 1  # check_together refuses another
-    processes = asked_processes(vars(trainer)) or whole_number("WORLD_SIZE", environ, least=1)
+    processes = asked_processes(vars(trainer)) or whole_number("WORLD_SIZE", os.environ, least=1)
     if arguments.data_parallel_size == "auto":
         if processes is None:
             raise UserError(

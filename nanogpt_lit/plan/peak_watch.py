@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from nanogpt_lit.errors import in_brief
 from nanogpt_lit.memory.ladder import Rung
 from nanogpt_lit.memory.techniques import MemoryConfig
 from nanogpt_lit.plan.allocator import MIB
@@ -68,8 +69,7 @@ class PeakWatch:
             memory = self._module.memory_config
             self._footprint, self.planned_mib = plan(type(self._module), self._module.hparams, memory, of_run, gpu)
         except Exception as error:  # a run is worth more than its plan
-            reason = " ".join(str(error).split())[:200]
-            self._report(f"memory/planned_mib is left out, because planning failed: {type(error).__name__}: {reason}")
+            self._report(f"memory/planned_mib is left out, because planning failed: {in_brief(error)}")
 
     def end_step(self) -> None:
         self._steps += 1

@@ -3,7 +3,6 @@
 Training is worth more than some points of them.
 """
 
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar
 
-from nanogpt_lit.errors import UserError
+from nanogpt_lit.errors import UserError, tell
 from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.gpt.networks import section_of
 from nanogpt_lit.loops.contract import Observer, Training
@@ -193,11 +192,6 @@ class LeaveToFlush:
     def __call__(self, failure: threading.ExceptHookArgs) -> None:
         if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
             self._before(failure)
-
-
-def tell(line: str) -> None:
-    with suppress(OSError):  # the output may go to a file on the same disk
-        print(line, file=sys.stderr, flush=True)
 
 
 # Text that the network writes after each validation, into the TEXT tab.

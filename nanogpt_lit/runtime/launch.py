@@ -32,9 +32,9 @@ TOKENS, ERROR = "tokens", "error"
 """The files of the folder: tokens trained on so far, and the error that ended the process."""
 
 
-def is_first(environ: Mapping[str, str] = os.environ) -> bool:
+def is_first() -> bool:
     """Tell whether this process is the first of its run, before the processes know each other."""
-    return launched_processes(environ) == 1 or all(environ.get(name, "0") in ("", "0") for name in RANKS)
+    return launched_processes() == 1 or all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
 
 
 def launched_processes(environ: Mapping[str, str] = os.environ) -> int:

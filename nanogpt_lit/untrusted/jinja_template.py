@@ -20,7 +20,9 @@ from jinja2.visitor import NodeTransformer
 from nanogpt_lit.errors import UserError
 
 MOST_STEPS = 1_000_000
-"""Rounds of loops and calls, of one conversation: about a second."""
+"""Rounds of loops, of one conversation: about a second."""
+OF_A_CALL = 10
+"""Rounds that take as long as a call."""
 MOST_CHARS = 1 << 24
 MOST_POWER = 64
 
@@ -70,14 +72,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return Bounded().visit(super()._parse(source, name, filename))
 
-    def spend(self, steps: int = 1) -> None:
+    def spend(self, steps: int) -> None:
         self.steps += steps
         if self.steps > MOST_STEPS:
             raise TemplateError(f"it does not end within {MOST_STEPS:,} rounds of its loops")
 
     def counted(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
-            self.spend()
+            self.spend(1)
             yield value
 
     def concatenated(self, parts: Iterable[Any]) -> str:
@@ -86,7 +88,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(texts)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        __self.spend()
+        __self.spend(OF_A_CALL)
         for value in (*args, *kwargs.values()):
             if isinstance(value, int):
                 check_size(value)
