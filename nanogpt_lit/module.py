@@ -12,7 +12,6 @@ from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.networks import build, check_same_network, config_of, described, section_of
 from nanogpt_lit.loops.compatibility import check_together, keys_of
-from nanogpt_lit.loops.trainer_section import shard
 from nanogpt_lit.memory.elastic import ElasticConfig
 from nanogpt_lit.memory.techniques import MemoryConfig, apply_techniques, optimizer_class
 from nanogpt_lit.optim.adamw import AdamWConfig, build_optimizer
@@ -115,6 +114,8 @@ class LitNanoGPT(LightningModule):
     def configure_model(self) -> None:
         """Shards the network over the processes where Lightning's ModelParallelStrategy offers a device mesh."""
         if self.device_mesh is not None:
+            from nanogpt_lit.loops.sharded import shard  # late, for few runs are sharded
+
             shard(self, self.device_mesh)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"gpt", "memory", "runtime"},
     "plan.command": {"module", "optim", "data", "loops"},
     "checkpoint": {"gpt", "optim", "data", "runtime", "untrusted"},
-    "module": {"gpt", "optim", "memory", "loops.compatibility", "loops.trainer_section"},
+    "module": {"gpt", "optim", "memory", "loops.compatibility", "loops.sharded"},
     "run": {"gpt", "optim", "plan", "memory", "checkpoint", "runtime", "untrusted", "loops"},
     "loops": {"gpt", "optim", "memory", "checkpoint", "runtime", "untrusted", "run"},
     "accelerate_config": {"cli", "loops", "runtime", "untrusted"},
@@ -54,7 +54,7 @@ FRAMEWORKS = {
         "cli.fit_accelerate", "loops.accelerate", "loops.accelerate_sharded", "parity.brought_back",
         "parity.known_differences", "parity.runs",
     },
-    "deepspeed": {"loops.zero", "checkpoint.sharded_network"},
+    "deepspeed": {"loops.sharded", "checkpoint.sharded_network"},
 }  # fmt: skip
 OPTIONAL = {
     "deepspeed", "transformers", "gguf", "xllamacpp", "tokenizers", "huggingface_hub", "lm_eval", "datasets", "pyarrow",
@@ -144,7 +144,7 @@ def test_light_files_import_only_the_standard_library_at_the_top():
     [
         ("contract", {"errors", "runtime.precision", "runtime.process_settings", "runtime.processes"}),
         ("reference", {"loops", "loops.contract"}),
-        ("accelerate", {"errors", "loops.accelerate_sharded", "loops.contract", "loops.zero", "runtime.precision"}),
+        ("accelerate", {"errors", "loops.accelerate_sharded", "loops.contract", "loops.sharded", "runtime.precision"}),
     ],
 )
 def test_a_loop_imports_nothing_of_ours_but_the_contract(file, allowed):

@@ -24,7 +24,7 @@ from nanogpt_lit.doctor.run import check_checkpoints, largest_checkpoint
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.networks import described
-from nanogpt_lit.loops.trainer_section import shard
+from nanogpt_lit.loops.sharded import shard
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.processes import run_together
 from nanogpt_lit.parity.record import leaves, same

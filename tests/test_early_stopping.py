@@ -10,6 +10,7 @@ import torch
 from small_runs import BOTTLES, LOOPS, curves, different, fit, on_two_processes, small_run
 
 from nanogpt_lit.checkpoint.run_file import load_run
+from nanogpt_lit.checkpoint.state import ValidationRecord
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.loops.reference import train
 from nanogpt_lit.module import LitNanoGPT
@@ -17,7 +18,6 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.run.guards import EarlyStopping
 from nanogpt_lit.run.metrics import StepMetrics
-from nanogpt_lit.run.validations import ValidationRecord
 
 WORSE = ["--model.optim.lr=3", "--model.schedule.warmup_steps=0", "--trainer.max_steps=40", "--model.gpt.dropout=0"]
 """The network is soon worse than in the beginning. A validation after each second step."""

@@ -4,10 +4,10 @@ import pytest
 import torch
 from trainings import training_of
 
+from nanogpt_lit.checkpoint.state import ValidationRecord, perplexity
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.run import metrics as metrics_module
 from nanogpt_lit.run.metrics import StepMetrics
-from nanogpt_lit.run.validations import ValidationRecord, perplexity
 
 
 class Clock:

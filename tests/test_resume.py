@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_runs import BOTTLES, LOOPS, accelerate, curves, different, fit, small_run
 
-from nanogpt_lit.checkpoint.newest import latest_of, newest_run
+from nanogpt_lit.checkpoint.newest import newest_checkpoint
 from nanogpt_lit.checkpoint.run_file import load_run, save_run
 from nanogpt_lit.checkpoint.state import RunState
 from nanogpt_lit.loops.lightning_plugins import BestEffortLogger
@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_two_damaged_ones_s
     folder = tmp_path / "version_0"
     (folder / "checkpoints/best.safetensors").unlink()
     flip_a_bit(folder / LAST)
-    newest = latest_of(newest_run(tmp_path))
+    newest = newest_checkpoint(tmp_path)
     assert (newest.path, newest.step) == (folder / "checkpoints/previous.safetensors", 4)
     (remark,) = newest.remarks
     assert "last.safetensors is damaged" in remark
@@ -216,10 +216,10 @@ def test_the_step_decides_inside_a_run_whatever_the_clock_said_and_the_times_onl
     older.parent.mkdir(parents=True)
     save_run(older, RunState({}, {}, {}, {}, {}, None, [], 900, 900, 1, 1))
     os.utime(older, (150, 150))
-    assert latest_of(newest_run(tmp_path)).path == folder / LAST
-    assert latest_of(newest_run(tmp_path)).step == 6
+    assert newest_checkpoint(tmp_path).path == folder / LAST
+    assert newest_checkpoint(tmp_path).step == 6
     os.utime(older, (400, 400))
-    assert latest_of(newest_run(tmp_path)).step == 900
+    assert newest_checkpoint(tmp_path).step == 900
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from small_networks import TEXT, new_tokenizer, trained
 
+from nanogpt_lit.checkpoint.state import bits_per_byte
 from nanogpt_lit.data.prepare import PrepareConfig, prepare
 from nanogpt_lit.data.shards import TokenShards, val_tokens_per_byte
 from nanogpt_lit.data.tokenizer import gpt2_tokenizer
 from nanogpt_lit.data.tokenizer_files import read_tokenizer_files, tokenizer_from_files
 from nanogpt_lit.evaluate.likelihood import Scorer
-from nanogpt_lit.run.validations import bits_per_byte
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "byte", "char"])

@@ -23,7 +23,7 @@ from nanogpt_lit.checkpoint.run_file import load_run, step_of
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.loops.accelerate_environment import check_environment
-from nanogpt_lit.loops.zero import zero_config
+from nanogpt_lit.loops.sharded import zero_config
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.parity.brought_back import swapped
 from nanogpt_lit.parity.processes import run_together

@@ -77,7 +77,7 @@ TABLE: tuple[Row, ...] = (
     # FSDP, version 2
     Row("trainer.strategy", _FSDP + "version"),
     Row(None, _FSDP + "reshard_after_forward", True,
-        "each block's weights are given back after its forward; change shard in nanogpt_lit/loops/trainer_section.py"),
+        "each block's weights are given back after its forward; change shard in nanogpt_lit/loops/sharded.py"),
     Row(None, _FSDP + "offload_params", False, "model.memory.recompute=full takes less of a GPU"),
     Row(None, _FSDP + "auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
         "the network is wrapped block by block instead, as TRANSFORMER_BASED_WRAP with GPTBlock does"),

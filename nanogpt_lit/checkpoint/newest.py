@@ -31,6 +31,15 @@ def newest_run(root: Path) -> Path | None:
     return max(found, key=modified_ns).parent.parent if found else None
 
 
+def newest_checkpoint(root: Path) -> Newest | None:
+    """The newest checkpoint of the run below `root` that was saved last; None where no run has one.
+
+    Raises UserError as `latest_of` does.
+    """
+    run = newest_run(root)
+    return None if run is None else latest_of(run)
+
+
 def latest_of(run: Path) -> Newest:
     """The checkpoint of the highest step whose every byte is as it was written; never another run's.
 

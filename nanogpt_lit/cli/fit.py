@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 
 from nanogpt_lit.checkpoint.run_lock import RunLock
+from nanogpt_lit.checkpoint.state import perplexity
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning, rank_zero_print
 from nanogpt_lit.errors import UserError, refused_by
 from nanogpt_lit.loops.compatibility import DEEPSPEED, FSDP2
@@ -21,7 +22,6 @@ from nanogpt_lit.loops.trainer_section import named_strategy, strategy_arguments
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.stops import Stopped, print_stopped
 from nanogpt_lit.run.terminal import closing_table, opening_lines, relative_to_here
-from nanogpt_lit.run.validations import perplexity
 from nanogpt_lit.runtime.process_settings import restored_process_settings, set_for_process
 from nanogpt_lit.runtime.processes import has_group
 
@@ -58,7 +58,7 @@ class NanoGPTCLI(SettingsCLI):
     def before_instantiate_classes(self) -> None:
         self.complete_settings()
         if named_strategy(self.settings.trainer.strategy) == DEEPSPEED:
-            from nanogpt_lit.loops.zero import compute_on  # late, for few runs are DeepSpeed's
+            from nanogpt_lit.loops.sharded import compute_on  # late, for few runs are DeepSpeed's
 
             compute_on(self.device)
 

@@ -28,14 +28,13 @@ from nanogpt_lit.loops.accelerate_environment import (
     launched_processes,
 )
 from nanogpt_lit.loops.compatibility import DEEPSPEED, FSDP2, check_followed
+from nanogpt_lit.loops.sharded import compute_on, shard_over_all
 from nanogpt_lit.loops.trainer_section import (
     asked_processes,
     loop_settings,
     named_strategy,
-    shard_over_all,
     strategy_arguments,
 )
-from nanogpt_lit.loops.zero import compute_on
 from nanogpt_lit.memory.oom import oom_explained
 from nanogpt_lit.run.curves import TensorBoardCurves
 from nanogpt_lit.run.metrics import say

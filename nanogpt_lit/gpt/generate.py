@@ -125,7 +125,7 @@ def generate(
                     # The end of a prompt whose beginning the cache holds.
                     is_several = read > 0 and unread.size(1) > 1
                     behind = Documents.behind(read, unread.size(1), gpt.lm_head.weight) if is_several else None
-                    logits = gpt.lm_head(gpt.hidden(unread, keys, behind)[:, -1])  # (B, V)
+                    logits = gpt.next_logits(unread, keys, behind)  # (B, V)
                     next_tokens = sample(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
                     context = torch.cat([context, next_tokens[:, None]], dim=1)
                     if context.size(1) > block_size:

@@ -138,6 +138,10 @@ class Network(nn.Module):
         """Logits (B, T, V) of the token after each position. Training calls `loss`, which need not keep them."""
         return self.lm_head(self.hidden(tokens))
 
+    def next_logits(self, tokens: Tensor, cache: KeyValueCache | None, documents: Documents | None) -> Tensor:
+        """Logits (B, V) of the token that follows the last, for generation. The arguments are those of `hidden`."""
+        return self.lm_head(self.hidden(tokens, cache, documents)[:, -1])
+
     def documents(self, tokens: Tensor) -> Documents | None:
         """The documents of tokens (B, T) where config.document_start or document_end keeps them apart."""
         first, last = self.config.document_start, self.config.document_end

@@ -38,7 +38,7 @@ from nanogpt_lit.loops.contract import (
     scaler_beside,
     whole,
 )
-from nanogpt_lit.loops.zero import ZeroStep
+from nanogpt_lit.loops.sharded import ZeroStep
 from nanogpt_lit.runtime.precision import IN_ACCELERATE
 
 PLANNED: dict[str, Literal["single", "ddp", "fsdp2"]] = {

@@ -20,7 +20,7 @@ from nanogpt_lit.checkpoint.lightning_format import to_lightning
 from nanogpt_lit.checkpoint.sharded_network import load_into, unread_run
 from nanogpt_lit.loops.compatibility import FSDP2
 from nanogpt_lit.loops.lightning import MeasuredClipping
-from nanogpt_lit.loops.zero import ZeroStep, zero_config
+from nanogpt_lit.loops.sharded import ZeroStep, zero_config
 from nanogpt_lit.run.resume import check_network
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import Namespace
 
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE, TEXT_SAMPLES, check_together, keys_of
+from nanogpt_lit.loops.compatibility import DDP, DEEPSPEED, FSDP, FSDP2, SINGLE, TEXT_SAMPLES
 from nanogpt_lit.runtime.launch import RANKS, SIZES, whole_number
 from nanogpt_lit.runtime.precision import full_precision_name
 
@@ -201,41 +201,6 @@ def complete_sizes(trainer: Namespace) -> None:
             f"trainer.strategy.data_parallel_size={arguments.data_parallel_size} should be the {processes} processes "
             "of trainer.devices and trainer.num_nodes; leave it out."
         )
-
-
-def shard_over_all(module: Any, device: str, processes: int) -> None:
-    """Shard a LitNanoGPT as Lightning's ModelParallelStrategy has it done, for a loop without one.
-
-    device: "cuda" or "cpu"   processes: all that there are, joined in a group
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-
-    shard(module, init_device_mesh(device, (processes, 1), mesh_dim_names=("data_parallel", "tensor_parallel")))
-
-
-def shard(module: Any, mesh: Any) -> None:
-    """Shard a LitNanoGPT over the processes of a device mesh, by FSDP2.
-
-    Each process keeps its share of every weight, gradient and optimizer state; a block is whole only while it computes.
-    Raises UserError for a mesh that divides single matrices.
-    """
-    # Not every build of torch has torch.distributed.
-    import torch
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
-    gpt = module.gpt
-    if isinstance(gpt, FSDPModule):
-        return  # Lightning asks before every fit, validate and test
-    sizes = {"trainer.strategy.tensor_parallel_size": mesh["tensor_parallel"].size()}
-    check_together({**keys_of("model", module.hparams), "trainer.strategy": FSDP2, **sizes})
-    for block in gpt.blocks:
-        fully_shard(block, mesh=mesh["data_parallel"])
-    # What is outside of the blocks stays whole from forward to backward, also where another module is the outermost:
-    # `loss` calls `hidden`, and needs the head after it.
-    fully_shard(gpt, mesh=mesh["data_parallel"], reshard_after_forward=False)
-    for method in ("loss", "hidden"):  # what is called in place of forward
-        register_fsdp_forward_method(gpt, method)
-    module.loss = torch.compile(gpt.loss) if module.hparams["compile"] else gpt.loss
 
 
 # For a loop that is not Lightning's Trainer.

@@ -25,8 +25,7 @@ from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.loops import accelerate, reference
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.loops.lightning import MixedPrecision, Observed, precision_plugin
-from nanogpt_lit.loops.trainer_section import shard_over_all
-from nanogpt_lit.loops.zero import compute_on, zero_config
+from nanogpt_lit.loops.sharded import compute_on, shard_over_all, zero_config
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig

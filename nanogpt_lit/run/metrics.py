@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nanogpt_lit.checkpoint.state import ValidationRecord, bits_per_byte, perplexity
 from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.loops.contract import Observer, Training
-from nanogpt_lit.run.validations import ValidationRecord, bits_per_byte, perplexity
 from nanogpt_lit.runtime.clock import awake_s
 from nanogpt_lit.runtime.launch import TokensReport
 from nanogpt_lit.runtime.machine import peak_flops_of

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt_lit.checkpoint.run_file import SUFFIX, step_of
+from nanogpt_lit.checkpoint.state import perplexity
 from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.loops.contract import Observer, Training
 from nanogpt_lit.run.metrics import StepMetrics
-from nanogpt_lit.run.validations import perplexity
 from nanogpt_lit.runtime.clock import Sleeps, awake_s
 from nanogpt_lit.runtime.launch import as_typed
 from nanogpt_lit.runtime.machine import device_name

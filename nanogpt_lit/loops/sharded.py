@@ -1,4 +1,7 @@
-"""DeepSpeed's ZeRO as a loop has it: its engine adds up, clips and steps in one call, in which observers are told."""
+"""A network shared out over the processes: by FSDP2, and by DeepSpeed's ZeRO as a loop has it.
+
+DeepSpeed's engine adds up, clips and steps in one call, in which observers are told.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +13,46 @@ from torch.optim import Optimizer
 
 from nanogpt_lit.checkpoint.sharded_network import ZeroOptimizer
 from nanogpt_lit.errors import UserError
+from nanogpt_lit.loops.compatibility import FSDP2, check_together, keys_of
 from nanogpt_lit.runtime.precision import PRECISIONS, dtype_of
+
+
+def shard_over_all(module: Any, device: str, processes: int) -> None:
+    """Shard a LitNanoGPT as Lightning's ModelParallelStrategy has it done, for a loop without one.
+
+    device: "cuda" or "cpu"   processes: all that there are, joined in a group
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shard(module, init_device_mesh(device, (processes, 1), mesh_dim_names=("data_parallel", "tensor_parallel")))
+
+
+def shard(module: Any, mesh: Any) -> None:
+    """Shard a LitNanoGPT over the processes of a device mesh, by FSDP2.
+
+    Each process keeps its share of every weight, gradient and optimizer state; a block is whole only while it computes.
+    Raises UserError for a mesh that divides single matrices.
+    """
+    # Late: not every build of torch has torch.distributed.
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    gpt = module.gpt
+    if isinstance(gpt, FSDPModule):
+        return  # Lightning asks before every fit, validate and test
+    sizes = {"trainer.strategy.tensor_parallel_size": mesh["tensor_parallel"].size()}
+    check_together({**keys_of("model", module.hparams), "trainer.strategy": FSDP2, **sizes})
+    for block in gpt.blocks:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    # What is outside of the blocks stays whole from forward to backward, also where another module is the outermost.
+    fully_shard(gpt, mesh=mesh["data_parallel"], reshard_after_forward=False)
+    # What is called in place of forward. Not `hidden`, which they call: whole for it, the weights would be given back
+    # at the end of `loss`, and gathered once more for backward.
+    for method in ("loss", "next_logits"):
+        register_fsdp_forward_method(gpt, method)
+    module.loss = torch.compile(gpt.loss) if module.hparams["compile"] else gpt.loss
+
+
+# DeepSpeed.
 
 
 class ZeroStep(ZeroOptimizer):
