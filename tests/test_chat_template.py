@@ -151,7 +151,7 @@ def test_a_template_that_is_wrong_or_means_harm_ends_in_one_sentence(source, sai
 
 
 def test_its_budget_is_of_one_conversation():
-    template = JinjaTemplate("{% for i in range(90000) %}{% for j in range(6) %}{% endfor %}{% endfor %}x", "T")
+    template = JinjaTemplate("{% for i in range(900) %}{% for j in range(600) %}{% endfor %}{% endfor %}x", "T")
     assert [template.render() for _ in range(2)] == ["x", "x"]
 
 

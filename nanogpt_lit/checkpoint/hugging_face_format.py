@@ -55,6 +55,7 @@ def read(folder: Path, tokenizer: str | None = None) -> RunState:
         raise UserError(f"{path} holds no JSON object.")
     config = config_of(described, path)
     weights = our_weights(read_weights(folder), config)
+    assert config.vocab_size is not None
     own = from_hugging_face(folder)
     if own is not None and tokenizer is not None:
         raise UserError(f"--tokenizer={tokenizer} names a tokenizer, and {folder} brings its own; leave it out.")
