@@ -7,7 +7,7 @@ import torch
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import load_mean
-from nanogpt_lit.checkpoint.network import new_run
+from nanogpt_lit.checkpoint.exchange import new_run
 from nanogpt_lit.checkpoint.run_file import save_run
 from nanogpt_lit.data.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt_lit.evaluate.likelihood import Scorer

@@ -8,11 +8,11 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
-from nanogpt_lit.gpt.embedding import Embedding
+from nanogpt_lit.gpt.layers import Embedding
 
 REPEATED = """
 import torch
-from nanogpt_lit.gpt.embedding import Embedding
+from nanogpt_lit.gpt.layers import Embedding
 torch.manual_seed(0)
 table = Embedding(65, 256)
 tokens, weights = torch.randint(0, 65, (16, 256)), torch.randn(16, 256, 256)

@@ -14,7 +14,7 @@ from small_runs import BOTTLES, fit, small_run
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.checkpoint.convert import convert, load_network
-from nanogpt_lit.checkpoint.network import new_run
+from nanogpt_lit.checkpoint.exchange import new_run
 from nanogpt_lit.checkpoint.run_file import save_run
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.data.tokenizer import ByteTokenizer, CharTokenizer, gpt2_tokenizer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache, attention
-from nanogpt_lit.gpt.embedding import Embedding
+from nanogpt_lit.gpt.layers import Embedding
 from nanogpt_lit.gpt.network import Block, Network, NetworkConfig
 
 
