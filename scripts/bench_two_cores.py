@@ -4,7 +4,8 @@
 
 The text is char-rnn's tiny Shakespeare. Seconds are the whole command's by the clock, with its start, compilation,
 validation and checkpoints, so nothing else should run. The loss is of the whole validation set after the last step,
-which no setting was chosen on. A seed that the record has already is not run again.
+which no setting was chosen on. A seed that the record has already is not run again. Then all are measured as one model
+that predicts the mean of their probabilities.
 """
 
 import argparse
@@ -42,8 +43,18 @@ def main() -> None:
             print(record["runs"][-1], flush=True)
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    of = {key: median(run[key] for run in record["runs"]) for key in ("seconds", "loss")}
-    print(f"medians of {len(record['runs'])} seeds: loss {of['loss']:.4f} after {of['seconds']:.0f} s")
+    together = mean_loss([args.work / f"seed_{seed}" for seed in args.seeds])
+    record["together"] = {"seeds": args.seeds, "loss": together}
+    args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    loss, seconds = (median(run[key] for run in record["runs"]) for key in ("loss", "seconds"))
+    print(f"medians of {len(record['runs'])} seeds: loss {loss:.4f} after {seconds:.0f} s; together {together:.4f}")
+
+
+def mean_loss(folders: list[Path]) -> float:
+    command = [sys.executable, "-m", "nanogpt_lit", "eval", "--mean", "--json", "--ckpt"]
+    command += [str(folder / "version_0" / "checkpoints" / "last.safetensors") for folder in folders]
+    *_, together = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout).values()
+    return together["loss"]
 
 
 def fit(seed: int, source: Path, folder: Path, steps: int | None) -> dict[str, float]:
