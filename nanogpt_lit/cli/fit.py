@@ -136,6 +136,7 @@ class NanoGPTCLI(SettingsCLI):
                 deterministic=self.settings.trainer.deterministic,
             )
         )
+        self.say_if_it_overfits(self.model, trainer.world_size)
 
     def after_fit(self) -> None:
         if not self.lightning_run.has_begun:

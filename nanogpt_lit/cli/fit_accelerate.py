@@ -149,6 +149,7 @@ def train_run(cli: AccelerateCLI, lock: RunLock, arguments: list[str]) -> int:
             deterministic=settings.deterministic,
         )
     )
+    cli.say_if_it_overfits(module, accelerator.num_processes)
     if shards:
         shard_over_all(module, cli.device, processes)
     try:

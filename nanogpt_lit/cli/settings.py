@@ -42,6 +42,7 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig, short_of_peak
 from nanogpt_lit.run.curves import SampleConfig
 from nanogpt_lit.run.observers import RunConfig
+from nanogpt_lit.run.overfitting import overfitting
 from nanogpt_lit.run.stops import seconds_of
 from nanogpt_lit.runtime.clock import command_began_s
 from nanogpt_lit.runtime.durable import check_writable
@@ -211,6 +212,7 @@ class SettingsCLI(LightningCLI):
 
     def _follow(self, data: TokenDataModule) -> None:
         """Set what the data decides about the network, and check that the run goes with it."""
+        self._n_windows = data.n_windows
         gpt = self.settings.model[section_of(self.settings.model)]
         if gpt.vocab_size is None:
             gpt.vocab_size = data.vocab_size
@@ -293,6 +295,16 @@ class SettingsCLI(LightningCLI):
         if self.beginning is not None and self.settings.get("ckpt_path") is None:
             self.beginning.load_into(module, self.settings.data.block_size)
         self.beginning = None  # its weights need not be held twice
+
+    def say_if_it_overfits(self, module: LitNanoGPT, processes: int) -> None:
+        """Print that a new run will read its text too often. A run that fine-tunes learns from few readings anyway."""
+        trainer, data = self.settings.trainer, self.settings.data
+        if self.resumed is not None or self.settings.get("init_from") is not None or trainer.max_steps == -1:
+            return
+        sequences = trainer.max_steps * trainer.accumulate_grad_batches * processes * data.batch_size
+        readings, tokens = sequences / self._n_windows, self._n_windows * data.block_size
+        if sentence := overfitting(module.gpt, readings, tokens, module.optim_config.weight_decay):
+            rank_zero_print(sentence)
 
     def say_what_changed(self) -> None:
         """Print what is set otherwise than in the run that is gone on with."""

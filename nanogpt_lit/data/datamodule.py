@@ -240,6 +240,11 @@ class TokenDataModule(LightningDataModule):
         windows = self._windows["train"]
         return self._loader(windows, windows.training_order(self.batch_size, self.seed, self._current_position()))
 
+    @property
+    def n_windows(self) -> int:
+        """Sequences of one reading of the training text, once the data is prepared."""
+        return self._windows["train"].n_windows
+
     def val_dataloader(self, limit: int | None = None) -> DataLoader[Batch]:
         """Every window of the validation split once, or as many as `limit` batches have.
 

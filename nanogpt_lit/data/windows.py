@@ -23,6 +23,11 @@ Batch = tuple[Tensor, Tensor]
 class Windows(Dataset[Batch]):
     """Windows of a split, by a sampler's batches of them."""
 
+    @property
+    def n_windows(self) -> int:
+        """The number of them in one reading of the split."""
+        raise NotImplementedError
+
     def __getitems__(self, windows: list[int]) -> Batch:
         """tokens and targets, (B, T) int64 each"""
         raise NotImplementedError
@@ -48,9 +53,13 @@ class TokenWindows(Windows):
     """Windows of a stream, by where they start. Raises UserError where the stream has not even one."""
 
     def __init__(self, shards: TokenShards, block_size: int, split: str) -> None:
-        windows_in(len(shards), block_size, split)
+        self._n_windows = windows_in(len(shards), block_size, split)
         self.shards = shards
         self.block_size = block_size
+
+    @property
+    def n_windows(self) -> int:
+        return self._n_windows
 
     def training_order(self, batch_size: int, seed: int, position: StreamPosition) -> BatchOrder:
         return BatchOrder(len(self.shards), self.block_size, batch_size, seed, position)

@@ -1,0 +1,171 @@
+"""What the recipe `limited` is worth where a small text is read many times, beside `modern` and without each part.
+
+    OMP_NUM_THREADS=1 python scripts/small_texts.py --source input.txt
+
+The texts are small cuts, so that a network of 0.1 to 0.2 million parameters has as many parameters a token as one of
+some million has on a megabyte: characters of --source, and Python's standard library in 512 tokens. Validation reads
+the last tenth of the whole text, which no choice was made on: --choose measures the last tenth of the rest instead.
+Losses are those of the last step and the best of the run; they do not depend on the machine's load.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import statistics
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablate import MODERN, SIZES, Recipe
+from filelock import FileLock
+from torch import Tensor
+
+from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.gpt.networks import described
+from nanogpt_lit.loops import reference
+from nanogpt_lit.loops.contract import LoopSettings, Observer
+from nanogpt_lit.module import LitNanoGPT
+from nanogpt_lit.run.guards import FiniteGuard
+from nanogpt_lit.run.overfitting import DROPOUT, WEIGHT_DECAY
+
+shape, optim, schedule = MODERN
+MODERN = (replace(shape, n_layer=2, n_head=2, n_embd=64), replace(optim, muon_momentum=0.95), schedule)
+LIMITED: Recipe = (
+    replace(MODERN[0], dropout=DROPOUT),
+    replace(MODERN[1], weight_decay=WEIGHT_DECAY),
+    MODERN[2],
+)
+RECIPES: dict[str, tuple[Recipe, float]] = {
+    "modern": (MODERN, 1.0),
+    "limited": (LIMITED, 1.0),
+    "limited with dropout 0.1": ((replace(MODERN[0], dropout=0.1), *LIMITED[1:]), 1.0),
+    "limited without dropout": ((MODERN[0], *LIMITED[1:]), 1.0),
+    "limited without its weight decay": ((LIMITED[0], *MODERN[1:]), 1.0),
+    "limited on half the text": (LIMITED, 0.5),
+}
+"""Each with the share of the text that it reads, in as many steps."""
+BATCH_SIZE, VALIDATIONS = 16, 10
+CUTS = {"characters": ("char", 40_000), "code": ("bpe:512", 80_000)}
+"""Tokenizer of each text, and how many of its characters are trained on."""
+LIBRARY_CHARACTERS = 5_000_000
+
+
+class Losses(Observer):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_validation_end(self, step: int, loss: Tensor) -> None:
+        self.values.append(round(float(loss), 4))
+
+
+def library() -> str:
+    """The beginning of the standard library, its files in a mixed order that depends on their names alone."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = {path.relative_to(root): path for path in root.rglob("*.py")}
+    own = [name for name in files if not {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(name.parts)]
+    text = ""
+    for name in sorted(own, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
+        source = files[name].read_bytes()
+        if source.isascii():
+            text += source.decode() + "\n"
+        if len(text) > LIBRARY_CHARACTERS:
+            break
+    return text[:LIBRARY_CHARACTERS]
+
+
+def cut(text: str, tokenizer: str, trained: int, chooses: bool, folder: Path) -> TokenDataModule:
+    """`trained` characters of the beginning to train on, and as many to measure of the end."""
+    end = int(0.81 * len(text)) if chooses else int(0.9 * len(text))
+    held = text[end : end + trained]
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "text.txt"
+    if not source.is_file():  # other processes may be reading it
+        source.write_text(text[:trained] + held, encoding="utf-8")
+    data = TokenDataModule(
+        source=str(source),
+        tokenizer=tokenizer,
+        val_fraction=len(held) / (trained + len(held)),
+        block_size=SIZES["block_size"],
+        batch_size=BATCH_SIZE,
+        shards_dir=str(folder / "shards"),
+    )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def losses_of(recipe: Recipe, data: TokenDataModule, steps: int, seed: int) -> list[float]:
+    """The validation losses of a run, the last of them after its last step."""
+    shape, optim, schedule = recipe
+    data.seed = seed
+    torch.manual_seed(seed)
+    module = LitNanoGPT(
+        **described(replace(shape, vocab_size=data.vocab_size)),
+        optim=optim,
+        schedule=replace(schedule, total_steps=steps),
+    )
+    settings = LoopSettings(steps, gradient_clip_val=1.0, val_check_interval=-(-steps // VALIDATIONS), seed=seed)
+    losses = Losses()
+    reference.train(module, data.train_dataloader(), data.val_dataloader(), settings, [FiniteGuard(), losses])
+    return losses.values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="a text for the characters: char-rnn's input.txt")
+    parser.add_argument("--only", choices=CUTS, help="one of the texts")
+    parser.add_argument("--readings", nargs="+", type=int, default=[3, 30], help="of the text, by each run (3 30)")
+    parser.add_argument("--rows", nargs="+", choices=RECIPES, default=list(RECIPES), help="these recipes alone")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the runs of each recipe (0 1 2)")
+    parser.add_argument("--choose", action="store_true", help="measure on the last tenth of the training part")
+    parser.add_argument("--folder", type=Path, default=Path("runs/small_texts"), help="where to keep the tokens")
+    parser.add_argument("--out", type=Path, default=Path("docs/limited.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # a network this small is not faster on more
+    for kind, (tokenizer, trained) in CUTS.items():
+        if args.only not in (None, kind):
+            continue
+        text = library() if kind == "code" else args.source.read_text(encoding="utf-8")
+        for seed in args.seeds:
+            for readings in args.readings:
+                for row in args.rows:
+                    recipe, share = RECIPES[row]
+                    folder = args.folder / f"{kind}-{share}{'-choose' if args.choose else ''}"
+                    data = cut(text, tokenizer, int(share * trained), args.choose, folder)
+                    steps = round(readings / share * data.n_windows / BATCH_SIZE)
+                    losses = losses_of(recipe, data, steps, seed)
+                    print(
+                        f"{kind}, seed {seed}, read {readings} times, {row}: {losses[-1]}, best {min(losses)}",
+                        flush=True,
+                    )
+                    note(args.out, kind, data, row, readings, seed, losses)
+
+
+def note(out: Path, kind: str, data: TokenDataModule, row: str, readings: int, seed: int, losses: list[float]) -> None:
+    """Add the losses of a run to the record. Several processes may write one."""
+    with FileLock(out.with_name(f".{out.name}.lock")):
+        record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+        hardware = f"{platform.machine()}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}"
+        of_kind = record.setdefault(kind, {"hardware": hardware})
+        of_kind["tokens"] = max(of_kind.get("tokens", 0), data.n_windows * data.block_size)
+        of_kind.setdefault("validation_losses", {}).setdefault(str(readings), {}).setdefault(row, {})[str(seed)] = (
+            losses
+        )
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def table(losses: dict[str, dict[str, dict[str, list[float]]]]) -> str:
+    """Markdown: by readings and recipe, the loss at the last step and the best of the run, means over the seeds."""
+    rows = ["| read | recipe | at the end | best of the run | seeds |", "|---|---|---|---|---|"]
+    for readings, recipes in losses.items():
+        for row, by_seed in recipes.items():
+            last, best = (statistics.mean(f(of) for of in by_seed.values()) for f in (lambda of: of[-1], min))
+            rows.append(f"| {readings} times | {row} | {last:.3f} | {best:.3f} | {len(by_seed)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

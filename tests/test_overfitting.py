@@ -1,0 +1,62 @@
+"""The warning of a run that reads its text too often: where it stands, and where it does not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_runs import BOTTLES, LOOPS, small_run
+
+from nanogpt_lit.cli.settings import SettingsCLI
+from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.networks import build, config_of
+from nanogpt_lit.run.overfitting import DROPOUT, WEIGHT_DECAY, overfitting, useful_readings
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NETWORK = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=16)
+SHAKESPEARE = 1_003_854  # characters of nanoGPT's training part
+
+
+def told(readings, tokens, weight_decay=0.1, dropout=0.0):
+    return overfitting(build(replace(NETWORK, dropout=dropout)), readings, tokens, weight_decay)
+
+
+def test_the_more_parameters_a_token_has_the_fewer_readings_pay_and_four_always_do():
+    found = [useful_readings(parameters, 1_000_000) for parameters in (10_000, 100_000, 1_000_000, 10_000_000, 10**9)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == 4
+
+
+def test_a_run_is_told_once_it_reads_more_often_and_does_not_learn_by_the_recipe():
+    parameters = build(NETWORK).parameter_count(non_embedding=False)
+    useful = useful_readings(parameters, parameters)
+    assert told(0.9 * useful, parameters) is None
+    said = told(1.1 * useful, parameters)
+    assert f"{parameters:,} tokens will be read {1.1 * useful:,.0f} times" in said
+    assert "model.gpt.dropout=" in said
+    assert told(1.1 * useful, parameters, dropout=DROPOUT / 2) is None
+    assert told(1.1 * useful, parameters, weight_decay=WEIGHT_DECAY / 2) is None
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_every_loop_says_it_before_the_first_step_and_not_when_it_goes_on_or_fine_tunes(loop, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(BOTTLES[:600])
+    run = small_run(text, tmp_path / "root", "--model.gpt.dropout=0")
+    run = [option for option in run if "max_steps" not in option]
+    assert loop(*run, "--trainer.max_steps=4") == 0
+    assert "will be read" not in capsys.readouterr().out
+    assert loop(*run, "--trainer.max_steps=60", "--trainer.val_check_interval=120") == 0
+    said = capsys.readouterr().out
+    assert said.count("tokens will be read") == 1
+    assert said.index("will be read") < said.index("validation loss")
+    assert loop(*run, "--trainer.max_steps=61", "--resume=auto", "--trainer.val_check_interval=122") == 0
+    assert "will be read" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", [*sorted(CONFIGS.glob("*shakespeare*.yaml")), CONFIGS / "limited_char_cpu.yaml"])
+def test_no_configuration_for_shakespeare_is_told(path):
+    settings = SettingsCLI(args=["--config", str(path)]).settings
+    gpt = build(replace(config_of(settings.model), vocab_size=66))
+    data, trainer = settings.data, settings.trainer
+    tokens = trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size * data.block_size
+    assert overfitting(gpt, tokens / SHAKESPEARE, SHAKESPEARE, settings.model.optim.weight_decay) is None
