@@ -1,13 +1,17 @@
+import json
 import math
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 
-from nanogpt_lit.gpt.attention import KeyValueCache
+from nanogpt_lit.data.tokenizer import ByteTokenizer
+from nanogpt_lit.gpt.attention import KeyValueCache, LayerCache
 from nanogpt_lit.gpt.generate import candidates, generate, sample
 from nanogpt_lit.gpt.gpt2 import GPT, GPTConfig
 
+ROOT = Path(__file__).parents[1]
 BLOCK, V = 16, 50
 PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -80,6 +84,31 @@ def test_rows_of_a_batch_do_not_see_each_other(gpt):
     together = run(gpt, PROMPT, 40, temperature=0)
     apart = [run(gpt, row[None], 40, temperature=0) for row in PROMPT]
     assert torch.equal(together, torch.cat(apart))
+
+
+class AsItComes(LayerCache):
+    """Keys and values in their own dtype."""
+
+    def append(self, k, v):
+        keys = [k] if self.keys is None else [self.keys, k]
+        values = [v] if self.values is None else [self.values, v]
+        self.keys, self.values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        self.length += k.size(2)
+        return self.keys, self.values
+
+
+@pytest.mark.parametrize("prompt_length", [5, 140])  # attention is computed in float32 for up to 128 queries
+def test_keys_of_a_bfloat16_network_wait_in_float32_on_a_cpu_and_no_bit_changes(prompt_length):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=160, vocab_size=V, n_layer=2, n_head=2, n_embd=32)).bfloat16()
+    tokens = torch.randint(V, (2, prompt_length + 8), generator=seeded())
+    kept, plain = KeyValueCache(2, 160), KeyValueCache(2, 160)
+    plain.layers = [AsItComes(160) for _ in range(2)]
+    with torch.no_grad():
+        for part in (tokens[:, :prompt_length], *tokens[:, prompt_length:].split(1, dim=1)):
+            assert torch.equal(gpt.hidden(part, kept), gpt.hidden(part, plain))
+    assert kept.layers[0].keys.dtype == kept.layers[0].values.dtype == torch.float32
+    assert plain.layers[0].keys.dtype == torch.bfloat16
 
 
 def test_top_k_of_one_and_tiny_top_p_are_greedy(gpt):
@@ -198,3 +227,23 @@ def test_autocast_is_respected_with_and_without_the_cache(gpt):
 def test_arguments_that_make_no_sense_are_refused_before_the_first_token(gpt, options, message):
     with pytest.raises(ValueError, match=message):
         generate(gpt, **{"tokens": PROMPT, "max_new_tokens": 5, **options})
+
+
+@pytest.mark.long
+def test_the_time_of_a_token_is_measured_beside_transformers_and_llama_cpp(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench_generate_others as bench
+
+    tiny = GPTConfig(n_layer=1, n_head=1, n_embd=32)
+    monkeypatch.setattr(bench, "SIZES", {"tiny": (tiny, ByteTokenizer)})
+    monkeypatch.setattr(bench.torch, "set_num_threads", lambda threads: None)
+    out = tmp_path / "record.json"
+    bench.main(
+        [f"--work={tmp_path / 'models'}", "--threads=1", "--prompt=5", "--tokens=3", "--turns=1", f"--json={out}"]
+    )
+    measured = json.loads(out.read_text(encoding="utf-8"))["runs"]
+    assert [run["precision"] for run in measured] == ["float32", "bfloat16"]
+    for run in measured:
+        assert list(run["ms"]) == ["ours", "transformers", "llama.cpp"]
+        assert min(run["ms"].values()) > 0
+    assert bench.between([1.0, 1.5, 3.0]) == 1000.0

@@ -23,7 +23,8 @@ def attention(
 ) -> Tensor:
     """F.scaled_dot_product_attention. q: (B, H, T, D)   k, v: (B, K, tokens so far, D)
 
-    K divides H: each head of keys and values serves H / K heads of queries.
+    K divides H: each head of keys and values serves H / K heads of queries. k, v: in the dtype of q, or as the cache
+    has them
     mask: (B, 1, T, tokens so far), added to the logits, in place of is_causal
     """
     on_cpu = type(q) is Tensor and q.device.type == "cpu"
@@ -31,6 +32,7 @@ def attention(
         with torch.autocast("cpu", enabled=False):
             y = attention(q.float(), k.float(), v.float(), dropout_p=dropout_p, is_causal=is_causal, mask=mask)
         return y.to(q.dtype)
+    k, v = k.to(q.dtype), v.to(q.dtype)
     if mask is not None:
         mask = mask.to(q.dtype)
     in_float32 = on_cpu and q.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -85,10 +87,12 @@ class LayerCache:
         """
         B, H, T, D = k.shape
         # Allocated here and not in the constructor: k already has the dtype and device that attention computes in,
-        # which under autocast is not that of the parameters.
+        # which under autocast is not that of the parameters. A CPU's attention reads few queries' bfloat16 keys in
+        # float32: kept so, they are not converted again for each token.
         if self.keys is None or self.values is None:
-            self.keys = k.new_empty(B, H, self.block_size, D)
-            self.values = v.new_empty(B, H, self.block_size, D)
+            dtype = torch.float32 if k.device.type == "cpu" and k.dtype == torch.bfloat16 else k.dtype
+            self.keys = k.new_empty(B, H, self.block_size, D, dtype=dtype)
+            self.values = v.new_empty(B, H, self.block_size, D, dtype=dtype)
         start, self.length = self.length, self.length + T
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
