@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from nanogpt_lit.checkpoint.convert import convert, load_network
-from nanogpt_lit.checkpoint.network import new_run
+from nanogpt_lit.checkpoint.exchange import new_run
 from nanogpt_lit.checkpoint.run_file import save_run
 from nanogpt_lit.data.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer
 from nanogpt_lit.gpt.generate import generate

@@ -31,6 +31,7 @@ EXPECTED = {
     "modern_char_cpu": (4, 128, 64, 12, 1, 66),
     "shakespeare_char_2cores": (4, 256, 256, 16, 1, 66),
     "modern_rtx2050": (12, 768, 1024, 4, 4, 50304),
+    "tinystories_cpu": (4, 256, 256, 16, 1, 4096),
 }
 
 
@@ -44,7 +45,8 @@ def test_every_config_builds_the_module_and_the_data(path):
     TokenDataModule(**settings.data)
     gpt = config_of(settings.model)
     if gpt.vocab_size is None:  # from the text, which this test has not; Shakespeare has 65 characters
-        gpt = replace(gpt, vocab_size={"char": 66, "byte": 257, "bpe:32000": 32000}[settings.data.tokenizer])
+        sizes = {"char": 66, "byte": 257, "bpe:4096": 4096, "bpe:32000": 32000}
+        gpt = replace(gpt, vocab_size=sizes[settings.data.tokenizer])
     with torch.device("meta"):
         module = LitNanoGPT(
             **described(gpt),
