@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from statistics import median
 from xml.etree import ElementTree
 
 import pytest
@@ -301,6 +302,17 @@ def test_half_the_tokens_are_enough_as_the_record_of_the_recipe_says():
         "{:.3f}, {:.3f} and {:.3f}".format(*losses[name]) for name in ("modern on half the tokens", "nanogpt")
     )
     assert f"ends 75 steps at {half} for the three seeds, below the {whole} of `nanogpt` after 150" in page
+
+
+def test_two_cores_are_said_to_reach_what_the_record_holds():
+    measured = record("two_cores")
+    runs, together = measured["runs"], measured["together"]
+    loss, seconds = (median(run[key] for run in runs) for key in ("loss", "seconds"))
+    assert loss < 1.4697, "nanoGPT's README"
+    assert f"{loss:.3f} in {seconds / 60:.1f} minutes" in " ".join(PAGES["README.md"].split())
+    of_seeds = [f"| {run['seed']} | {run['loss']:.4f} | {run['seconds']:.0f} s |" for run in runs]
+    of_all = f"| all {len(together['seeds'])}, their probabilities averaged | {together['loss']:.4f} | |"
+    assert "\n".join([*of_seeds, of_all]) in PAGES["recipes.md"]
 
 
 def test_the_price_of_a_head_of_its_own_is_the_size_of_the_matrix():
