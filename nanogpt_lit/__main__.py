@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("nanogpt_lit.cli.generate:generate", "continue a text with a checkpoint"),
     "plan": ("nanogpt_lit.cli.plan:plan", "tell whether a run fits a GPU, and what to change if not"),
     "tune": ("nanogpt_lit.tune.command:tune", "find a better learning rate, batch size and recipe"),
+    "forecast": ("nanogpt_lit.forecast.command:forecast", "tell a run's loss and hours from minutes of small runs"),
     "doctor": ("nanogpt_lit.doctor.command:doctor", "check this machine, or a run, and say what to do"),
     "init-config": (
         "nanogpt_lit.cli.packaged_configs:init_config",

@@ -22,6 +22,7 @@ SMALLER = {
     "nanogpt_lit prepare": TINY_NETWORK,
     "nanogpt_lit plan": "--model.gpt.n_layer=2 --data.block_size=64 --model.gpt.vocab_size=512 --data.tokenizer=byte",
     "nanogpt_lit tune": f"{TINY_RUN} --out=tuned.yaml",
+    "nanogpt_lit forecast": TINY_RUN,
     "nanogpt_lit doctor": "",
     "nanogpt_lit keep-alive-unit": "",
     "nanogpt_lit init-config": "",
