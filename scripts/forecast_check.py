@@ -60,7 +60,8 @@ def main() -> None:
         name = "{}, {}, {n_layer} x {n_embd}".format(recipe, text, **shape)
         if name not in record["cases"] and (not args.only or name in args.only):
             record["cases"][name] = measured(recipe, text, shape, args)
-            args.out.write_text(json.dumps({"hardware": made_with, **record}, indent=1) + "\n", encoding="utf-8")
+            write(record | {"hardware": made_with}, args.out)
+    write(record, args.out)
     print(table(record["cases"]))
 
 
@@ -90,6 +91,14 @@ def row(run: Sized, loss: float) -> dict[str, Any]:
             "loss": round(loss, 5)}  # fmt: skip
 
 
+def write(record: dict[str, Any], out: Path) -> None:
+    """Write the record, with what a forecast says of its losses today."""
+    for case in record["cases"].values():
+        forecast = said(case)
+        case["forecast"] = forecast and [round(value, 4) for value in (forecast.loss, forecast.low, forecast.high)]
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def said(case: dict[str, Any]) -> Forecast | None:
     """What `forecast` says of a case today; None where it cannot know."""
     points = [
@@ -109,13 +118,13 @@ def table(cases: dict[str, Any]) -> str:
     ]
     for name, case in cases.items():
         largest = f"1/{case['own']['flops'] / max(run['flops'] for run in case['runs']):.0f}"
-        reached, forecast = case["own"]["loss"], said(case)
-        told = (
-            f"cannot know | {reached:.3f} | "
-            if forecast is None
-            else f"{forecast.loss:.3f}, {forecast.low:.3f} to {forecast.high:.3f} | {reached:.3f} | "
-            f"{forecast.loss / reached - 1:+.1%}".replace("%", " %")
-        )
+        reached = case["own"]["loss"]
+        if case["forecast"] is None:
+            told = f"cannot know | {reached:.3f} | "
+        else:
+            loss, low, high = case["forecast"]
+            off = f"{loss / reached - 1:+.1%}".replace("%", " %")
+            told = f"{loss:.3f}, {low:.3f} to {high:.3f} | {reached:.3f} | {off}"
         rows.append(f"| {name} | {largest} | {told} |")
     return "\n".join(rows)
 

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"cli", "checkpoint", "data", "gpt", "run", "plan", "runtime"},
     "parity": {"loops", "module", "gpt", "optim", "data", "run", "runtime", "cli"},
     "tune": {"cli", "module", "gpt", "optim", "memory", "data", "loops", "run", "plan", "runtime"},
-    "forecast": {"cli", "tune", "module", "gpt", "data", "loops", "run", "runtime"},
+    "forecast": {"cli", "tune", "checkpoint", "module", "gpt", "data", "loops", "run", "runtime"},
     "__main__": {"cli", "runtime", "supervise"},
     "__init__": {"module", "gpt", "optim", "memory", "data", "loops"},
 }  # fmt: skip

@@ -352,3 +352,20 @@ def test_the_tables_of_the_recipe_are_those_of_its_record_and_every_part_pays_fo
 def test_every_picture_and_record_is_named_on_the_page_that_says_how_it_is_made():
     for path in sorted([*DOCS.glob("*.json"), *DOCS.glob("*.svg"), *DOCS.glob("*.png")]):
         assert f"`docs/{path.name}`" in PAGES["records.md"], path.name
+
+
+def test_the_forecasts_of_the_record_are_what_the_law_says_today_and_the_page_says_how_near_they_come(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import forecast_check
+
+    cases, page = record("forecast")["cases"], PAGES["forecast.md"]
+    assert forecast_check.table(cases) in page
+    told = [(case["forecast"], case["own"]["loss"]) for case in cases.values() if case["forecast"] is not None]
+    inside = sum(low <= reached <= high for (_, low, high), reached in told)
+    near = sum(abs(loss / reached - 1) <= 0.02 for (loss, _, _), reached in told)
+    assert f"{inside} of {len(told)} ended within the interval, and {near} within 2 %" in " ".join(page.split())
+    for case in cases.values():
+        assert case["own"]["flops"] > 9.9 * max(run["flops"] for run in case["runs"])
+        said = forecast_check.said(case)
+        # Another rounding of exp leads the sampler another way, whose quantiles are as good.
+        assert case["forecast"] == (said and pytest.approx([said.loss, said.low, said.high], rel=0.02))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nanogpt_lit.checkpoint.state import bits_per_byte
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.shards import TokenShards, val_tokens_per_byte
 from nanogpt_lit.errors import UserError
@@ -17,7 +18,6 @@ from nanogpt_lit.forecast.picture import draw
 from nanogpt_lit.forecast.sizes import Sized, SizedRuns, choose, family, nearest
 from nanogpt_lit.loops.trainer_section import asked_processes
 from nanogpt_lit.run.stops import Reason, Stops, seconds_of
-from nanogpt_lit.run.validations import bits_per_byte
 from nanogpt_lit.runtime.clock import awake_s
 from nanogpt_lit.tune.short_runs import SPEED_STEPS
 
