@@ -21,6 +21,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nanogpt_lit.checkpoint.newest import newest_run
 from nanogpt_lit.runtime.machine import hardware
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shakespeare_char_2cores.yaml"
@@ -52,7 +53,7 @@ def main() -> None:
 
 def mean_loss(folders: list[Path]) -> float:
     command = [sys.executable, "-m", "nanogpt_lit", "eval", "--mean", "--json", "--ckpt"]
-    command += [str(folder / "version_0" / "checkpoints" / "last.safetensors") for folder in folders]
+    command += [str(run / "checkpoints" / "last.safetensors") for folder in folders if (run := newest_run(folder))]
     *_, together = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout).values()
     return together["loss"]
 
@@ -66,7 +67,9 @@ def fit(seed: int, source: Path, folder: Path, steps: int | None) -> dict[str, f
         started_s = time.perf_counter()
         subprocess.run(command, env=environment, check=True)
         seconds = time.perf_counter() - started_s
-    events = EventAccumulator(str(folder / "version_0"))
+    run = newest_run(folder)
+    assert run is not None, "fit has made one"
+    events = EventAccumulator(str(run))
     events.Reload()
     last = events.Scalars("val/loss")[-1]
     speed = median(event.value for event in events.Scalars("throughput/tokens_per_s"))
