@@ -18,7 +18,7 @@ import torch
 
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.forecast.law import LEAST_RUNS, Forecast, Law, Point
-from nanogpt_lit.forecast.pairs import loss_of_pairs
+from nanogpt_lit.forecast.pairs import BEGINS, loss_of_pairs
 from nanogpt_lit.forecast.sizes import Sized, SizedRuns, choose
 
 TIMES = 10
@@ -101,10 +101,8 @@ def write(record: dict[str, Any], out: Path) -> None:
 
 def said(case: dict[str, Any]) -> Forecast | None:
     """What `forecast` says of a case today; None where it cannot know."""
-    points = [
-        Point(run["parameters"], run["tokens"], run["loss"]) for run in case["runs"] if run["loss"] < case["pairs"]
-    ]
-    own = case["own"]
+    own, begins = case["own"], BEGINS * case["pairs"]
+    points = [Point(run["parameters"], run["tokens"], run["loss"]) for run in case["runs"] if run["loss"] < begins]
     if len(points) < LEAST_RUNS:
         return None
     return Law(points, own["parameters"], own["tokens"]).forecast(own["parameters"], own["tokens"])

@@ -13,7 +13,7 @@ from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.shards import TokenShards, val_tokens_per_byte
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.forecast.law import LEAST_RUNS, Forecast, Law, Point
-from nanogpt_lit.forecast.pairs import loss_of_pairs
+from nanogpt_lit.forecast.pairs import BEGINS, loss_of_pairs
 from nanogpt_lit.forecast.picture import draw
 from nanogpt_lit.forecast.sizes import Sized, SizedRuns, choose, family, nearest
 from nanogpt_lit.loops.trainer_section import asked_processes
@@ -74,9 +74,10 @@ def run(
     """
     quiet_lightning()
     cli = SettingsCLI(args=[f"--config={config}", *settings_of_fit])
-    check_can_know(cli.settings)
+    check_beginning(cli.settings)
     cli.complete_settings()
     settings = cli.settings
+    check_kind(settings)
     with Stops(None, budget_s, awake_s) as stops:
         began_s = awake_s()
         runs = SizedRuns(settings, cli.device, awake_s, stops.between_steps)
@@ -87,13 +88,13 @@ def run(
         check_budget(own, chosen, speed, budget_s)
         made = trained(runs, chosen, speed, budget_s - (awake_s() - began_s))
     code = 0 if stops.reason in (None, Reason.MAX_TIME) else stops.reason.exit_code
-    pairs = loss_of_pairs(runs.data.folder, runs.data.vocab_size)
-    points = [Point(run.parameters, run.tokens, loss) for run, loss in made.items() if loss < pairs]
+    begins = BEGINS * loss_of_pairs(runs.data.folder, runs.data.vocab_size)
+    points = [Point(run.parameters, run.tokens, loss) for run, loss in made.items() if loss < begins]
     if len(points) < LEAST_RUNS:
         print(
-            f"cannot know: a law takes {LEAST_RUNS} runs below {pairs:.4f}, the loss of a table of which token "
-            f"follows which. Of {len(made)} runs {len(points)} are, and {sum(map(math.isinf, made.values()))} "
-            "diverged. A longer --budget makes longer ones."
+            f"cannot know: a law takes {LEAST_RUNS} runs below {begins:.4f}, which is {BEGINS:.0%} of the loss of a "
+            f"table of which token follows which. Of {len(made)} runs {len(points)} are, and "
+            f"{sum(map(math.isinf, made.values()))} diverged. A longer --budget makes longer ones."
         )
         return code
     law = Law(points, own.parameters, own.tokens)
@@ -118,13 +119,22 @@ def run(
 # What a forecast cannot know.
 
 
-def check_can_know(settings: Any) -> None:
-    """Raises UserError for a run that smaller ones say nothing about."""
+def check_beginning(settings: Any) -> None:
+    """Raises UserError for a run that begins with a model, before it is fetched, and for one of several processes."""
     if settings.get("init_from") is not None:
         raise UserError(
             f"init_from={settings.init_from} begins with a trained model, and what that brings cannot be known from "
             "smaller networks, which begin from nothing; leave it out."
         )
+    processes = asked_processes(vars(settings.trainer))
+    if processes is not None and processes > 1:
+        raise UserError(
+            f"trainer.devices asks for {processes} processes and forecast measures one; --trainer.devices=1."
+        )
+
+
+def check_kind(settings: Any) -> None:
+    """Raises UserError for a run of a kind that smaller ones say nothing about."""
     if (optimizer := settings.model.optim["class_path"]) is not None:
         raise UserError(
             f"model.optim.class_path={optimizer}: how its learning rate follows the size of a network cannot be known "
@@ -134,11 +144,6 @@ def check_can_know(settings: Any) -> None:
         raise UserError(
             "data.documents=conversations learns answers alone, whose loss cannot be known from a law of text; joined "
             "and separate can be forecast."
-        )
-    processes = asked_processes(vars(settings.trainer))
-    if processes is not None and processes > 1:
-        raise UserError(
-            f"trainer.devices asks for {processes} processes and forecast measures one; --trainer.devices=1."
         )
 
 
@@ -229,11 +234,12 @@ def offered(law: Law, own: Sized, speed: Speed, hours: float, most_tokens: float
 
     def run_of(network: Sized) -> Sized:
         run = replace(network, batch_size=own.batch_size, accumulate_grad_batches=own.accumulate_grad_batches)
-        return replace(run, steps=int(min(3600 * hours / speed.step_s(run), most_tokens / run.step_tokens)))
+        steps = int(min(3600 * hours / speed.step_s(run), most_tokens / run.step_tokens))
+        return replace(run, steps=max(1, steps))
 
     smallest = min(point.parameters for point in law.points)
     found = [run_of(network) for network in (*family(own.network), own) if network.parameters >= smallest]
-    found = sorted({run for run in found if run.steps >= 1}, key=lambda run: run.parameters)
+    found = sorted(set(found), key=lambda run: run.parameters)
     yours = law.losses(own.parameters, run_of(own).tokens)
     return [
         Offer(
@@ -281,9 +287,8 @@ def table(offers: Sequence[Offer], own: Sized, hours: float) -> list[str]:
             f"{f'{network.n_layer} x {network.n_embd}':>17}  {offer.run.parameters:>13,}  {offer.run.tokens:>15,}  "
             f"{said.loss:.4f}, from {said.low:.4f} to {said.high:.4f}{'  best' if offer is best else ''}{mark}"
         )
-    sure = best.better > SURE
-    lines.append(
-        f"best: {best.run.network.n_layer} layers of {best.run.network.n_embd} channels for {best.run.steps:,} steps; "
-        + (f"lower than yours with {best.better:.0%}" if sure else "whether it is lower than yours cannot be known")
-    )
-    return lines
+    network = best.run.network
+    if network == own.network:
+        return [*lines, "best: yours"]
+    sure = f"surely lower than yours ({best.better:.0%})" if best.better > SURE else "if lower than yours is not sure"
+    return [*lines, f"best: {network.n_layer} layers of {network.n_embd} channels, {best.run.steps:,} steps; {sure}"]
