@@ -24,7 +24,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.gpt.networks import described
+from nanogpt_lit.gpt.networks import build, described
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
 from nanogpt_lit.module import LitNanoGPT
@@ -150,6 +150,9 @@ def note(out: Path, kind: str, data: TokenDataModule, row: str, readings: int, s
         record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
         hardware = f"{platform.machine()}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}"
         of_kind = record.setdefault(kind, {"hardware": hardware})
+        with torch.device("meta"):
+            gpt = build(replace(MODERN[0], vocab_size=data.vocab_size))
+        of_kind["parameters"] = gpt.parameter_count(non_embedding=False)
         of_kind["tokens"] = max(of_kind.get("tokens", 0), data.n_windows * data.block_size)
         of_kind.setdefault("validation_losses", {}).setdefault(str(readings), {}).setdefault(row, {})[str(seed)] = (
             losses

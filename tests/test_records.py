@@ -18,6 +18,7 @@ from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.parity.grid import AXES, every_combination
 from nanogpt_lit.plan.budget import choose_budget
 from nanogpt_lit.plan.command import own_rung, plan_run, plan_rung
+from nanogpt_lit.run.overfitting import useful_readings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -347,6 +348,24 @@ def test_the_tables_of_the_recipe_are_those_of_its_record_and_every_part_pays_fo
         assert list(losses) == list(ablate.experiments(of_data["steps"])), "docs/ablation.json is of other recipes"
         for name, values in losses.items():
             assert name == "modern" or all(a > b for a, b in zip(values, losses["modern"], strict=True)), name
+
+
+def test_the_tables_of_small_texts_are_those_of_their_record_and_the_recipe_pays_where_a_text_is_read_often(
+    monkeypatch,
+):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import small_texts
+
+    for of_kind in record("limited").values():
+        losses = of_kind["validation_losses"]
+        assert small_texts.table(losses) in PAGES["recipes.md"]
+        for readings in ("10", "30"):
+            for seed, of_limited in losses[readings]["limited"].items():
+                assert of_limited[-1] < min(losses[readings]["modern"][seed])
+        of_modern = losses["30"]["modern"]["0"]
+        turns = 30 * (1 + of_modern.index(min(of_modern))) / len(of_modern)
+        useful = useful_readings(of_kind["parameters"], of_kind["tokens"])
+        assert turns < useful < 2 * turns  # what fit goes by
 
 
 def test_every_picture_and_record_is_named_on_the_page_that_says_how_it_is_made():
