@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
                 run = {"size": size, "precision": precision, "threads": threads, "prompt": length, "ms": ms}
                 record["runs"].append(run)
                 print(row(run), flush=True)
-    if args.json is not None:
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                if args.json is not None:
+                    args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def row(run: dict[str, Any]) -> str:

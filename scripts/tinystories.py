@@ -215,13 +215,11 @@ def save(record: dict[str, Any], path: Path) -> None:
 
 def table(record: dict[str, Any]) -> str:
     """Markdown."""
-    rows = ["| recipe | perplexity | bits per byte | tokens | tokens/s |", "|---|---|---|---|---|"]
+    rows = ["| recipe | perplexity | bits per byte | steps | tokens | seconds |", "|---|---|---|---|---|---|"]
     for recipe, of in record["recipes"].items():
         if "perplexity" in of:
-            millions, rate = of["tokens"] / 1e6, of["tokens_per_s"]
-            rows.append(
-                f"| {recipe} | {of['perplexity']:.2f} | {of['bits_per_byte']:.3f} | {millions:.1f}M | {rate:,.0f} |"
-            )
+            losses = f"{of['perplexity']:.2f} | {of['bits_per_byte']:.3f}"
+            rows.append(f"| {recipe} | {losses} | {of['steps']:,} | {of['tokens']:,} | {of['seconds']:,.0f} |")
     return "\n".join(rows)
 
 

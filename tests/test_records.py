@@ -284,6 +284,25 @@ def test_what_is_measured_beside_the_step_is_what_the_records_hold():
     assert f"hundred, {last:.1f} ms among the last" in page
 
 
+def test_the_table_of_generation_is_that_of_its_record(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench_generate_others
+
+    for run in record("bench_generate_others")["runs"]:
+        assert bench_generate_others.row(run) in PAGES["benchmarks.md"].splitlines()
+
+
+def test_the_table_of_stories_is_that_of_its_record_and_the_published_figures_are_the_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import tinystories
+
+    measured, page = record("tinystories"), " ".join(PAGES["recipes.md"].split())
+    assert tinystories.table(measured) in PAGES["recipes.md"]
+    assert f"--minutes {measured['minutes']:g} {' '.join(measured['options'])}" in page
+    for figure in tinystories.PUBLISHED.values():
+        assert f" {figure:.2f}" in page
+
+
 def test_what_the_page_of_models_says_was_measured_is_what_the_records_hold():
     page = " ".join(PAGES["models.md"].split())
     (run,) = record("bench_documents")["runs"]
