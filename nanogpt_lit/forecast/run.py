@@ -31,8 +31,6 @@ TOO_WIDE = 0.1
 """An interval whose half is a larger share of the loss tells nothing that one did not know."""
 OFFERED = 5
 """Rows of the table of sizes."""
-SURE = 0.9
-"""Probability from which a network is said to be better."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Offer:
     run: Sized
     forecast: Forecast
     better: float
-    """Probability that it ends lower than the YAML's network does in these hours."""
+    """Share of the laws by which it ends lower than the YAML's network does in these hours."""
 
 
 def run(
@@ -290,5 +288,6 @@ def table(offers: Sequence[Offer], own: Sized, hours: float) -> list[str]:
     network = best.run.network
     if network == own.network:
         return [*lines, "best: yours"]
-    sure = f"surely lower than yours ({best.better:.0%})" if best.better > SURE else "if lower than yours is not sure"
-    return [*lines, f"best: {network.n_layer} layers of {network.n_embd} channels, {best.run.steps:,} steps; {sure}"]
+    lines.append(f"best: {network.n_layer} layers of {network.n_embd} channels for {best.run.steps:,} steps")
+    lines.append(f"By {best.better:.0%} of the laws that fit it ends lower than yours.")
+    return lines
