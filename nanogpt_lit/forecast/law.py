@@ -25,7 +25,8 @@ DEVIATIONS = (0.4, 1.0, 1.0, 0.35, 0.35, 0.7)
 
 BENDS = 0.045
 """How far a law misses, as a share of the loss, for each factor of ten between the run and the largest that it was made
-from: the root mean square of what docs/forecast.json has. No noise of the runs explains it: the law itself bends."""
+from: the root mean square of the first three in docs/forecast.json, one of which missed by 7 %. No noise of the runs
+explains that: the law itself bends."""
 
 
 @dataclass(frozen=True)
