@@ -24,9 +24,9 @@ DEVIATIONS = (0.4, 1.0, 1.0, 0.35, 0.35, 0.7)
 """Deviations of their logarithms."""
 
 BENDS = 0.045
-"""How far a law misses, as a share of the loss, for each factor of ten between the run and the largest that it was made
-from: the root mean square of the first three in docs/forecast.json, one of which missed by 7 %. No noise of the runs
-explains that: the law itself bends."""
+"""Share of the loss by which a law misses for each factor of ten between the run and the largest that it was made from:
+the root mean square of the first three in docs/forecast.json, one of which missed by 7 %. No noise of the runs explains
+that: the law itself bends."""
 
 
 @dataclass(frozen=True)
