@@ -4,7 +4,7 @@
 
 The text is char-rnn's tiny Shakespeare. Seconds are the whole command's by the clock, with its start, compilation,
 validation and checkpoints, so nothing else should run. The loss is of the whole validation set after the last step,
-which no setting was chosen on. A seed that the record has already is not run again. Then all are measured as one model
+for which no setting was chosen. A seed that the record has already is not run again. Then all are measured as one model
 that predicts the mean of their probabilities.
 """
 

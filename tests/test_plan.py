@@ -1,6 +1,7 @@
 """What a user types and reads, and what a program gets."""
 
 import json
+import pickle
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from functools import partial
@@ -174,6 +175,20 @@ def test_the_largest_is_told_for_the_yaml_and_for_the_leanest_way_with_its_lines
     assert own["network"] == leanest["network"] == "mine"
     assert "as configured:" in text
     assert all(f"    {line}\n" in text for line in leanest["yaml"])
+
+
+def test_what_the_search_is_given_gets_to_another_process_whole():
+    given = settings(), choose_budget("rtx2050", usable="40MiB")
+    assert pickle.loads(pickle.dumps(given)) == given
+
+
+@pytest.mark.long
+def test_the_command_searches_in_another_process_and_finds_what_the_search_finds_here(capsys):
+    options = ["--data.block_size=64", "--trainer.accumulate_grad_batches=1", "--trainer.limit_val_batches=0"]
+    assert main(["plan", "--vram=6GiB", "--usable=60MiB", "--largest", "--json", *SMALL, *options]) == 0
+    found = json.loads(capsys.readouterr().out)["largest"]
+    assert found == largest_that_fits(settings(*options), choose_budget(None, "6GiB", "60MiB"))
+    assert found[0]["batch_size"] > 1
 
 
 @pytest.mark.parametrize(("of_a_layer", "deep_traces"), [(0, 2), (1e-5, 4), (1e-2, 20)])
