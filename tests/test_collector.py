@@ -29,3 +29,17 @@ with quick_imports():
     assert gc.isenabled()
 assert gc.get_freeze_count() == 0
 """)
+
+
+def test_a_command_does_not_import_transformers_to_start():
+    run("""
+import importlib.util, sys
+assert importlib.util.find_spec("transformers") is not None, "else there is nothing to leave out"
+from nanogpt_lit.runtime.collector import quick_imports
+with quick_imports():
+    import lightning
+assert "transformers" not in sys.modules
+import transformers  # by who wants it
+from lightning_utilities.core.imports import RequirementCache
+assert RequirementCache("transformers")
+""")

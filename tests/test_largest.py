@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_lit.plan.command import largest
+from nanogpt_lit.plan.largest import largest
 
 
 @given(

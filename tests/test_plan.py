@@ -18,10 +18,12 @@ from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.memory.ladder import ladder
 from nanogpt_lit.module import LitNanoGPT
 from nanogpt_lit.plan import command as planning
+from nanogpt_lit.plan import largest as search
 from nanogpt_lit.plan import plan as plan_module
 from nanogpt_lit.plan.allocator import MIB, Usage, replay
 from nanogpt_lit.plan.budget import choose_budget
-from nanogpt_lit.plan.command import largest_that_fits, own_rung, plan_run, plan_rung, vocab_size
+from nanogpt_lit.plan.command import own_rung, plan_run, plan_rung, vocab_size
+from nanogpt_lit.plan.largest import largest_that_fits
 from nanogpt_lit.plan.plan import measure, reserved_mib
 from nanogpt_lit.plan.report import report, report_largest, worth_showing
 from nanogpt_lit.plan.step import StepShape, long_run, trace_steps
@@ -152,7 +154,7 @@ def test_gpt2_small_at_4_x_4_x_1024_needs_what_the_traces_of_nanogpt_found():
 
 
 def test_the_largest_is_told_for_the_yaml_and_for_the_leanest_way_with_its_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "FAMILY", {"mine": (1, 2, 64)})
+    monkeypatch.setattr(search, "FAMILY", {"mine": (1, 2, 64)})
     budget = choose_budget("rtx2050", usable="40MiB")
     short = ["--data.block_size=128", "--trainer.accumulate_grad_batches=1", "--trainer.limit_val_batches=0"]
     configured = settings(*short)
@@ -195,7 +197,7 @@ def test_the_command_searches_in_another_process_and_finds_what_the_search_finds
 def test_two_layers_find_the_size_that_asking_every_size_of_the_network_finds(
     plan, monkeypatch, of_a_layer, deep_traces
 ):
-    monkeypatch.setattr(planning, "FAMILY", {})
+    monkeypatch.setattr(search, "FAMILY", {})
     configured, usable_mib, asked = settings("--model.gpt.n_layer=12"), plan.budget.usable_mib, []
 
     def needed_mib(tokens, n_layer):
@@ -205,7 +207,7 @@ def test_two_layers_find_the_size_that_asking_every_size_of_the_network_finds(
         asked.append((rung.memory.weights, build.args[1].n_layer))
         return needed_mib(rung.batch_size * shape.block_size, build.args[1].n_layer)
 
-    monkeypatch.setattr(planning, "reserved_mib", traced_mib)
+    monkeypatch.setattr(search, "reserved_mib", traced_mib)
     _, leanest = largest_that_fits(configured, plan.budget)
     for found, unit, tokens in ((leanest["batch_size"], 1, 512), (leanest["block_size"], 64, 1)):
         every = range(unit, 1_000_000 // tokens, unit)
@@ -215,7 +217,7 @@ def test_two_layers_find_the_size_that_asking_every_size_of_the_network_finds(
 
 
 def test_a_network_whose_weights_alone_do_not_fit_is_not_traced(monkeypatch):
-    monkeypatch.setattr(planning, "FAMILY", {"small": (1, 2, 64), "wide": (2, 2, 1024)})
+    monkeypatch.setattr(search, "FAMILY", {"small": (1, 2, 64), "wide": (2, 2, 1024)})
     asked = set()
 
     def traced_mib(build, rung, shape, gpu):
@@ -226,7 +228,7 @@ def test_a_network_whose_weights_alone_do_not_fit_is_not_traced(monkeypatch):
         "--data.block_size=128", "--trainer.accumulate_grad_batches=1", "--trainer.limit_val_batches=0"
     )
     plan = plan_run(configured, choose_budget("rtx2050", usable="200MiB"))  # of which weights and gradients take 196
-    monkeypatch.setattr(planning, "reserved_mib", traced_mib)
+    monkeypatch.setattr(search, "reserved_mib", traced_mib)
     assert [found["network"] for found in largest_that_fits(configured, plan.budget)] == ["wide", "wide"]
     assert {("device", 1024), ("streamed", 1024)} <= asked
     asked.clear()
@@ -249,11 +251,9 @@ def test_what_a_strategy_exchanges_stays_on_the_device_and_all_else_is_offered(s
 
 @pytest.mark.parametrize(("strategy", "found"), [("ddp", "small"), ("ModelParallelStrategy", "wide")])
 def test_of_weights_that_are_shared_out_a_share_has_to_fit(strategy, found, plan, monkeypatch):
-    monkeypatch.setattr(planning, "FAMILY", {"small": (1, 2, 64)})
-    monkeypatch.setattr(planning, "LARGER", {"wide": (2, 2, 1024)})
-    monkeypatch.setattr(
-        planning, "reserved_mib", lambda build, rung, shape, gpu: rung.batch_size * shape.block_size / 99
-    )
+    monkeypatch.setattr(search, "FAMILY", {"small": (1, 2, 64)})
+    monkeypatch.setattr(search, "LARGER", {"wide": (2, 2, 1024)})
+    monkeypatch.setattr(search, "reserved_mib", lambda build, rung, shape, gpu: rung.batch_size * shape.block_size / 99)
     configured = settings("--trainer.devices=2", f"--trainer.strategy={strategy}", "--trainer.precision=bf16-mixed")
     shape = planning.step_shape(configured, planning.network(configured), lightning=True)
     budget = choose_budget("a100", usable="190MiB")  # weights and gradients take 196
@@ -263,8 +263,8 @@ def test_of_weights_that_are_shared_out_a_share_has_to_fit(strategy, found, plan
 
 @pytest.mark.long
 def test_more_devices_leave_room_for_more_under_fsdp2_and_for_as_much_under_ddp(monkeypatch):
-    monkeypatch.setattr(planning, "FAMILY", {"mine": (1, 2, 64)})
-    monkeypatch.setattr(planning, "LARGER", {"wide": (2, 4, 512), "wider": (2, 8, 1024)})
+    monkeypatch.setattr(search, "FAMILY", {"mine": (1, 2, 64)})
+    monkeypatch.setattr(search, "LARGER", {"wide": (2, 4, 512), "wider": (2, 8, 1024)})
 
     def found(strategy, devices):
         configured = settings(

@@ -43,7 +43,7 @@ def plan(arguments: list[str]) -> int:
         settings_of_fit += [] if value is None else [f"--trainer.{key}={value}"]
     if not options.largest:
         return _plan(options, settings_of_fit)
-    # The search takes as long as the plan: it runs beside it, in a process that imports torch meanwhile.
+    # The search takes as long as the plan: most of it runs beside it, in a process that imports torch meanwhile.
     with ProcessPoolExecutor(1, get_context("spawn")) as searcher:
         searcher.submit(_get_ready)
         return _plan(options, settings_of_fit, searcher)
@@ -54,7 +54,7 @@ def _get_ready() -> None:
     from nanogpt_lit.runtime.collector import quick_imports
 
     with quick_imports():
-        import nanogpt_lit.plan.command  # noqa: F401
+        import nanogpt_lit.plan.largest  # noqa: F401
 
 
 def _plan(options: Namespace, settings_of_fit: list[str], searcher: ProcessPoolExecutor | None = None) -> int:
@@ -63,7 +63,8 @@ def _plan(options: Namespace, settings_of_fit: list[str], searcher: ProcessPoolE
     with quick_imports():
         from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
         from nanogpt_lit.plan.budget import choose_budget
-        from nanogpt_lit.plan.command import growth_of, largest_that_fits, plan_run
+        from nanogpt_lit.plan.command import growth_of, plan_run
+        from nanogpt_lit.plan.largest import largest_sizes, largest_that_fits
         from nanogpt_lit.plan.many import report_many
         from nanogpt_lit.plan.report import check_picture, report, report_largest, write_picture
 
@@ -75,7 +76,7 @@ def _plan(options: Namespace, settings_of_fit: list[str], searcher: ProcessPoolE
     cli.find_beginning()
     title = ", ".join(str(path) for path in cli.config.get("config") or []) or "the defaults"
     lightning = options.loop == "lightning"
-    largest = None if searcher is None else searcher.submit(largest_that_fits, cli.settings, budget, lightning)
+    sizes = None if searcher is None else searcher.submit(largest_sizes, cli.settings, budget, lightning)
     planned = plan_run(cli.settings, budget, lightning)
     if options.picture is not None:
         write_picture(planned, title, options.picture)
@@ -90,13 +91,13 @@ def _plan(options: Namespace, settings_of_fit: list[str], searcher: ProcessPoolE
         if several:
             answer["step"] = step.as_json(tokens)
             answer["growth"] = [grown.as_json(tokens) for grown in steps]
-        if largest is not None:
-            answer["largest"] = largest.result()
+        if sizes is not None:
+            answer["largest"] = largest_that_fits(cli.settings, budget, lightning, sizes)
         print(json.dumps(answer, indent=1))
         return 0
     print(report(planned, title), flush=True)
     if several:
         print("\n" + report_many(steps, step, planned.shape.strategy, tokens), flush=True)
-    if largest is not None:
-        print("\n" + report_largest(largest.result(), planned))
+    if sizes is not None:
+        print("\n" + report_largest(largest_that_fits(cli.settings, budget, lightning, sizes), planned))
     return 0

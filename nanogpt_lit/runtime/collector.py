@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept from looking where there is nothing to find."""
+"""A quick start: Python's garbage collector does not look where nothing is, and what no command needs is left out."""
 
 import gc
 import sys
@@ -28,6 +28,23 @@ def quick_imports() -> Iterator[None]:
     if "torch" in sys.modules:
         yield
         return
-    with no_collector():
+    with no_collector(), _no_metrics_of_transformers():
         yield
         gc.freeze()
+
+
+@contextmanager
+def _no_metrics_of_transformers() -> Iterator[None]:
+    """Have torchmetrics, which Lightning imports, leave out its metrics that need transformers: where that is
+    installed, its import takes longer than torch's own."""
+    from unittest.mock import patch
+
+    from lightning_utilities.core.imports import RequirementCache
+
+    is_met = RequirementCache.__bool__
+
+    def is_met_but_for_them(self: RequirementCache) -> bool:
+        return not (self.requirement or "").startswith("transformers") and is_met(self)
+
+    with patch.object(RequirementCache, "__bool__", is_met_but_for_them):
+        yield
