@@ -123,6 +123,24 @@ def test_a_batch_of_ignored_targets_has_no_loss_and_zero_gradients():
         assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rows_at_a_time_have_the_bits_of_all_rows_at_once(dtype, monkeypatch):
+    hidden, head_weight, targets = random_inputs(V=700)
+    targets[0, 1] = IGNORE_INDEX
+
+    def computed(logits_at_a_time, rows_of_product):
+        monkeypatch.setattr("nanogpt_lit.gpt.loss.CACHED_LOGITS", logits_at_a_time)
+        monkeypatch.setattr("nanogpt_lit.gpt.loss.PRODUCT_ROWS", rows_of_product)
+        states, weight = hidden.to(dtype).requires_grad_(), head_weight.clone().requires_grad_()
+        loss = chunked_cross_entropy(states, weight, targets, chunk_tokens=6)
+        loss.backward()
+        return loss.detach(), states.grad, weight.grad
+
+    at_once = computed(10**9, 10**9)
+    for few in (1, 1400, 2800):  # a row of logits, two, four; of chunks of six tokens and of four
+        assert all(map(torch.equal, computed(few, 1 + few // 7), at_once))
+
+
 def test_chunked_loss_without_gradients_is_the_same_number():
     hidden, head_weight, targets = random_inputs()
     targets[0, 2] = IGNORE_INDEX

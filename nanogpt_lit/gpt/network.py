@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache
+from nanogpt_lit.gpt.layers import Embedding
 from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
 
 HEAD = "lm_head.weight"
@@ -111,7 +112,7 @@ class Network(nn.Module):
         self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy
 
     @property
-    def embedding(self) -> nn.Embedding:
+    def embedding(self) -> Embedding:
         """The embedding of the tokens, (V, C)."""
         raise NotImplementedError
 
