@@ -8,8 +8,9 @@ Every variant lives in a process of its own (bench_variants.py), as when it is u
 that a busy machine slows all of them: what is reported is the median of the paired ratios. A product of two square
 matrices has its turn too; utilisation is the share of its rate that a step's arithmetic reaches, 6 N + 12 L C T
 operations a token. nanoGPT's step is the one of its train.py on a CPU: float32, its own optimizer, compiled (its
-default) or not (its README's advice). On a machine whose cores others use too, OMP_NUM_THREADS=1 and --clock cpu
-count the time that a step keeps a CPU busy, which waiting does not lengthen.
+default) or not (its README's advice); and once under autocast, which its train.py has for GPUs alone. On a machine
+whose cores others use too, OMP_NUM_THREADS=1 and --clock cpu count the time that a step keeps a CPU busy, which waiting
+does not lengthen.
 """
 
 import argparse
@@ -53,7 +54,10 @@ SIZES = {
     "30M": Shape(6, 6, 384, 50304),
     "124M": Shape(12, 12, 768, 50304),
 }
-VARIANTS = ("nanogpt", "nanogpt compiled", "plain", "lightning", "transformers", "transformers trainer")
+VARIANTS = (
+    "nanogpt", "nanogpt compiled", "nanogpt under autocast", "plain", "lightning", "transformers",
+    "transformers trainer",
+)  # fmt: skip
 ABLATION = (
     "heap as it comes",
     "products by MKL",
