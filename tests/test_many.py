@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from nanogpt_lit.plan.allocator import MIB, Event, replay, rounded
 from nanogpt_lit.plan.budget import gpu_named
 from nanogpt_lit.plan.command import own_rung, plan_rung, step_shape
 from nanogpt_lit.plan.kernels import Kernels, Roofline
-from nanogpt_lit.plan.many import REACHED, Machines, machines, step_of
+from nanogpt_lit.plan.many import REACHED, Machines, Step, machines, report_many, step_of
 from nanogpt_lit.plan.step import StepShape, trace_steps
 
 L, C, V, T = 3, 64, 300, 32
@@ -107,6 +108,22 @@ def test_a_ring_takes_the_time_of_its_slowest_link():
         assert step.longest_s == footprint.longest_step_s + step.communication_s
     assert Machines(1, 8, "nvlink4", "1gbe").bandwidth == REACHED * 450e9
     assert Machines(8, 1, "nvlink4", "10gbe").bandwidth == REACHED * 1.25e9
+
+
+def test_columns_stay_apart_however_wide_their_numbers_are():
+    step = Step(Machines(64, 8, "nvlink4", "25gbe"), 1, 1_048_576, 138.0, 0.0, 0.0, 0.00269, 0.00484)
+    *_, titles, row = report_many([step], step, "ddp", tokens=10**13).splitlines()
+    cells = [
+        "512",
+        "1",
+        "1,048,576",
+        "138",
+        "0.00269 to 0.00484",
+        "216,647,934 to 389,805,204",
+        "3,649 to 6,565",
+    ]
+    assert [cell.strip() for cell in re.split(r" {2,}", row.strip())] == cells
+    assert len(titles) == len(row)
 
 
 @pytest.mark.parametrize("name", ["token-ring", "8xnvlink4", "nvlink4;ndr", ""])

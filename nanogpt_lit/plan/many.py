@@ -177,11 +177,11 @@ def report_many(steps: list[Step], own: Step, strategy: str, tokens: int) -> str
         f"  {rate}; {tokens / 1e9:,.2f}B tokens in {shortest_h:,.1f} to {longest_h:,.1f} hours, {cost}",
         "  NCCL's own buffers are not in any MiB here: PyTorch does not allocate them.",
         "",
-        "".join(f"{name:>{width}}" for name, width in COLUMNS.items()),
     ]
+    table = [tuple(COLUMNS)]
     for step in steps:
         hours = [number * step.machines.devices for number in step.hours(tokens)]
-        cells = (
+        table.append((
             f"{step.machines.devices}",
             f"{step.accumulate_grad_batches}",
             f"{step.tokens:,}",
@@ -189,6 +189,7 @@ def report_many(steps: list[Step], own: Step, strategy: str, tokens: int) -> str
             f"{step.shortest_s:,.3g} to {step.longest_s:,.3g}",
             f"{step.tokens / step.longest_s:,.0f} to {step.tokens / step.shortest_s:,.0f}",
             f"{hours[0]:,.0f} to {hours[1]:,.0f}",
-        )
-        lines.append("".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
-    return "\n".join(lines)
+        ))  # fmt: skip
+    widths = [max(width, *(len(row[i]) + 2 * (i > 0) for row in table)) for i, width in enumerate(COLUMNS.values())]
+    rows = ("".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in table)
+    return "\n".join([*lines, *rows])

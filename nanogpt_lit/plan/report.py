@@ -174,7 +174,7 @@ def _largest_of(found: dict[str, Any], plan: Plan) -> list[str]:
     sizes = ", ".join(f"{key}: {value}" for key, value in (found["gpt"] or {}).items())
     return [
         f"  batch    data.batch_size: {batch_size or 'not even 1'}, at {plan.shape.block_size:,} tokens each",
-        f"  block    data.block_size: {f'{block_size:,}' if block_size else 'not even 64'}, at batch_size 1",
+        f"  block    data.block_size: {block_size or 'not even 64'}, at batch_size 1",
         f"  network  {f'{name} ({sizes}), at batch_size 1' if name else 'not even GPT-2 small'}",
     ]
 
