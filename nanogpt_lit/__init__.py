@@ -20,6 +20,7 @@ _PUBLIC = {
     "LoopSettings": "nanogpt_lit.loops.contract",
     "Observer": "nanogpt_lit.loops.contract",
     "Training": "nanogpt_lit.loops.contract",
+    "keep_freed_memory": "nanogpt_lit.runtime.process_settings",
 }
 __all__ = ["__version__", *_PUBLIC]
 

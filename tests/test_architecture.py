@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "tune": {"cli", "module", "gpt", "optim", "memory", "data", "loops", "run", "plan", "runtime"},
     "forecast": {"cli", "tune", "checkpoint", "module", "gpt", "data", "loops", "run", "runtime"},
     "__main__": {"cli", "runtime", "supervise"},
-    "__init__": {"module", "gpt", "optim", "memory", "data", "loops"},
+    "__init__": {"module", "gpt", "optim", "memory", "data", "loops", "runtime"},
 }  # fmt: skip
 FRAMEWORKS = {
     "lightning": {

@@ -177,10 +177,11 @@ NEVER = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Keep large freed blocks in this process, for the next of their size. Returns whether the system can.
 
-    Without it glibc gives every tensor of more than 32 MiB (logits, the gradient of the embedding) back to the system
-    and fetches it again, page by page, zeroed: of a step on a CPU with GPT-2's vocabulary that was a fifth. The
-    same as MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=2147483647 in the environment. Bits do not change. Elsewhere
-    than with glibc (Windows, macOS, musl) it does nothing.
+    For the start of a program that trains on a CPU; `fit` calls it. Without it glibc gives every tensor of more than
+    32 MiB (logits, the gradient of the embedding) back to the system and fetches it again, page by page, zeroed: of a
+    step on a CPU with GPT-2's vocabulary that was a fifth. The same as MALLOC_MMAP_MAX_=0 and
+    MALLOC_TRIM_THRESHOLD_=2147483647 in the environment. Bits do not change. Elsewhere than with glibc (Windows, macOS,
+    musl) it does nothing.
     """
     if not sys.platform.startswith("linux"):
         return False
