@@ -340,9 +340,14 @@ def test_two_cores_are_said_to_reach_what_the_record_holds():
     loss, seconds = (median(run[key] for run in runs) for key in ("loss", "seconds"))
     assert loss < 1.4697, "nanoGPT's README"
     assert f"{loss:.3f} in {seconds / 60:.1f} minutes" in " ".join(PAGES["README.md"].split())
-    of_seeds = [f"| {run['seed']} | {run['loss']:.4f} | {run['seconds']:.0f} s |" for run in runs]
-    of_all = f"| all {len(together['seeds'])}, their probabilities averaged | {together['loss']:.4f} | |"
-    assert "\n".join([*of_seeds, of_all]) in PAGES["recipes.md"]
+    longer = record("two_cores_longer")
+    assert max(run["seconds"] for run in longer["runs"]) < 3600
+    for measured in (measured, longer):
+        runs, together = measured["runs"], measured["together"]
+        of_seeds = [f"| {run['seed']} | {run['loss']:.4f} | {run['seconds']:.0f} s |" for run in runs]
+        of_all = f"| all {len(together['seeds'])}, their probabilities averaged | {together['loss']:.4f} | |"
+        assert "\n".join([*of_seeds, of_all]) in PAGES["recipes.md"]
+    assert f"{median(run['loss'] for run in longer['runs']):.3f}" in PAGES["recipes.md"]
 
 
 def test_the_price_of_a_head_of_its_own_is_the_size_of_the_matrix():
