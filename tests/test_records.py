@@ -335,15 +335,14 @@ def test_half_the_tokens_are_enough_as_the_record_of_the_recipe_says():
 
 
 def test_two_cores_are_said_to_reach_what_the_record_holds():
-    measured = record("two_cores")
-    runs, together = measured["runs"], measured["together"]
+    measured, longer = record("two_cores"), record("two_cores_longer")
+    runs = measured["runs"]
     loss, seconds = (median(run[key] for run in runs) for key in ("loss", "seconds"))
     assert loss < 1.4697, "nanoGPT's README"
     assert f"{loss:.3f} in {seconds / 60:.1f} minutes" in " ".join(PAGES["README.md"].split())
-    longer = record("two_cores_longer")
     assert max(run["seconds"] for run in longer["runs"]) < 3600
-    for measured in (measured, longer):
-        runs, together = measured["runs"], measured["together"]
+    for of in (measured, longer):
+        runs, together = of["runs"], of["together"]
         of_seeds = [f"| {run['seed']} | {run['loss']:.4f} | {run['seconds']:.0f} s |" for run in runs]
         of_all = f"| all {len(together['seeds'])}, their probabilities averaged | {together['loss']:.4f} | |"
         assert "\n".join([*of_seeds, of_all]) in PAGES["recipes.md"]
