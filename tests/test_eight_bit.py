@@ -105,5 +105,5 @@ def test_without_bitsandbytes_a_run_says_what_to_install(monkeypatch):
         return found(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r'pip install -e "\.\[eight_bit\]"'):
+    with pytest.raises(ValueError, match=r'pip install "nanogpt_lit\[eight_bit\]"'):
         LitNanoGPT(GPT, IN_8_BITS).configure_optimizers()

@@ -39,7 +39,7 @@ class AdamWConfig:
     state_bits: Literal[32, 8] = 32
     """8 changes the numerics: AdamW's moments are rounded to 8 bits a number, each in its block's measure, 2 bytes a
     parameter in place of 8 (Dettmers et al., arXiv:2110.02861). Through bitsandbytes, whose kernel makes implementation
-    idle: pip install -e ".[eight_bit]"."""
+    idle: pip install "nanogpt_lit[eight_bit]"."""
 
     class_path: str | None = None
     """Another optimizer in place of AdamW, such as torch.optim.SGD; one outside of torch.optim needs --trust PACKAGE.
@@ -156,7 +156,7 @@ def _adamw_in_8_bits(groups: list[dict], config: AdamWConfig) -> Optimizer:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError:
         raise UserError(
-            'model.optim.state_bits=8 needs bitsandbytes; install it with pip install -e ".[eight_bit]", or set '
+            'model.optim.state_bits=8 needs bitsandbytes; install it with pip install "nanogpt_lit[eight_bit]", or set '
             "model.optim.state_bits=32."
         ) from None
     # Tensors of fewer than 4096 numbers, such as biases, stay in 32 bits: they weigh little.

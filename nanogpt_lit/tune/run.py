@@ -80,7 +80,8 @@ def run(config: Path, settings_of_fit: Sequence[str], budget_s: float, out: Path
     write_durably(out, tuned_yaml(given, changed, header))
     print("\n".join(["", *lines, "", f"written    {out}"]))
     picture = out.with_suffix(".svg")
-    print(f"picture    {picture if draw(found, decision, picture) else 'none: pip install -e .[plot]'}")
+    drawn = draw(found, decision, picture)
+    print("picture   ", picture if drawn else 'none: pip install "nanogpt_lit[plot]"')
     print(f"train      python -m nanogpt_lit fit --config {out}")
     return code
 
