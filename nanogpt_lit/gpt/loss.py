@@ -27,9 +27,9 @@ coarse below 6e-5 and ends at 6e-8 and 65504. Times 256, all from 2e-10 on are k
 at most 2 * 256 * max|W|, is finite for every weight below 127.
 """
 
-CACHED_LOGITS = 2**19
-"""Logits of so few tokens at a time stay in a CPU's cache from the first operation on them to the last: 2 MiB in
-float32. Memory is what takes the time of the others."""
+CACHED_LOGITS = 2**21
+"""So many logits at a time, 8 MiB in float32, stay in a CPU's caches from the first operation on them to the last;
+memory is what takes the time of the others. Fewer are no faster, and each operation waits for all threads."""
 
 PRODUCT_ROWS = 2048
 """Rows of a bfloat16 product that a CPU adds to its float32 total at a time, for the same reason."""
