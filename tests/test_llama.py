@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_networks import randomised
+from torch import nn
 from transformers import LlamaConfig as TheirLlamaConfig
 from transformers import LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -136,6 +137,17 @@ def test_the_network_equals_itself_written_out_in_complex_numbers():
     gpt = randomised(SHAPES["Qwen3"], torch.float64)
     # The angles are float32 on both sides, made by other functions: 1e-6 in an angle, more in what it turns.
     torch.testing.assert_close(gpt(tokens(37)), written_out(gpt, tokens(37)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["drop", "layers.0.self_attn.resid_dropout", "layers.2.mlp.dropout"])
+def test_embedding_and_branches_drop_and_nothing_inside_attention_does(part):
+    gpt = randomised(LlamaConfig(**SIZES, n_head=2, n_embd=24, dropout=0.5)).eval()
+    plain = gpt(tokens(37))
+    for module in gpt.modules():
+        module.training = not isinstance(module, nn.Dropout)
+    assert torch.equal(gpt(tokens(37)), plain)
+    gpt.model.get_submodule(part).training = True
+    assert not torch.equal(gpt(tokens(37)), gpt(tokens(37)))
 
 
 @pytest.mark.parametrize(

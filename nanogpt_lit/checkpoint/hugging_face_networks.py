@@ -181,7 +181,6 @@ def described_as(config: NetworkConfig, path: Path) -> dict[str, Any]:
         "rope_theta": config.rope_base,
         "rope_scaling": rope,
         "attention_bias": False,
-        "attention_dropout": config.dropout,
     }
 
 

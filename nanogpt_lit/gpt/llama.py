@@ -187,7 +187,6 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         C, D, K = config.n_embd, config.channels_per_head, config.kv_heads
         self.head_size = D
-        self.dropout = config.dropout
         self.rotary = rotary
         self.q_proj = nn.Linear(C, config.n_head * D, bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
@@ -214,8 +213,7 @@ class GroupedQueryAttention(nn.Module):
             k, v = cache.append(k, v)  # (B, K, tokens so far, D)
         # A single query is the newest token and may see every key. Several are always as many as the keys.
         is_causal = mask is None and (cache is None or q.size(2) > 1)
-        dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, dropout_p=dropout, is_causal=is_causal, mask=mask)
+        y = attention(q, k, v, is_causal=is_causal, mask=mask)
         return self.resid_dropout(self.o_proj(y.transpose(1, 2).flatten(2)))
 
     def heads(self, x: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ class NetworkConfig:
     """Channels of the residual stream."""
 
     dropout: float = 0.0
-    """Probability of dropping an embedding, an attention weight or a block's output. 0 for pretraining; try 0.1 or
-    more when the text is seen many times."""
+    """Probability of dropping an embedding or what attention and MLP add, and in GPT-2's network an attention weight. 0
+    for pretraining; try 0.1 or more when the text is seen many times."""
 
     tied_head: bool = True
     """One matrix for the token embedding and the output head."""
