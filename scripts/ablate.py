@@ -57,11 +57,12 @@ OTHERS: dict[str, Recipe] = {
 HALF = "modern on half the tokens"
 
 
-class LastLoss(Observer):
-    loss = float("nan")
+class Losses(Observer):
+    def __init__(self) -> None:
+        self.values: list[float] = []
 
     def on_validation_end(self, step: int, loss: Tensor) -> None:
-        self.loss = float(loss)
+        self.values.append(float(loss))
 
 
 def experiments(steps: int) -> dict[str, tuple[Recipe, int]]:
@@ -70,19 +71,25 @@ def experiments(steps: int) -> dict[str, tuple[Recipe, int]]:
     return {name: (recipe, steps) for name, recipe in recipes.items()} | {HALF: (MODERN, steps // 2)}
 
 
-def validation_loss(recipe: Recipe, network: dict[str, Any], data: TokenDataModule, steps: int, seed: int) -> float:
+def validation_losses(
+    recipe: Recipe, data: TokenDataModule, steps: int, seed: int, every: int, limit: int | None = None
+) -> list[float]:
+    """The validation losses of a run, the last of them after its last step.
+
+    every: steps between validations   limit: batches that each of them reads; None reads all
+    """
     shape, optim, schedule = recipe
     data.seed = seed
     torch.manual_seed(seed)
     module = LitNanoGPT(
-        **described(replace(shape, vocab_size=data.vocab_size, **network)),
+        **described(replace(shape, vocab_size=data.vocab_size)),
         optim=optim,
         schedule=replace(schedule, total_steps=steps),
     )
-    settings = LoopSettings(steps, gradient_clip_val=1.0, val_check_interval=steps, limit_val_batches=80, seed=seed)
-    last = LastLoss()
-    reference.train(module, data.train_dataloader(), data.val_dataloader(), settings, [FiniteGuard(), last])
-    return last.loss
+    settings = LoopSettings(steps, gradient_clip_val=1.0, val_check_interval=every, limit_val_batches=limit, seed=seed)
+    losses = Losses()
+    reference.train(module, data.train_dataloader(), data.val_dataloader(), settings, [FiniteGuard(), losses])
+    return losses.values
 
 
 def main() -> None:
@@ -112,8 +119,9 @@ def main() -> None:
         losses: dict[str, list[float]] = {name: [] for name in runs}
         started_s = time.perf_counter()
         for seed in range(args.seeds):
-            for name, (recipe, steps) in runs.items():
-                losses[name].append(validation_loss(recipe, network, data, steps, seed))
+            for name, ((shape, optim, schedule), steps) in runs.items():
+                recipe = (replace(shape, **network), optim, schedule)
+                losses[name] += validation_losses(recipe, data, steps, seed, every=steps, limit=80)
                 print(f"{kind}, seed {seed}, {name}: {losses[name][-1]:.4f}", flush=True)
             write(args.out, kind, data, args.steps, losses, time.perf_counter() - started_s)
         print(table(losses))
