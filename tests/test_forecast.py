@@ -1,16 +1,18 @@
 """The law against losses whose law is known, the family of runs by hand, and the command on a small text."""
 
+import itertools
 import math
 import random
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.data.datamodule import TokenDataModule
-from nanogpt_lit.forecast.law import Law, Point
+from nanogpt_lit.forecast.law import BENDS, SHARES, SHARES_DEVIATION, Law, Point
 from nanogpt_lit.forecast.pairs import loss_of_pairs
 from nanogpt_lit.forecast.run import Speed, offered
 from nanogpt_lit.forecast.sizes import RUNS, choose, nearest, rate, scaled, sized, with_tokens
@@ -20,52 +22,65 @@ from nanogpt_lit.gpt.llama import LlamaConfig
 OWN = sized(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=64), 2000, 4, 4)
 
 
-def points(noise=0.0, seed=0, E=1.0, A=0.3, a=0.3, B=0.4, b=0.35):
+def points(noise=0.0, seed=0, E=1.0, A=0.3, a=0.3, B=0.4, b=0.35, least_times=10):
     """Losses of the runs that a forecast makes, by a law of known numbers: that of the run itself is E + A + B."""
     generator = random.Random(seed)
     found = []
     for times, _, mix in RUNS:
-        n, d = (10 * times) ** -mix, (10 * times) ** (mix - 1)
+        n, d = (least_times * times) ** -mix, (least_times * times) ** (mix - 1)
         loss = (E + A / n**a + B / d**b) * math.exp(noise * generator.gauss(0, 1))
         found.append(Point(n, d, loss))
     return found
 
 
 def test_a_law_without_noise_is_found_again():
-    said = Law(points(), 1, 1).forecast(1, 1)
-    assert said.loss == pytest.approx(1.0 + 0.3 + 0.4, rel=0.01)
+    said = Law(points()).forecast(1, 1)
+    assert said.loss == pytest.approx(1.0 + 0.3 + 0.4, rel=0.02)
     assert said.low < 1.7 < said.high
-    assert said.high - said.low < 0.2 * said.loss
+    assert said.high - said.low < 0.1 * said.loss
+
+
+def test_the_mean_of_each_normal_law_is_the_least_squares_of_a_naive_fit():
+    """For the exponents and the noise that most laws have, against a plain solution of the same equations."""
+    law = Law(points(0.01))
+    cells, counts = np.unique(law.laws[:, 3:], axis=0, return_counts=True)
+    a, b, noise = cell = cells[counts.argmax()]
+    of_cell = law.laws[(law.laws[:, 3:] == cell).all(1), :3]
+    N, D, loss = np.array([(p.parameters, p.tokens, p.loss) for p in law.points]).T
+    N, D, loss = (each / np.exp(np.log(each).mean()) for each in (N, D, loss))
+    tens = np.log10((N * D).max() / (N * D))
+    rows = np.column_stack([loss**0, N**-a, D**-b]) / loss[:, None] / np.hypot(noise, BENDS * tens)[:, None]
+    rows = np.vstack([rows, np.diag(1 / SHARES_DEVIATION)])
+    wanted = np.concatenate([1 / np.hypot(noise, BENDS * tens), SHARES / SHARES_DEVIATION])
+    least = np.linalg.lstsq(rows, wanted)[0]
+    spread = np.sqrt(np.diag(np.linalg.inv(rows.T @ rows)))
+    # Means of so many draws; those below zero are left out, of which there are few.
+    assert np.abs(of_cell.mean(0) - least).max() < 5 * (spread / len(of_cell) ** 0.5).max()
 
 
 def test_what_a_law_says_of_other_sizes_is_its_own():
-    law = Law(points(), 1, 1)
+    law = Law(points())
     for n, d in ((0.1, 1.0), (1.0, 0.1), (0.3, 3.0)):
-        assert law.forecast(n, d).loss == pytest.approx(1.0 + 0.3 / n**0.3 + 0.4 / d**0.35, rel=0.015)
+        assert law.forecast(n, d).loss == pytest.approx(1.0 + 0.3 / n**0.3 + 0.4 / d**0.35, rel=0.02)
 
 
-def covered(laws):
-    """How many of so many laws, drawn as the literature has them, have the loss of their run in the interval."""
+@pytest.mark.parametrize("times", [10, 100, 1000])
+def test_the_interval_holds_nine_times_in_ten(times):
+    """Of laws that are drawn as the literature has them, with noisy runs."""
     inside, generator = 0, random.Random(0)
-    for seed in range(laws):
+    for seed in range(60):
         E, A, B = (median * math.exp(0.4 * generator.gauss(0, 1)) for median in (1.0, 0.3, 0.4))
         a, b = (0.3 * math.exp(0.3 * generator.gauss(0, 1)) for _ in range(2))
-        said = Law(points(0.007, seed, E, A, a, B, b), 1, 1).forecast(1, 1)
+        said = Law(points(0.007, seed, E, A, a, B, b, times)).forecast(1, 1)
         inside += said.low <= (E + A + B) * math.exp(0.007 * generator.gauss(0, 1)) <= said.high
-    return inside
-
-
-def test_the_interval_holds_nine_times_in_ten_where_runs_are_noisy():
-    assert covered(6) >= 5
-
-
-@pytest.mark.long
-def test_the_interval_holds_nine_times_in_ten_of_many():
-    assert 83 <= covered(100) <= 100  # a binomial of 100 and 0.9 is below 83 once in a hundred
+    assert 48 <= inside <= 60  # a binomial of 60 and 0.9 is below 48 once in a hundred
 
 
 def test_noise_and_distance_make_the_interval_wider_and_more_tokens_never_hurt():
-    quiet, noisy = (Law(points(noise, 3), 1, 1) for noise in (0.001, 0.03))
+    quiet, noisy = (Law(points(noise, 3)) for noise in (0.001, 0.03))
+    assert quiet.fits
+    assert noisy.fits
+    assert not Law(points(0.1, 3)).fits
     widths = [said.high - said.low for said in (quiet.forecast(1, 1), noisy.forecast(1, 1))]
     assert widths[1] > 1.2 * widths[0]
     far = quiet.forecast(10, 10)
@@ -73,21 +88,21 @@ def test_noise_and_distance_make_the_interval_wider_and_more_tokens_never_hurt()
     assert (quiet.losses(1, 2) < quiet.losses(1, 1)).all()
 
 
-def test_a_smaller_network_keeps_the_channels_of_a_head_and_the_groups_of_its_keys():
+def test_a_smaller_network_keeps_its_depth_the_channels_of_a_head_and_the_groups_of_its_keys():
     half = scaled(GPTConfig(vocab_size=65, n_layer=12, n_head=12, n_embd=768), 0.5)
-    assert (half.n_layer, half.n_head, half.n_embd) == (6, 6, 384)
+    assert (half.n_layer, half.n_head, half.n_embd) == (12, 6, 384)
     llama = LlamaConfig(vocab_size=65, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536)
     third = scaled(llama, 1 / 3)
-    assert (third.n_layer, third.n_head, third.n_kv_head, third.n_embd, third.n_hidden) == (10, 3, 1, 192, 512)
+    assert (third.n_layer, third.n_head, third.n_kv_head, third.n_embd, third.n_hidden) == (30, 3, 1, 192, 512)
     assert scaled(llama, 1.0) == llama
-    assert scaled(llama, 1e-3).n_layer == 1
+    assert scaled(llama, 1e-3).n_embd == 12  # a group of three heads, each of the fewest channels
 
 
 def test_rates_follow_the_size_the_batch_and_the_tokens():
     assert rate(OWN, OWN) == 1
-    half = with_tokens(OWN, nearest(OWN, 1 / 8), OWN.tokens)
-    assert (half.network.n_layer, half.network.n_embd) == (2, 32)
-    assert rate(OWN, half) == pytest.approx(2.0)
+    half = with_tokens(OWN, nearest(OWN, 1 / 4), OWN.tokens)
+    assert (half.network.n_layer, half.network.n_embd) == (4, 32)
+    assert rate(OWN, half) == pytest.approx(2**0.5)
     short = with_tokens(OWN, OWN, OWN.tokens / 16)  # a quarter of the steps, each of a quarter of the batch
     assert (short.steps, short.batch_size * short.accumulate_grad_batches) == (500, 4)
     assert rate(OWN, short) == pytest.approx(0.5 * 16**0.32)
@@ -103,9 +118,7 @@ def test_runs_keep_to_the_budget_and_are_smaller_by_a_factor_at_least():
 
 
 def test_the_best_network_for_some_hours_is_that_of_the_law():
-    law = Law(points(), OWN.parameters, OWN.tokens)
-    law = Law([Point(p.parameters * OWN.parameters, p.tokens * OWN.tokens, p.loss) for p in law.points],
-              OWN.parameters, OWN.tokens)  # fmt: skip
+    law = Law([Point(p.parameters * OWN.parameters, p.tokens * OWN.tokens, p.loss) for p in points()])
     speed = Speed(0.0, 1e-12, 1, 1)
     hours = OWN.flops * 1e-12 / 3600
     offers = offered(law, OWN, speed, hours, math.inf)
@@ -201,6 +214,26 @@ def test_what_a_law_cannot_know_is_said_in_one_sentence(config, known_law, capsy
     monkeypatch.setattr("nanogpt_lit.forecast.run.loss_of_pairs", lambda folder, vocab_size: 0.1)
     assert main(["forecast", "--config", str(config)]) == 0
     assert "cannot know: a law takes 6 runs below 0.0900, which is 90% of" in capsys.readouterr().out
+
+
+def test_runs_that_follow_no_law_give_no_forecast(config, known_law, capsys, monkeypatch):
+    losses = itertools.cycle((0.4, 0.3, 0.5))
+    monkeypatch.setattr("nanogpt_lit.forecast.sizes.SizedRuns.run", lambda *given: (next(losses), []))
+    assert main(["forecast", "--config", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert "cannot know: the runs follow no law that falls with weights and tokens to within 2% of the loss." in shown
+    assert "9 times in 10" not in shown
+
+
+def test_a_run_of_thousands_of_times_the_work_gets_an_answer_with_a_wide_interval(config, known_law, capsys):
+    long = ["--model.gpt.n_layer=12", "--model.gpt.n_head=12", "--model.gpt.n_embd=768", "--trainer.max_steps=700"]
+    assert main(["forecast", "--config", str(config), "--budget", "60s", *long]) == 0
+    shown = capsys.readouterr().out
+    times = float(re.search(r"The run is ([\d,]+) times the work", shown)[1].replace(",", ""))
+    loss, low, high = map(float, re.search(r"validation loss +(\S+)  (\S+) to (\S+)", shown).groups())
+    assert times > 1000
+    assert low < 0.34 < high
+    assert 0.1 < (high - low) / 2 / loss < 0.25
 
 
 def test_help_comes_without_torch():

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanogpt_lit.forecast.law import Forecast, Law, Point
+from nanogpt_lit.forecast.law import Forecast, Point
+from nanogpt_lit.forecast.sizes import Sized
 
 BLUE, ORANGE, GREY = "#33548f", "#e08f3e", "#999999"
 
 
 def draw(
-    law: Law,
+    own: Sized,
     points: Sequence[Point],
     forecast: Forecast,
     offers: Sequence[tuple[int, Forecast]],
@@ -26,7 +27,7 @@ def draw(
         return False
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     by_work, by_size = figure.subplots(1, 2)
-    whole = law.parameters * law.tokens
+    whole = own.parameters * own.tokens
     sizes = sorted({point.parameters for point in points})
     for n, size in enumerate(sizes):
         of_size = sorted((p.parameters * p.tokens / whole, p.loss) for p in points if p.parameters == size)
@@ -45,7 +46,7 @@ def draw(
         alpha=0.2,
         label="90 %",
     )
-    by_size.axvline(law.parameters, color=GREY, linestyle=":", label="yours")
+    by_size.axvline(own.parameters, color=GREY, linestyle=":", label="yours")
     by_size.set(xscale="log", xlabel="weights", title=f"loss after {hours:.3g} hours, by the size of the network")
     for axes in (by_work, by_size):
         axes.grid(alpha=0.3)

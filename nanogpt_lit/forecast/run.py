@@ -12,7 +12,7 @@ from nanogpt_lit.checkpoint.state import bits_per_byte
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.shards import TokenShards, val_tokens_per_byte
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.forecast.law import LEAST_RUNS, Forecast, Law, Point
+from nanogpt_lit.forecast.law import LEAST_RUNS, NOISY, Forecast, Law, Point
 from nanogpt_lit.forecast.pairs import BEGINS, loss_of_pairs
 from nanogpt_lit.forecast.picture import draw
 from nanogpt_lit.forecast.sizes import Sized, SizedRuns, choose, family, nearest
@@ -27,8 +27,6 @@ MEASURING = 0.1
 """Share of the budget within which the run's whole steps are measured; of longer ones, a micro-batch."""
 VALIDATION = 0.02
 """Largest share of the budget that a validation of the YAML's network would take."""
-TOO_WIDE = 0.1
-"""An interval whose half is a larger share of the loss tells nothing that one did not know."""
 OFFERED = 5
 """Rows of the table of sizes."""
 
@@ -95,7 +93,13 @@ def run(
             f"{sum(map(math.isinf, made.values()))} diverged. A longer --budget makes longer ones."
         )
         return code
-    law = Law(points, own.parameters, own.tokens)
+    law = Law(points)
+    if not law.fits:
+        print(
+            f"cannot know: the runs follow no law that falls with weights and tokens to within {NOISY:.0%} of the "
+            "loss. A steadier learning rate or a longer --budget may bring them to one."
+        )
+        return code
     said, own_hours = law.forecast(own.parameters, own.tokens), hours_of(runs, speed)
     hours = hours or own_hours
     offers = offered(law, own, speed, hours, READINGS * unique)
@@ -109,7 +113,7 @@ def run(
     )
     print("\n".join(["", *lines, "", *table(offers, own, hours)]))
     path = picture or Path(settings.trainer.default_root_dir) / "forecast.svg"
-    drawn = draw(law, points, said, [(offer.run.parameters, offer.forecast) for offer in offers], hours, path)
+    drawn = draw(own, points, said, [(offer.run.parameters, offer.forecast) for offer in offers], hours, path)
     print(f"\npicture    {path if drawn else 'none: pip install -e .[plot]'}")
     return code
 
@@ -266,8 +270,6 @@ def screen(
     lines.append(f"The run is {larger:,.0f} times the work of the largest that was made.")
     if max_time_s is not None and max_time_s < 3600 * hours:
         lines.append("trainer.max_time ends it earlier, at a loss that cannot be known: its schedule is not over then.")
-    if (said.high - said.low) / 2 > TOO_WIDE * said.loss:
-        lines.append("cannot know: the interval is wider than a forecast; a longer --budget makes it narrower.")
     return lines
 
 

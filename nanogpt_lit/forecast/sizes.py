@@ -1,8 +1,9 @@
-"""The run of a YAML made smaller: a network of less depth and width, fewer tokens, and the rates that go with them.
+"""The run of a YAML made smaller: a network of less width, fewer tokens, and the rates that go with them.
 
-Runs that a law can join have to be alike but for their size. Depth and width shrink together, and heads keep their
-channels; the schedule keeps its shape; the batch falls with the root of the tokens, as the best one does (Bergsma et
-al., arXiv:2505.13738); and rates follow the rules that the literature has for their best values.
+Runs that a law can join have to be alike but for their size. Networks keep their depth, since one layer cannot learn
+what two can, however long it is trained, and heads keep their channels; the schedule keeps its shape; the batch falls
+with the root of the tokens, as the best one does (Bergsma et al., arXiv:2505.13738); and rates follow the rules that
+the literature has for their best values.
 """
 
 import math
@@ -61,11 +62,11 @@ def sized(network: NetworkConfig, steps: int, batch_size: int, accumulate_grad_b
 
 
 def scaled(network: NetworkConfig, by: float) -> NetworkConfig:
-    """The network with its depth, heads and channels times `by`."""
+    """The network with its heads and channels times `by`."""
     groups = network.n_head // network.kv_heads if isinstance(network, LlamaConfig) else 1
     heads = groups * max(1, round(by * network.n_head / groups))
     D = CHANNELS_UNIT * max(1, round(by * network.n_embd / heads / CHANNELS_UNIT))
-    changes: dict[str, Any] = {"n_layer": max(1, round(by * network.n_layer)), "n_head": heads, "n_embd": heads * D}
+    changes: dict[str, Any] = {"n_head": heads, "n_embd": heads * D}
     if isinstance(network, LlamaConfig):
         if network.n_kv_head is not None:
             changes["n_kv_head"] = heads // groups
@@ -76,14 +77,19 @@ def scaled(network: NetworkConfig, by: float) -> NetworkConfig:
 
 @cache
 def family(network: NetworkConfig) -> tuple[Sized, ...]:
-    """The network in all sizes down to a thousandth of its depth and width and up to twice, small ones first."""
-    networks = dict.fromkeys(scaled(network, 2 ** (n / 16)) for n in range(-160, 17))
+    """The network in widths down to 1/32 of its own and up to twice, small ones first."""
+    networks = dict.fromkeys(scaled(network, 2 ** (n / 12)) for n in range(-60, 13))
     return tuple(sized(each, 1, 1, 1) for each in networks)
 
 
-def nearest(own: Sized, parameters: float) -> Sized:
-    """The network of the family whose weights are nearest to a share of the YAML's."""
-    return min(family(own.network), key=lambda each: abs(math.log(each.parameters / own.parameters / parameters)))
+def nearest(own: Sized, share: float) -> Sized:
+    """The network of the family whose blocks have about this share of the weights of the YAML's.
+
+    A head over a large vocabulary shrinks more slowly: by all weights, networks would become too narrow for it.
+    """
+    return min(
+        family(own.network), key=lambda each: abs(math.log(each.network.n_embd / own.network.n_embd / share**0.5))
+    )
 
 
 def with_tokens(own: Sized, run: Sized, tokens: float) -> Sized:
@@ -99,27 +105,26 @@ def with_tokens(own: Sized, run: Sized, tokens: float) -> Sized:
 def rate(own: Sized, run: Sized) -> float:
     """The learning rate of a run as a multiple of the YAML's.
 
-    With the root of width and depth each, which lies between what AdamW's matrices want (Yang et al., arXiv:2203.03466)
-    and what its vectors do. With tokens as `tune` has it (Bjorck et al., arXiv:2409.19913), and with the root of the
+    With the root of the width, which lies between what AdamW's matrices want (Yang et al., arXiv:2203.03466) and what
+    its vectors do. With tokens as `tune` has it (Bjorck et al., arXiv:2409.19913), and with the root of the
     batch (Malladi et al., arXiv:2205.10287).
     """
     width = run.network.n_embd / own.network.n_embd
-    depth = run.network.n_layer / own.network.n_layer
     batch = run.step_tokens / own.step_tokens
-    return (width * depth) ** -0.5 * batch**0.5 * (run.tokens / own.tokens) ** -HORIZON
+    return width**-0.5 * batch**0.5 * (run.tokens / own.tokens) ** -HORIZON
 
 
 RUNS = (
-    (1.0, 0.2, 0.5),
-    (1.4, 0.145, 0.3), (1.4, 0.145, 0.7),
-    (2.0, 0.1, 0.5),
-    (3.5, 0.058, 0.3), (3.5, 0.058, 0.7),
-    (5.0, 0.04, 0.5),
-    (8.0, 0.025, 0.3), (8.0, 0.025, 0.7),
+    (1.0, 0.2, 0.7),
+    (1.4, 0.145, 0.55), (1.4, 0.145, 0.85),
+    (2.0, 0.1, 0.7),
+    (3.5, 0.058, 0.55), (3.5, 0.058, 0.85),
+    (5.0, 0.04, 0.7),
+    (8.0, 0.025, 0.55), (8.0, 0.025, 0.85),
 )  # fmt: skip
 """Runs of a forecast: how many times smaller than the largest that is allowed, the share of the budget that it may
 take, and the share of the factor (of its logarithm) that makes the network smaller; the rest takes tokens away."""
-LEAST_TIMES, MOST_TIMES = 4.0, 1e4
+LEAST_TIMES, MOST_TIMES = 4.0, 1e6
 """Bounds of how many times smaller than the YAML's a run is; one below the last would say nothing of it."""
 LEAST_STEPS = 50
 """A run of fewer is still warming up, whatever its size."""
