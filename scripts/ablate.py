@@ -13,6 +13,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ OTHERS: dict[str, Recipe] = {
     "with a tied head": (replace(MODERN[0], tied_head=True), *MODERN[1:]),
 }
 HALF = "modern on half the tokens"
+KINDS = ("characters", "tokens")
 
 
 class Losses(Observer):
@@ -71,8 +73,28 @@ def experiments(steps: int) -> dict[str, tuple[Recipe, int]]:
     return {name: (recipe, steps) for name, recipe in recipes.items()} | {HALF: (MODERN, steps // 2)}
 
 
+def data_set(kind: str, source: Path, shards: Path) -> tuple[TokenDataModule, dict[str, Any]]:
+    """The batches of a data set, and what its network has other than SIZES."""
+    kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "characters": ({"source": str(source), "tokenizer": "char", "val_fraction": 0.1, "batch_size": 12}, {}),
+        "tokens": ({"source": "stdlib", "tokenizer": "gpt2", "batch_size": 4}, {"n_embd": 64}),
+    }
+    options, network = kinds[kind]
+    data = TokenDataModule(**options, block_size=SIZES["block_size"], shards_dir=str(shards / kind))
+    data.prepare_data()
+    data.setup()
+    return data, network
+
+
 def validation_losses(
-    recipe: Recipe, data: TokenDataModule, steps: int, seed: int, every: int, limit: int | None = None
+    recipe: Recipe,
+    data: TokenDataModule,
+    steps: int,
+    seed: int,
+    every: int,
+    limit: int | None = None,
+    observers: Sequence[Observer] = (),
+    gradient_clip_val: float = 1.0,
 ) -> list[float]:
     """The validation losses of a run, the last of them after its last step.
 
@@ -86,16 +108,23 @@ def validation_losses(
         optim=optim,
         schedule=replace(schedule, total_steps=steps),
     )
-    settings = LoopSettings(steps, gradient_clip_val=1.0, val_check_interval=every, limit_val_batches=limit, seed=seed)
+    settings = LoopSettings(
+        steps,
+        gradient_clip_val=gradient_clip_val,
+        val_check_interval=every,
+        limit_val_batches=limit,
+        seed=seed,
+    )
     losses = Losses()
-    reference.train(module, data.train_dataloader(), data.val_dataloader(), settings, [FiniteGuard(), losses])
+    observers = [FiniteGuard(), losses, *observers]
+    reference.train(module, data.train_dataloader(), data.val_dataloader(), settings, observers)
     return losses.values
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="a text for the characters: char-rnn's input.txt")
-    parser.add_argument("--only", choices=("characters", "tokens"), help="one of the data sets")
+    parser.add_argument("--only", choices=KINDS, help="one of the data sets")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run (200)")
     parser.add_argument("--rows", nargs="+", choices=experiments(2), help="beside modern, these alone")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe (3)")
@@ -103,16 +132,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)  # a network this small is not faster on more
-    kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "characters": ({"source": str(args.source), "tokenizer": "char", "val_fraction": 0.1, "batch_size": 12}, {}),
-        "tokens": ({"source": "stdlib", "tokenizer": "gpt2", "batch_size": 4}, {"n_embd": 64}),
-    }
-    for kind, (source, network) in kinds.items():
+    for kind in KINDS:
         if args.only not in (None, kind):
             continue
-        data = TokenDataModule(**source, block_size=64, shards_dir=str(args.shards / kind))
-        data.prepare_data()
-        data.setup()
+        data, network = data_set(kind, args.source, args.shards)
         runs = experiments(args.steps)
         if args.rows:
             runs = {name: run for name, run in runs.items() if name in ("modern", *args.rows)}

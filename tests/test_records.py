@@ -383,6 +383,20 @@ def test_the_tables_of_the_recipe_are_those_of_its_record_and_every_part_pays_fo
             assert name == "modern" or all(a > b for a, b in zip(values, losses["modern"], strict=True)), name
 
 
+def test_the_table_of_what_was_tried_is_that_of_its_record_and_what_it_says_pays_does_for_every_seed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import tried
+
+    measured, page = record("tried"), PAGES["recipes.md"]
+    assert tried.table(measured) in page
+    for of_kind in measured.values():
+        losses = of_kind["validation_losses"]
+        assert set(losses) <= set(tried.ROWS), "docs/tried.json is of other rows"
+        modern, pays = losses["modern"], losses[tried.PAYS]
+        assert len(modern) == len(pays) == 3
+        assert all(pays[seed] < modern[seed] for seed in modern)
+
+
 def test_the_tables_of_small_texts_are_those_of_their_record_and_the_recipe_pays_where_a_text_is_read_often(
     monkeypatch,
 ):
