@@ -9,7 +9,7 @@ from small_runs import BOTTLES, LOOPS, small_run
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.networks import build, config_of
-from nanogpt_lit.run.overfitting import DROPOUT, WEIGHT_DECAY, overfitting, useful_readings
+from nanogpt_lit.run.overfitting import DROPOUT, OFTEN, WEIGHT_DECAY, overfitting, useful_readings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORK = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=16)
@@ -32,7 +32,8 @@ def test_a_run_is_told_once_it_reads_more_often_and_does_not_learn_by_the_recipe
     assert told(0.9 * useful, parameters) is None
     said = told(1.1 * useful, parameters)
     assert f"{parameters:,} tokens will be read {1.1 * useful:,.0f} times" in said
-    assert "model.gpt.dropout=" in said
+    assert f"(model.optim.weight_decay={WEIGHT_DECAY:g})" in said
+    assert f"weight_decay={WEIGHT_DECAY:g} and model.gpt.dropout={DROPOUT})" in told(1.1 * OFTEN * useful, parameters)
     assert told(1.1 * useful, parameters, dropout=DROPOUT / 2) is None
     assert told(1.1 * useful, parameters, weight_decay=WEIGHT_DECAY / 2) is None
 

@@ -4,8 +4,10 @@ from nanogpt_lit.gpt.network import Network
 
 READINGS = 12.0
 """Readings after which the validation loss turns, where the text has as many tokens as the network parameters."""
-DROPOUT, WEIGHT_DECAY = 0.2, 1.0
+WEIGHT_DECAY = 3.0
 """The recipe `limited` (docs/recipes.md)."""
+DROPOUT, OFTEN = 0.1, 3.0
+"""Dropout beside it, where a text is read so many times as often as a network without either gains from."""
 
 
 def useful_readings(parameters: int, tokens: int) -> float:
@@ -27,8 +29,9 @@ def overfitting(gpt: Network, readings: float, tokens: int, weight_decay: float)
     useful = useful_readings(parameters, tokens)
     if readings <= useful or gpt.config.dropout >= DROPOUT / 2 or weight_decay >= WEIGHT_DECAY / 2:
         return None
+    dropout = f" and {gpt.config.key('dropout')}={DROPOUT}" if readings > OFTEN * useful else ""
     return (
         f"text: {tokens:,} tokens will be read {readings:,.0f} times, and after about {useful:,.0f} a network of this "
-        f"size begins to learn them by heart; the recipe limited of docs/recipes.md ({gpt.config.key('dropout')}="
-        f"{DROPOUT}, model.optim.weight_decay={WEIGHT_DECAY:g}) goes on learning from them"
+        f"size begins to learn them by heart; the recipe limited of docs/recipes.md (model.optim.weight_decay="
+        f"{WEIGHT_DECAY:g}{dropout}) goes on learning from them"
     )
