@@ -28,8 +28,6 @@ CASES = (
     ("modern", "python", 4, 64, 700, 16, 10),
     ("modern", "python", 4, 96, 450, 16, 10),
     ("modern", "bible", 3, 96, 500, 16, 10),
-    ("modern", "bible", 4, 160, 800, 24, 10),
-    ("modern", "bible", 4, 160, 800, 24, 100),
     ("modern", "german", 5, 80, 400, 16, 10),
     ("modern", "perl", 2, 128, 500, 16, 10),
     ("modern", "manual", 4, 96, 400, 16, 10),

@@ -123,7 +123,8 @@ RUNS = (
     (8.0, 0.025, 0.55), (8.0, 0.025, 0.85),
 )  # fmt: skip
 """Runs of a forecast: how many times smaller than the largest that is allowed, the share of the budget that it may
-take, and the share of the factor (of its logarithm) that makes the network smaller; the rest takes tokens away."""
+take, and the share of the factor (of its logarithm) that makes the network smaller. The rest takes tokens away, less of
+it: after few tokens every network is still learning what comes first, and a law of that says little of the rest."""
 LEAST_TIMES, MOST_TIMES = 4.0, 1e6
 """Bounds of how many times smaller than the YAML's a run is; one below the last would say nothing of it."""
 LEAST_STEPS = 50
