@@ -154,9 +154,15 @@ class StepTimes(Observer):
 
 
 def run(
-    row: Row, network: dict[str, Any], data: TokenDataModule, steps: int, seed: int, observers: Iterable[Observer] = ()
+    row: Row,
+    network: dict[str, Any],
+    data: TokenDataModule,
+    steps: int,
+    seed: int,
+    validation_batches: int = 80,
+    observers: Iterable[Observer] = (),
 ) -> float:
-    """The validation loss of a row where the recipe would take `steps`."""
+    """The validation loss of a row where the recipe would take `steps` and read so many batches."""
     shape, optim, schedule = MODERN
     longer = row.tokens / row.batch
     steps, warmup = round(steps * longer), {"warmup_steps": round(schedule.warmup_steps * longer)}
@@ -171,21 +177,21 @@ def run(
             steps,
             seed,
             every=steps,
-            limit=round(80 / row.batch),
+            limit=round(validation_batches / row.batch),
             observers=[*(start() for start in row.during), *observers],
             gradient_clip_val=row.gradient_clip_val,
         )
     return loss
 
 
-def cost(row: Row, network: dict[str, Any], data: TokenDataModule, turns: int, steps: int = 21) -> float:
+def cost(row: Row, network: dict[str, Any], data: TokenDataModule, turns: int, steps: int = 11) -> float:
     """CPU time of the steps of a run over that of the recipe's; the median of the turns."""
     ratios = []
     for turn in range(turns):
         spent = {}
         for name in ("modern", "row") if turn % 2 else ("row", "modern"):
             times = StepTimes()
-            run(row if name == "row" else ROWS["modern"], network, data, steps, 0, [times])
+            run(row if name == "row" else ROWS["modern"], network, data, steps, 0, 1, [times])
             spent[name] = (times.ends[-1] - times.ends[0]) / (len(times.ends) - 1)
         ratios.append(spent["row"] / spent["modern"] * row.tokens / row.batch)
     return median(ratios)
