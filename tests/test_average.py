@@ -60,6 +60,14 @@ def test_logits_are_the_logarithm_of_the_mean_probability_of_networks_of_other_s
     torch.testing.assert_close(found.double(), by_hand(gpts, tokens), rtol=0, atol=1e-5)
 
 
+def test_the_loss_is_that_of_the_mean_probability(gpts):
+    tokens = torch.randint(0, V, (2, BLOCK), generator=torch.Generator().manual_seed(0))
+    p = sum(gpt(tokens).double().softmax(-1) for gpt in gpts) / len(gpts)
+    expected = -p.gather(-1, tokens.roll(-1, 1)[..., None]).log().mean()
+    # float32 against float64: 6e-8 for each of some ten roundings.
+    torch.testing.assert_close(Average(gpts).loss(tokens, tokens.roll(-1, 1)).double(), expected, rtol=1e-6, atol=0)
+
+
 def test_text_is_drawn_from_the_mean_far_beyond_the_block_with_and_without_the_cache(gpts):
     average, prompt = Average(gpts), torch.randint(V, (2, 5))
     context, expected = prompt, []

@@ -114,7 +114,7 @@ def run(
     print("\n".join(["", *lines, "", *table(offers, own, hours)]))
     path = picture or Path(settings.trainer.default_root_dir) / "forecast.svg"
     drawn = draw(own, points, said, [(offer.run.parameters, offer.forecast) for offer in offers], hours, path)
-    print(f"\npicture    {path if drawn else 'none: pip install -e .[plot]'}")
+    print("\npicture   ", path if drawn else 'none: pip install "nanogpt_lit[plot]"')
     return code
 
 

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_lit.gpt.attention import Documents, KeyValueCache
+from nanogpt_lit.gpt.loss import IGNORE_INDEX
 from nanogpt_lit.gpt.network import Network, NetworkConfig
 
 
@@ -41,6 +43,11 @@ class Average(Network):
             states.append(gpt.hidden(tokens, part, documents))
             first += gpt.config.n_layer
         return torch.cat(states, dim=-1)  # (B, T, sum of C)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        # Not by one matrix of a head, of which there are several.
+        logits = self.lm_head(self.hidden(tokens, documents=self.documents(tokens)))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
 class MeanOfHeads(nn.Module):
