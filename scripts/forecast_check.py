@@ -18,12 +18,11 @@ import torch
 
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.forecast.law import LEAST_RUNS, Forecast, Law, Point
-from nanogpt_lit.forecast.pairs import BEGINS, loss_of_pairs
+from nanogpt_lit.forecast.pairs import BEGINS, BEGUN, loss_of_pairs
 from nanogpt_lit.forecast.sizes import Sized, SizedRuns, choose
 
 CASES = (
     # recipe, text, layers, channels, steps, batch, times the work of the largest run
-    ("modern", "characters", 4, 64, 700, 16, 10),
     ("modern", "characters", 4, 96, 450, 16, 10),
     ("modern", "python", 4, 64, 700, 16, 10),
     ("modern", "python", 4, 96, 450, 16, 10),
@@ -32,6 +31,9 @@ CASES = (
     ("modern", "perl", 2, 128, 500, 16, 10),
     ("modern", "manual", 4, 96, 400, 16, 10),
     ("nanogpt", "bible", 2, 80, 6000, 12, 10),
+    ("modern", "python", 4, 96, 450, 16, 30),
+    ("modern", "bible", 3, 96, 500, 16, 30),
+    ("nanogpt", "bible", 2, 80, 6000, 12, 30),
 )
 TEXTS = {
     "characters": ["--data.tokenizer=char", "--data.val_fraction=0.1"],
@@ -107,9 +109,10 @@ def write(record: dict[str, Any], out: Path) -> None:
 
 def said(case: dict[str, Any]) -> Forecast | None:
     """What `forecast` says of a case today; None where it cannot know."""
-    own, begins = case["own"], BEGINS * case["pairs"]
-    points = [Point(run["parameters"], run["tokens"], run["loss"]) for run in case["runs"] if run["loss"] < begins]
-    if len(points) < LEAST_RUNS:
+    own, pairs = case["own"], case["pairs"]
+    points = [Point(run["parameters"], run["tokens"], run["loss"]) for run in case["runs"]]
+    points = [point for point in points if point.loss < BEGINS * pairs]
+    if len(points) < LEAST_RUNS or min(point.loss for point in points) > BEGUN * pairs:
         return None
     return Law(points).forecast(own["parameters"], own["tokens"])
 

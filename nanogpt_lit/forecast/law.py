@@ -64,8 +64,8 @@ class Law:
 
     @property
     def fits(self) -> bool:
-        """Tell whether the runs follow a law: losses near it, and most laws near them without a term below zero."""
-        return len(self.laws) > DRAWN / 2 and float(np.median(self.laws[:, -1])) < NOISY
+        """Tell whether the runs follow a law: losses near it, and a tenth of the laws without a term below zero."""
+        return len(self.laws) > DRAWN / 10 and float(np.median(self.laws[:, -1])) < NOISY
 
     def losses(self, parameters: float, tokens: float) -> Array:
         """The loss of a run by each of the laws, without noise."""
@@ -86,7 +86,7 @@ class Law:
         a, b, noise = (each.ravel() for each in np.meshgrid(EXPONENTS, EXPONENTS, NOISES, indexing="ij"))
         terms = np.stack([np.ones((len(a), len(n))), np.exp(np.outer(-a, n)), np.exp(np.outer(-b, d))], 2)
         terms /= np.exp(loss)[:, None]  # (cells, runs, 3), whose sums should be 1
-        tens = np.log10(np.exp(1)) * ((n + d).max() - n - d)
+        tens = ((n + d).max() - n - d) / np.log(10)
         variance = noise[:, None] ** 2 + (BENDS * tens) ** 2  # (cells, runs)
         weighted, prior = terms / variance[:, :, None], SHARES_DEVIATION**-2.0
         precision = weighted.mT @ terms + np.diag(prior)

@@ -13,7 +13,7 @@ from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.shards import TokenShards, val_tokens_per_byte
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.forecast.law import LEAST_RUNS, NOISY, Forecast, Law, Point
-from nanogpt_lit.forecast.pairs import BEGINS, loss_of_pairs
+from nanogpt_lit.forecast.pairs import BEGINS, BEGUN, loss_of_pairs
 from nanogpt_lit.forecast.picture import draw
 from nanogpt_lit.forecast.sizes import Sized, SizedRuns, choose, family, nearest
 from nanogpt_lit.loops.trainer_section import asked_processes
@@ -84,12 +84,13 @@ def run(
         check_budget(own, chosen, speed, budget_s)
         made = trained(runs, chosen, speed, budget_s - (awake_s() - began_s))
     code = 0 if stops.reason in (None, Reason.MAX_TIME) else stops.reason.exit_code
-    begins = BEGINS * loss_of_pairs(runs.data.folder, runs.data.vocab_size)
-    points = [Point(run.parameters, run.tokens, loss) for run, loss in made.items() if loss < begins]
-    if len(points) < LEAST_RUNS:
+    pairs = loss_of_pairs(runs.data.folder, runs.data.vocab_size)
+    points = [Point(run.parameters, run.tokens, loss) for run, loss in made.items() if loss < BEGINS * pairs]
+    if len(points) < LEAST_RUNS or min(point.loss for point in points) > BEGUN * pairs:
         print(
-            f"cannot know: a law takes {LEAST_RUNS} runs below {begins:.4f}, which is {BEGINS:.0%} of the loss of a "
-            f"table of which token follows which. Of {len(made)} runs {len(points)} are, and "
+            f"cannot know: a law takes {LEAST_RUNS} runs below {BEGINS * pairs:.4f}, the best below "
+            f"{BEGUN * pairs:.4f}: {BEGINS:.0%} and {BEGUN:.0%} of the loss of a table of which token follows which. "
+            f"Of {len(made)} runs {len(points)} are, the best at {min(made.values(), default=math.inf):.4f}, and "
             f"{sum(map(math.isinf, made.values()))} diverged. A longer --budget makes longer ones."
         )
         return code
