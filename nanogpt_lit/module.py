@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.layers import make_embeddings_repeatable
 from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.networks import build, check_same_network, config_of, described, section_of
 from nanogpt_lit.loops.compatibility import check_together, keys_of
@@ -73,6 +74,8 @@ class LitNanoGPT(LightningModule):
         self.elastic_config = elastic
         self.gpt = build(shape)
         apply_techniques(self.gpt, memory)
+        if compile:
+            make_embeddings_repeatable(self.gpt)
         self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
         self.fallback: dict[str, Any] = {}
         """The fallbacks that a run came to need when its memory ended; see memory/elastic.py."""

@@ -8,19 +8,14 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
-from nanogpt_lit.gpt.gpt2 import GPTConfig
-from nanogpt_lit.gpt.layers import Embedding
-from nanogpt_lit.gpt.llama import LlamaConfig
-from nanogpt_lit.gpt.networks import build
+from nanogpt_lit.gpt.layers import CompiledEmbedding
+from nanogpt_lit.module import LitNanoGPT
 
 REPEATED = """
 import torch
-from nanogpt_lit.gpt.gpt2 import GPTConfig
-from nanogpt_lit.gpt.layers import Embedding
-from nanogpt_lit.gpt.llama import LlamaConfig
-from nanogpt_lit.gpt.networks import build
+from nanogpt_lit.gpt.layers import CompiledEmbedding
 torch.manual_seed(0)
-table = Embedding(65, 256)
+table = CompiledEmbedding(65, 256)
 tokens, weights = torch.randint(0, 65, (16, 256)), torch.randn(16, 256, 256)
 loss = torch.compile(lambda: (table(tokens) * weights).sum())
 gradients = {torch.autograd.grad(loss(), table.weight)[0].numpy().tobytes() for _ in range(40)}
@@ -30,7 +25,7 @@ print(torch.get_num_threads(), len(gradients))
 
 @pytest.mark.parametrize("shape", [(3, 5), (7,)])
 def test_a_compiled_table_has_the_rows_and_the_gradient_of_pytorchs(shape):
-    ours, theirs = Embedding(11, 4), nn.Embedding(11, 4)
+    ours, theirs = CompiledEmbedding(11, 4), nn.Embedding(11, 4)
     theirs.load_state_dict(ours.state_dict())
     tokens, weights = torch.randint(0, 11, shape), torch.randn(*shape, 4)
     compiled = torch.compile(lambda: (ours(tokens) * weights).sum(), fullgraph=True, backend="aot_eager")
@@ -49,16 +44,17 @@ def test_the_compiler_of_a_cpu_is_given_no_sum_that_threads_share():
         return graph.forward
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table())
-    table, tokens = Embedding(11, 4), torch.randint(0, 11, (3, 5))
+    table, tokens = CompiledEmbedding(11, 4), torch.randint(0, 11, (3, 5))
     torch.compile(lambda: table(tokens).sum(), backend=backend)().backward()
     assert "rows_gradient" in graphs[1]
     assert "index_put" not in graphs[1]
 
 
-@pytest.mark.parametrize("config", [GPTConfig, LlamaConfig])
-def test_the_networks_have_such_tables(config):
-    network = build(config(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=16))
-    assert {type(part) for part in network.modules() if isinstance(part, nn.Embedding)} == {Embedding}
+def test_a_module_that_is_compiled_has_such_tables_and_the_weights_of_one_that_is_not(tiny_gpt):
+    compiled, eager = (LitNanoGPT(tiny_gpt, compile=compile) for compile in (True, False))
+    tables = [part for part in compiled.modules() if isinstance(part, nn.Embedding)]
+    assert {type(table) for table in tables} == {CompiledEmbedding}
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
 
 
 @pytest.mark.long

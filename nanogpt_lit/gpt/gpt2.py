@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache, attention
-from nanogpt_lit.gpt.layers import Embedding
 from nanogpt_lit.gpt.network import Block, Network, NetworkConfig
 
 
@@ -66,7 +65,7 @@ class GPT(Network):
                 nn.init.normal_(parameter, std=0.02)
 
     @property
-    def embedding(self) -> Embedding:
+    def embedding(self) -> nn.Embedding:
         return self.transformer.wte
 
     @property
@@ -85,8 +84,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
-        self.wte = Embedding(vocab_size, config.n_embd)
-        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)

@@ -124,7 +124,7 @@ class _InFewSteps(torch.autograd.Function):
 # The table of tokens or positions.
 
 
-class Embedding(nn.Embedding):
+class CompiledEmbedding(nn.Embedding):
     """nn.Embedding, whose gradient repeats to the bit where it is compiled for a CPU as well.
 
     What torch.compile would make of it there lets threads add to the same row as they come, and float32 sums depend on
@@ -132,9 +132,14 @@ class Embedding(nn.Embedding):
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if tokens.device.type == "cpu" and torch.compiler.is_dynamo_compiling():
-            return rows_of(self.weight, tokens)
-        return super().forward(tokens)
+        return rows_of(self.weight, tokens) if tokens.device.type == "cpu" else super().forward(tokens)
+
+
+def make_embeddings_repeatable(module: nn.Module) -> None:
+    """Make each nn.Embedding of a module that will be compiled a CompiledEmbedding."""
+    for part in module.modules():
+        if type(part) is nn.Embedding:
+            part.__class__ = CompiledEmbedding
 
 
 @torch.library.custom_op("nanogpt_lit::rows_of", mutates_args=())

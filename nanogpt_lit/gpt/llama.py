@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache, attention
-from nanogpt_lit.gpt.layers import Embedding, RMSNorm, RopeScaling, Rotary
+from nanogpt_lit.gpt.layers import RMSNorm, RopeScaling, Rotary
 from nanogpt_lit.gpt.network import MOST_HEADS, Block, Network, NetworkConfig
 
 
@@ -112,7 +112,7 @@ class Llama(Network):
                 nn.init.normal_(parameter, std=0.02)
 
     @property
-    def embedding(self) -> Embedding:
+    def embedding(self) -> nn.Embedding:
         return self.model.embed_tokens
 
     @property
@@ -132,7 +132,7 @@ class LlamaBody(nn.Module):
 
     def __init__(self, config: LlamaConfig, vocab_size: int) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(vocab_size, config.n_embd)
+        self.embed_tokens = nn.Embedding(vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         # The same in all blocks.
         rotary = Rotary(config.block_size, config.channels_per_head, config.rope_base, config.rope_scaling)

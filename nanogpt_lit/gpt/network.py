@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache
-from nanogpt_lit.gpt.layers import Embedding
 from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
 
 HEAD = "lm_head.weight"
@@ -112,7 +111,7 @@ class Network(nn.Module):
         self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy
 
     @property
-    def embedding(self) -> Embedding:
+    def embedding(self) -> nn.Embedding:
         """The embedding of the tokens, (V, C)."""
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_lit.gpt.layers import Embedding, RMSNorm, rms_norm
+from nanogpt_lit.gpt.layers import RMSNorm, rms_norm
 from nanogpt_lit.gpt.loss import ChunkedCrossEntropy, chunked_cross_entropy, cross_entropy
 from nanogpt_lit.memory.host import Mark, empty_on_host, lanes, page_lock
 from nanogpt_lit.memory.techniques import recomputed
@@ -221,7 +221,7 @@ HOST_RESIDENT = {
     nn.Linear: HostLinear,
     nn.LayerNorm: HostLayerNorm,
     RMSNorm: HostRMSNorm,
-    Embedding: HostEmbedding,
+    nn.Embedding: HostEmbedding,
 }
 
 
