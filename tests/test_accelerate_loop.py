@@ -198,7 +198,7 @@ def test_a_mistake_is_refused_in_one_sentence_and_starts_no_run(options, option,
     assert not list((tmp_path / "root").glob("accelerate_*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/test_parity.py has it of all three loops
 def test_two_processes_give_the_bits_of_lightnings_two(options, tmp_path):
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -251,6 +251,15 @@ def test_the_tables_of_speed_say_what_their_records_hold(place, name):
         assert f"| {title} | {' | '.join(shares)} |" in page
 
 
+def test_nanogpt_under_autocast_is_as_its_record_says():
+    runs = {run["size"]: run["variants"] for run in record("bench_amx")["runs"] if run["precision"] == "bf16-mixed"}
+    small, large = (
+        runs[size]["nanogpt under autocast"]["ms_per_step"] / runs[size]["plain"]["ms_per_step"] for size in runs
+    )
+    page = " ".join(PAGES["benchmarks.md"].split())
+    assert f"is {small:.1f} times that of ours at 30M and {large:.1f} times at 124M" in page
+
+
 def test_the_times_to_a_loss_are_those_of_their_record():
     for name, runs in record("bench_target")["runs"].items():
         loss, tokens, processor_s, steps_s = (

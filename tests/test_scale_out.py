@@ -165,7 +165,7 @@ def fsdp2(home):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
 def test_two_processes_train_on_the_samples_of_one_each_once(strategy, one, request):
     two = request.getfixturevalue(strategy)
     assert two.tokens.shape == (2 * STEPS, BATCH_SIZE, BLOCK_SIZE)
