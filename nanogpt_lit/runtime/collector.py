@@ -36,7 +36,7 @@ def quick_imports() -> Iterator[None]:
 @contextmanager
 def _no_metrics_of_transformers() -> Iterator[None]:
     """Have torchmetrics, which Lightning imports, leave out its metrics that need transformers: where that is
-    installed, its import takes longer than torch's own."""
+    installed, its import takes more than a second."""
     from unittest.mock import patch
 
     try:
