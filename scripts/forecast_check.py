@@ -114,7 +114,8 @@ def said(case: dict[str, Any]) -> Forecast | None:
     points = [point for point in points if point.loss < BEGINS * pairs]
     if len(points) < LEAST_RUNS or min(point.loss for point in points) > BEGUN * pairs:
         return None
-    return Law(points).forecast(own["parameters"], own["tokens"])
+    law = Law(points)
+    return law.forecast(own["parameters"], own["tokens"]) if law.fits else None
 
 
 def table(cases: dict[str, Any]) -> str:

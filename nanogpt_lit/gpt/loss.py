@@ -28,8 +28,8 @@ at most 2 * 256 * max|W|, is finite for every weight below 127.
 """
 
 CACHED_LOGITS = 2**21
-"""So many logits at a time, 8 MiB in float32, stay in a CPU's caches from the first operation on them to the last;
-memory is what takes the time of the others. Fewer are no faster, and each operation waits for all threads."""
+"""Number of logits that a CPU works on at a time, 8 MiB in float32: they stay in its caches until all operations on
+them are done. More would wait for memory; fewer are no faster, since each operation waits for all threads."""
 
 PRODUCT_ROWS = 2048
 """Rows of a bfloat16 product that a CPU adds to its float32 total at a time, for the same reason."""
@@ -132,12 +132,12 @@ def _losses_and_gradients(logits: Tensor, targets: Tensor, scale: float) -> tupl
 
     logits: (n, V), written over   targets: (n,)
     """
-    on_cpu = logits.device.type == "cpu" and type(logits) is Tensor
-    rows = CACHED_LOGITS // logits.size(1)
+    on_cpu = logits.device.type == "cpu" and type(logits) is Tensor  # those of a memory plan stand for a GPU's
+    rows = max(1, CACHED_LOGITS // logits.size(1))
     if not on_cpu or rows >= len(logits) or torch.compiler.is_compiling():
         return _of_rows(logits, targets, scale, on_cpu)
     losses = []
-    for few, theirs in zip(logits.split(max(1, rows)), targets.split(max(1, rows)), strict=True):
+    for few, theirs in zip(logits.split(rows), targets.split(rows), strict=True):
         loss, gradients = _of_rows(few, theirs, scale, on_cpu)
         losses.append(loss)
         if gradients is not few:
@@ -146,9 +146,10 @@ def _losses_and_gradients(logits: Tensor, targets: Tensor, scale: float) -> tupl
 
 
 def _of_rows(logits: Tensor, targets: Tensor, scale: float, on_cpu: bool) -> tuple[Tensor, Tensor]:
+    """The same, of all rows at once. The gradients may be a tensor of their own."""
     wide = _wide(logits.dtype)
     targets = targets[:, None]  # (n, 1)
-    if on_cpu:  # which looks for an index five times as long as for a number
+    if on_cpu:  # where the index of the largest takes five times as long as the largest itself
         largest = logits.amax(dim=-1, keepdim=True)
     else:
         largest, likeliest = logits.max(dim=-1, keepdim=True)

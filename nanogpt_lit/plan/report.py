@@ -160,7 +160,7 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def report_largest(found: list[dict[str, Any]], plan: Plan) -> str:
-    """The largest that fit, in lines for a terminal. found: what `command.largest_that_fits` returns"""
+    """The largest that fit, in lines for a terminal. found: what `largest_that_fits` returns"""
     usable = plan.budget.usable_mib
     lines = [f"the largest that fits {usable:,} MiB"]
     for of_rung in found:

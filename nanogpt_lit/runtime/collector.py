@@ -1,4 +1,4 @@
-"""A quick start: Python's garbage collector does not look where nothing is, and what no command needs is left out."""
+"""A quick start: no garbage collection while modules are imported, and no import that no command needs."""
 
 import gc
 import sys
