@@ -3,13 +3,11 @@
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nanogpt_lit.gpt.gpt2 import GPTConfig
-from nanogpt_lit.gpt.layers import make_embeddings_repeatable
 from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.networks import build, check_same_network, config_of, described, section_of
 from nanogpt_lit.loops.compatibility import check_together, keys_of
@@ -31,11 +29,10 @@ class LitNanoGPT(LightningModule):
         schedule: The learning rate over the run.
         memory: Ways to need less memory. Checkpoints are the same with and without.
         elastic: What to do when memory ends while it trains.
-        compile: Compile the network and its loss with torch.compile: slower to start (less so the next time: torch
-            keeps what it compiled), and faster per step where it pays. Needs a C++ compiler, or Triton on a GPU.
-            Checkpoints are the same with and without.
+        compile: Compile the network and its loss with torch.compile: slower to start, the first time above all, and
+            faster per step where it pays. Needs a C++ compiler, or Triton on a GPU. Checkpoints are the same.
         tf32: Let a GPU's products of float32 matrices round what they multiply to 10 bits, as GPUs since Ampere do
-            several times as fast. The precision 16-mixed and bf16-mixed gain nothing by it.
+            several times as fast; 16-mixed and bf16-mixed gain nothing by it.
         network: gpt2, or llama for the Llama family; the section of the other one is not read.
         llama: The shape of a network of the Llama family.
     """
@@ -54,17 +51,15 @@ class LitNanoGPT(LightningModule):
     ) -> None:
         super().__init__()
         # load_from_checkpoint() hands back what is saved here: plain dicts, which torch.load accepts with weights_only.
-        section = section_of({"network": network})
-        shape = {"gpt": gpt, "llama": llama}[section]
-        if isinstance(shape, dict):
-            shape = config_of({"network": network, section: shape})
+        model: dict[str, Any] = {"network": network, "gpt": gpt, "llama": llama}
+        shape = config_of(model) if isinstance(model[section_of(model)], dict) else model[section_of(model)]
         optim = AdamWConfig(**optim) if isinstance(optim, dict) else optim
         schedule = ScheduleConfig(**schedule) if isinstance(schedule, dict) else schedule
         memory = MemoryConfig(**memory) if isinstance(memory, dict) else memory
         elastic = ElasticConfig(**elastic) if isinstance(elastic, dict) else elastic
-        configs = {"optim": optim, "schedule": schedule, "memory": memory, "elastic": elastic}
-        kept: dict[str, Any] = {name: asdict(config) for name, config in configs.items()}  # type: ignore[call-overload]
-        self.save_hyperparameters(described(shape) | kept | {"compile": compile, "tf32": tf32})
+        configs: dict[str, Any] = {"optim": optim, "schedule": schedule, "memory": memory, "elastic": elastic}
+        kept = {name: asdict(config) for name, config in configs.items()} | {"compile": compile, "tf32": tf32}
+        self.save_hyperparameters(described(shape) | kept)
         check_together(keys_of("model", self.hparams))
         self.tf32 = tf32
         self.optim_config = optim
@@ -74,9 +69,7 @@ class LitNanoGPT(LightningModule):
         self.elastic_config = elastic
         self.gpt = build(shape)
         apply_techniques(self.gpt, memory)
-        if compile:
-            make_embeddings_repeatable(self.gpt)
-        self.loss = torch.compile(self.gpt.loss) if compile else self.gpt.loss
+        self.loss = self.gpt.compiled_loss() if compile else self.gpt.loss
         self.fallback: dict[str, Any] = {}
         """The fallbacks that a run came to need when its memory ended; see memory/elastic.py."""
 

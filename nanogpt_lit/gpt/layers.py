@@ -135,13 +135,6 @@ class CompiledEmbedding(nn.Embedding):
         return rows_of(self.weight, tokens) if tokens.device.type == "cpu" else super().forward(tokens)
 
 
-def make_embeddings_repeatable(module: nn.Module) -> None:
-    """Make each nn.Embedding of a module that will be compiled a CompiledEmbedding."""
-    for part in module.modules():
-        if type(part) is nn.Embedding:
-            part.__class__ = CompiledEmbedding
-
-
 @torch.library.custom_op("nanogpt_lit::rows_of", mutates_args=())
 def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
     """Look up rows of a table: (V, C), (...) -> (..., C). torch.compile does not see into it."""

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.attention import Documents, KeyValueCache, LayerCache
+from nanogpt_lit.gpt.layers import CompiledEmbedding
 from nanogpt_lit.gpt.loss import as_finite_as_its_gradients, cross_entropy
 
 HEAD = "lm_head.weight"
@@ -153,6 +155,13 @@ class Network(nn.Module):
         """Mean cross-entropy of targets (B, T) given tokens (B, T); IGNORE_INDEX targets are skipped."""
         hidden = self.hidden(tokens, documents=self.documents(tokens))
         return as_finite_as_its_gradients(self.cross_entropy(hidden, self.lm_head.weight, targets))
+
+    def compiled_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`loss` by torch.compile. Its embeddings become CompiledEmbedding, so that it repeats itself to the bit."""
+        for part in self.modules():
+            if type(part) is nn.Embedding:
+                part.__class__ = CompiledEmbedding
+        return torch.compile(self.loss)
 
     def too_long(self, length: int) -> UserError:
         """The error of a sequence longer than block_size."""
