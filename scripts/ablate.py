@@ -33,6 +33,7 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.run.guards import FiniteGuard
 from nanogpt_lit.tune.trials import MODERN as OPTIONS
+from nanogpt_lit.tune.trials import MUON_SHARE
 
 Recipe = tuple[NetworkConfig, AdamWConfig, ScheduleConfig]
 
@@ -44,12 +45,12 @@ NANOGPT = (
 )
 MODERN = (
     LlamaConfig(**SIZES, **OPTIONS["llama"]),
-    replace(NANOGPT[1], **OPTIONS["optim"], lr=5e-3, muon_momentum=0.9),
+    replace(NANOGPT[1], **OPTIONS["optim"], lr=1e-2, muon_lr=MUON_SHARE * 1e-2, muon_momentum=0.85),
     replace(NANOGPT[2], **OPTIONS["schedule"], cooldown_ratio=0.6),
 )
 OTHERS: dict[str, Recipe] = {
     # At the rate that serves AdamW.
-    "without Muon": (MODERN[0], replace(MODERN[1], matrices="adamw", lr=2e-3), MODERN[2]),
+    "without Muon": (MODERN[0], replace(MODERN[1], matrices="adamw", lr=2e-3, muon_lr=None), MODERN[2]),
     "with GPT-2's network": (NANOGPT[0], *MODERN[1:]),
     "without QK normalisation": (replace(MODERN[0], qk_norm=False), *MODERN[1:]),
     "without the cooldown": (*MODERN[:2], replace(MODERN[2], decay="cosine", min_lr_ratio=0.1)),

@@ -27,7 +27,11 @@ from nanogpt_lit.gpt.networks import build
 from nanogpt_lit.run.overfitting import DROPOUT, WEIGHT_DECAY
 
 shape, optim, schedule = MODERN
-MODERN = (replace(shape, n_layer=2, n_head=2, n_embd=64), replace(optim, muon_momentum=0.95), schedule)
+MODERN = (
+    replace(shape, n_layer=2, n_head=2, n_embd=64),
+    replace(optim, lr=5e-3, muon_lr=None, muon_momentum=0.95),  # as in configs/limited_char_cpu.yaml
+    schedule,
+)
 LIMITED: Recipe = (MODERN[0], replace(MODERN[1], weight_decay=WEIGHT_DECAY), MODERN[2])
 DROPPING = replace(MODERN[0], dropout=DROPOUT)
 RECIPES: dict[str, tuple[Recipe, float]] = {

@@ -13,12 +13,24 @@ import pytest
 import yaml
 
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.gpt.gpt2 import GPTConfig
+from nanogpt_lit.gpt.llama import LlamaConfig
 from nanogpt_lit.gpt.networks import config_of, described
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.tune.command import seconds_of_budget
 from nanogpt_lit.tune.search import RATES, decide, search, surely_better
-from nanogpt_lit.tune.trials import MODERN, NANOGPT, RECIPES, Candidate, micro_batches, other_steps, recipe_of
+from nanogpt_lit.tune.trials import (
+    MODERN,
+    MUON_SHARE,
+    NANOGPT,
+    RECIPES,
+    Candidate,
+    micro_batches,
+    model_section,
+    other_steps,
+    recipe_of,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = Candidate("nanogpt", 1e-3, 8, 2)
@@ -252,22 +264,48 @@ def test_a_budget_is_a_number_with_its_unit(text, seconds):
     assert seconds_of_budget(text) == seconds
 
 
+@pytest.mark.parametrize(
+    ("name", "muon_lr", "recipe", "expected"),
+    [
+        ("shakespeare_char_cpu", None, "modern", 2e-3),  # the recipe's share of the rate that is tried
+        ("modern_char_cpu", 5e-3, "modern", 2e-3),  # the YAML's share of it, which is the recipe's
+        ("modern_char_cpu", 2e-2, "modern", 8e-3),  # the YAML's share
+        ("modern_char_cpu", None, "modern", None),  # one rate for both, as in the YAML
+        ("modern_char_cpu", 5e-3, "nanogpt", None),
+    ],
+)
+def test_a_candidate_has_the_recipes_two_rates_or_the_yamls(name, muon_lr, recipe, expected):
+    model = whole_model(name)
+    model["optim"] |= {"lr": 1e-2, "muon_lr": muon_lr}
+    own = Candidate(recipe_of(model), 1e-2, 12, 1)
+    section = model_section(model, own, replace(own, recipe=recipe, lr=4e-3))
+    assert section["optim"]["lr"] == 4e-3
+    assert section["optim"]["muon_lr"] == pytest.approx(expected)
+    AdamWConfig(**section["optim"])  # is not refused
+
+
 @pytest.mark.parametrize("text", ["10", "ten", "-1min", "0s", "1d"])
 def test_another_budget_is_refused(text):
     with pytest.raises(ValueError, match="is not a time; 600s, 10min and 1h are"):
         seconds_of_budget(text)
 
 
-def test_the_recipes_are_those_of_the_configurations():
-    def model(name):
-        section = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
-        kinds = {"optim": AdamWConfig, "schedule": ScheduleConfig}
-        return described(config_of(section)) | {key: asdict(kind(**section[key])) for key, kind in kinds.items()}
+def whole_model(name):
+    """The model section of a configuration, with all fields, as fit has it."""
+    section = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
+    kinds = {"optim": AdamWConfig, "schedule": ScheduleConfig}
+    shapes = {"gpt": asdict(GPTConfig()), "llama": asdict(LlamaConfig())}
+    return shapes | described(config_of(section)) | {key: asdict(kind(**section[key])) for key, kind in kinds.items()}
 
-    assert recipe_of(model("shakespeare_char_cpu")) == recipe_of(model("rtx2050")) == "nanogpt"
-    assert recipe_of(model("modern_char_cpu")) == recipe_of(model("modern_rtx2050")) == "modern"
-    assert all(set(NANOGPT[section]) == set(MODERN[section]) for section in ("optim", "schedule"))
-    mixture = model("rtx2050")
+
+def test_the_recipes_are_those_of_the_configurations():
+    assert recipe_of(whole_model("shakespeare_char_cpu")) == recipe_of(whole_model("rtx2050")) == "nanogpt"
+    assert recipe_of(whole_model("modern_char_cpu")) == recipe_of(whole_model("modern_rtx2050")) == "modern"
+    assert set(NANOGPT["optim"]) == {*MODERN["optim"], "muon_lr"}
+    assert set(NANOGPT["schedule"]) == set(MODERN["schedule"])
+    rates = whole_model("modern_char_cpu")["optim"]
+    assert rates["muon_lr"] == MUON_SHARE * rates["lr"]
+    mixture = whole_model("rtx2050")
     mixture["optim"]["matrices"] = "muon"
     assert recipe_of(mixture) is None
     assert list(RECIPES) == ["nanogpt", "modern"]

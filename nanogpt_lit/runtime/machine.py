@@ -87,12 +87,16 @@ def precision_remark(precision: str, device: str) -> str | None:
     with restored_matmul_backend():
         set_matmul_backend(torch.device("cpu"), tf32=False)
         single, bfloat16 = (product_gflops(dtype) for dtype in (torch.float32, torch.bfloat16))
-    speeds = f"this CPU multiplies matrices at {bfloat16:,.0f} GFLOP/s in bfloat16 and at {single:,.0f} in float32"
     if multiplies_in == "bfloat16" and bfloat16 < single:
-        return f"precision: {speeds}; {precision} will be slower than 32-true"
-    if multiplies_in == "float32" and bfloat16 > MUCH_FASTER * single:
-        return f"precision: {speeds}; trainer.precision=bf16-mixed will be faster than {precision}"
-    return None
+        faster = "32-true"
+    elif multiplies_in == "float32" and bfloat16 > MUCH_FASTER * single:
+        faster = "bf16-mixed"
+    else:
+        return None
+    return (
+        f"precision: this CPU multiplies matrices at {bfloat16:,.0f} GFLOP/s in bfloat16 and at {single:,.0f} in "
+        f"float32; trainer.precision={faster} will be faster than {precision}"
+    )
 
 
 def product_gflops(dtype: torch.dtype, side: int = 512) -> float:

@@ -21,10 +21,12 @@ NANOGPT: Recipe = {
 MODERN: Recipe = {
     "network": "llama",
     "llama": {"qk_norm": True, "tied_head": False},
-    "optim": {"matrices": "muon", "muon_lr": None},
+    "optim": {"matrices": "muon"},
     "schedule": {"decay": "cooldown", "min_lr_ratio": 0.0},
 }
 RECIPES = {"nanogpt": NANOGPT, "modern": MODERN}
+MUON_SHARE = 0.5
+"""Muon's learning rate in the modern recipe as a share of AdamW's. A YAML that has another keeps it."""
 
 
 def recipe_of(model: Mapping[str, Any]) -> str | None:
@@ -100,8 +102,10 @@ def model_section(model: Mapping[str, Any], own: Candidate, candidate: Candidate
             changed[section_of(recipe)] = {**model[section_of(recipe)], **sizes}
         for name, key, value in options_of(recipe):
             changed[name][key] = value
+        if recipe is MODERN:
+            changed["optim"]["muon_lr"] = MUON_SHARE * own.lr
     changed["optim"]["lr"] = candidate.lr
-    if changed["optim"]["muon_lr"] is not None:  # the two rates of the YAML keep their ratio
+    if changed["optim"]["muon_lr"] is not None:  # the two rates keep their ratio
         changed["optim"]["muon_lr"] *= candidate.lr / own.lr
     return changed
 
