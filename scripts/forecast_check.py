@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
-from nanogpt_lit.forecast.law import LEAST_RUNS, Forecast, Law, Point
-from nanogpt_lit.forecast.pairs import BEGINS, BEGUN, loss_of_pairs
+from nanogpt_lit.forecast.law import Forecast, NoLawError, Point, law_of
+from nanogpt_lit.forecast.pairs import loss_of_pairs
 from nanogpt_lit.forecast.sizes import Sized, SizedRuns, choose
 
 CASES = (
@@ -109,13 +109,11 @@ def write(record: dict[str, Any], out: Path) -> None:
 
 def said(case: dict[str, Any]) -> Forecast | None:
     """What `forecast` says of a case today; None where it cannot know."""
-    own, pairs = case["own"], case["pairs"]
-    points = [Point(run["parameters"], run["tokens"], run["loss"]) for run in case["runs"]]
-    points = [point for point in points if point.loss < BEGINS * pairs]
-    if len(points) < LEAST_RUNS or min(point.loss for point in points) > BEGUN * pairs:
+    try:
+        law = law_of([Point(run["parameters"], run["tokens"], run["loss"]) for run in case["runs"]], case["pairs"])
+    except NoLawError:
         return None
-    law = Law(points)
-    return law.forecast(own["parameters"], own["tokens"]) if law.fits else None
+    return law.forecast(case["own"]["parameters"], case["own"]["tokens"])
 
 
 def table(cases: dict[str, Any]) -> str:

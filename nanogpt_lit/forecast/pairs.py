@@ -7,12 +7,6 @@ import numpy as np
 from nanogpt_lit.data.shards import TokenShards
 
 MOST_TOKENS = 5_000_000
-BEGINS = 0.9
-"""Share of that loss below which runs follow a law. Above it their losses stand and then fall faster than any: a law of
-runs with less than a twentieth below it was 12 % off (docs/forecast.json)."""
-BEGUN = 0.8
-"""Share of that loss below which the best run has to come. Runs of which it had come to 0.82 made a forecast for thirty
-times the work that was 12 % off; those of all others in the record are below."""
 PRIOR = 5.0
 """Pairs' worth of the single tokens' frequencies that a pair's are mixed with."""
 

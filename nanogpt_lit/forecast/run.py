@@ -12,8 +12,8 @@ from nanogpt_lit.checkpoint.state import bits_per_byte
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.shards import TokenShards, val_tokens_per_byte
 from nanogpt_lit.errors import UserError
-from nanogpt_lit.forecast.law import LEAST_RUNS, NOISY, Forecast, Law, Point
-from nanogpt_lit.forecast.pairs import BEGINS, BEGUN, loss_of_pairs
+from nanogpt_lit.forecast.law import LEAST_RUNS, Forecast, Law, NoLawError, Point, law_of
+from nanogpt_lit.forecast.pairs import loss_of_pairs
 from nanogpt_lit.forecast.picture import draw
 from nanogpt_lit.forecast.sizes import Sized, SizedRuns, choose, family, nearest
 from nanogpt_lit.loops.trainer_section import asked_processes
@@ -85,21 +85,10 @@ def run(
         made = trained(runs, chosen, speed, budget_s - (awake_s() - began_s))
     code = 0 if stops.reason in (None, Reason.MAX_TIME) else stops.reason.exit_code
     pairs = loss_of_pairs(runs.data.folder, runs.data.vocab_size)
-    points = [Point(run.parameters, run.tokens, loss) for run, loss in made.items() if loss < BEGINS * pairs]
-    if len(points) < LEAST_RUNS or min(point.loss for point in points) > BEGUN * pairs:
-        print(
-            f"cannot know: a law takes {LEAST_RUNS} runs below {BEGINS * pairs:.4f}, the best below "
-            f"{BEGUN * pairs:.4f}: {BEGINS:.0%} and {BEGUN:.0%} of the loss of a table of which token follows which. "
-            f"Of {len(made)} runs {len(points)} are, the best at {min(made.values(), default=math.inf):.4f}, and "
-            f"{sum(map(math.isinf, made.values()))} diverged. A longer --budget makes longer ones."
-        )
-        return code
-    law = Law(points)
-    if not law.fits:
-        print(
-            f"cannot know: the runs follow no law that falls with weights and tokens to within {NOISY:.0%} of the "
-            "loss. A steadier learning rate or a longer --budget may bring them to one."
-        )
+    try:
+        law = law_of([Point(run.parameters, run.tokens, loss) for run, loss in made.items()], pairs)
+    except NoLawError as reason:
+        print(f"cannot know: {reason}")
         return code
     said, own_hours = law.forecast(own.parameters, own.tokens), hours_of(runs, speed)
     hours = hours or own_hours
@@ -114,7 +103,7 @@ def run(
     )
     print("\n".join(["", *lines, "", *table(offers, own, hours)]))
     path = picture or Path(settings.trainer.default_root_dir) / "forecast.svg"
-    drawn = draw(own, points, said, [(offer.run.parameters, offer.forecast) for offer in offers], hours, path)
+    drawn = draw(own, law.points, said, [(offer.run.parameters, offer.forecast) for offer in offers], hours, path)
     print("\npicture   ", path if drawn else 'none: pip install "nanogpt_lit[plot]"')
     return code
 
