@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablate import MODERN, SIZES, Recipe, validation_losses
+from ablate import MODERN, NANOGPT, SIZES, Recipe, validation_losses
 from filelock import FileLock
 
 from nanogpt_lit.data.datamodule import TokenDataModule
@@ -32,7 +32,8 @@ MODERN = (
     replace(optim, lr=5e-3, muon_lr=None, muon_momentum=0.95),  # as in configs/limited_char_cpu.yaml
     schedule,
 )
-LIMITED: Recipe = (MODERN[0], replace(MODERN[1], weight_decay=WEIGHT_DECAY), MODERN[2])
+NANOGPT = (replace(NANOGPT[0], n_layer=2, n_head=2, n_embd=64), *NANOGPT[1:])
+LIMITED: Recipe = (MODERN[0], replace(MODERN[1], weight_decay=WEIGHT_DECAY["muon"]), MODERN[2])
 DROPPING = replace(MODERN[0], dropout=DROPOUT)
 RECIPES: dict[str, tuple[Recipe, float]] = {
     "modern": (MODERN, 1.0),
@@ -40,6 +41,11 @@ RECIPES: dict[str, tuple[Recipe, float]] = {
     "limited with dropout": ((DROPPING, *LIMITED[1:]), 1.0),
     "modern with dropout": ((DROPPING, *MODERN[1:]), 1.0),
     "limited with dropout on half the text": ((DROPPING, *LIMITED[1:]), 0.5),
+    "nanogpt": (NANOGPT, 1.0),
+    "nanogpt with weight decay 1": (
+        (NANOGPT[0], replace(NANOGPT[1], weight_decay=WEIGHT_DECAY["adamw"]), NANOGPT[2]),
+        1.0,
+    ),
 }
 """Each with the share of the text that it reads, in as many steps."""
 SLOWER = 1.13

@@ -9,40 +9,45 @@ from small_runs import BOTTLES, LOOPS, small_run
 from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.networks import build, config_of
-from nanogpt_lit.run.overfitting import DROPOUT, OFTEN, WEIGHT_DECAY, overfitting, useful_readings
+from nanogpt_lit.optim.adamw import AdamWConfig
+from nanogpt_lit.run.overfitting import DROPOUT, OFTEN, overfitting, useful_readings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORK = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=16)
 SHAKESPEARE = 1_003_854  # characters of nanoGPT's training part
 
 
-def told(readings, tokens, weight_decay=0.1, dropout=0.0):
-    return overfitting(build(replace(NETWORK, dropout=dropout)), readings, tokens, weight_decay)
+def told(readings, tokens, matrices, weight_decay=0.1, dropout=0.0):
+    optim = AdamWConfig(matrices=matrices, weight_decay=weight_decay)
+    return overfitting(build(replace(NETWORK, dropout=dropout)), readings, tokens, optim)
 
 
 def test_the_more_parameters_a_token_has_the_fewer_readings_pay_and_four_always_do():
-    found = [useful_readings(parameters, 1_000_000) for parameters in (10_000, 100_000, 1_000_000, 10_000_000, 10**9)]
+    sizes = (10_000, 100_000, 1_000_000, 10_000_000, 10**9)
+    found = [useful_readings(parameters, 1_000_000, "muon") for parameters in sizes]
     assert found == sorted(found, reverse=True)
     assert found[-1] == 4
 
 
-def test_a_run_is_told_once_it_reads_more_often_and_does_not_learn_by_the_recipe():
+@pytest.mark.parametrize(("matrices", "decay"), [("muon", 3), ("adamw", 1)])
+def test_a_run_is_told_once_it_reads_more_often_and_does_not_learn_by_the_recipe(matrices, decay):
     parameters = build(NETWORK).parameter_count(non_embedding=False)
-    useful = useful_readings(parameters, parameters)
-    assert told(0.9 * useful, parameters) is None
-    said = told(1.1 * useful, parameters)
+    useful = useful_readings(parameters, parameters, matrices)
+    assert told(0.9 * useful, parameters, matrices) is None
+    said = told(1.1 * useful, parameters, matrices)
     assert f"{parameters:,} tokens will be read {1.1 * useful:,.0f} times" in said
-    assert f"(model.optim.weight_decay={WEIGHT_DECAY:g})" in said
-    assert f"weight_decay={WEIGHT_DECAY:g} and model.gpt.dropout={DROPOUT})" in told(1.1 * OFTEN * useful, parameters)
-    assert told(1.1 * useful, parameters, dropout=DROPOUT / 2) is None
-    assert told(1.1 * useful, parameters, weight_decay=WEIGHT_DECAY / 2) is None
+    assert f"(model.optim.weight_decay={decay})" in said
+    often = told(1.1 * OFTEN * useful, parameters, matrices)
+    assert f"weight_decay={decay} and model.gpt.dropout={DROPOUT})" in often
+    assert told(1.1 * useful, parameters, matrices, dropout=DROPOUT / 2) is None
+    assert told(1.1 * useful, parameters, matrices, weight_decay=decay / 2) is None
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_every_loop_says_it_before_the_first_step_and_not_when_it_goes_on_or_fine_tunes(loop, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(BOTTLES[:600])
-    run = small_run(text, tmp_path / "root", "--model.gpt.dropout=0")
+    run = small_run(text, tmp_path / "root", "--model.gpt.dropout=0", "--data.batch_size=12")
     run = [option for option in run if "max_steps" not in option]
     assert loop(*run, "--trainer.max_steps=4") == 0
     assert "will be read" not in capsys.readouterr().out
@@ -60,4 +65,4 @@ def test_no_configuration_for_shakespeare_is_told(path):
     gpt = build(replace(config_of(settings.model), vocab_size=66))
     data, trainer = settings.data, settings.trainer
     tokens = trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size * data.block_size
-    assert overfitting(gpt, tokens / SHAKESPEARE, SHAKESPEARE, settings.model.optim.weight_decay) is None
+    assert overfitting(gpt, tokens / SHAKESPEARE, SHAKESPEARE, AdamWConfig(**settings.model.optim)) is None

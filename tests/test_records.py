@@ -430,8 +430,13 @@ def test_the_tables_of_small_texts_are_those_of_their_record_and_the_recipe_pays
         longest = max((readings for readings, rows in losses.items() if "modern" in rows), key=int)
         of_modern = losses[longest]["modern"]["0"]
         turns = int(longest) * (1 + of_modern.index(min(of_modern))) / len(of_modern)
-        useful = useful_readings(of_kind["parameters"], of_kind["tokens"])
+        useful = useful_readings(of_kind["parameters"], of_kind["tokens"], "muon")
         assert turns < useful < 2 * turns  # what fit goes by
+        if "60" in losses:
+            of_nanogpt, decayed = (losses["60"][row]["0"] for row in ("nanogpt", "nanogpt with weight decay 1"))
+            assert decayed[-1] < of_nanogpt[-1]
+            turns = 60 * (1 + of_nanogpt.index(min(of_nanogpt))) / len(of_nanogpt)
+            assert turns < useful_readings(of_kind["parameters"], of_kind["tokens"], "adamw") < 2 * turns
 
 
 def test_every_picture_and_record_is_named_on_the_page_that_says_how_it_is_made():

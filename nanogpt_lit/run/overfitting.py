@@ -1,37 +1,39 @@
 """The number of times that a run may read its text before it learns the text by heart."""
 
 from nanogpt_lit.gpt.network import Network
+from nanogpt_lit.optim.adamw import AdamWConfig
 
-READINGS = 12.0
-"""Readings after which the validation loss turns, where the text has as many tokens as the network parameters."""
-WEIGHT_DECAY = 3.0
+READINGS = {"muon": 12.0, "adamw": 72.0}
+"""Readings after which the validation loss turns, where the text has as many tokens as the network parameters, by the
+optimizer of the matrices. What AdamW learns in its readings Muon learns in a sixth of them."""
+WEIGHT_DECAY = {"muon": 3.0, "adamw": 1.0}
 """The recipe `limited` (docs/recipes.md)."""
 DROPOUT, OFTEN = 0.1, 3.0
 """Dropout beside it, where a text is read so many times as often as a network without either gains from."""
 
 
-def useful_readings(parameters: int, tokens: int) -> float:
+def useful_readings(parameters: int, tokens: int, matrices: str) -> float:
     """Readings of a text of so many tokens from which a network without dropout gains.
 
     A rule of thumb between what scripts/small_texts.py measures: with 3 parameters a token the loss of characters
-    turns after 6 readings, and with 5 that of code after 3. Never fewer than 4, which are worth nearly as much as new
-    text (Muennighoff et al., arXiv:2305.16264).
+    turns after 6 readings with Muon and 36 with AdamW, and with 5 that of code after 3 and 18. Never fewer than 4,
+    which are worth nearly as much as new text (Muennighoff et al., arXiv:2305.16264).
     """
-    return max(4.0, READINGS * (tokens / parameters) ** 0.5)
+    return max(4.0, READINGS[matrices] * (tokens / parameters) ** 0.5)
 
 
-def overfitting(gpt: Network, readings: float, tokens: int, weight_decay: float) -> str | None:
+def overfitting(gpt: Network, readings: float, tokens: int, optim: AdamWConfig) -> str | None:
     """A sentence where a run reads its text too often; None where it does not, or has half of the recipe for it.
 
     readings: of the text in the whole run   tokens: in the text
     """
     parameters = gpt.parameter_count(non_embedding=False)
-    useful = useful_readings(parameters, tokens)
-    if readings <= useful or gpt.config.dropout >= DROPOUT / 2 or weight_decay >= WEIGHT_DECAY / 2:
+    useful, decay = useful_readings(parameters, tokens, optim.matrices), WEIGHT_DECAY[optim.matrices]
+    if readings <= useful or gpt.config.dropout >= DROPOUT / 2 or optim.weight_decay >= decay / 2:
         return None
     dropout = f" and {gpt.config.key('dropout')}={DROPOUT}" if readings > OFTEN * useful else ""
     return (
         f"text: {tokens:,} tokens will be read {readings:,.0f} times, and after about {useful:,.0f} a network of this "
         f"size begins to learn them by heart; the recipe limited of docs/recipes.md (model.optim.weight_decay="
-        f"{WEIGHT_DECAY:g}{dropout}) goes on learning from them"
+        f"{decay:g}{dropout}) goes on learning from them"
     )
