@@ -18,7 +18,7 @@ import torch
 
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.forecast.law import Forecast, NoLawError, Point, law_of
-from nanogpt_lit.forecast.pairs import loss_of_pairs
+from nanogpt_lit.forecast.pairs import UNLIKE, loss_of_pairs, unlikeness
 from nanogpt_lit.forecast.sizes import Sized, SizedRuns, choose
 
 CASES = (
@@ -31,6 +31,15 @@ CASES = (
     ("modern", "perl", 2, 128, 500, 16, 10),
     ("modern", "manual", 4, 96, 400, 16, 10),
     ("nanogpt", "bible", 2, 80, 6000, 12, 10),
+    ("modern", "bible", 4, 64, 700, 16, 10),
+    ("modern", "modules", 2, 128, 500, 16, 10),
+    ("modern", "javascript", 4, 80, 500, 16, 10),
+    ("modern", "french", 3, 112, 400, 16, 10),
+    ("modern", "markdown", 4, 96, 450, 16, 10),
+    ("modern", "headers", 3, 96, 500, 16, 10),
+    ("modern", "unicode", 2, 128, 500, 16, 10),
+    ("modern", "three", 3, 96, 450, 16, 10),
+    ("modern", "mixed", 3, 96, 450, 16, 10),
     ("modern", "python", 4, 96, 450, 16, 30),
     ("modern", "bible", 3, 96, 500, 16, 30),
     ("nanogpt", "bible", 2, 80, 6000, 12, 30),
@@ -39,7 +48,7 @@ TEXTS = {
     "characters": ["--data.tokenizer=char", "--data.val_fraction=0.1"],
     "python": ["--data.source=stdlib", "--data.tokenizer=byte", "--data.val_fraction=0.02"],
 }
-OTHER_TEXT = ["--data.tokenizer=byte", "--data.val_fraction=0.05"]
+OTHER_TEXT = ["--data.tokenizer=byte", "--data.val_fraction=0.05", "--data.skip_undecodable=true"]
 RECIPES = {
     "nanogpt": ["--model.gpt.bias=false", "--model.optim.lr=3e-3", "--model.optim.beta2=0.99"],
     "modern": [
@@ -80,7 +89,7 @@ def main() -> None:
 
 
 def measured(options: list[str], times: int) -> dict[str, Any]:
-    """The losses of a forecast's runs and of the run that they are to foretell, and that of a table of pairs."""
+    """The losses of a forecast's runs and of the run that they are to foretell, and what a table of pairs tells."""
     cli = SettingsCLI(args=options)
     cli.complete_settings()
     runs = SizedRuns(cli.settings, cli.device, time.perf_counter)
@@ -90,8 +99,9 @@ def measured(options: list[str], times: int) -> dict[str, Any]:
         assert result is not None, "a run that nobody stops"
         rows.append(row(run, result[0]))
         print(rows[-1], flush=True)
-    pairs = loss_of_pairs(runs.data.folder, runs.data.vocab_size)
-    return {"pairs": round(pairs, 4), "runs": rows[:-1], "own": rows[-1]}
+    text = runs.data.folder, runs.data.vocab_size
+    pairs, unlike = round(loss_of_pairs(*text), 4), round(unlikeness(*text), 4)
+    return {"pairs": pairs, "unlike": unlike, "runs": rows[:-1], "own": rows[-1]}
 
 
 def row(run: Sized, loss: float) -> dict[str, Any]:
@@ -109,6 +119,8 @@ def write(record: dict[str, Any], out: Path) -> None:
 
 def said(case: dict[str, Any]) -> Forecast | None:
     """What `forecast` says of a case today; None where it cannot know."""
+    if case["unlike"] is not None and case["unlike"] > UNLIKE:
+        return None
     try:
         law = law_of([Point(run["parameters"], run["tokens"], run["loss"]) for run in case["runs"]], case["pairs"])
     except NoLawError:

@@ -13,7 +13,7 @@ import pytest
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.forecast.law import BENDS, SHARES, SHARES_DEVIATION, Law, Point
-from nanogpt_lit.forecast.pairs import loss_of_pairs
+from nanogpt_lit.forecast.pairs import UNLIKE, loss_of_pairs, unlikeness
 from nanogpt_lit.forecast.run import Speed, offered
 from nanogpt_lit.forecast.sizes import RUNS, choose, nearest, rate, scaled, sized, with_tokens
 from nanogpt_lit.gpt.gpt2 import GPTConfig
@@ -146,6 +146,31 @@ def test_the_loss_of_pairs_is_that_of_a_naive_count(tmp_path):
     assert loss_of_pairs(data.folder, data.vocab_size) == pytest.approx((math.log(3) + math.log(2)) / 2, abs=0.03)
 
 
+def test_the_end_of_a_text_is_unlike_the_rest_where_it_is_of_another_kind_and_not_where_the_kinds_are_mixed(tmp_path):
+    generator = random.Random(0)
+
+    def unlike(kinds):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        # Each kind has an order of its own, which a quarter of the letters break.
+        text = "".join(
+            generator.choice("abcdef") if n % 4 == 0 else order[n % 6] for order in kinds for n in range(200)
+        )
+        (folder / "text.txt").write_text(text)
+        data = TokenDataModule(
+            source=str(folder / "text.txt"), tokenizer="byte", shards_dir=str(folder / "shards"), val_fraction=0.2,
+            block_size=16,
+        )  # fmt: skip
+        data.prepare_data()
+        return unlikeness(data.folder, data.vocab_size)
+
+    kinds = ["abcdef"] * 80 + ["fedcba"] * 20
+    assert unlike(kinds) > 2 * UNLIKE
+    generator.shuffle(kinds)
+    assert unlike(kinds) < 0
+    assert unlike(["abcdef"] * 100) < 0
+
+
 @pytest.fixture
 def config(tmp_path):
     """The run of a text that takes more than pairs to know: numbers, in their order, in words."""
@@ -211,6 +236,10 @@ def test_what_a_law_cannot_know_is_said_in_one_sentence(config, known_law, capsy
         error = capsys.readouterr().err
         assert sentence in error
         assert error.count("\n") == 1
+    with monkeypatch.context() as changed:
+        changed.setattr("nanogpt_lit.forecast.run.unlikeness", lambda folder, vocab_size: UNLIKE + 0.005)
+        assert main(["forecast", "--config", str(config)]) == 2
+        assert "each half of it foretells the other 8% better than the rest does" in capsys.readouterr().err
     monkeypatch.setattr("nanogpt_lit.forecast.run.loss_of_pairs", lambda folder, vocab_size: 0.1)
     assert main(["forecast", "--config", str(config)]) == 0
     assert "cannot know: a law takes 6 runs below 0.0900, the best below 0.0800: 90% and 80%" in capsys.readouterr().out

@@ -31,7 +31,7 @@ NOISE, NOISE_DEVIATION = 0.005, 0.7
 NOISY = 0.02
 """Runs that lie farther from every law, as a share of the loss, follow none."""
 EXPONENTS, NOISES = np.geomspace(0.04, 1.2, 18), np.geomspace(0.002, 0.04, 9)
-BENDS = 0.015
+BENDS = 0.02
 """Share of the loss by which a law misses for each factor of ten between a run and the largest that it was made from:
 losses in docs/forecast.json fall faster at first than any law does. So nearer runs count for more, and farther
 intervals are wider."""

@@ -13,7 +13,7 @@ from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.shards import TokenShards, val_tokens_per_byte
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.forecast.law import LEAST_RUNS, Forecast, Law, NoLawError, Point, law_of
-from nanogpt_lit.forecast.pairs import loss_of_pairs
+from nanogpt_lit.forecast.pairs import UNLIKE, loss_of_pairs, unlikeness
 from nanogpt_lit.forecast.picture import draw
 from nanogpt_lit.forecast.sizes import Sized, SizedRuns, choose, family, nearest
 from nanogpt_lit.loops.trainer_section import asked_processes
@@ -79,6 +79,7 @@ def run(
         runs = SizedRuns(settings, cli.device, awake_s, stops.between_steps)
         own, unique = runs.own, len(TokenShards.open(runs.data.folder, "train"))
         check_readings(own, unique)
+        check_text(unlikeness(runs.data.folder, runs.data.vocab_size))
         speed = measured_speed(runs, budget_s)
         chosen = choose(own, speed.seconds, budget_s - (awake_s() - began_s))
         check_budget(own, chosen, speed, budget_s)
@@ -149,6 +150,16 @@ def check_readings(own: Sized, unique: int) -> None:
         f"how far that overfits cannot be known from shorter runs; {READINGS} times can be forecast: "
         f"--trainer.max_steps={steps}, or more text."
     )
+
+
+def check_text(unlike: float) -> None:
+    """Raises UserError for a text whose end, which is validated on, is of another kind than the rest."""
+    if unlike > UNLIKE:
+        raise UserError(
+            "data.source: its end, which is validated on, is unlike the rest: by pairs of tokens each half of it "
+            f"foretells the other {unlike:.0%} better than the rest does. How fast a network learns that cannot be "
+            "known from shorter runs; mix the order of the documents."
+        )
 
 
 def check_budget(own: Sized, chosen: Sequence[Sized], speed: Speed, budget_s: float) -> None:
