@@ -439,6 +439,16 @@ def test_the_tables_of_small_texts_are_those_of_their_record_and_the_recipe_pays
             assert turns < useful_readings(of_kind["parameters"], of_kind["tokens"], "adamw") < 2 * turns
 
 
+def test_the_recipe_for_small_texts_pays_at_a_real_size_as_its_record_says():
+    losses = {name: run["validation_losses"] for name, run in record("limited_half")["runs"].items()}
+    for name, values in losses.items():
+        lowest = "" if values[-1] == min(values) else f" (lowest {min(values):.3f})"
+        assert f"| {name} | {values[-1]:.3f}{lowest} |" in PAGES["recipes.md"]
+    gain = min(losses["modern, 10 readings"]) - losses["limited, 10 readings"][-1]
+    assert f"`limited` is {gain:.3f} below the lowest evaluation of `modern`" in " ".join(PAGES["recipes.md"].split())
+    assert losses["limited, 20 readings"][-1] < losses["limited, 10 readings"][-1]
+
+
 def test_every_picture_and_record_is_named_on_the_page_that_says_how_it_is_made():
     for path in sorted([*DOCS.glob("*.json"), *DOCS.glob("*.svg"), *DOCS.glob("*.png")]):
         assert f"`docs/{path.name}`" in PAGES["records.md"], path.name
