@@ -153,12 +153,12 @@ def check_readings(own: Sized, unique: int) -> None:
 
 
 def check_text(unlike: float) -> None:
-    """Raises UserError for a text whose end, which is validated on, is of another kind than the rest."""
+    """Raises UserError for a text of which another kind is validated on than is trained on."""
     if unlike > UNLIKE:
         raise UserError(
-            "data.source: its end, which is validated on, is unlike the rest: by pairs of tokens each half of it "
-            f"foretells the other {unlike:.0%} better than the rest does. How fast a network learns that cannot be "
-            "known from shorter runs; mix the order of the documents."
+            "data.source: the part that is validated on is unlike the rest: by pairs of tokens each half of it foretells "
+            f"the other {unlike:.0%} better than the rest does, and how fast a network learns that cannot be known from "
+            "shorter runs. Of few documents it is their ends, and of many some whole ones: split the text into more files."
         )
 
 
