@@ -156,9 +156,10 @@ def check_text(unlike: float) -> None:
     """Raises UserError for a text of which another kind is validated on than is trained on."""
     if unlike > UNLIKE:
         raise UserError(
-            "data.source: the part that is validated on is unlike the rest: by pairs of tokens each half of it foretells "
-            f"the other {unlike:.0%} better than the rest does, and how fast a network learns that cannot be known from "
-            "shorter runs. Of few documents it is their ends, and of many some whole ones: split the text into more files."
+            "data.source: the part that is validated on is unlike the rest: by pairs of tokens each half of it "
+            f"foretells the other {unlike:.0%} better than the rest does, and how fast a network learns that cannot be "
+            "known from shorter runs. Of few documents it is their ends, and of many some whole ones: split the text "
+            "into more files."
         )
 
 
