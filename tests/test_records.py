@@ -224,11 +224,12 @@ def test_the_picture_of_parity_has_the_cases_of_its_record_and_one_curve_for_thr
     assert all(len(lines) == 3 and len(set(lines)) == 1 for lines in drawn.values())
 
 
-@pytest.mark.parametrize(("place", "name"), [(0, "bench"), (1, "bench_amx")])
+@pytest.mark.parametrize(("place", "name"), [(0, "bench"), (1, "bench_amx"), (2, "bench_avx2")])
 def test_the_tables_of_speed_say_what_their_records_hold(place, name):
     page = PAGES["benchmarks.md"]
     runs = {(run["size"], run["precision"]): run["variants"] for run in record(name)["runs"]}
     columns = [("30M", "32-true"), ("124M", "32-true"), ("30M", "bf16-mixed"), ("124M", "bf16-mixed")]
+    columns = [column for column in columns if column in runs]
     speeds = {"our module in a plain loop": "plain", "our module under Lightning's Trainer": "lightning"}
     if "transformers trainer" in runs[columns[0]]:
         speeds["transformers' GPT-2 under its Trainer"] = "transformers trainer"
@@ -260,8 +261,9 @@ def test_nanogpt_under_autocast_is_as_its_record_says():
     assert f"is {small:.1f} times that of ours at 30M and {large:.1f} times at 124M" in page
 
 
-def test_the_times_to_a_loss_are_those_of_their_record():
-    for name, runs in record("bench_target")["runs"].items():
+@pytest.mark.parametrize("measured", ["bench_target", "bench_target_amx"])
+def test_the_times_to_a_loss_are_those_of_their_record(measured):
+    for name, runs in record(measured)["runs"].items():
         loss, tokens, processor_s, steps_s = (
             median(run[key] for run in runs) for key in ("loss", "tokens", "processor_s", "steps_s")
         )
