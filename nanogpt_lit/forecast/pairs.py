@@ -10,13 +10,13 @@ import numpy as np
 from nanogpt_lit.data.shards import TokenShards
 
 MOST_TOKENS, PARTS = 5_000_000, 20
-"""Of a longer text so many are read, in parts from all over it."""
+"""Number of tokens that are read of a longer text, and of parts all over it."""
 PRIOR = 5.0
 """Pairs' worth of the single tokens' frequencies that a pair's are mixed with."""
 
 
 UNLIKE = 0.08
-"""A text of 0.11 was foretold 5.9 % too high, those below 0.04 within 4.3 % (docs/forecast.json)."""
+"""Largest unlikeness that is forecast: a text of 0.11 came out 5.9 % too high, those below 0.04 within 4.3 %."""
 
 
 def loss_of_pairs(folder: Path, vocab_size: int) -> float:
@@ -25,7 +25,7 @@ def loss_of_pairs(folder: Path, vocab_size: int) -> float:
 
 
 def unlikeness(folder: Path, vocab_size: int) -> float:
-    """How much better each half of the validation part foretells the other than the training part does.
+    """Tell how much better each half of the validation part foretells the other than the training part does.
 
     By pairs, as a share of the loss; below 0 where the training part, which is longer, foretells better.
     """
