@@ -6,16 +6,18 @@ import random
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from nanogpt_lit.__main__ import main
+from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.forecast.law import BENDS, SHARES, SHARES_DEVIATION, Law, Point
 from nanogpt_lit.forecast.pairs import UNLIKE, loss_of_pairs, unlikeness
 from nanogpt_lit.forecast.run import Speed, offered
-from nanogpt_lit.forecast.sizes import RUNS, choose, nearest, rate, scaled, sized, with_tokens
+from nanogpt_lit.forecast.sizes import RUNS, SizedRuns, choose, nearest, rate, scaled, sized, with_tokens
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.llama import LlamaConfig
 
@@ -146,7 +148,9 @@ def test_the_loss_of_pairs_is_that_of_a_naive_count(tmp_path):
     assert loss_of_pairs(data.folder, data.vocab_size) == pytest.approx((math.log(3) + math.log(2)) / 2, abs=0.03)
 
 
-def test_the_end_of_a_text_is_unlike_the_rest_where_it_is_of_another_kind_and_not_where_the_kinds_are_mixed(tmp_path):
+def test_the_end_of_a_text_is_unlike_the_rest_where_it_is_of_another_kind_and_not_where_the_kinds_are_mixed(
+    tmp_path, monkeypatch
+):
     generator = random.Random(0)
 
     def unlike(kinds):
@@ -169,6 +173,13 @@ def test_the_end_of_a_text_is_unlike_the_rest_where_it_is_of_another_kind_and_no
     generator.shuffle(kinds)
     assert unlike(kinds) < 0
     assert unlike(["abcdef"] * 100) < 0
+
+    # Of a text too long to be read whole the beginning alone says nothing: parts all over it are read.
+    kinds = ["abcdef"] * 30 + ["abcdef", "fedcba"] * 35
+    whole = unlike(kinds)
+    monkeypatch.setattr("nanogpt_lit.forecast.pairs.MOST_TOKENS", 4000)
+    assert whole < UNLIKE
+    assert unlike(kinds) < UNLIKE
 
 
 @pytest.fixture
@@ -222,6 +233,18 @@ def test_the_command_says_what_the_run_will_reach_and_draws_it(config, known_law
     assert shown.count("  best") == 1
     assert shown.count("  yours") == 1
     assert (config.parent / "runs/forecast.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_muons_rate_keeps_its_share_of_adamws_in_a_smaller_run(config):
+    options = ["--model.network=llama", "--model.llama.n_layer=2", "--model.llama.n_head=2", "--model.llama.n_embd=64",
+               "--model.optim.matrices=muon", "--model.optim.muon_lr=5e-3"]  # fmt: skip
+    cli = SettingsCLI(args=[f"--config={config}", *options])
+    cli.complete_settings()
+    runs = SizedRuns(cli.settings, cli.device, time.perf_counter)
+    small = with_tokens(runs.own, nearest(runs.own, 1 / 4), runs.own.tokens / 4)
+    optim = runs.build(small, small.steps).optim_config
+    assert optim.lr == pytest.approx(1e-2 * rate(runs.own, small))
+    assert optim.muon_lr == pytest.approx(optim.lr / 2)
 
 
 def test_what_a_law_cannot_know_is_said_in_one_sentence(config, known_law, capsys, monkeypatch):

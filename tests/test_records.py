@@ -15,6 +15,7 @@ from test_planned_configs import CONFIGS, header
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.cli.settings import SettingsCLI
+from nanogpt_lit.forecast.law import Law, Point
 from nanogpt_lit.parity.grid import AXES, every_combination
 from nanogpt_lit.plan.budget import choose_budget
 from nanogpt_lit.plan.command import own_rung, plan_run, plan_rung
@@ -466,6 +467,10 @@ def test_the_forecasts_of_the_record_are_what_the_law_says_today_and_the_page_sa
     inside = sum(low <= reached <= high for (_, low, high), reached in told)
     near = sum(abs(loss / reached - 1) <= 0.02 for (loss, _, _), reached in told)
     assert f"{inside} of {len(told)} ended within the interval, and {near} within 2 %" in " ".join(page.split())
+    three = cases["modern, three, 3 x 96, 1/10"]
+    law = Law([Point(run["parameters"], run["tokens"], run["loss"]) for run in three["runs"]])
+    off = law.forecast(three["own"]["parameters"], three["own"]["tokens"]).loss / three["own"]["loss"] - 1
+    assert f"all nine runs of `three` is {off:.1%} too high".replace("%", " %") in " ".join(page.split())
     for case in cases.values():
         assert case["own"]["flops"] > 9.9 * max(run["flops"] for run in case["runs"])
         said = forecast_check.said(case)

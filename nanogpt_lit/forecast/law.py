@@ -61,29 +61,6 @@ class NoLawError(Exception):
     """Why runs give no forecast, in a sentence."""
 
 
-def law_of(runs: Sequence[Point], pairs: float) -> "Law":
-    """The law of a few runs, of which an infinite loss has diverged. Raises NoLawError where there is none.
-
-    pairs: the loss of a table of which token follows which, which any network learns first
-    """
-    points = [run for run in runs if run.loss < BEGINS * pairs]
-    best = min((run.loss for run in runs), default=math.inf)
-    if len(points) < LEAST_RUNS or best > BEGUN * pairs:
-        diverged = sum(math.isinf(run.loss) for run in runs)
-        raise NoLawError(
-            f"a law takes {LEAST_RUNS} runs below {BEGINS * pairs:.4f}, the best below {BEGUN * pairs:.4f}: "
-            f"{BEGINS:.0%} and {BEGUN:.0%} of the loss of a table of which token follows which. Of {len(runs)} runs "
-            f"{len(points)} are, the best at {best:.4f}, and {diverged} diverged. A longer --budget makes longer ones."
-        )
-    law = Law(points)
-    if not law.fits:
-        raise NoLawError(
-            f"the runs follow no law that falls with weights and tokens to within {NOISY:.0%} of the loss. A steadier "
-            "learning rate or a longer --budget may bring them to one."
-        )
-    return law
-
-
 class Law:
     """The distribution of laws that a few runs leave."""
 
@@ -139,3 +116,26 @@ class Law:
         shares = mean[cells] + np.linalg.solve(root.mT, normal)[:, :, 0]
         laws = np.column_stack([shares, a[cells], b[cells], noise[cells]])
         return laws[(shares > 0).all(1)]
+
+
+def law_of(runs: Sequence[Point], pairs: float) -> Law:
+    """The law of a few runs, of which an infinite loss has diverged. Raises NoLawError where there is none.
+
+    pairs: the loss of a table of which token follows which, which any network learns first
+    """
+    points = [run for run in runs if run.loss < BEGINS * pairs]
+    best = min((run.loss for run in runs), default=math.inf)
+    if len(points) < LEAST_RUNS or best > BEGUN * pairs:
+        diverged = sum(math.isinf(run.loss) for run in runs)
+        raise NoLawError(
+            f"a law takes {LEAST_RUNS} runs below {BEGINS * pairs:.4f}, the best below {BEGUN * pairs:.4f}: "
+            f"{BEGINS:.0%} and {BEGUN:.0%} of the loss of a table of which token follows which. Of {len(runs)} runs "
+            f"{len(points)} are, the best at {best:.4f}, and {diverged} diverged. A longer --budget makes longer ones."
+        )
+    law = Law(points)
+    if not law.fits:
+        raise NoLawError(
+            f"the runs follow no law that falls with weights and tokens to within {NOISY:.0%} of the loss. A steadier "
+            "learning rate or a longer --budget may bring them to one."
+        )
+    return law

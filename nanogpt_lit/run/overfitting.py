@@ -5,7 +5,7 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 
 READINGS = {"muon": 12.0, "adamw": 72.0}
 """Readings after which the validation loss turns, where the text has as many tokens as the network parameters, by the
-optimizer of the matrices. What AdamW learns in its readings Muon learns in a sixth of them."""
+optimizer of the matrices: a text that Muon learns by heart takes AdamW six times as many readings."""
 WEIGHT_DECAY = {"muon": 3.0, "adamw": 1.0}
 """The recipe `limited` (docs/recipes.md)."""
 DROPOUT, OFTEN = 0.1, 3.0
