@@ -19,7 +19,7 @@ from nanogpt_lit.gpt.networks import config_of, described
 from nanogpt_lit.optim.adamw import AdamWConfig
 from nanogpt_lit.optim.schedule import ScheduleConfig
 from nanogpt_lit.tune.command import seconds_of_budget
-from nanogpt_lit.tune.search import RATES, decide, search, surely_better
+from nanogpt_lit.tune.search import RATES, Found, Run, decide, search, surely_better
 from nanogpt_lit.tune.trials import (
     MODERN,
     MUON_SHARE,
@@ -333,12 +333,32 @@ def test_a_real_search_writes_a_yaml_that_fit_trains(config, capsys):
     before, after = (yaml.safe_load(path.read_text()) for path in (config, tuned))
     assert after["model"]["optim"]["lr"] > before["model"]["optim"]["lr"]
     assert after["data"]["source"] == before["data"]["source"]
+    assert "weight_decay" not in after["model"]["optim"]  # 50 steps read the text once
     assert "was 0.0001" in tuned.read_text()
     assert tuned.with_suffix(".svg").read_text().lstrip().startswith("<?xml")
     two_steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
     assert main(["fit", "--config", str(tuned), *two_steps]) == 0
     assert main(["tune", "--config", str(config), "--budget", "12s"]) == 2
     assert "small_tuned.yaml is there already" in capsys.readouterr().err
+
+
+def test_a_text_that_will_be_read_too_often_gets_the_recipe_for_it_by_rule(config, text, monkeypatch, capsys):
+    def measured(trials, own, recipes, max_steps, *others):
+        losses = {replace(own, lr=2 * own.lr): loss, own: 2.0}
+        runs = [Run(candidate, 3, seed, 1.0, 50, losses[candidate]) for seed in (1, 2, 3) for candidate in losses]
+        return Found(own, max_steps, {own: 1.0}, runs)
+
+    monkeypatch.setattr("nanogpt_lit.tune.run.search", measured)
+    text.write_text(text.read_text()[:300])
+    for loss in (1.0, 2.0):  # where another rate is better for sure, and where the YAML's values stay
+        tuned = config.with_name(f"{loss}.yaml")
+        assert main(["tune", "--config", str(config), "--out", str(tuned), "--trainer.max_steps=400"]) == 0
+        assert "model.optim.weight_decay and model.gpt.dropout by the rule" in capsys.readouterr().out
+        model = yaml.safe_load(tuned.read_text())["model"]
+        assert model["optim"]["weight_decay"] == 1  # AdamW's
+        assert model["gpt"]["dropout"] == 0.1
+    assert main(["fit", "--config", str(tuned), "--trainer.limit_val_batches=0"]) == 0
+    assert "will be read" not in capsys.readouterr().out
 
 
 def test_ctrl_c_writes_the_best_so_far(config, monkeypatch, capsys):

@@ -22,18 +22,27 @@ def useful_readings(parameters: int, tokens: int, matrices: str) -> float:
     return max(4.0, READINGS[matrices] * (tokens / parameters) ** 0.5)
 
 
-def overfitting(gpt: Network, readings: float, tokens: int, optim: AdamWConfig) -> str | None:
-    """A sentence where a run reads its text too often; None where it does not, or has half of the recipe for it.
+def limited(gpt: Network, readings: float, tokens: int, optim: AdamWConfig) -> dict[str, float]:
+    """Settings of the recipe `limited` for a run that reads its text too often, by their keys in a YAML.
 
-    readings: of the text in the whole run   tokens: in the text
+    Empty where the run does not, or has half of one of them already.   readings: in the whole run   tokens: in the text
     """
-    parameters = gpt.parameter_count(non_embedding=False)
-    useful, decay = useful_readings(parameters, tokens, optim.matrices), WEIGHT_DECAY[optim.matrices]
+    useful = useful_readings(gpt.parameter_count(non_embedding=False), tokens, optim.matrices)
+    decay = WEIGHT_DECAY[optim.matrices]
     if readings <= useful or gpt.config.dropout >= DROPOUT / 2 or optim.weight_decay >= decay / 2:
+        return {}
+    dropout = {gpt.config.key("dropout"): DROPOUT} if readings > OFTEN * useful else {}
+    return {"model.optim.weight_decay": decay, **dropout}
+
+
+def overfitting(gpt: Network, readings: float, tokens: int, optim: AdamWConfig) -> str | None:
+    """A sentence where a run reads its text too often; None where `limited` has nothing to set."""
+    settings = limited(gpt, readings, tokens, optim)
+    if not settings:
         return None
-    dropout = f" and {gpt.config.key('dropout')}={DROPOUT}" if readings > OFTEN * useful else ""
+    useful = useful_readings(gpt.parameter_count(non_embedding=False), tokens, optim.matrices)
     return (
         f"text: {tokens:,} tokens will be read {readings:,.0f} times, and after about {useful:,.0f} a network of this "
-        f"size begins to learn them by heart; the recipe limited of docs/recipes.md (model.optim.weight_decay="
-        f"{decay:g}{dropout}) goes on learning from them"
+        "size begins to learn them by heart; the recipe limited of docs/recipes.md "
+        f"({' and '.join(f'{key}={value:g}' for key, value in settings.items())}) goes on learning from them"
     )

@@ -18,6 +18,7 @@ from nanogpt_lit.loops.compatibility import keys_of
 from nanogpt_lit.loops.trainer_section import asked_processes
 from nanogpt_lit.plan.budget import choose_budget
 from nanogpt_lit.plan.command import own_rung, plan_rung
+from nanogpt_lit.run.overfitting import limited
 from nanogpt_lit.run.stops import Reason, Stops
 from nanogpt_lit.runtime.clock import awake_s
 from nanogpt_lit.runtime.durable import write_durably
@@ -75,7 +76,9 @@ def run(config: Path, settings_of_fit: Sequence[str], budget_s: float, out: Path
         return code
     command = as_typed(["python", "-m", "nanogpt_lit", "tune", "--config", config.as_posix(), *settings_of_fit])
     changed = changes(settings, found, decision)
-    lines = screen(found, decision, changed)
+    by_rule = limited_changes(settings, trials, found, decision, changed)
+    changed |= by_rule
+    lines = screen(found, decision, changed, by_rule)
     header = [f"{command} --budget {budget_s:g}s", f"{datetime.now():%Y-%m-%d}, {hardware()}", "", *lines]
     write_durably(out, tuned_yaml(given, changed, header))
     print("\n".join(["", *lines, "", f"written    {out}"]))
@@ -128,13 +131,33 @@ def changes(settings: Any, found: Found, decision: Decision) -> Changes:
     return {key: (settings[key], value) for key, value in wanted.items() if settings[key] != value}
 
 
-def screen(found: Found, decision: Decision, changed: Changes) -> list[str]:
-    """The recommendation, by how much it is better, and how sure that is, in lines for a terminal."""
+def limited_changes(settings: Any, trials: Trials, found: Found, decision: Decision, changed: Changes) -> Changes:
+    """The recipe `limited` where the proposed run reads its text too often, which its short runs do not show."""
+    _, steps = changed.get("trainer.max_steps", (None, found.max_steps))
+    with torch.device("meta"):
+        module = trials.build(decision.proposed, steps)
+    windows = trials.data.n_windows
+    readings = steps * decision.proposed.sequences / windows
+    recipe = limited(module.gpt, readings, windows * trials.data.block_size, module.optim_config)
+    return {key: (settings[key], value) for key, value in recipe.items()}
+
+
+def screen(found: Found, decision: Decision, changed: Changes, by_rule: Changes) -> list[str]:
+    """The recommendation, by how much it is better, and how sure that is, in lines for a terminal.
+
+    by_rule: those of the changes that were not measured
+    """
     lines = ["Keep your values: nothing that was tried is better for sure."]
     if changed:
         width = max(map(len, changed))
         lines = [f"{'recommended':<{width}}  {'yours':>12}  {'tuned':>12}"]
         lines += [f"{key:<{width}}  {short(old):>12}  {short(new):>12}" for key, (old, new) in changed.items()]
+    if by_rule:
+        lines.append("")
+        lines.append(
+            "Your run will read its text so often that it would learn it by heart, which short runs do not show:"
+        )
+        lines.append(f"{' and '.join(by_rule)} by the rule of the recipe limited (docs/recipes.md), not measured here.")
     lines.append("")
     given_s, challenger = decision.given_s, decision.challenger
     if decision.gains:
