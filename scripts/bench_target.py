@@ -6,8 +6,9 @@ A network this small is not faster on more than one thread.
 
 The text is char-rnn's tiny Shakespeare, the network and batches are those of nanoGPT's README for a CPU. Each
 recipe trains for as many steps as lead it to a loss of 1.88 or so: a schedule is over when its run is. Then modern
-once more compiled, in bfloat16 where that is the faster (its command compiles in the first round, its steps never),
-and in batches of twice the size, for about as long as nanoGPT. Losses are of the whole validation set,
+once more compiled, in bfloat16 where that is the faster (its command compiles in the first round, its steps never);
+the same with the network, batch and rates that come to that loss soonest of those tried; and in batches of twice the
+size, for about as long as nanoGPT. Losses are of the whole validation set,
 nanoGPT's of as many random batches, measured once after the last step. Seconds are those that the whole command, start
 and validation and all, kept a CPU busy, which other work on the machine does not lengthen (but for shared caches), and
 those of its steps alone by the clock: their median, times their count.
@@ -36,6 +37,9 @@ BLOCK_SIZE = 64
 NANOGPT_STEPS = 2000
 STEPS = 190
 VALIDATION_BATCHES = 145  # of 12 x 64 tokens: the whole validation set
+SOONEST = (
+    "--model.llama.n_layer=2", "--model.optim.lr=2e-2", "--model.optim.muon_lr=1e-2", "--model.schedule.warmup_steps=10"
+)  # fmt: skip
 NANOGPT = (
     "compile=False", f"eval_iters={VALIDATION_BATCHES}", f"eval_interval={NANOGPT_STEPS}",
     "log_interval=1", "block_size=64", "batch_size=12", "n_layer=4", "n_head=4", "n_embd=128",
@@ -54,16 +58,15 @@ def main() -> None:
     device = "cuda" if args.gpu else "cpu"
     in_bfloat16 = args.gpu or product_gflops(torch.bfloat16) > product_gflops(torch.float32)
     precision = "bf16-mixed" if in_bfloat16 else "32-true"
+    compiled = [f"--trainer.precision={precision}", "--model.compile=true"]
     runs: dict[str, Callable[[Path], dict[str, float]]] = {
         "recipe nanogpt": lambda folder: fit(folder, args.source, device, "shakespeare_char_cpu", 1400),
         "recipe modern": lambda folder: fit(folder, args.source, device, "modern_char_cpu", STEPS),
         f"modern, {precision}, compiled": lambda folder: fit(
-            folder,
-            args.source,
-            device,
-            "modern_char_cpu",
-            STEPS,
-            options=[f"--trainer.precision={precision}", "--model.compile=true"],
+            folder, args.source, device, "modern_char_cpu", STEPS, options=compiled
+        ),
+        f"modern, 2 layers, {precision}, compiled": lambda folder: fit(
+            folder, args.source, device, "modern_char_cpu", 130, batch_size=24, options=[*compiled, *SOONEST]
         ),
         "recipe modern, longer": lambda folder: fit(
             folder,

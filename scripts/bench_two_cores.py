@@ -2,7 +2,8 @@
 
     python scripts/bench_two_cores.py --source input.txt --json docs/two_cores.json
 
-The text is char-rnn's tiny Shakespeare. Seconds are the whole command's by the clock, with its start, compilation,
+The text is char-rnn's tiny Shakespeare. On a CPU without fast bfloat16 it computes in float32, as fit proposes
+there. Seconds are the whole command's by the clock, with its start, compilation,
 validation and checkpoints, so nothing else should run. The loss is of the whole validation set after the last step,
 for which no setting was chosen. A seed that the record has already is not run again. Then all are measured as one model
 that predicts the mean of their probabilities.
@@ -19,10 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt_lit.checkpoint.newest import newest_run
-from nanogpt_lit.runtime.machine import hardware
+from nanogpt_lit.runtime.machine import hardware, product_gflops
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shakespeare_char_2cores.yaml"
 
@@ -61,6 +63,8 @@ def mean_loss(folders: list[Path]) -> float:
 def fit(seed: int, source: Path, folder: Path, steps: int | None) -> dict[str, float]:
     command = [sys.executable, "-m", "nanogpt_lit", "fit", "--config", str(CONFIG), f"--seed_everything={seed}"]
     command += [f"--data.source={source.resolve()}", f"--trainer.default_root_dir={folder}"]
+    if product_gflops(torch.bfloat16) < product_gflops(torch.float32):
+        command.append("--trainer.precision=32-true")
     command += [] if steps is None else [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
     with tempfile.TemporaryDirectory() as nothing_compiled:
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": nothing_compiled}

@@ -17,8 +17,8 @@ NETWORK = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=16
 SHAKESPEARE = 1_003_854  # characters of nanoGPT's training part
 
 
-def told(readings, tokens, matrices, weight_decay=0.1, dropout=0.0):
-    optim = AdamWConfig(matrices=matrices, weight_decay=weight_decay)
+def told(readings, tokens, matrices, weight_decay=0.1, dropout=0.0, **others):
+    optim = AdamWConfig(matrices=matrices, weight_decay=weight_decay, **others)
     return overfitting(build(replace(NETWORK, dropout=dropout)), readings, tokens, optim)
 
 
@@ -41,6 +41,11 @@ def test_a_run_is_told_once_it_reads_more_often_and_does_not_learn_by_the_recipe
     assert f"weight_decay={decay} and model.gpt.dropout={DROPOUT})" in often
     assert told(1.1 * useful, parameters, matrices, dropout=DROPOUT / 2) is None
     assert told(1.1 * useful, parameters, matrices, weight_decay=decay / 2) is None
+
+
+def test_another_optimizer_is_not_given_adamws_weight_decay():
+    said = told(1000, 100, "adamw", class_path="torch.optim.SGD")
+    assert "(model.gpt.dropout=0.1)" in said
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -25,14 +25,17 @@ def useful_readings(parameters: int, tokens: int, matrices: str) -> float:
 def limited(gpt: Network, readings: float, tokens: int, optim: AdamWConfig) -> dict[str, float]:
     """Settings of the recipe `limited` for a run that reads its text too often, by their keys in a YAML.
 
-    Empty where the run does not, or has half of one of them already.   readings: in the whole run   tokens: in the text
+    Empty where the run does not, or has half of one of them already. An optimizer of class_path gets dropout alone:
+    SGD's weight decay, say, is another thing.   readings: in the whole run   tokens: in the text
     """
     useful = useful_readings(gpt.parameter_count(non_embedding=False), tokens, optim.matrices)
     decay = WEIGHT_DECAY[optim.matrices]
     if readings <= useful or gpt.config.dropout >= DROPOUT / 2 or optim.weight_decay >= decay / 2:
         return {}
-    dropout = {gpt.config.key("dropout"): DROPOUT} if readings > OFTEN * useful else {}
-    return {"model.optim.weight_decay": decay, **dropout}
+    dropout = {gpt.config.key("dropout"): DROPOUT}
+    if optim.class_path is not None:
+        return dropout
+    return {"model.optim.weight_decay": decay, **(dropout if readings > OFTEN * useful else {})}
 
 
 def overfitting(gpt: Network, readings: float, tokens: int, optim: AdamWConfig) -> str | None:
