@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from nanogpt_lit.data.datamodule import TokenDataModule
 from nanogpt_lit.gpt.networks import build
-from nanogpt_lit.run.overfitting import DROPOUT, WEIGHT_DECAY
+from nanogpt_lit.run.overfitting import DROPOUT
 
 shape, optim, schedule = MODERN
 MODERN = (
@@ -33,7 +33,7 @@ MODERN = (
     schedule,
 )
 NANOGPT = (replace(NANOGPT[0], n_layer=2, n_head=2, n_embd=64), *NANOGPT[1:])
-LIMITED: Recipe = (MODERN[0], replace(MODERN[1], weight_decay=WEIGHT_DECAY["muon"]), MODERN[2])
+LIMITED: Recipe = (MODERN[0], replace(MODERN[1], weight_decay=3.0), MODERN[2])
 DROPPING = replace(MODERN[0], dropout=DROPOUT)
 RECIPES: dict[str, tuple[Recipe, float]] = {
     "modern": (MODERN, 1.0),
@@ -43,7 +43,7 @@ RECIPES: dict[str, tuple[Recipe, float]] = {
     "limited with dropout on half the text": ((DROPPING, *LIMITED[1:]), 0.5),
     "nanogpt": (NANOGPT, 1.0),
     "nanogpt with weight decay 1": (
-        (NANOGPT[0], replace(NANOGPT[1], weight_decay=WEIGHT_DECAY["adamw"]), NANOGPT[2]),
+        (NANOGPT[0], replace(NANOGPT[1], weight_decay=1.0), NANOGPT[2]),
         1.0,
     ),
 }

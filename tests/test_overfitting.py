@@ -1,5 +1,6 @@
 """The warning of a run that reads its text too often: where it stands, and where it does not."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +11,18 @@ from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.networks import build, config_of
 from nanogpt_lit.optim.adamw import AdamWConfig
-from nanogpt_lit.run.overfitting import DROPOUT, OFTEN, overfitting, useful_readings
+from nanogpt_lit.run.overfitting import DROPOUT, OFTEN, STEPS_OF_A_READING, overfitting, useful_readings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORK = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=16)
 SHAKESPEARE = 1_003_854  # characters of nanoGPT's training part
 
 
-def told(readings, tokens, matrices, weight_decay=0.1, dropout=0.0, **others):
-    optim = AdamWConfig(matrices=matrices, weight_decay=weight_decay, **others)
-    return overfitting(build(replace(NETWORK, dropout=dropout)), readings, tokens, optim)
+def told(readings, tokens, matrices, weight_decay=0.1, dropout=0.0, steps_of_a_reading=STEPS_OF_A_READING, **others):
+    rate = {"muon": 5e-3, "adamw": 2e-3}[matrices]
+    optim = AdamWConfig(lr=rate, matrices=matrices, weight_decay=weight_decay, **others)
+    steps = round(readings * steps_of_a_reading)
+    return overfitting(build(replace(NETWORK, dropout=dropout)), readings, steps, tokens, optim)
 
 
 def test_the_more_parameters_a_token_has_the_fewer_readings_pay_and_four_always_do():
@@ -41,6 +44,24 @@ def test_a_run_is_told_once_it_reads_more_often_and_does_not_learn_by_the_recipe
     assert f"weight_decay={decay} and model.gpt.dropout={DROPOUT})" in often
     assert told(1.1 * useful, parameters, matrices, dropout=DROPOUT / 2) is None
     assert told(1.1 * useful, parameters, matrices, weight_decay=decay / 2) is None
+
+
+def test_the_decay_goes_with_the_steps_that_a_reading_takes_and_with_the_rate_of_the_matrices():
+    def decay(**others):
+        said = told(20, 100, "muon", weight_decay=0.0, **others)
+        return float(re.search(r"weight_decay=([\d.]+)", said)[1])
+
+    assert decay() == 3
+    assert decay(steps_of_a_reading=39 * 8) == 0.8  # 3 / 8 ** (2 / 3), in one digit
+    assert decay(muon_lr=5e-2) == 0.3
+    assert decay(muon_lr=5e-4) == 3  # none above what was measured
+
+
+def test_a_run_whose_decay_is_the_recipes_is_told_of_dropout_alone_and_only_where_it_reads_very_often():
+    parameters = build(NETWORK).parameter_count(non_embedding=False)
+    useful = useful_readings(parameters, parameters, "muon")
+    assert told(1.1 * useful, parameters, "muon", steps_of_a_reading=10_000) is None  # 0.1 is the rule's there
+    assert f"(model.gpt.dropout={DROPOUT})" in told(4 * useful, parameters, "muon", steps_of_a_reading=10_000)
 
 
 def test_another_optimizer_is_not_given_adamws_weight_decay():
@@ -70,4 +91,5 @@ def test_no_configuration_for_shakespeare_is_told(path):
     gpt = build(replace(config_of(settings.model), vocab_size=66))
     data, trainer = settings.data, settings.trainer
     tokens = trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size * data.block_size
-    assert overfitting(gpt, tokens / SHAKESPEARE, SHAKESPEARE, AdamWConfig(**settings.model.optim)) is None
+    readings, optim = tokens / SHAKESPEARE, AdamWConfig(**settings.model.optim)
+    assert overfitting(gpt, readings, trainer.max_steps, SHAKESPEARE, optim) is None

@@ -303,7 +303,7 @@ class SettingsCLI(LightningCLI):
             return
         sequences = trainer.max_steps * trainer.accumulate_grad_batches * processes * data.batch_size
         readings, tokens = sequences / self._n_windows, self._n_windows * data.block_size
-        if sentence := overfitting(module.gpt, readings, tokens, module.optim_config):
+        if sentence := overfitting(module.gpt, readings, trainer.max_steps, tokens, module.optim_config):
             rank_zero_print(sentence)
 
     def say_what_changed(self) -> None:

@@ -6,8 +6,10 @@ from nanogpt_lit.optim.adamw import AdamWConfig
 READINGS = {"muon": 12.0, "adamw": 72.0}
 """Readings after which the validation loss turns, where the text has as many tokens as the network parameters, by the
 optimizer of the matrices: a text that Muon learns by heart takes AdamW six times as many readings."""
-WEIGHT_DECAY = {"muon": 3.0, "adamw": 1.0}
-"""The recipe `limited` (docs/recipes.md)."""
+DECAY = {"muon": (3.0, 5e-3), "adamw": (1.0, 2e-3)}
+"""Weight decay of the recipe `limited` (docs/recipes.md), and the learning rate at which it was measured, for a text of
+which a reading takes so few steps:"""
+STEPS_OF_A_READING = 39
 DROPOUT, OFTEN = 0.1, 3.0
 """Dropout beside it, where a text is read so many times as often as a network without either gains from."""
 
@@ -22,25 +24,35 @@ def useful_readings(parameters: int, tokens: int, matrices: str) -> float:
     return max(4.0, READINGS[matrices] * (tokens / parameters) ** 0.5)
 
 
-def limited(gpt: Network, readings: float, tokens: int, optim: AdamWConfig) -> dict[str, float]:
+def limited(gpt: Network, readings: float, steps: int, tokens: int, optim: AdamWConfig) -> dict[str, float]:
     """Settings of the recipe `limited` for a run that reads its text too often, by their keys in a YAML.
 
-    Empty where the run does not, or has half of one of them already. An optimizer of class_path gets dropout alone:
-    SGD's weight decay, say, is another thing.   readings: in the whole run   tokens: in the text
+    The longer a reading takes, the less decay is best: in proportion to its steps where Wang and Aitchison measured it
+    (arXiv:2405.13698), and to the 2/3rd power of them between the two sizes of docs/recipes.md. It acts by the product
+    with the learning rate. No larger one is named than was measured.
+
+    Empty where the run does not read too often, or has dropout or half that decay already. An optimizer of class_path
+    gets dropout alone: SGD's weight decay, say, is another thing.
+
+    readings: of the text in the whole run   steps: of the whole run   tokens: in the text
     """
     useful = useful_readings(gpt.parameter_count(non_embedding=False), tokens, optim.matrices)
-    decay = WEIGHT_DECAY[optim.matrices]
-    if readings <= useful or gpt.config.dropout >= DROPOUT / 2 or optim.weight_decay >= decay / 2:
+    if readings <= useful or gpt.config.dropout >= DROPOUT / 2:
         return {}
-    dropout = {gpt.config.key("dropout"): DROPOUT}
-    if optim.class_path is not None:
-        return dropout
-    return {"model.optim.weight_decay": decay, **(dropout if readings > OFTEN * useful else {})}
+    decay, measured_at = DECAY[optim.matrices]
+    share = measured_at / (optim.muon_lr or optim.lr) * (STEPS_OF_A_READING * readings / steps) ** (2 / 3)
+    decay = float(f"{decay * min(1.0, share):.1g}")
+    settings = {}
+    if optim.class_path is None and optim.weight_decay < decay / 2:
+        settings["model.optim.weight_decay"] = decay
+    if optim.class_path is not None or readings > OFTEN * useful:
+        settings[gpt.config.key("dropout")] = DROPOUT
+    return settings
 
 
-def overfitting(gpt: Network, readings: float, tokens: int, optim: AdamWConfig) -> str | None:
+def overfitting(gpt: Network, readings: float, steps: int, tokens: int, optim: AdamWConfig) -> str | None:
     """A sentence where a run reads its text too often; None where `limited` has nothing to set."""
-    settings = limited(gpt, readings, tokens, optim)
+    settings = limited(gpt, readings, steps, tokens, optim)
     if not settings:
         return None
     useful = useful_readings(gpt.parameter_count(non_embedding=False), tokens, optim.matrices)

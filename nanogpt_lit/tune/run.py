@@ -138,7 +138,7 @@ def limited_changes(settings: Any, trials: Trials, found: Found, decision: Decis
         module = trials.build(decision.proposed, steps)
     windows = trials.data.n_windows
     readings = steps * decision.proposed.sequences / windows
-    recipe = limited(module.gpt, readings, windows * trials.data.block_size, module.optim_config)
+    recipe = limited(module.gpt, readings, steps, windows * trials.data.block_size, module.optim_config)
     return {key: (settings[key], value) for key, value in recipe.items()}
 
 
