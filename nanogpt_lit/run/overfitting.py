@@ -1,4 +1,4 @@
-"""The number of times that a run may read its text before it learns the text by heart."""
+"""The number of times that a run may read its text before it learns the text by heart, and settings for more."""
 
 from nanogpt_lit.gpt.network import Network
 from nanogpt_lit.optim.adamw import AdamWConfig
@@ -7,9 +7,9 @@ READINGS = {"muon": 12.0, "adamw": 72.0}
 """Readings after which the validation loss turns, where the text has as many tokens as the network parameters, by the
 optimizer of the matrices: a text that Muon learns by heart takes AdamW six times as many readings."""
 DECAY = {"muon": (3.0, 5e-3), "adamw": (1.0, 2e-3)}
-"""Weight decay of the recipe `limited` (docs/recipes.md), and the learning rate at which it was measured, for a text of
-which a reading takes so few steps:"""
+"""Weight decay of the recipe `limited` (docs/recipes.md), and the matrices' learning rate at which it was measured."""
 STEPS_OF_A_READING = 39
+"""Steps in which the text was read once where that was measured."""
 DROPOUT, OFTEN = 0.1, 3.0
 """Dropout beside it, where a text is read so many times as often as a network without either gains from."""
 
