@@ -1,6 +1,6 @@
 """What a run says of the machine when that is not what the YAML asks for."""
 
-import itertools
+import time
 
 import pytest
 import torch
@@ -70,12 +70,28 @@ def test_nothing_is_measured_where_nothing_could_be_proposed(monkeypatch, precis
     assert precision_remark(precision, device) is None
 
 
+SMALL = [0, 0, 1, 1.0009, 2, 2.0008, 3, 3.0009]
+"""When four products of 128 x 128 begin and end: the first takes no time at all, the best of the others 0.8 ms."""
+
+
 def test_a_rate_is_that_of_the_best_product_after_the_first_and_draws_nothing_at_random(monkeypatch):
-    # Four products of 512 x 512, begun and ended: the first takes no time at all, the best of the others 0.25 s.
-    monkeypatch.setattr(machine.time, "perf_counter", itertools.cycle([0, 0, 1, 1.5, 2, 2.25, 3, 3.5]).__next__)
+    large = [4, 4, 5, 5.5, 6, 6.25, 7, 7.5]
+    monkeypatch.setattr(machine.time, "perf_counter", iter(SMALL + large).__next__)
     before = torch.get_rng_state()
     assert product_gflops(torch.float32) == pytest.approx(2 * 512**3 / 0.25 / 1e9)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_rate_of_a_dtype_without_units_for_it_is_told_by_the_small_product(monkeypatch):
+    monkeypatch.setattr(machine.time, "perf_counter", iter([2 * moment for moment in SMALL]).__next__)
+    assert product_gflops(torch.bfloat16) == pytest.approx(2 * 128**3 / 1.6e-3 / 1e9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_does_not_wait_for_the_rate_whatever_the_cpu_has_units_for(dtype):
+    started = time.process_time()
+    product_gflops(dtype)
+    assert time.process_time() - started < 0.2  # four products of 512 x 512 in bfloat16 take 0.85 s with AVX2 alone
 
 
 def test_fit_says_so_once_and_trains_in_bfloat16_all_the_same(text, tmp_path, monkeypatch, capsys):
