@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from small_runs import BOTTLES
 
 from nanogpt_lit.__main__ import main
 from nanogpt_lit.gpt.gpt2 import GPTConfig
@@ -342,14 +343,22 @@ def test_a_real_search_writes_a_yaml_that_fit_trains(config, capsys):
     assert "small_tuned.yaml is there already" in capsys.readouterr().err
 
 
-def test_a_text_that_will_be_read_too_often_gets_the_recipe_for_it_by_rule(config, text, monkeypatch, capsys):
+def shorten(config, folder, length):
+    """A text of so many characters in the place of the module's."""
+    (folder / "short.txt").write_text(BOTTLES[:length])
+    with_it = yaml.safe_load(config.read_text())
+    with_it["data"]["source"] = str(folder / "short.txt")
+    config.write_text(yaml.safe_dump(with_it))
+
+
+def test_a_text_that_will_be_read_too_often_gets_the_recipe_for_it_by_rule(config, tmp_path, monkeypatch, capsys):
     def measured(trials, own, recipes, max_steps, *others):
         losses = {replace(own, lr=2 * own.lr): loss, own: 2.0}
         runs = [Run(candidate, 3, seed, 1.0, 50, losses[candidate]) for seed in (1, 2, 3) for candidate in losses]
         return Found(own, max_steps, {own: 1.0}, runs)
 
     monkeypatch.setattr("nanogpt_lit.tune.run.search", measured)
-    text.write_text(text.read_text()[:300])
+    shorten(config, tmp_path, 300)
     for loss in (1.0, 2.0):  # where another rate is better for sure, and where the YAML's values stay
         tuned = config.with_name(f"{loss}.yaml")
         assert main(["tune", "--config", str(config), "--out", str(tuned), "--trainer.max_steps=400"]) == 0
@@ -359,6 +368,24 @@ def test_a_text_that_will_be_read_too_often_gets_the_recipe_for_it_by_rule(confi
         assert model["gpt"]["dropout"] == 0.1
     assert main(["fit", "--config", str(tuned), "--trainer.limit_val_batches=0"]) == 0
     assert "will be read" not in capsys.readouterr().out
+
+
+def test_the_recipe_for_a_small_text_goes_by_the_rate_that_tune_gives_to_muon(config, tmp_path, monkeypatch, capsys):
+    def measured(trials, own, recipes, max_steps, *others):
+        losses = {replace(own, recipe="modern", lr=0.12): 1.0, own: 2.0}
+        runs = [Run(candidate, 3, seed, 1.0, 50, losses[candidate]) for seed in (1, 2, 3) for candidate in losses]
+        return Found(own, max_steps, {own: 1.0, replace(own, recipe="modern"): 1.0}, runs)
+
+    monkeypatch.setattr("nanogpt_lit.tune.run.search", measured)
+    shorten(config, tmp_path, 2800)
+    tuned = config.with_name("tuned.yaml")
+    assert main(["tune", "--config", str(config), "--out", str(tuned), "--trainer.max_steps=2400"]) == 0
+    assert "model.optim.weight_decay and model.llama.dropout by the rule" in capsys.readouterr().out
+    model = yaml.safe_load(tuned.read_text())["model"]
+    assert (model["optim"]["lr"], model["optim"]["muon_lr"]) == pytest.approx((3e-2, 1.5e-2))
+    # 3 at a rate of 5e-3 and 39 steps a reading, as here: by Muon's rate a third of that, by the other a sixth.
+    assert model["optim"]["weight_decay"] == 1
+    assert model["llama"]["dropout"] == 0.1
 
 
 def test_ctrl_c_writes_the_best_so_far(config, monkeypatch, capsys):
