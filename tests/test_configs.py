@@ -32,6 +32,8 @@ EXPECTED = {
     "shakespeare_char_2cores": (4, 256, 256, 16, 1, 66),
     "modern_rtx2050": (12, 768, 1024, 4, 4, 50304),
     "tinystories_cpu": (4, 256, 256, 16, 1, 4096),
+    "limited_char_cpu": (4, 128, 128, 16, 1, 66),
+    "limited_cpu": (4, 192, 128, 16, 1, 2048),
 }
 
 
@@ -45,7 +47,7 @@ def test_every_config_builds_the_module_and_the_data(path):
     TokenDataModule(**settings.data)
     gpt = config_of(settings.model)
     if gpt.vocab_size is None:  # from the text, which this test has not; Shakespeare has 65 characters
-        sizes = {"char": 66, "byte": 257, "bpe:4096": 4096, "bpe:32000": 32000}
+        sizes = {"char": 66, "byte": 257, "bpe:2048": 2048, "bpe:4096": 4096, "bpe:32000": 32000}
         gpt = replace(gpt, vocab_size=sizes[settings.data.tokenizer])
     with torch.device("meta"):
         module = LitNanoGPT(

@@ -11,11 +11,12 @@ from nanogpt_lit.cli.settings import SettingsCLI
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.networks import build, config_of
 from nanogpt_lit.optim.adamw import AdamWConfig
-from nanogpt_lit.run.overfitting import DROPOUT, OFTEN, STEPS_OF_A_READING, overfitting, useful_readings
+from nanogpt_lit.run.overfitting import DROPOUT, OFTEN, STEPS_OF_A_READING, limited, overfitting, useful_readings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORK = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=16)
 SHAKESPEARE = 1_003_854  # characters of nanoGPT's training part
+BIBLE = 1_050_120  # tokens of bpe:2048 in nine tenths of the King James Bible, docs/limited_bible.json
 
 
 def told(readings, tokens, matrices, weight_decay=0.1, dropout=0.0, steps_of_a_reading=STEPS_OF_A_READING, **others):
@@ -85,11 +86,21 @@ def test_every_loop_says_it_before_the_first_step_and_not_when_it_goes_on_or_fin
     assert "will be read" not in capsys.readouterr().out
 
 
+def run_of(config, vocab_size, tokens):
+    """What `limited` is told of the run of a YAML on so many tokens, but for its optimizer, which stands last."""
+    settings = SettingsCLI(args=["--config", str(config)]).settings
+    gpt = build(replace(config_of(settings.model), vocab_size=vocab_size))
+    data, trainer = settings.data, settings.trainer
+    read = trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size * data.block_size
+    return gpt, read / tokens, trainer.max_steps, tokens, AdamWConfig(**settings.model.optim)
+
+
 @pytest.mark.parametrize("path", [*sorted(CONFIGS.glob("*shakespeare*.yaml")), CONFIGS / "limited_char_cpu.yaml"])
 def test_no_configuration_for_shakespeare_is_told(path):
-    settings = SettingsCLI(args=["--config", str(path)]).settings
-    gpt = build(replace(config_of(settings.model), vocab_size=66))
-    data, trainer = settings.data, settings.trainer
-    tokens = trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size * data.block_size
-    readings, optim = tokens / SHAKESPEARE, AdamWConfig(**settings.model.optim)
-    assert overfitting(gpt, readings, trainer.max_steps, SHAKESPEARE, optim) is None
+    assert overfitting(*run_of(path, 66, SHAKESPEARE)) is None
+
+
+@pytest.mark.parametrize(("name", "vocab_size", "tokens"), [("char_cpu", 66, SHAKESPEARE), ("cpu", 2048, BIBLE)])
+def test_the_configurations_of_the_recipe_have_the_weight_decay_of_its_rule(name, vocab_size, tokens):
+    *run, optim = run_of(CONFIGS / f"limited_{name}.yaml", vocab_size, tokens)
+    assert limited(*run, replace(optim, weight_decay=0.1)) == {"model.optim.weight_decay": optim.weight_decay}
