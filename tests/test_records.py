@@ -469,6 +469,25 @@ def test_the_recipe_for_small_texts_pays_at_a_real_size_as_its_record_says():
         assert f"{gain:.3f}" in page[page.index("with a decay of 1 it ends") :]
 
 
+def test_the_recipe_for_small_texts_pays_on_megabytes_of_another_text_by_its_rule_alone():
+    said = record("limited_bible")
+    losses = {row: run["validation_losses"] for row, run in said["runs"].items()}
+    for row, run in said["runs"].items():
+        bits = real_size(run["bits_per_byte"])
+        assert f"| {row} | {real_size(losses[row])} | {bits} |" in PAGES["recipes.md"]
+    limited = "limited, 10 readings"
+    page = " ".join(PAGES["recipes.md"].split())
+    shown = page[page.index("A text of 4.1 MB") :]
+    lowest = [losses["modern, 10 readings"][-1], min(losses["modern, 10 readings"]), min(losses["modern, 5 readings"])]
+    for of_modern in lowest:  # at equal time, and in a run of any length
+        assert f"{of_modern - losses[limited][-1]:.3f}" in shown
+        assert losses[limited][-1] < of_modern
+    settings = yaml.safe_load((CONFIGS / "limited_cpu.yaml").read_text())
+    measured = said["runs"][limited]
+    assert settings["model"]["optim"]["weight_decay"] == measured["weight_decay"]  # tests/test_overfitting.py: the rule
+    assert settings["trainer"]["max_steps"] == measured["max_steps"]
+
+
 def real_size(losses):
     if losses is None:
         return ""
