@@ -1,12 +1,17 @@
 """The commands and scripts of a page, run in a small form, in a folder that has what a clone of the repository has."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from small_runs import started
+
+from nanogpt_lit.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +78,27 @@ def words_of(command: str) -> list[str]:
 def run(command: str, folder: Path) -> str:
     """What it prints, run in a process of its own."""
     return succeeded([sys.executable, *words_of(command)], folder, command)
+
+
+def run_quickly(command: str, folder: Path) -> str:
+    """The same, in a process that has the imports behind it where the command is the package's: seconds less."""
+    words = words_of(command)
+    if words[:2] != ["-m", "nanogpt_lit"]:
+        return run(command, folder)
+    printed = folder / "printed.txt"
+    process = started(as_typed, words[2:], folder, printed)
+    process.join()
+    text = printed.read_text(encoding="utf-8")
+    assert process.exitcode == 0, f"{command}\n{text}"
+    return text
+
+
+def as_typed(arguments: list[str], folder: Path, printed: Path) -> None:
+    os.chdir(folder)
+    with printed.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.exit(main(arguments))
 
 
 def run_script(script: str, folder: Path) -> str:

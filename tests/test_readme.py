@@ -6,7 +6,7 @@ import shlex
 import subprocess
 
 import pytest
-from page_commands import ROOT, TINY_RUN, blocks_of, clone, commands_of, run, run_script
+from page_commands import ROOT, TINY_RUN, blocks_of, clone, commands_of, run, run_quickly, run_script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = blocks_of(README)
@@ -27,7 +27,7 @@ def first_run(root):
 
 @pytest.mark.parametrize("command", RUNS[1:])
 def test_the_command_runs(command, root, first_run):
-    run(command, root)
+    run_quickly(command, root)
 
 
 @pytest.mark.parametrize("script", [text for language, text in BLOCKS if language == "python"])
@@ -35,7 +35,7 @@ def test_the_script_runs_after_the_commands(script, root, first_run):
     for command in RUNS:
         made = re.search(r" (runs/\S+/(?:hf|best\.gguf)) ", f"{command} ")
         if "convert" in command and made and made[1] in script and not (root / made[1]).exists():
-            run(command, root)
+            run_quickly(command, root)
     assert run_script(script.replace('=my_texts"', f'=my_texts", *{shlex.split(TINY_RUN)!r}'), root).strip()
 
 
