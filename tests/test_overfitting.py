@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import BOTTLES, LOOPS, small_run
 
 from nanogpt_lit.cli.settings import SettingsCLI
@@ -104,3 +105,11 @@ def test_no_configuration_for_shakespeare_is_told(path):
 def test_the_configurations_of_the_recipe_have_the_weight_decay_of_its_rule(name, vocab_size, tokens):
     *run, optim = run_of(CONFIGS / f"limited_{name}.yaml", vocab_size, tokens)
     assert limited(*run, replace(optim, weight_decay=0.1)) == {"model.optim.weight_decay": optim.weight_decay}
+
+
+def test_the_page_on_ones_own_text_sends_a_few_megabytes_to_a_configuration_that_is_not_told():
+    page = (CONFIGS.parent / "docs" / "own_text.md").read_text(encoding="utf-8")
+    name, vocab_size = re.search(r"With a few megabytes, `configs/(\w+)\.yaml` [^`]+`bpe:(\d+)`", page).groups()
+    with torch.device("meta"):
+        assert overfitting(*run_of(CONFIGS / f"{name}.yaml", int(vocab_size), BIBLE)) is None
+        assert "by heart" in overfitting(*run_of(CONFIGS / "course.yaml", 32_000, BIBLE))
