@@ -467,6 +467,9 @@ def test_the_recipe_for_small_texts_pays_at_a_real_size_as_its_record_says():
         assert min(in_10, key=lambda row: in_10[row][-1]) == "weight decay 1, 10 readings"  # nearest to the rule's 0.9
         gain = min(half["modern, 10 readings"]) - half["weight decay 1, 10 readings"][-1]
         assert f"{gain:.3f}" in page[page.index("with a decay of 1 it ends") :]
+    other = halves[1]
+    gain = min(other["modern, 10 readings, seed 2"]) - other["weight decay 1, 10 readings, seed 2"][-1]
+    assert f"With another seed the decay of 1 is worth as much ({gain:.3f})" in page
 
 
 def test_the_recipe_for_small_texts_pays_on_megabytes_of_another_text_by_its_rule_alone():
