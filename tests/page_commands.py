@@ -81,19 +81,20 @@ def run(command: str, folder: Path) -> str:
 
 
 def run_quickly(command: str, folder: Path) -> str:
-    """The same, in a process that has the imports behind it where the command is the package's: seconds less."""
+    """What it prints, run in a process that has the imports behind it, which saves seconds; a script has not."""
     words = words_of(command)
     if words[:2] != ["-m", "nanogpt_lit"]:
         return run(command, folder)
     printed = folder / "printed.txt"
-    process = started(as_typed, words[2:], folder, printed)
+    process = started(print_to_file, words[2:], folder, printed)
     process.join()
     text = printed.read_text(encoding="utf-8")
     assert process.exitcode == 0, f"{command}\n{text}"
     return text
 
 
-def as_typed(arguments: list[str], folder: Path, printed: Path) -> None:
+def print_to_file(arguments: list[str], folder: Path, printed: Path) -> None:
+    """Runs the command in this process, and ends it."""
     os.chdir(folder)
     with printed.open("wb") as file:
         for stream in (1, 2):

@@ -102,7 +102,7 @@ def precision_remark(precision: str, device: str) -> str | None:
 def product_gflops(dtype: torch.dtype) -> float:
     """10^9 operations a second in a product of two square matrices, the best of three after one: milliseconds.
 
-    Without units for it, 512 x 512 take a fifth of a second, and 128 x 128 have told enough.
+    A CPU without units for the dtype may take a fifth of a second for one of 512 x 512; its rate is that of 128 x 128.
     """
     for side in (128, 512):
         a = torch.ones(side, side, dtype=dtype)  # not random: the random state is the run's
