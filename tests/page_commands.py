@@ -7,7 +7,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from small_runs import started
 
@@ -77,7 +79,10 @@ def words_of(command: str) -> list[str]:
 
 def run(command: str, folder: Path) -> str:
     """What it prints, run in a process of its own."""
-    return succeeded([sys.executable, *words_of(command)], folder, command)
+    words = [sys.executable, *words_of(command)]
+    answer = subprocess.run(words, cwd=folder, capture_output=True, text=True, encoding="utf-8")
+    assert answer.returncode == 0, f"{command}\n{answer.stdout}\n{answer.stderr}"
+    return answer.stdout
 
 
 def run_quickly(command: str, folder: Path) -> str:
@@ -85,29 +90,35 @@ def run_quickly(command: str, folder: Path) -> str:
     words = words_of(command)
     if words[:2] != ["-m", "nanogpt_lit"]:
         return run(command, folder)
+    return printed_by(command, folder, main, words[2:])
+
+
+def run_script(script: str, folder: Path, **environment: str) -> str:
+    """What a script in Python prints, run in such a process too.
+
+    environment: variables that it finds set
+    """
+    return printed_by(script, folder, run_text, script, environment)
+
+
+def run_text(script: str, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    exec(compile(script, "script.py", "exec"), {"__name__": "__main__"})
+
+
+def printed_by(shown: str, folder: Path, work: Callable[..., int | None], *arguments: Any) -> str:
+    """What a process of work(*arguments) in that folder prints; shown: what is named where it fails"""
     printed = folder / "printed.txt"
-    process = started(print_to_file, words[2:], folder, printed)
+    process = started(print_to_file, printed, work, *arguments)
     process.join()
     text = printed.read_text(encoding="utf-8")
-    assert process.exitcode == 0, f"{command}\n{text}"
+    assert process.exitcode == 0, f"{shown}\n{text}"
     return text
 
 
-def print_to_file(arguments: list[str], folder: Path, printed: Path) -> None:
-    """Runs the command in this process, and ends it."""
-    os.chdir(folder)
+def print_to_file(printed: Path, work: Callable[..., int | None], *arguments: Any) -> None:
+    os.chdir(printed.parent)
     with printed.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    sys.exit(main(arguments))
-
-
-def run_script(script: str, folder: Path) -> str:
-    """What a script in Python prints."""
-    return succeeded([sys.executable, "-c", script], folder, script)
-
-
-def succeeded(words: list[str], folder: Path, shown: str) -> str:
-    answer = subprocess.run(words, cwd=folder, capture_output=True, text=True, encoding="utf-8")
-    assert answer.returncode == 0, f"{shown}\n{answer.stdout}\n{answer.stderr}"
-    return answer.stdout
+    sys.exit(work(*arguments))

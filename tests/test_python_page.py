@@ -1,9 +1,5 @@
 """The programs of docs/python.md, beside `fit` with the same settings."""
 
-import os
-import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +7,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from page_commands import blocks_of, run_script
 from small_runs import curves, fit
 
 import nanogpt_lit
@@ -21,7 +18,7 @@ from nanogpt_lit.optim.schedule import warmup_decay
 from nanogpt_lit.run.stops import Stopped
 
 PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
-WITH_TRAINER, WITH_ACCELERATOR = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
+WITH_TRAINER, WITH_ACCELERATOR = (text for language, text in blocks_of(PAGE) if language == "python")
 SAVE = "\nimport torch; torch.save(module.state_dict(), 'runs/mine.pt')"
 
 
@@ -35,12 +32,8 @@ def folder(tmp_path_factory, text):
 
 
 def run(program, folder):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    answer = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert "masks of dropout" not in answer.stderr
+    said = run_script(program, folder, ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    assert "masks of dropout" not in said
 
 
 def weights_of_fit(folder, *more):
