@@ -485,7 +485,14 @@ def test_the_recipe_for_small_texts_pays_on_megabytes_of_another_text_by_its_rul
     for of_modern in lowest:  # at equal time, and in a run of any length
         assert f"{of_modern - losses[limited][-1]:.3f}" in shown
         assert losses[limited][-1] < of_modern
+    in_5 = losses["modern, 5 readings"][-1] - losses["limited, 5 readings"][-1]
+    assert f"in the time of 5, with the decay for 10, {in_5:.3f} below" in shown
+    half = "limited, 10 readings of every other chapter"
+    assert losses["modern, 10 readings"][-1] == pytest.approx(losses[half][-1], abs=0.01)  # where it ends
+    assert said["runs"][half]["max_steps"] == said["runs"][limited]["max_steps"] / 2  # in half its time
     settings = yaml.safe_load((CONFIGS / "limited_cpu.yaml").read_text())
+    steps = said["tokens_of_every_other_chapter"] / (settings["data"]["batch_size"] * settings["data"]["block_size"])
+    assert f"the rule says {3 * (39 / steps) ** (2 / 3):.1f}" in shown
     measured = said["runs"][limited]
     assert settings["model"]["optim"]["weight_decay"] == measured["weight_decay"]  # tests/test_overfitting.py: the rule
     assert settings["trainer"]["max_steps"] == measured["max_steps"]
