@@ -7,8 +7,8 @@ A network this small is not faster on more than one thread.
 The text is char-rnn's tiny Shakespeare, the network and batches are those of nanoGPT's README for a CPU. Each
 recipe trains for as many steps as lead it to a loss of 1.88 or so: a schedule is over when its run is. Then modern
 once more compiled, in bfloat16 where that is the faster (its command compiles in the first round, its steps never);
-the same with the network, batch and rates that come to that loss soonest of those tried; and in batches of twice the
-size, for about as long as nanoGPT. Losses are of the whole validation set,
+the same with the network, batch and rates that come to that loss soonest of those tried, for three seeds; and in
+batches of twice the size, for about as long as nanoGPT. Losses are of the whole validation set,
 nanoGPT's of as many random batches, measured once after the last step. Seconds are those that the whole command, start
 and validation and all, kept a CPU busy, which other work on the machine does not lengthen (but for shared caches), and
 those of its steps alone by the clock: their median, times their count.
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +39,8 @@ NANOGPT_STEPS = 2000
 STEPS = 190
 VALIDATION_BATCHES = 145  # of 12 x 64 tokens: the whole validation set
 SOONEST = (
-    "--model.llama.n_layer=2", "--model.optim.lr=2e-2", "--model.optim.muon_lr=1e-2", "--model.schedule.warmup_steps=10"
+    "--model.llama.n_layer=1", "--model.llama.n_embd=96", "--model.llama.n_kv_head=1", "--model.llama.rope_base=100",
+    "--model.optim.lr=2e-2", "--model.optim.muon_lr=1.5e-2", "--model.schedule.warmup_steps=10",
 )  # fmt: skip
 NANOGPT = (
     "compile=False", f"eval_iters={VALIDATION_BATCHES}", f"eval_interval={NANOGPT_STEPS}",
@@ -59,27 +61,23 @@ def main() -> None:
     in_bfloat16 = args.gpu or product_gflops(torch.bfloat16) > product_gflops(torch.float32)
     precision = "bf16-mixed" if in_bfloat16 else "32-true"
     compiled = [f"--trainer.precision={precision}", "--model.compile=true"]
+    modern = partial(fit, source=args.source, device=device, config="modern_char_cpu")
     runs: dict[str, Callable[[Path], dict[str, float]]] = {
-        "recipe nanogpt": lambda folder: fit(folder, args.source, device, "shakespeare_char_cpu", 1400),
-        "recipe modern": lambda folder: fit(folder, args.source, device, "modern_char_cpu", STEPS),
-        f"modern, {precision}, compiled": lambda folder: fit(
-            folder, args.source, device, "modern_char_cpu", STEPS, options=compiled
-        ),
-        f"modern, 2 layers, {precision}, compiled": lambda folder: fit(
-            folder, args.source, device, "modern_char_cpu", 130, batch_size=24, options=[*compiled, *SOONEST]
-        ),
-        "recipe modern, longer": lambda folder: fit(
-            folder,
-            args.source,
-            device,
-            "modern_char_cpu",
-            950,
-            batch_size=24,
-            options=["--model.optim.lr=1.4e-2", "--model.optim.muon_lr=7e-3"],
+        "recipe nanogpt": partial(modern, config="shakespeare_char_cpu", steps=1400),
+        "recipe modern": partial(modern, steps=STEPS),
+        f"modern, {precision}, compiled": partial(modern, steps=STEPS, options=compiled),
+        **{
+            f"modern, 1 x 96, {precision}, compiled, seed {seed}": partial(
+                modern, steps=260, batch_size=16, options=[*compiled, *SOONEST, f"--seed_everything={seed}"]
+            )
+            for seed in (1337, 1, 2)  # the first is that of all others
+        },
+        "recipe modern, longer": partial(
+            modern, steps=950, batch_size=24, options=["--model.optim.lr=1.4e-2", "--model.optim.muon_lr=7e-3"]
         ),
     }
     if args.nanogpt:
-        runs = {"nanoGPT's train.py": lambda folder: nanogpt(folder, args.nanogpt, device), **runs}
+        runs = {"nanoGPT's train.py": partial(nanogpt, source=args.nanogpt, device=device), **runs}
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     record: dict[str, Any] = {
         "command": " ".join(["python", "scripts/bench_target.py", *sys.argv[1:]]),
@@ -92,11 +90,11 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 measured[name].append(run(Path(folder)))
             last = measured[name][-1]
-            print(f"{name:<24}{last['loss']:.3f} after {last['processor_s']:.1f} s", flush=True)
+            print(f"{name:<46}{last['loss']:.3f} after {last['processor_s']:.1f} s", flush=True)
             if args.out:
                 args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     base = next(iter(runs))
-    print(f"\nmedians of {args.rounds} paired runs\n{'':<24}{'loss':>7}{'steps':>7}{'tokens':>10}", end="")
+    print(f"\nmedians of {args.rounds} paired runs\n{'':<46}{'loss':>7}{'steps':>7}{'tokens':>10}", end="")
     print(f"{'processor s':>13}{'steps s':>9}   share of {base}'s: processor, clock of steps, tokens")
     for name, rows in measured.items():
         of = {key: median(row[key] for row in rows) for key in rows[0]}
@@ -105,7 +103,7 @@ def main() -> None:
             for key in ("processor_s", "steps_s", "tokens")
         ]
         print(
-            f"{name:<24}{of['loss']:>7.3f}{of['steps']:>7.0f}{of['tokens']:>10,.0f}"
+            f"{name:<46}{of['loss']:>7.3f}{of['steps']:>7.0f}{of['tokens']:>10,.0f}"
             f"{of['processor_s']:>13.1f}{of['steps_s']:>9.1f}   {', '.join(f'{share:.3f}' for share in shares)}"
         )
 
