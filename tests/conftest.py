@@ -36,7 +36,7 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: two workers then end together, rather than one alone with a long file."""
+    """Files with slow tests first: workers then end together, rather than one alone with a long file."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
