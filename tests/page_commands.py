@@ -108,17 +108,19 @@ def run_text(script: str, environment: dict[str, str]) -> None:
 
 def printed_by(shown: str, folder: Path, work: Callable[..., int | None], *arguments: Any) -> str:
     """What a process of work(*arguments) in that folder prints; shown: what is named where it fails"""
-    printed = folder / "printed.txt"
-    process = started(print_to_file, printed, work, *arguments)
+    process = started(print_to_files, folder, work, *arguments)
     process.join()
-    text = printed.read_text(encoding="utf-8")
-    assert process.exitcode == 0, f"{shown}\n{text}"
-    return text
+    printed, errors = ((folder / name).read_text(encoding="utf-8") for name in FILES)
+    assert process.exitcode == 0, f"{shown}\n{printed}\n{errors}"
+    return printed
 
 
-def print_to_file(printed: Path, work: Callable[..., int | None], *arguments: Any) -> None:
-    os.chdir(printed.parent)
-    with printed.open("wb") as file:
-        for stream in (1, 2):
+FILES = "printed.txt", "errors.txt"
+
+
+def print_to_files(folder: Path, work: Callable[..., int | None], *arguments: Any) -> None:
+    os.chdir(folder)
+    for stream, name in enumerate(FILES, 1):
+        with Path(name).open("wb") as file:
             os.dup2(file.fileno(), stream)
     sys.exit(work(*arguments))

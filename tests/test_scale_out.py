@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from page_commands import clone
-from small_runs import LOOPS, accelerate, curves, different, on_two_processes, started
+from page_commands import clone, printed_by
+from small_runs import LOOPS, accelerate, curves, different, on_two_processes
 from small_runs import fit as lightning
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -81,7 +81,6 @@ if "--kill" in sys.argv:
 cli.NanoGPTCLI = RecordedCLI
 sys.exit(main(["fit", *sys.argv[1:]]))
 '''
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def options(folder):
@@ -121,47 +120,37 @@ def home(tmp_path_factory):
     return home
 
 
-def fit(home, name, launcher, *more):
-    """A run in home/name; the answer of its process."""
-    # Threads are pinned: the sum of a matrix product depends on their number.
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(home / "fit.py"), *options(home / name), *more]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
-
-
-def recorded(home, name, processes, launcher, *more):
-    answer = fit(home, name, launcher, *more)
-    assert answer.returncode == 0, answer.stderr
-    return Run(home / name, processes, answer.stdout)
-
-
 def run_as_script(*command):
     sys.argv = [*command]
     torch.set_num_threads(1)
-    runpy.run_path(command[0], run_name="__main__")
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as exit:
+        return exit.code
 
 
 @pytest.fixture(scope="module")
 def one(home):
     more = ["--trainer.accumulate_grad_batches=2", *validation(2)]
-    process = started(run_as_script, str(home / "fit.py"), *options(home / "one"), *more)
-    process.join()
-    assert process.exitcode == 0
+    printed_by("one", home, run_as_script, str(home / "fit.py"), *options(home / "one"), *more)
     return Run(home / "one", 1)
 
 
 @pytest.fixture(scope="module")
 def ddp(home):
-    """Started by torchrun."""
+    """Started as torchrun starts processes."""
     more = ["--trainer.devices=2", "--trainer.strategy=ddp", *validation(1)]
-    return recorded(home, "ddp", 2, TORCHRUN, *more)
+    answers = on_two_processes(run_as_script, str(home / "fit.py"), *options(home / "ddp"), *more)
+    assert answers == [(0, [])] * 2
+    return Run(home / "ddp", 2)
 
 
 @pytest.fixture(scope="module")
 def fsdp2(home):
-    """Started by Lightning itself."""
+    """The second process is started by Lightning."""
     more = ["--trainer.devices=2", "--trainer.strategy=ModelParallelStrategy", *validation(1)]
-    return recorded(home, "fsdp2", 2, [], *more)
+    said = printed_by("fsdp2", home, run_as_script, str(home / "fit.py"), *options(home / "fsdp2"), *more)
+    return Run(home / "fsdp2", 2, said)
 
 
 @pytest.mark.slow
@@ -252,7 +241,8 @@ def test_under_fsdp2_each_process_holds_half_of_the_weights(one, fsdp2):
 
 
 @pytest.mark.slow
-def test_what_a_sharded_run_says_to_type_for_more_text_can_be_typed(fsdp2, capsys):
+def test_what_a_sharded_run_says_to_type_for_more_text_can_be_typed(home, fsdp2, capsys, monkeypatch):
+    monkeypatch.chdir(home)
     (command,) = re.findall(r"^write more +python -m nanogpt_lit (.+)$", fsdp2.said, flags=re.MULTILINE)
     assert main([*shlex.split(command), "--max-new-tokens=2"]) == 0
     assert not capsys.readouterr().err
@@ -262,7 +252,11 @@ def test_what_a_sharded_run_says_to_type_for_more_text_can_be_typed(fsdp2, capsy
 def test_torchrun_restarts_killed_processes_which_go_on_to_the_same_bits(home, ddp, monkeypatch):
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     more = ["--trainer.devices=2", "--trainer.strategy=ddp", *validation(1), "--checkpoint_every_steps=1"]
-    answer = fit(home, "killed", [*TORCHRUN, "--max-restarts=1"], *more, "--resume=auto", "--kill")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    command = [*torchrun, str(home / "fit.py"), *options(home / "killed"), *more, "--resume=auto", "--kill"]
+    # Threads are pinned: the sum of a matrix product depends on their number.
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run([sys.executable, *command], env=environ, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr
     assert "going on from" in answer.stdout
     runs = [home / name / "version_0" for name in ("ddp", "killed")]
