@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.gpt.average import Average
+from nanogpt_lit.gpt.distillation import TaughtLoss
 from nanogpt_lit.gpt.gpt2 import GPTConfig
 from nanogpt_lit.gpt.llama import LlamaConfig
-from nanogpt_lit.gpt.network import NetworkConfig
+from nanogpt_lit.gpt.network import Network, NetworkConfig
 from nanogpt_lit.gpt.networks import described
 from nanogpt_lit.loops import reference
 from nanogpt_lit.loops.contract import LoopSettings, Observer
@@ -88,6 +90,14 @@ def data_set(kind: str, source: Path, shards: Path) -> tuple[TokenDataModule, di
 
 
 def validation_losses(
+    recipe: Recipe, data: TokenDataModule, steps: int, seed: int, every: int, **options: Any
+) -> list[float]:
+    """The validation losses of a run, the last of them after its last step. The arguments are those of `trained`."""
+    _, losses = trained(recipe, data, steps, seed, every, **options)
+    return losses
+
+
+def trained(
     recipe: Recipe,
     data: TokenDataModule,
     steps: int,
@@ -96,8 +106,9 @@ def validation_losses(
     limit: int | None = None,
     observers: Sequence[Observer] = (),
     gradient_clip_val: float = 1.0,
-) -> list[float]:
-    """The validation losses of a run, the last of them after its last step.
+    teachers: Average | None = None,
+) -> tuple[Network, list[float]]:
+    """The network of a run, and its validation losses, the last of them after its last step.
 
     every: steps between validations   limit: batches that each of them reads; None reads all
     """
@@ -109,6 +120,8 @@ def validation_losses(
         optim=optim,
         schedule=replace(schedule, total_steps=steps),
     )
+    if teachers is not None:
+        module.loss = TaughtLoss(module.gpt, teachers)
     settings = LoopSettings(
         steps,
         gradient_clip_val=gradient_clip_val,
@@ -119,7 +132,7 @@ def validation_losses(
     losses = Losses()
     observers = [FiniteGuard(), losses, *observers]
     reference.train(module, data.train_dataloader(), data.val_dataloader(), settings, observers)
-    return losses.values
+    return module.gpt, losses.values
 
 
 def main() -> None:

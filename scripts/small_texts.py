@@ -7,6 +7,10 @@ some million has on a megabyte: characters of one text, and 512 byte pairs of Py
 One that is not given is left out. Runs of one length take the same CPU time: those with dropout have fewer steps.
 Validation reads the last tenth of the whole text, which no choice was made on: --choose measures the last tenth of the
 rest instead. Losses are those of the last step and the best of the run; they do not depend on the machine's load.
+
+    OMP_NUM_THREADS=1 python scripts/small_texts.py --text characters=input.txt bible=kjv.txt --taught
+
+measures what several networks of `limited` say together, and what one learns from them (`teachers` of fit).
 """
 
 import argparse
@@ -14,15 +18,18 @@ import hashlib
 import json
 import platform
 import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablate import MODERN, NANOGPT, SIZES, Recipe, validation_losses
+from ablate import MODERN, NANOGPT, SIZES, Recipe, trained, validation_losses
 from filelock import FileLock
 
 from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.gpt.average import Average
 from nanogpt_lit.gpt.networks import build
 from nanogpt_lit.run.overfitting import DROPOUT
 
@@ -54,6 +61,7 @@ BATCH_SIZE, VALIDATIONS = 16, 10
 CUTS = {"characters": ("char", 40_000), "code": ("bpe:512", 80_000), "bible": ("bpe:512", 80_000)}
 """Tokenizer of each text, and how many of its characters are trained on."""
 LIBRARY_CHARACTERS = 5_000_000
+TAUGHT_READINGS = (10, 20)
 
 
 def library() -> str:
@@ -104,6 +112,7 @@ def main() -> None:
     parser.add_argument("--readings", nargs="+", type=int, default=[5, 10, 30], help="of the text, by modern (5 10 30)")
     parser.add_argument("--rows", nargs="+", choices=RECIPES, default=list(RECIPES), help="these recipes alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the runs of each recipe (0 1 2)")
+    parser.add_argument("--taught", action="store_true", help="measure networks that learn from those of the seeds")
     parser.add_argument("--choose", action="store_true", help="measure on the last tenth of the training part")
     parser.add_argument("--folder", type=Path, default=Path("runs/small_texts"), help="where to keep the tokens")
     parser.add_argument("--out", type=Path, default=Path("docs/limited.json"))
@@ -116,6 +125,12 @@ def main() -> None:
         text = library() if kind == "code" else Path(texts[kind]).read_text(encoding="utf-8")
         folder = args.folder / f"{kind}{'-choose' if args.choose else ''}"
         cuts = {share: cut(text, kind, share, args.choose, folder) for share in (1.0, 0.5)}
+        if args.taught:
+            found = taught(cuts[1.0], args.seeds)
+            print(kind, json.dumps(found, indent=1), flush=True)
+            with noted(args.out, kind, cuts[1.0]) as of_kind:
+                of_kind["taught"] = found
+            continue
         for seed in args.seeds:
             for readings in args.readings:
                 for row in args.rows:
@@ -132,8 +147,44 @@ def main() -> None:
                     note(args.out, kind, data, row, readings, seed, losses)
 
 
+def taught(data: TokenDataModule, seeds: Sequence[int]) -> dict[str, Any]:
+    """The losses of `limited` after 10 readings, of its seeds together, and of networks that learn from those."""
+    steps = {readings: round(readings * data.n_windows / BATCH_SIZE) for readings in TAUGHT_READINGS}
+    runs = [trained(LIMITED, data, steps[10], seed, every=steps[10]) for seed in seeds]
+    teachers = Average([gpt for gpt, _ in runs]).eval()
+    found: dict[str, Any] = {
+        "each": [round(losses[-1], 4) for _, losses in runs],
+        "mean": round(loss_of(teachers, data), 4),
+    }
+    for readings in TAUGHT_READINGS:
+        of_students = [
+            validation_losses(LIMITED, data, steps[readings], 100 + seed, every=steps[readings], teachers=teachers)
+            for seed in seeds
+        ]
+        found[f"taught, {readings} readings"] = [round(losses[-1], 4) for losses in of_students]
+    return found
+
+
+@torch.no_grad()
+def loss_of(gpt: Average, data: TokenDataModule) -> float:
+    """Over the whole validation part."""
+    total, sequences = 0.0, 0
+    for tokens, targets in data.val_dataloader():
+        total += float(gpt.loss(tokens, targets)) * len(tokens)
+        sequences += len(tokens)
+    return total / sequences
+
+
 def note(out: Path, kind: str, data: TokenDataModule, row: str, readings: int, seed: int, losses: list[float]) -> None:
-    """Add the losses of a run to the record. Several processes may write one."""
+    """Add the losses of a run to the record."""
+    with noted(out, kind, data) as of_kind:
+        rows = of_kind.setdefault("validation_losses", {}).setdefault(str(readings), {})
+        rows.setdefault(row, {})[str(seed)] = losses
+
+
+@contextmanager
+def noted(out: Path, kind: str, data: TokenDataModule) -> Iterator[dict[str, Any]]:
+    """The part of the record that is of one text, which is written afterwards. Several processes may write one."""
     with FileLock(out.with_name(f".{out.name}.lock")):
         record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
         hardware = f"{platform.machine()}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}"
@@ -142,9 +193,7 @@ def note(out: Path, kind: str, data: TokenDataModule, row: str, readings: int, s
             gpt = build(replace(MODERN[0], vocab_size=data.vocab_size))
         of_kind["parameters"] = gpt.parameter_count(non_embedding=False)
         of_kind["tokens"] = max(of_kind.get("tokens", 0), data.n_windows * data.block_size)
-        of_kind.setdefault("validation_losses", {}).setdefault(str(readings), {}).setdefault(row, {})[str(seed)] = (
-            losses
-        )
+        yield of_kind
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -158,6 +207,21 @@ def table(record: dict[str, Any]) -> str:
             if any(runs):
                 rows.append(f"| {readings} readings | {recipe} | {' | '.join(map(cell, runs))} |")
     return "\n".join(rows)
+
+
+def taught_table(record: dict[str, Any]) -> str:
+    """Markdown: `limited`, its seeds together, and networks that learned from them."""
+    rows = {
+        "limited, 10 readings": "each",
+        "the mean of the three": "mean",
+        **{f"taught by it, {readings} readings": f"taught, {readings} readings" for readings in TAUGHT_READINGS},
+    }
+    lines = [f"| | {' | '.join(record)} |", "|---" * (1 + len(record)) + "|"]
+    for row, key in rows.items():
+        losses = [of_kind["taught"][key] for of_kind in record.values()]
+        cells = [[loss] if isinstance(loss, float) else loss for loss in losses]
+        lines.append(f"| {row} | {' | '.join(', '.join(f'{loss:.3f}' for loss in each) for each in cells)} |")
+    return "\n".join(lines)
 
 
 def cell(runs: list[list[float]]) -> str:

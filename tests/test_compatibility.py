@@ -41,6 +41,10 @@ CLASHING = [
     ({"spike_factor": 2.0, "trainer.enable_checkpointing": False}, "spike_factor=2.0 does not go with"),
     ({"early_stopping_patience": 3, "trainer.limit_val_batches": 0}, "early_stopping_patience=3 does not go with"),
     ({"spike_factor": 2.0, "trainer.strategy": None}, "set trainer.strategy=auto or ddp"),
+    ({"teachers": ["a"], "model.memory.weights": "host", "trainer.devices": 1},
+     "does not go with model.memory.weights=host"),
+    ({"teachers": ["a"], "trainer.strategy": "ModelParallelStrategy", "trainer.precision": "bf16-mixed",
+      "model.memory.optimizer_state": "device"}, "does not go with trainer.strategy=ModelParallelStrategy"),
     *(
         ({"trainer.strategy": "ModelParallelStrategy", "trainer.precision": "bf16-mixed", "trainer.accelerator": "cpu",
           "model.memory.optimizer_state": "device", key: value}, f"{key}={value} does not go with")

@@ -73,6 +73,11 @@ def _plan(options: Namespace, settings_of_fit: list[str], searcher: ProcessPoolE
     if options.picture is not None:
         check_picture(options.picture)
     cli = SettingsCLI(args=settings_of_fit)
+    if (teachers := cli.settings.get("teachers")) is not None:
+        raise UserError(
+            f"teachers={teachers} cannot be planned; plan the run with --teachers=null, and leave room for their "
+            "weights and for their probabilities, tokens of a micro-batch x vocabulary x 4 bytes."
+        )
     cli.find_beginning()
     title = ", ".join(str(path) for path in cli.config.get("config") or []) or "the defaults"
     lightning = options.loop == "lightning"

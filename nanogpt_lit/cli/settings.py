@@ -61,6 +61,7 @@ from nanogpt_lit.runtime.process_settings import keep_freed_memory
 
 if TYPE_CHECKING:
     from nanogpt_lit.cli.beginning import Beginning, Resumed
+    from nanogpt_lit.cli.teachers import Teachers
 
 ROOT = "runs"
 """trainer.default_root_dir where it is not set, or null."""
@@ -91,6 +92,7 @@ class SettingsCLI(LightningCLI):
         set_parsing_settings(docstring_parse_attribute_docstrings=describes)
         self.resumed: Resumed | None = None
         self.beginning: Beginning | None = None
+        self.teachers: Teachers | None = None
         self._chose_shards_dir = False
         for name in (*SIZES, *RANKS):  # before Lightning and accelerate read them
             whole_number(name, os.environ)
@@ -159,6 +161,10 @@ class SettingsCLI(LightningCLI):
         self.find_beginning()
         if self.beginning is not None and settings.get("ckpt_path") is None:
             rank_zero_print(str(self.beginning))
+        if settings.get("teachers") and self.subcommand in (None, "fit"):
+            from nanogpt_lit.cli.teachers import Teachers  # late, for few runs have any
+
+            self.teachers = Teachers.of(settings.teachers)
         if self.device == "cpu":
             keep_freed_memory()
         self._check_together()
@@ -220,6 +226,8 @@ class SettingsCLI(LightningCLI):
         gpt.document_start, gpt.document_end = data.document_start, data.document_end
         if self.beginning is not None:
             self.beginning.check_tokenizer(data.tokenizer)
+        if self.teachers is not None:
+            self.teachers.check(data, gpt.vocab_size)
         if self.resumed is not None:
             self.resumed.check_not_ended(self.run_config.early_stopping_patience, data.text)
 
@@ -295,11 +303,15 @@ class SettingsCLI(LightningCLI):
         if self.beginning is not None and self.settings.get("ckpt_path") is None:
             self.beginning.load_into(module, self.settings.data.block_size)
         self.beginning = None  # its weights need not be held twice
+        if self.teachers is not None:
+            self.teachers.teach(module)
 
     def say_if_it_overfits(self, module: LitNanoGPT, processes: int) -> None:
-        """Print that a new run will read its text too often. A run that fine-tunes learns from few readings anyway."""
+        """Print that a new run will read its text too often. A run that fine-tunes learns from few readings
+        anyway, and one with teachers may read it often."""
         trainer, data = self.settings.trainer, self.settings.data
-        if self.resumed is not None or self.settings.get("init_from") is not None or trainer.max_steps == -1:
+        learns_otherwise = self.settings.get("init_from") is not None or self.teachers is not None
+        if self.resumed is not None or learns_otherwise or trainer.max_steps == -1:
             return
         sequences = trainer.max_steps * trainer.accumulate_grad_batches * processes * data.batch_size
         readings, tokens = sequences / self._n_windows, self._n_windows * data.block_size

@@ -123,7 +123,7 @@ def remarks_on(config: Path) -> list[str]:
     quiet_lightning()
     said = io.StringIO()
     with redirect_stdout(said):
-        cli = SettingsCLI(args=[f"--config={config}", "--init_from=null"])  # which may be a gigabyte to fetch
+        cli = SettingsCLI(args=[f"--config={config}", "--init_from=null", "--teachers=null"])  # gigabytes to fetch
         try:
             cli.check_settings()
         except NothingToDo as done:

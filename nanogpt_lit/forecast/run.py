@@ -113,12 +113,13 @@ def run(
 
 
 def check_beginning(settings: Any) -> None:
-    """Raises UserError for a run that begins with a model, before it is fetched, and for one of several processes."""
-    if settings.get("init_from") is not None:
-        raise UserError(
-            f"init_from={settings.init_from} begins with a trained model, and what that brings cannot be known from "
-            "smaller networks, which begin from nothing; leave it out."
-        )
+    """Raises UserError for a run that needs other models, before they are fetched, and for one of several processes."""
+    for key, does in (("init_from", "begins with a trained model"), ("teachers", "learns from trained models")):
+        if settings.get(key) is not None:
+            raise UserError(
+                f"{key}={settings[key]} {does}, and what that brings cannot be known from smaller networks, which "
+                "learn from the text alone; leave it out."
+            )
     processes = asked_processes(vars(settings.trainer))
     if processes is not None and processes > 1:
         raise UserError(

@@ -75,6 +75,17 @@ CLASHES = (
         "DDP exchanges gradients between GPUs, and these are in host memory",
         "trainer.devices=1, or model.memory.weights=device",
     ),
+    # teachers
+    Clash(
+        {"teachers": bool, "model.memory.weights": ON_HOST},
+        "their loss looks for the head on the device",
+        "model.memory.weights=device",
+    ),
+    Clash(
+        {"teachers": bool, "trainer.strategy": (FSDP, FSDP2, DEEPSPEED)},
+        "the strategy shards the network, and they are not sharded with it",
+        "trainer.strategy=auto or ddp",
+    ),
     # strategies
     Clash(
         {"trainer.strategy": (FSDP,), "trainer.accelerator": lambda device: device not in ("cuda", "gpu")},

@@ -29,6 +29,7 @@ from jsonargparse import Namespace
 from nanogpt_lit.cli.options import OptionParser, program
 from nanogpt_lit.cli.settings import SettingsCLI, quiet_lightning
 from nanogpt_lit.data.datamodule import TokenDataModule
+from nanogpt_lit.errors import UserError
 from nanogpt_lit.gpt.networks import described, section_of
 from nanogpt_lit.loops.contract import LoopSettings
 from nanogpt_lit.optim.schedule import ScheduleConfig
@@ -226,6 +227,8 @@ def from_yaml(cli: SettingsCLI, steps: int, size: Size | None) -> tuple[Case, fl
     """The case that the grid varies, the limit of clipping, and the data. size: makes it small"""
     if size is not None:
         size.cap(CAPS)
+    if (teachers := cli.settings.get("teachers")) is not None:
+        raise UserError(f"teachers={teachers} are not compared, and every loop has their loss alike; leave them out.")
     cli.settings.trainer.precision = "32-true"  # the grid chooses
     cli.settings.model.compile = False  # the loops are compared, and each case would be compiled anew
     cli.complete_settings()

@@ -32,6 +32,10 @@ class RunConfig:
     """Fine-tune: begin at step 0 with the weights, the network and the tokenizer of any model that convert reads, or of
     hf:OWNER/NAME[@REVISION]. (ckpt_path continues a run, its step, schedule and best.)"""
 
+    teachers: list[str] | None = None
+    """Distil: learn the mean of the probabilities that these models give each token, in place of the one that follows
+    in the text. They are checkpoints, or any models that convert reads, of the run's tokenizer."""
+
     spike_factor: float | None = None
     """Limit of a step's loss, as a multiple of the median of the 64 before: above it, go back to the last checkpoint
     and leave out the samples since; 2 is usual."""

@@ -40,11 +40,12 @@ def run(config: Path, settings_of_fit: Sequence[str], budget_s: float, out: Path
     processes = asked_processes(vars(cli.settings.trainer))
     if processes is not None and processes > 1:
         raise UserError(f"trainer.devices asks for {processes} processes and tune measures one; --trainer.devices=1.")
-    if cli.settings.get("init_from") is not None:
-        raise UserError(
-            f"init_from={cli.settings.init_from} begins with a trained model, and tune measures runs from the start; "
-            "leave it out."
-        )
+    for key, does in (("init_from", "begins with a trained model"), ("teachers", "learns from trained models")):
+        if cli.settings.get(key) is not None:
+            raise UserError(
+                f"{key}={cli.settings[key]} {does}, and tune measures runs that learn from the text alone; leave "
+                "it out."
+            )
     cli.complete_settings()
     settings = cli.settings
     own = Candidate(

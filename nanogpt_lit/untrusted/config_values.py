@@ -16,7 +16,7 @@ from typing import Any
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.untrusted.yaml_file import load_yaml_file
 
-PATH = re.compile(r"(\w+_)?(config|dir|dirpath|filename|path|root|source|tokenizer)|init_from")
+PATH = re.compile(r"(\w+_)?(config|dir|dirpath|filename|path|root|source|tokenizer)|init_from|teachers")
 """Keys whose values are paths. Lightning opens those with fsspec, which knows dozens of schemes."""
 ADDRESS = re.compile(r"\w[\w+.-]+(://|::)")
 """A scheme of at least two characters: C: is a drive."""
