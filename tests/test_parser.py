@@ -22,6 +22,7 @@ def refused(option):
     [
         ("--model.gpt.n_layer=many", "model.gpt.n_layer=many does not work; what does: an integer"),
         ("--trainer.max_steps=1.5", "trainer.max_steps=1.5 does not work; what does: an integer"),
+        ("--teachers=a.safetensors", "teachers=a.safetensors does not work; what does: a list, as [a, b], null"),
         ("--model.compile=perhaps", "model.compile=perhaps does not work; what does: true or false"),
         ("--model.gpt.n_layr=3", "there is no option model.gpt.n_layr; did you mean model.gpt.n_layer?"),
         ("--zzz=3", "there is no option zzz"),

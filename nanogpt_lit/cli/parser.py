@@ -24,7 +24,7 @@ WORDS = {
     "float": "a number",
     "bool": "true or false",
     "str": "text",
-    "list": "a list",
+    "list": "a list, as [a, b]",
     "dict": "a mapping",
     "NoneType": "null",
 }
@@ -171,7 +171,9 @@ def accepted(reasons: str) -> list[str]:
     """List what jsonargparse names as accepted: the values where it lists them, else the kinds of values."""
     reasons = reasons.partition("Subtypes:")[2].partition(" Errors:")[0] or reasons  # else each would be named twice
     found = []
-    for literal, kind in re.findall(r"Literal\[([^\]]*)\]|<class '([\w.]+)'>", reasons):
+    for literal, kind in re.findall(r"Literal\[([^\]]*)\]|<class '([\w.]+)'>|(?:list|List)\[", reasons):
+        if not literal and not kind:
+            kind = "list"
         values = [value.strip(" '") for value in literal.split(",")] if literal else [WORDS.get(kind, f"a {kind}")]
         found += [value for value in values if value not in found]
     return found

@@ -33,8 +33,8 @@ class RunConfig:
     hf:OWNER/NAME[@REVISION]. (ckpt_path continues a run, its step, schedule and best.)"""
 
     teachers: list[str] | None = None
-    """Distil: learn the mean of the probabilities that these models give each token, in place of the one that follows
-    in the text. They are checkpoints, or any models that convert reads, of the run's tokenizer."""
+    """Distil: learn how likely these models, on average, find each token as the next one, and not which one the text
+    has: [A.safetensors, B.safetensors], or any models that convert reads, of the same tokenizer."""
 
     spike_factor: float | None = None
     """Limit of a step's loss, as a multiple of the median of the 64 before: above it, go back to the last checkpoint
