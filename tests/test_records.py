@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from xml.etree import ElementTree
 
 import pytest
@@ -476,6 +476,30 @@ def test_the_tables_of_small_texts_are_those_of_their_record_and_the_recipe_pays
             assert decayed[-1] < of_nanogpt[-1]
             turns = 60 * (1 + of_nanogpt.index(min(of_nanogpt))) / len(of_nanogpt)
             assert turns < useful_readings(of_kind["parameters"], of_kind["tokens"], "adamw") < 2 * turns
+
+
+def test_three_networks_together_and_one_that_learned_from_them_are_lower_than_any_alone(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import small_texts
+
+    said = record("limited")
+    assert small_texts.taught_table(said) in PAGES["recipes.md"]
+    kept: tuple[list[float], list[float]] = ([], [])
+    for of_kind in said.values():
+        taught = of_kind["taught"]
+        short, long = (taught[f"taught, {readings} readings"] for readings in small_texts.TAUGHT_READINGS)
+        alone = [losses[-1] for rows in of_kind["validation_losses"].values() for seeds in rows.values()
+                 for losses in seeds.values()]  # fmt: skip
+        assert taught["mean"] < min(short + long)
+        assert max(long) < min(short)
+        assert max(short) < min(alone + taught["each"])
+        each = mean(taught["each"])
+        for share, losses in zip(kept, (short, long), strict=True):
+            share.append((each - mean(losses)) / (each - taught["mean"]))
+    (least, most), (least_of_long, most_of_long) = ((min(share), max(share)) for share in kept)
+    page = " ".join(PAGES["recipes.md"].split())
+    said = f"keeps {100 * least:.0f} to {100 * most:.0f} % of that gain in 10 readings"
+    assert f"{said} and {100 * least_of_long:.0f} to {100 * most_of_long:.0f} % in 20" in page
 
 
 def test_the_recipe_for_small_texts_pays_at_a_real_size_as_its_record_says():
