@@ -538,6 +538,12 @@ def test_the_recipe_for_small_texts_pays_on_megabytes_of_another_text_by_its_rul
     half = "limited, 10 readings of every other chapter"
     assert losses["modern, 10 readings"][-1] == pytest.approx(losses[half][-1], abs=0.01)  # where it ends
     assert said["runs"][half]["max_steps"] == said["runs"][limited]["max_steps"] / 2  # in half its time
+    bits = {row: run["bits_per_byte"][-1] for row, run in said["runs"].items()}
+    together, taught = bits["the mean of these three"], bits["taught by it, 10 readings of every other chapter"]
+    lowest_of_modern = min(said["runs"]["modern, 10 readings"]["bits_per_byte"])
+    assert together < taught < min(value for row, value in bits.items() if row.startswith(half))
+    assert f"({together:.3f} and {lowest_of_modern:.3f}), and one network taught by it comes to {taught:.3f}" in shown
+    assert f"its run of 5 readings, is at {bits['modern, 5 readings']:.3f}" in shown
     settings = yaml.safe_load((CONFIGS / "limited_cpu.yaml").read_text())
     steps = said["tokens_of_every_other_chapter"] / (settings["data"]["batch_size"] * settings["data"]["block_size"])
     assert f"the rule says {3 * (39 / steps) ** (2 / 3):.1f}" in shown
