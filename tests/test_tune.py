@@ -340,7 +340,21 @@ def test_a_real_search_writes_a_yaml_that_fit_trains(config, capsys):
     two_steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
     assert main(["fit", "--config", str(tuned), *two_steps]) == 0
     assert main(["tune", "--config", str(config), "--budget", "12s"]) == 2
-    assert "small_tuned.yaml is there already" in capsys.readouterr().err
+    assert "small_tuned.yaml, which is there already" in capsys.readouterr().err
+
+
+def test_what_a_search_could_not_write_or_follow_is_told_before_it_begins(config, tmp_path, capsys):
+    (tmp_path / "mine.svg").write_text("a picture of mine")
+    before = sorted(tmp_path.iterdir())
+    for options, words in {
+        ("--out", str(tmp_path / "new.svg")): "name it new.yaml",
+        ("--out", str(tmp_path / "mine.yaml")): "mine.svg, which is there already",
+        ("--out", str(tmp_path / "mine.svg" / "new.yaml")): "--out=",
+        ("--resume", "auto"): "resume=auto goes on with a run",
+    }.items():
+        assert main(["tune", "--config", str(config), "--budget", "10s", *options]) == 2
+        assert words in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def shorten(config, folder, length):

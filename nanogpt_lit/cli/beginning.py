@@ -4,9 +4,10 @@ model, with a step 0, a schedule and a best of its own.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
@@ -16,7 +17,7 @@ from torch import nn
 
 from nanogpt_lit.checkpoint.exchange import size
 from nanogpt_lit.checkpoint.newest import Newest, latest_of, newest_run
-from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, step_of, validations_of
+from nanogpt_lit.checkpoint.run_file import SUFFIX, StoredNetwork, description_in, step_of, validations_of
 from nanogpt_lit.checkpoint.run_lock import RunLock
 from nanogpt_lit.checkpoint.shards import sweep_shards
 from nanogpt_lit.data.tokenizer import TOKENIZER_JSON, TOKENIZER_RANKS, Tokenizer
@@ -132,6 +133,8 @@ def check_goes_on(settings: Namespace, is_fit: bool, found: bool) -> str | None:
     if not writes_run_files(settings.trainer):
         return None
     step = step_of(checkpoint)  # raises where it is none, before anything is built
+    if is_fit:
+        check_same_optimizer(checkpoint, settings.model.optim)
     if not is_fit or not 0 < max_steps <= step:
         return None
     sentence = (
@@ -141,6 +144,27 @@ def check_goes_on(settings: Namespace, is_fit: bool, found: bool) -> str | None:
     if found and launched_processes() == 1:
         raise NothingToDo(sentence)
     return sentence
+
+
+OF_STATE = ("class_path", "matrices", "state_bits")
+"""Settings of the optimizer that decide what it keeps of each weight."""
+
+
+ADAMW = {None, "torch.optim.AdamW"}
+"""Values of class_path that keep the same."""
+
+
+def check_same_optimizer(checkpoint: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises UserError where the checkpoint's optimizer keeps another state. wanted: model.optim"""
+    kept = description_in(checkpoint).get("hyper_parameters", {}).get("optim", {})
+    for name in OF_STATE:
+        if name in kept and kept[name] != wanted[name] and not {kept[name], wanted[name]} <= ADAMW:
+            before, now = ("null" if value is None else value for value in (kept[name], wanted[name]))
+            raise UserError(
+                f"{checkpoint} was trained with model.optim.{name}={before}, and what that kept of each weight is of "
+                f"no use to {now}; set it as it was, or begin at step 0 with the weights: --init_from {checkpoint}, "
+                "with another trainer.default_root_dir."
+            )
 
 
 # init_from: another model.

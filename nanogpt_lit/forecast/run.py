@@ -114,11 +114,15 @@ def run(
 
 def check_beginning(settings: Any) -> None:
     """Raises UserError for a run that needs other models, before they are fetched, and for one of several processes."""
-    for key, does in (("init_from", "begins with a trained model"), ("teachers", "learns from trained models")):
+    for key, does in (
+        ("resume", "goes on with a run"),
+        ("init_from", "begins with a trained model"),
+        ("teachers", "learns from trained models"),
+    ):
         if settings.get(key) is not None:
             raise UserError(
                 f"{key}={settings[key]} {does}, and what that brings cannot be known from smaller networks, which "
-                "learn from the text alone; leave it out."
+                "learn from the text alone, from step 0; leave it out."
             )
     processes = asked_processes(vars(settings.trainer))
     if processes is not None and processes > 1:

@@ -6,6 +6,7 @@ from pathlib import Path
 from nanogpt_lit.cli.options import parser_of
 from nanogpt_lit.errors import UserError
 from nanogpt_lit.runtime.collector import quick_imports
+from nanogpt_lit.runtime.durable import check_writable
 
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 
@@ -29,8 +30,15 @@ def tune(arguments: list[str]) -> int:
     if not options.config.is_file():
         raise UserError(f"--config={options.config} is no file; configs/quickstart.yaml is one.")
     out = options.out or options.config.with_name(f"{options.config.stem}_tuned.yaml")
-    if out.exists():
-        raise UserError(f"--out={out} is there already; name another, or move it away.")
+    picture = out.with_suffix(".svg")
+    if out == picture:
+        raise UserError(
+            f"--out={out} is the YAML, and the picture beside it would have its name; name it {out.stem}.yaml."
+        )
+    for path in (out, picture):
+        if path.exists():
+            raise UserError(f"--out={out} would write {path}, which is there already; name another, or move it away.")
+    check_writable("--out", out.parent)
 
     with quick_imports():
         from nanogpt_lit.tune.run import run

@@ -40,11 +40,15 @@ def run(config: Path, settings_of_fit: Sequence[str], budget_s: float, out: Path
     processes = asked_processes(vars(cli.settings.trainer))
     if processes is not None and processes > 1:
         raise UserError(f"trainer.devices asks for {processes} processes and tune measures one; --trainer.devices=1.")
-    for key, does in (("init_from", "begins with a trained model"), ("teachers", "learns from trained models")):
+    for key, does in (
+        ("resume", "goes on with a run"),
+        ("init_from", "begins with a trained model"),
+        ("teachers", "learns from trained models"),
+    ):
         if cli.settings.get(key) is not None:
             raise UserError(
-                f"{key}={cli.settings[key]} {does}, and tune measures runs that learn from the text alone; leave "
-                "it out."
+                f"{key}={cli.settings[key]} {does}, and tune measures runs that learn from the text alone, from "
+                "step 0; leave it out."
             )
     cli.complete_settings()
     settings = cli.settings
