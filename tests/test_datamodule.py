@@ -312,10 +312,10 @@ def test_foreign_shards_need_a_tokenizer_that_is_not_made_from_text(ready, token
 
 def test_a_model_with_a_smaller_vocabulary_is_refused(ready):
     data = data_of(ready)
-    data.check_vocabulary(257)
-    data.check_vocabulary(320)
-    with pytest.raises(ValueError, match=r"model.gpt.vocab_size=256 is smaller than the 257"):
-        data.check_vocabulary(256)
+    data.check_vocabulary(257, "model.llama.vocab_size")
+    data.check_vocabulary(320, "model.llama.vocab_size")
+    with pytest.raises(ValueError, match=r"model.llama.vocab_size=256 is smaller than the 257"):
+        data.check_vocabulary(256, "model.llama.vocab_size")
 
 
 def test_an_id_that_appears_during_training_is_reported_not_trained_on(ready):

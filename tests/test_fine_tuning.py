@@ -294,7 +294,7 @@ def test_plan_counts_the_network_that_is_tuned_and_tune_refuses_it(text, tmp_pat
     config = tmp_path / "x.yaml"
     config.write_text(f"init_from: {start}\n")
     assert main(["tune", f"--config={config}"]) == 2
-    assert "begins with a trained model, and tune measures runs that learn from the text alone" in capsys.readouterr().err
+    assert "begins with a trained model, and tune measures" in capsys.readouterr().err
 
 
 def test_the_tokenizer_file_that_a_run_begins_with_says_the_same(tmp_path):

@@ -64,6 +64,12 @@ class RunState:
             return self.batches
         batches, inside_a_step = divmod(self.batches * self.processes, processes)
         if processes != self.processes:
+            if dropout > 0:
+                raise UserError(
+                    f"the checkpoint was trained by {self.processes} processes, each with dropout masks of its own, "
+                    f"and cannot go on by {processes} with dropout={dropout}; start {self.processes}, or set the "
+                    "dropout of the network to 0: model.llama.dropout=0, or model.gpt.dropout=0 of GPT-2."
+                )
             then = f"{self.processes} x trainer.accumulate_grad_batches={self.accumulate_grad_batches}"
             per_step = self.processes * self.accumulate_grad_batches
             if processes * accumulate_grad_batches != per_step:
@@ -74,12 +80,6 @@ class RunState:
                     f"the checkpoint was trained by {then} micro-batches a step and cannot go on by {processes} x "
                     f"trainer.accumulate_grad_batches={accumulate_grad_batches}, whose steps have other samples; "
                     f"{works}."
-                )
-            if dropout > 0:
-                raise UserError(
-                    f"the checkpoint was trained by {self.processes} processes, each with dropout masks of its own, "
-                    f"and cannot go on by {processes} with model.gpt.dropout={dropout}; start {self.processes}, or set "
-                    "model.gpt.dropout=0."
                 )
         if inside_a_step or batches % accumulate_grad_batches:
             divisors = [n for n in range(1, batches + 1) if batches % n == 0]

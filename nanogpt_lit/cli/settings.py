@@ -219,10 +219,11 @@ class SettingsCLI(LightningCLI):
     def _follow(self, data: TokenDataModule) -> None:
         """Set what the data decides about the network, and check that the run goes with it."""
         self._n_windows = data.n_windows
-        gpt = self.settings.model[section_of(self.settings.model)]
+        section = section_of(self.settings.model)
+        gpt = self.settings.model[section]
         if gpt.vocab_size is None:
             gpt.vocab_size = data.vocab_size
-        data.check_vocabulary(gpt.vocab_size)
+        data.check_vocabulary(gpt.vocab_size, f"model.{section}.vocab_size")
         gpt.document_start, gpt.document_end = data.document_start, data.document_end
         if self.beginning is not None:
             self.beginning.check_tokenizer(data.tokenizer)

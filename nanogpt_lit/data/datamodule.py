@@ -133,7 +133,7 @@ class TokenDataModule(LightningDataModule):
         """Raises UserError for a Trainer that would not end, or for a network that lacks tokens."""
         network = getattr(trainer.lightning_module, "gpt", None)
         if network is not None:
-            self.check_vocabulary(network.config.vocab_size)
+            self.check_vocabulary(network.config.vocab_size, network.config.key("vocab_size"))
         if not fits:
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -211,11 +211,11 @@ class TokenDataModule(LightningDataModule):
         """The model's gpt.document_end: the id that stands between conversations, and in none of them."""
         return self._manifest.get("document_end") if self.documents == "conversations" else None
 
-    def check_vocabulary(self, model_vocab_size: int) -> None:
-        """Raises UserError when the data has ids that the model lacks."""
+    def check_vocabulary(self, model_vocab_size: int, key: str) -> None:
+        """Raises UserError, naming the key of the network's size, when the data has ids that the model lacks."""
         if model_vocab_size < self.vocab_size:
             raise UserError(
-                f"model.gpt.vocab_size={model_vocab_size} is smaller than the {self.vocab_size} of the tokenizer "
+                f"{key}={model_vocab_size} is smaller than the {self.vocab_size} of the tokenizer "
                 f"{self.tokenizer.name}; {self.vocab_size} or more works, or leave it out."
             )
 
